@@ -1,0 +1,1 @@
+"""Low-rank ALiBi language models in JAX: one command from raw text to a chat model."""

@@ -1,0 +1,280 @@
+"""Every setting of a run as frozen, hashable dataclasses: the only form that exists below the command line.
+
+`RunConfig.from_dict` is the one gate: it rejects unknown keys, wrong types and impossible values, each in one line.
+What every key means is written beside its default in `configs/default.py`.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from dataclasses import dataclass
+
+
+class UsageError(Exception):
+    """A mistake in a command, a config or the data: commands print it as one line and exit with status 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab: int
+    d: int
+    layers: int
+    heads: int
+    rank: int
+    rank_split: tuple[float, ...]
+    shared_kv: bool
+    latent_norm: bool
+    mlp: int
+    mlp_rank: int
+    embed_rank: int
+    attention: str
+    scan: bool
+    remat: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.d // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Width of the SwiGLU: 8/3 d, which gives three matrices the 8 d^2 of a classic 4d MLP, in steps of 64."""
+        return self.mlp or -(-8 * self.d // 3 // 64) * 64
+
+    @property
+    def ranks(self) -> tuple[int, int, int, int]:
+        """Ranks of Q, K, V and O: 4 x `rank` shared out by `rank_split`, to the unit (largest remainder).
+
+        With `shared_kv`, K and V have one latent of the mean of their ranks, so both entries are that mean.
+        """
+        shares = [4 * self.rank * s / sum(self.rank_split) for s in self.rank_split]
+        ranks = [int(s) for s in shares]
+        by_remainder = sorted(range(4), key=lambda i: (ranks[i] - shares[i], i))
+        for i in by_remainder[: 4 * self.rank - sum(ranks)]:
+            ranks[i] += 1
+        q, k, v, o = ranks
+        if self.shared_kv:
+            k = v = (k + v + 1) // 2
+        return q, k, v, o
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    spec: str
+    weight: float
+    text_key: str
+    messages_key: str
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    sources: tuple[SourceConfig, ...]
+    steps: int
+    tokens_per_param: float
+    tokens_per_step: int
+    microbatch_tokens: int
+    block: int
+    auto_grow: bool
+    grow_plan: tuple[int, ...]
+    grow_every_steps: int
+    lr: float
+    schedule: str
+    warmup: float
+    cooldown: float
+    lr_end: float
+    eval_fraction: float
+    eval_tokens: int
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str
+    beta1: float
+    beta2: float
+    weight_decay: float
+    clip: float
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str
+    vocab_size: int
+    train_bytes: int
+
+
+@dataclass(frozen=True)
+class EveryConfig:
+    log: int
+    eval: int
+    save: int
+    save_minutes: float
+    keep: int
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int
+    precision: str
+    model: ModelConfig
+    optim: OptimConfig
+    tokenizer: TokenizerConfig
+    pretrain: PhaseConfig
+    sft: PhaseConfig
+    every: EveryConfig
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RunConfig":
+        """Builds and checks a config from plain nested values; raises UsageError with one line."""
+        config = _build(cls, values, "config")
+        _check_model(config.model)
+        _check_phase(config.pretrain, "pretrain")
+        _check_phase(config.sft, "sft")
+        _check_rest(config)
+        return config
+
+    def to_dict(self) -> dict:
+        """Plain nested values that `from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+    def with_vocab(self, vocab: int) -> "RunConfig":
+        """The config with the tokenizer's true size; raises UsageError where the config says another."""
+        if self.model.vocab not in (0, vocab):
+            raise UsageError(f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0")
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
+
+
+# ---------------------------------------------------------------------------------------- plain values to dataclasses
+
+
+def _build(cls, values, path: str):
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must be a group of keys, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1)
+            raise UsageError(f"unknown config key {path}.{key}" + (f"; did you mean {near[0]}?" if near else ""))
+    missing = [key for key in hints if key not in values]
+    if missing:
+        raise UsageError(f"config key {path}.{missing[0]} is missing")
+    return cls(**{key: _convert(hint, values[key], f"{path}.{key}") for key, hint in hints.items()})
+
+
+def _convert(hint, value, path: str):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    if hint == tuple[SourceConfig, ...]:
+        return _sources(value, path)
+    if typing.get_origin(hint) is tuple:
+        items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise UsageError(f"{path}={value!r} must be a list of numbers, such as 256,512,1024")
+        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in items if item != "")
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = hint(value) if isinstance(value, (int, float, str)) else None
+            if number is not None and number == float(value):  # 3.5 is no int; NaN is no number
+                return number
+        except (ValueError, OverflowError):
+            pass
+    kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
+    raise UsageError(f"{path}={value!r} must be {kind}")
+
+
+def _sources(value, path: str) -> tuple[SourceConfig, ...]:
+    items = [s.strip() for s in value.split(",") if s.strip()] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)):
+        raise UsageError(f"{path}={value!r} must be text such as text:my/*.txt, or a list of sources")
+    defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages"}
+    built = []
+    for i, item in enumerate(items):
+        where = f"{path}[{i}]"
+        built.append(_build(SourceConfig, defaults | ({"spec": item} if isinstance(item, str) else item), where))
+        if not re.match(r"\w+:.", built[-1].spec):
+            raise UsageError(f"{where}={built[-1].spec!r} must be kind:location, such as text:my/*.txt")
+        if built[-1].weight <= 0:
+            raise UsageError(f"{where}.weight={built[-1].weight} must be above 0")
+    return tuple(built)
+
+
+# ------------------------------------------------------------------------------------------------ impossible values
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UsageError(message)
+
+
+def _one_of(value: str, choices: tuple[str, ...], path: str) -> None:
+    _require(value in choices, f"{path}={value!r} must be one of {', '.join(choices)}")
+
+
+def _check_model(m: ModelConfig) -> None:
+    for key in ("d", "layers", "heads", "rank"):
+        _require(getattr(m, key) >= 1, f"config.model.{key}={getattr(m, key)} must be at least 1")
+    for key in ("vocab", "mlp", "mlp_rank", "embed_rank"):
+        _require(getattr(m, key) >= 0, f"config.model.{key}={getattr(m, key)} must not be negative")
+    fits = [h for h in range(1, m.d + 1) if m.d % h == 0]
+    near = min(fits, key=lambda h: abs(h - m.heads))
+    _require(near == m.heads, f"config.model.heads={m.heads} does not divide config.model.d={m.d}; {near} would")
+    _require(m.rank <= m.d, f"config.model.rank={m.rank} must not exceed config.model.d={m.d}")
+    good_split = len(m.rank_split) == 4 and min(m.rank_split) > 0
+    _require(good_split, f"config.model.rank_split={m.rank_split} must be four shares above 0, for q,k,v,o")
+    _require(min(m.ranks) >= 1, f"config.model.rank={m.rank} leaves a projection with rank 0 under rank_split")
+    _one_of(m.attention, ("auto", "reference", "chunked"), "config.model.attention")
+
+
+def _check_phase(p: PhaseConfig, name: str) -> None:
+    path = f"config.{name}"
+    _require(p.steps >= 0, f"{path}.steps={p.steps} must not be negative")
+    if name == "sft" and p.steps == 0:
+        return
+    _require(len(p.sources) > 0, f"{path}.sources is empty; name at least one, such as text:my/*.txt")
+    for key in ("tokens_per_step", "block", "lr"):
+        _require(getattr(p, key) > 0, f"{path}.{key}={getattr(p, key)} must be above 0")
+    for key in ("microbatch_tokens", "tokens_per_param"):
+        _require(getattr(p, key) >= 0, f"{path}.{key}={getattr(p, key)} must not be negative")
+    _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param must not both be 0")
+    for key in ("warmup", "cooldown", "lr_end"):
+        _require(0 <= getattr(p, key) <= 1, f"{path}.{key}={getattr(p, key)} must be between 0 and 1")
+    _require(p.warmup + p.cooldown <= 1, f"{path}.warmup + {path}.cooldown must not exceed 1")
+    _require(0 <= p.eval_fraction <= 0.5, f"{path}.eval_fraction={p.eval_fraction} must be between 0 and 0.5")
+    _require(p.eval_tokens > 0, f"{path}.eval_tokens={p.eval_tokens} must be above 0")
+    _one_of(p.schedule, ("wsd", "cosine"), f"{path}.schedule")
+    if p.auto_grow:
+        _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty though {path}.auto_grow is True")
+        rising = all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:]))
+        shown = ",".join(map(str, p.grow_plan))
+        _require(rising, f"{path}.grow_plan={shown} must rise from length to length")
+        _require(
+            p.block <= p.grow_plan[0],
+            f"{path}.grow_plan={shown} starts below {path}.block={p.block}; lower the block or start the plan there",
+        )
+        _require(p.grow_every_steps > 0, f"{path}.grow_every_steps={p.grow_every_steps} must be above 0")
+    for length in (p.block, *p.grow_plan) if p.auto_grow else (p.block,):
+        rest = p.tokens_per_step % length
+        below, above = p.tokens_per_step - rest, p.tokens_per_step - rest + length
+        _require(
+            rest == 0,
+            f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}; "
+            f"{below or above} would be (tokens per step stay the same while the length grows)",
+        )
+
+
+def _check_rest(c: RunConfig) -> None:
+    _one_of(c.precision, ("auto", "fp32", "bf16"), "config.precision")
+    _one_of(c.optim.name, ("muon", "adamw"), "config.optim.name")
+    for key in ("beta1", "beta2"):
+        _require(0 <= getattr(c.optim, key) < 1, f"config.optim.{key}={getattr(c.optim, key)} must be in [0, 1)")
+    for key in ("weight_decay", "clip"):
+        _require(getattr(c.optim, key) >= 0, f"config.optim.{key} must not be negative")
+    _require(c.seed >= 0, f"config.seed={c.seed} must not be negative")
+    _require(c.tokenizer.path != "" or c.tokenizer.vocab_size > 0, "config.tokenizer needs a path or a vocab_size")
+    _require(c.tokenizer.train_bytes > 0, "config.tokenizer.train_bytes must be above 0")
+    for key in ("log", "eval", "save", "keep"):
+        _require(getattr(c.every, key) >= 1, f"config.every.{key}={getattr(c.every, key)} must be at least 1")
+    _require(c.every.save_minutes >= 0, "config.every.save_minutes must not be negative")

@@ -1,0 +1,1 @@
+"""Where tokens come from: sources of documents, tokenizer, chat rendering, and the resumable token stream."""

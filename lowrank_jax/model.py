@@ -1,0 +1,242 @@
+"""The network: a pre-norm transformer with low-rank attention, ALiBi, SwiGLU and a tied head.
+
+Flax NNX lives in this file and nowhere else. Outside, parameters are a plain nested dict whose block weights are
+stacked over layers, and the model is five pure functions: `init`, `features`, `logits`, `prefill`, `decode`.
+
+Shape legend, used by every file: B batch, T query length, S key length, D model, H heads, K head width (D/H), R rank,
+F mlp, V vocabulary, N layers. A name ends in its shape: `x_BTD`. Weights are [in, out], so `x @ w`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lowrank_jax import attention
+from lowrank_jax.config import ModelConfig
+
+EPS = 1e-6
+
+
+def rms_norm(x: jax.Array) -> jax.Array:
+    """x / sqrt(mean(x^2) + 1e-6) over the last axis, in fp32 (arXiv 1910.07467, without its gain)."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    def __init__(self, width: int):
+        self.gain = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x) * self.gain[...]
+
+
+class Linear(nnx.Module):
+    """x @ kernel, or x @ down @ up with `rank`: rank (d_in + d_out) weights instead of d_in d_out.
+
+    down ~ N(0, 1/d_in) and up ~ N(0, 1/rank), so that the product has the variance of a dense fan-in init; `zero`
+    starts the map at zero through its last factor. Without `has_down` only `up` is here, for a latent made elsewhere.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, d_in: int, d_out: int, rank: int = 0, zero: bool = False, has_down: bool = True):
+        def normal(rows, columns, std):
+            return nnx.Param(std * jax.random.normal(rngs.params(), (rows, columns)))
+
+        if not rank:
+            self.kernel = normal(d_in, d_out, 0.0 if zero else d_in**-0.5)
+            return
+        if has_down:
+            self.down = normal(d_in, rank, d_in**-0.5)
+        self.up = normal(rank, d_out, 0.0 if zero else rank**-0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.down[...] @ self.up[...] if hasattr(self, "up") else x @ self.kernel[...]
+
+
+class Embedding(nnx.Module):
+    """Token table ~ N(0, 1/D), also the head (tied); with `embed_rank` E it is [V, E] @ [E, D], up ~ N(0, 1/E)."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        width = c.embed_rank or c.d
+        self.table = nnx.Param(c.d**-0.5 * jax.random.normal(rngs.params(), (c.vocab, width)))
+        self.up = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width, c.d))) if c.embed_rank else None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        rows = self.table[...][tokens]
+        return rows if self.up is None else rows @ self.up[...]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        x = x if self.up is None else x @ self.up[...].T
+        return jnp.einsum("...D,VD->...V", x, self.table[...], preferred_element_type=jnp.float32)
+
+
+class Attention(nnx.Module):
+    """Low-rank Q, K, V and O. Only the latents c_K and c_V (one, when shared) are ever cached."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.c = c
+        rank_q, rank_k, rank_v, rank_o = c.ranks
+        self.q = Linear(rngs, c.d, c.d, rank_q)
+        self.k = Linear(rngs, c.d, c.d, rank_k)
+        self.v = Linear(rngs, c.d, c.d, rank_v, has_down=not c.shared_kv)
+        self.o = Linear(rngs, c.d, c.d, rank_o, zero=True)
+
+    def _latent(self, x: jax.Array, linear: Linear) -> jax.Array:
+        """The latent, normalised where the config says so. No gain: `up` would absorb it."""
+        c = x @ linear.down[...]
+        return rms_norm(c) if self.c.latent_norm else c
+
+    def _heads(self, c: jax.Array, linear: Linear) -> jax.Array:
+        return (c @ linear.up[...]).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
+
+    def _up_RHK(self, linear: Linear) -> jax.Array:
+        return linear.up[...].reshape(-1, self.c.heads, self.c.head_dim)
+
+    def latents(self, x: jax.Array) -> dict[str, jax.Array]:
+        """What the cache keeps of each token: {"k": [..., R], "v": [..., R]}, or {"k"} when K and V share it."""
+        latents = {"k": self._latent(x, self.k)}
+        return latents if self.c.shared_kv else latents | {"v": self._latent(x, self.v)}
+
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, dict]:
+        latents = self.latents(x_BTD)
+        q_BTHK = self._heads(self._latent(x_BTD, self.q), self.q)
+        k_BTHK = self._heads(latents["k"], self.k)
+        v_BTHK = self._heads(latents.get("v", latents["k"]), self.v)
+        o_BTHK = attention.attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, self.c.attention)
+        return self.o(o_BTHK.reshape(x_BTD.shape)), latents
+
+    def decode(self, x_BD: jax.Array, positions_B: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
+        """One new token per row against the cached latents of the `positions_B` tokens before it.
+
+        Absorbed: q U_K^T meets the latents directly and U_V is applied to their average, so that no key or value is
+        ever rebuilt. Exact, as nothing nonlinear stands between a cached latent and the heads (the matrix
+        associativity of DeepSeek-V2's MLA, arXiv 2405.04434, section 2.1.2, here without its RoPE exception).
+        """
+        new = self.latents(x_BD)
+        ck_BSR, cv_BSR = cache["k"], cache.get("v", cache["k"])
+        q_BHK = self._heads(self._latent(x_BD, self.q), self.q) / math.sqrt(self.c.head_dim)
+        q_BHR = jnp.einsum("BHK,RHK->BHR", q_BHK, self._up_RHK(self.k))
+        f32 = {"preferred_element_type": jnp.float32}
+        at_S = jnp.arange(ck_BSR.shape[1])
+        old_BHS = jnp.einsum("BHR,BSR->BHS", q_BHR, ck_BSR, **f32)
+        old_BHS += attention.alibi_bias(attention.alibi_slopes(self.c.heads), positions_B, at_S).swapaxes(0, 1)
+        old_BHS = jnp.where((at_S < positions_B[:, None])[:, None], old_BHS, attention.MASKED)
+        own_BH1 = jnp.einsum("BHR,BR->BH", q_BHR, new["k"], **f32)[..., None]  # distance 0: no bias
+        probs_BHS = jax.nn.softmax(jnp.concatenate([old_BHS, own_BH1], axis=-1), axis=-1).astype(x_BD.dtype)
+        mean_BHR = jnp.einsum("BHS,BSR->BHR", probs_BHS[..., :-1], cv_BSR)
+        mean_BHR += probs_BHS[..., -1:] * new.get("v", new["k"])[:, None]
+        o_BHK = jnp.einsum("BHR,RHK->BHK", mean_BHR, self._up_RHK(self.v))
+        return self.o(o_BHK.reshape(x_BD.shape)), new
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202): (silu(x W_gate) * x W_up) W_out."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.gate = Linear(rngs, c.d, c.hidden, c.mlp_rank)
+        self.up = Linear(rngs, c.d, c.hidden, c.mlp_rank)
+        self.out = Linear(rngs, c.hidden, c.d, c.mlp_rank, zero=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm, self.attention = Norm(c.d), Attention(c, rngs)
+        self.mlp_norm, self.mlp = Norm(c.d), MLP(c, rngs)
+
+    def __call__(self, x_BTD, segments_BT):
+        out, latents = self.attention(self.attention_norm(x_BTD), segments_BT)
+        x_BTD += out
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), latents
+
+    def decode(self, x_BD, positions_B, cache):
+        out, latents = self.attention.decode(self.attention_norm(x_BD), positions_B, cache)
+        x_BD += out
+        return x_BD + self.mlp(self.mlp_norm(x_BD)), latents
+
+
+def init(c: ModelConfig, key: jax.Array) -> dict:
+    """fp32 parameters {"embed", "blocks", "norm"}; every array under "blocks" has the layers [N] in front."""
+    embed_key, blocks_key = jax.random.split(key)
+    weights = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return {
+        "embed": weights(Embedding(c, nnx.Rngs(embed_key))),
+        "blocks": jax.vmap(lambda k: weights(Block(c, nnx.Rngs(k))))(jax.random.split(blocks_key, c.layers)),
+        "norm": weights(Norm(c.d)),
+    }
+
+
+def features(c: ModelConfig, params: dict, tokens_BT, segments_BT=None, dtype=jnp.float32) -> tuple[jax.Array, dict]:
+    """The normalised last hidden state [B, T, D] and every layer's cache latents {name: [N, B, T, R]}, in `dtype`."""
+    params = _cast(params, dtype)
+    block = lambda x_BTD, weights: _block(c, weights)(x_BTD, segments_BT)
+    x_BTD = _embedding(c, params)(tokens_BT)
+    x_BTD, latents = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
+    return _final_norm(c, params)(x_BTD), latents
+
+
+def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
+    """[..., V] in fp32 from the normalised hidden states [..., D], through the tied embedding."""
+    return _embedding(c, _cast(params, x.dtype)).logits(x)
+
+
+def prefill(c: ModelConfig, params: dict, tokens_BT, lengths_B, size: int, dtype=jnp.float32) -> tuple[jax.Array, dict]:
+    """Reads right-padded prompts: the logits [B, V] after each row's last token, and a cache with room for `size`.
+
+    The cache is {"k": [N, B, size, R], "v": ...} in `dtype`. What padding leaves in it stands at positions that
+    `decode` masks until it overwrites them.
+    """
+    x_BTD, latents = features(c, params, tokens_BT, None, dtype)
+    room = size - tokens_BT.shape[1]
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), latents)
+    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return logits(c, params, last_BD), cache
+
+
+def decode(c: ModelConfig, params: dict, tokens_B, positions_B, cache: dict) -> tuple[jax.Array, dict]:
+    """Adds one token per row at its own position: the logits [B, V] after it, and the cache with its latents."""
+    params = _cast(params, cache["k"].dtype)
+
+    def block(x_BD, layer):
+        weights, layer_cache = layer
+        return _block(c, weights).decode(x_BD, positions_B, layer_cache)
+
+    x_BD = _embedding(c, params)(tokens_B)
+    x_BD, new = _over_layers(c, block, x_BD, (params["blocks"], cache))
+    rows_B = jnp.arange(tokens_B.shape[0])
+    cache = jax.tree.map(lambda old, latent_NBR: old.at[:, rows_B, positions_B].set(latent_NBR), cache, new)
+    return logits(c, params, _final_norm(c, params)(x_BD)), cache
+
+
+# The modules around given weights. Building them is abstract: no arrays, and nothing in the compiled program.
+
+
+def _bind(make, weights: dict) -> nnx.Module:
+    graph, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state)
+
+
+def _embedding(c: ModelConfig, params: dict) -> Embedding:
+    return _bind(lambda: Embedding(c, nnx.Rngs(0)), params["embed"])
+
+
+def _block(c: ModelConfig, weights: dict) -> Block:
+    return _bind(lambda: Block(c, nnx.Rngs(0)), weights)
+
+
+def _final_norm(c: ModelConfig, params: dict) -> Norm:
+    return _bind(lambda: Norm(c.d), params["norm"])
+
+
+def _over_layers(c: ModelConfig, block, x, stacked):
+    """Runs `block` over the stacked layers: one compiled body with `scan`, one per layer without."""
+    return jax.lax.scan(block, x, stacked, unroll=1 if c.scan else c.layers)
+
+
+def _cast(params: dict, dtype) -> dict:
+    return jax.tree.map(lambda w: w.astype(dtype), params)

@@ -1,0 +1,101 @@
+"""The training plan as data: config -> stages. Everything that is a function of the global step lives here.
+
+Step k is the k-th update, counted from 0 over the whole run. Nothing here is ever stored: the phase, the sequence
+length, the batch shape and the learning rate of a step follow from the config alone, so a resumed run cannot disagree
+with an uninterrupted one.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from lowrank_jax import costs
+from lowrank_jax.config import PhaseConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of steps with one batch shape: `batch` rows of `seq_len` tokens, `microbatch` rows at a time."""
+
+    name: str
+    phase: str
+    start: int
+    steps: int
+    seq_len: int
+    batch: int
+    microbatch: int
+    phase_start: int
+    phase_steps: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq_len
+
+
+def plan(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run, in order and without gaps: pretraining with its growing lengths, then SFT."""
+    stages, start = [], 0
+    for phase, p in (("pretrain", config.pretrain), ("sft", config.sft)):
+        steps = _phase_steps(config, p, phase)
+        done = 0
+        for i, seq_len in enumerate(lengths(p)):
+            last = i == len(lengths(p)) - 1
+            here = steps - done if last else min(p.grow_every_steps, steps - done)
+            if here > 0:
+                batch = p.tokens_per_step // seq_len
+                micro = _microbatch(batch, seq_len, p.microbatch_tokens)
+                stages.append(
+                    Stage(f"{phase}-{seq_len}", phase, start + done, here, seq_len, batch, micro, start, steps)
+                )
+                done += here
+        start += steps
+    return tuple(stages)
+
+
+def lengths(p: PhaseConfig) -> tuple[int, ...]:
+    """Sequence lengths of a phase, in order: the block, then every longer length of the growth plan."""
+    return (p.block, *(n for n in p.grow_plan if n > p.block)) if p.auto_grow else (p.block,)
+
+
+def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage that step `step` belongs to; a step on a boundary belongs to the later stage."""
+    return stages[bisect.bisect_right([s.start for s in stages], step) - 1]
+
+
+def learning_rate(p: PhaseConfig, stage: Stage, step):
+    """Learning rate at a global step (Python int or traced): warmup, then WSD or cosine, over the stage's phase.
+
+    WSD (warmup, stable, decay: arXiv 2404.06395) holds the peak and falls linearly over the last `cooldown` share of
+    the phase; cosine falls from the end of the warmup. Both end at `lr_end` x `lr`.
+    """
+    k = jnp.asarray(step - stage.phase_start, jnp.float32)
+    n = stage.phase_steps
+    warm = round(p.warmup * n)
+    up = jnp.minimum((k + 1) / max(warm, 1), 1.0)
+    if p.schedule == "wsd":
+        cool = round(p.cooldown * n)
+        left = jnp.clip((n - k) / max(cool + 1, 1), 0.0, 1.0)  # 1 until the cooldown, then down
+        shape = p.lr_end + (1 - p.lr_end) * left
+    else:
+        done = jnp.clip((k - warm) / max(n - 1 - warm, 1), 0.0, 1.0)
+        shape = p.lr_end + (1 - p.lr_end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return p.lr * up * shape
+
+
+def _phase_steps(config: RunConfig, p: PhaseConfig, phase: str) -> int:
+    if p.steps or phase == "sft":
+        return p.steps
+    return max(1, round(costs.parameters(config.model)["total"] * p.tokens_per_param / p.tokens_per_step))
+
+
+def _microbatch(batch: int, seq_len: int, microbatch_tokens: int) -> int:
+    """The largest divisor of the batch whose tokens stay within `microbatch_tokens` (0: the whole batch)."""
+    if microbatch_tokens == 0:
+        return batch
+    rows = max(1, min(batch, microbatch_tokens // seq_len))
+    return next(r for r in range(rows, 0, -1) if batch % r == 0)
