@@ -1,1 +1,8 @@
 """Low-rank ALiBi language models in JAX: one command from raw text to a chat model."""
+
+
+def load(folder: str):
+    """The trained model of a run's folder, with `.params, .config, .tokenizer, .logits(tokens), .generate(...)`."""
+    from lowrank_jax import generate  # here, so that importing the package starts neither jax nor orbax
+
+    return generate.Model(folder)

@@ -33,6 +33,10 @@ def make(c: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(), rule)
 
 
+def global_norm(tree) -> jax.Array:
+    return optax.tree.norm(tree)
+
+
 def _matrices(params: dict) -> dict:
     """For each parameter, which axes a block's stacked matrix [layer, in, out] has, or None for all others."""
 

@@ -1,0 +1,85 @@
+"""Every key with its default. Other configs start from `get_config()` and change what differs.
+
+Any key can also be set on the command line: --config.model.d=768 --config.pretrain.sources="text:my/*.txt".
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    # type_safe is off because sources may be text or a list; lowrank_jax/config.py checks every key and type.
+    return ConfigDict({"seed": 0, "precision": "auto"} | groups(), type_safe=False)
+
+
+def groups() -> dict:
+    return {
+        # precision: auto is bf16 on an accelerator and fp32 on a CPU; or fp32, bf16. Weights are always kept in fp32.
+        "model": {
+            "vocab": 0,  # 0: the tokenizer's size
+            "d": 512,  # width
+            "layers": 8,
+            "heads": 16,  # must divide d
+            "rank": 64,  # mean rank R of Q, K, V, O; R = d/8 is 75% fewer attention parameters than dense
+            # Shares of the 4R ranks for q, k, v, o. At d=256 a uniform split lost 0.014 bits per byte to q, k at R/2
+            # and v, o at 3R/2 (one seed, 1M tokens).
+            "rank_split": (1.0, 1.0, 3.0, 3.0),
+            "shared_kv": False,  # one latent for K and V: 7dR parameters instead of 8dR, and half the cache
+            "latent_norm": True,  # RMSNorm on the q, k, v latents: 0.023 bits per byte in the same experiment
+            "mlp": 0,  # width of the SwiGLU; 0: 8/3 d, rounded up to a multiple of 64
+            "mlp_rank": 0,  # factors the MLP's matrices too; 0: off
+            "embed_rank": 0,  # factors the embedding and head; 0: off
+            "attention": "auto",  # reference | chunked; auto is chunked
+            "scan": True,  # one compiled block for all layers; False unrolls them: slower to compile, faster on a CPU
+            "remat": False,  # recompute each block in the backward pass: less memory, a third more work
+        },
+        "optim": {
+            "name": "muon",  # muon (matrices; AdamW for the rest) | adamw
+            "beta1": 0.95,
+            "beta2": 0.95,
+            "weight_decay": 0.1,  # on the blocks' matrices
+            "clip": 1.0,  # gradient norm; 0: off
+        },
+        "tokenizer": {
+            "path": "",  # a SentencePiece model, or a run's tokenizer folder; empty: learn one from the sources
+            "vocab_size": 32_000,  # size of the one to learn
+            "train_bytes": 20_000_000,  # how much text to learn it from
+        },
+        "pretrain": phase(),
+        "sft": phase(
+            sources="builtin:quickchat",
+            steps=0,  # 0: no SFT
+            lr=2e-3,
+            warmup=0.05,
+        ),
+        "every": {
+            "log": 10,  # steps
+            "eval": 500,  # steps; also before the first and after the last step of a phase
+            "save": 1000,  # steps; also at the end of a phase
+            "save_minutes": 15.0,  # and at least this often; 0: off
+            "keep": 3,  # newest checkpoints to keep
+        },
+    }
+
+
+def phase(**changes) -> dict:
+    """The keys of a phase; `pretrain` and `sft` have the same."""
+    return {
+        # "kind:location, ..." or a list of {"spec": "kind:location", "weight": 2.0, "text_key": ..., "messages_key":
+        # ...}. Kinds: text:GLOB, json:GLOB (a JSON object a line), builtin:NAME. Weights are shares of the tokens.
+        "sources": "builtin:quickstart",
+        "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
+        "tokens_per_param": 25.0,
+        "tokens_per_step": 49_152,  # 3 x 2^14: divisible by 256, 512, 768, 1024, 1536, 2048, ...
+        "microbatch_tokens": 0,  # most tokens at a time; the rest is accumulated. 0: all at once
+        "block": 1024,  # sequence length, or with auto_grow the first one
+        "auto_grow": False,
+        "grow_plan": "",  # rising lengths, such as 256,512,1024
+        "grow_every_steps": 1000,  # steps at each length; the last one keeps the rest
+        "lr": 1e-2,  # peak
+        "schedule": "wsd",  # wsd (warmup, stable, linear decay) | cosine
+        "warmup": 0.02,  # share of the phase's steps
+        "cooldown": 0.3,  # share of the phase's steps (wsd)
+        "lr_end": 0.0,  # where the schedule ends, as a share of lr
+        "eval_fraction": 0.01,  # share of each source's documents that is held out
+        "eval_tokens": 49_152,  # how many held-out tokens an evaluation reads
+    } | changes

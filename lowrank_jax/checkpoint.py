@@ -1,0 +1,78 @@
+"""Checkpoints: model, optimizer, data cursor and bookkeeping in one atomic Orbax step, written in the background.
+
+Orbax notices a missing or truncated file but not a flipped byte (measured: it restores wrong values without a word),
+so every checkpoint carries a SHA-256 of its arrays, and a restore that does not match falls back to the one before.
+"""
+
+import hashlib
+import os
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lowrank_jax import faults, workdir
+
+
+def tree_sha256(tree) -> str:
+    """SHA-256 over the bytes of all arrays, in the order of their paths."""
+    digest = hashlib.sha256()
+    for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder; a context manager that waits for the last write."""
+
+    def __init__(self, folder: str, keep: int | None = None, read_only: bool = False):
+        path = os.path.abspath(os.path.join(folder, "checkpoints"))
+        self.folder, self._saves = folder, 0
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+        self._manager = ocp.CheckpointManager(path, options=options) if not read_only or os.path.isdir(path) else None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._manager:
+            self._manager.close()
+
+    def wait(self) -> None:
+        """Until everything saved is on disk; a write that failed is raised here."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """Steps that can be restored, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
+
+    def save(self, step: int, state, progress: dict) -> None:
+        """Starts writing `state` and the JSON values `progress`; an earlier write that failed is raised here."""
+        if step in self.steps():
+            return
+        self._manager.check_for_errors()
+        meta = progress | {"state_sha256": tree_sha256(state)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items, force=True)
+        self._saves += 1
+        faults.strike("save", self._saves)
+
+    def restore(self, template, delete_broken: bool = False) -> tuple[object, dict] | None:
+        """The newest checkpoint that is whole, as (state like `template`, progress), or None where there is none.
+
+        A broken one is passed over, with a line in the ledger, and removed if `delete_broken`, so that training may
+        write that step again.
+        """
+        for step in self.steps():
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+            try:
+                restored = self._manager.restore(step, args=items)
+                if tree_sha256(restored.state) != restored.meta["state_sha256"]:
+                    raise ValueError("its arrays do not match their SHA-256")
+                return restored.state, restored.meta
+            except (ValueError, OSError, KeyError, RuntimeError) as e:
+                if delete_broken:
+                    reason = " ".join(str(e).split())[:200]
+                    workdir.log_event(self.folder, "restore_failed", step, reason=reason)
+                    self._manager.delete(step)
+        return None

@@ -1,0 +1,91 @@
+"""What all commands share: reading flags and configs, and turning a mistake into one line and an exit status.
+
+Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM or SIGINT.
+`--config=FILE.py[:ARG]` and `--config.a.b=value` are ml_collections config flags; this is the only importable file that
+knows them, and it hands on a frozen RunConfig.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from lowrank_jax.config import RunConfig, UsageError
+
+
+class RunFailure(Exception):
+    """A run that cannot go on, for a reason that one line explains: exit status 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are one `error: ...` line; adds `--json`."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see --help)")
+
+    def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+        """The command's own flags, and the config that `--config` and `--config.key=value` describe."""
+        self.add_argument("--config", metavar="FILE", help="a config, such as configs/custom.py or configs/preset.py:base")
+        self.epilog = "any key of the config can be set with --config.group.key=value; configs/default.py lists them"
+        args, rest = self.parse_known_args(argv)
+        if args.config is None:
+            raise UsageError("--config=FILE is missing, such as --config=configs/quickstart.py")
+        return args, read_config([f"--config={args.config}", *rest])
+
+
+def read_config(config_args: list[str]) -> RunConfig:
+    """The checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line."""
+    path = config_args[0].removeprefix("--config=")
+    if not os.path.isfile(path.split(":")[0]):
+        raise UsageError(f"--config={path}: no such file")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    argv, sys.argv = sys.argv, ["lowrank_jax", *config_args]  # config_flags looks for overrides in sys.argv
+    try:
+        unused = values(sys.argv)[1:]
+        config = values["config"].value.to_dict()
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
+        raise UsageError(f"--config: {' '.join(_reason(e).split())}") from None
+    finally:
+        sys.argv = argv
+    if unused:
+        raise UsageError(f"unknown argument {unused[0]}")
+    return RunConfig.from_dict(config)
+
+
+def main(command, argv: list[str] | None = None) -> None:
+    """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate through absl
+    try:
+        result = command(argv)
+        if result is not None and "--json" in argv:
+            print(json.dumps(result), flush=True)
+    except UsageError as e:
+        _fail(e, 2)
+    except (RunFailure, OSError) as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output went away: nothing to report to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        _fail(e, 1)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _fail(e: Exception, status: int):
+    print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _reason(e: Exception) -> str:
+    """A KeyError's text is the repr of its message; config_flags buries the cause of a failed load."""
+    text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    return text.strip("'\"").replace("\\n", " ")

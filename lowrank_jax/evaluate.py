@@ -1,0 +1,97 @@
+"""Held-out loss, perplexity and bits per byte, at any sequence length.
+
+    python -m lowrank_jax.evaluate --workdir=runs/quickstart --lengths=256,512,1024
+
+Each length cuts the same stream of held-out tokens into rows, so a longer row means more context for the same targets.
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+
+from lowrank_jax import cli, loss, model, precision
+from lowrank_jax.config import PhaseConfig, RunConfig, SourceConfig, UsageError
+from lowrank_jax.data import stream
+from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.trained import open_run
+
+ROW_TOKENS = 8192  # tokens evaluated at a time
+
+
+def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int) -> list[stream.Batch]:
+    """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
+    return _batches(stream.open_phase(p, tokenizer, seed, chats, held_out=True), length, p.eval_tokens)
+
+
+def evaluate(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:
+    """{loss (nats a token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`."""
+    nats = sum(float(_loss_sum(config, params, batch)) for batch in batches)
+    tokens = sum(float(batch["weights"].sum()) for batch in batches)
+    size = sum(float((byte_lengths[batch["targets"]] * batch["weights"]).sum()) for batch in batches)
+    mean = nats / max(tokens, 1)
+    bits_per_byte = nats / math.log(2) / max(size, 1)
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return {"loss": mean, "perplexity": perplexity, "bits_per_byte": bits_per_byte, "tokens": int(tokens)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array:
+    dtype = precision.compute_dtype(config.precision)
+    x_BTD, _ = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
+    return loss.cross_entropy_sum(model.logits(config.model, params, x_BTD), batch["targets"], batch["weights"])
+
+
+def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
+    batches, rows = [], max(1, min(tokens, ROW_TOKENS) // length)
+    while len(batches) * rows * length < tokens:
+        batch = documents.next(rows, length)
+        if batch is None and not batches and rows > 1:
+            rows = rows // 2  # a small held-out part: fewer rows at a time
+            continue
+        if batch is None:
+            break
+        batches.append(batch)
+    return batches
+
+
+def command(argv: list[str]) -> dict:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_argument("--lengths", default="", help="sequence lengths, such as 256,512,1024 (default: the longest trained)")
+    parser.add_argument("--data", default="", help="a source to use instead of the held-out part of pretraining")
+    parser.add_argument("--tokens", type=int, default=0, help="how many tokens (default: the config's eval_tokens)")
+    args = parser.parse_args(argv)
+    try:
+        asked = [int(n) for n in args.lengths.split(",") if n.strip()]
+    except ValueError:
+        raise UsageError(f"--lengths={args.lengths} must be whole numbers, such as 256,512,1024") from None
+    if args.tokens < 0 or any(n < 1 for n in asked):
+        raise UsageError("--lengths and --tokens must be above 0")
+    run = open_run(args.workdir)
+    config, phase = run.config, run.config.pretrain
+    tokens, results = args.tokens or phase.eval_tokens, []
+    for length in asked or [max(phase.grow_plan, default=phase.block) if phase.auto_grow else phase.block]:
+        documents = _open(args.data, phase, run.tokenizer, config.seed)
+        batches = _batches(documents, length, tokens)
+        if not batches:
+            raise UsageError(f"the data does not fill one row of {length} tokens")
+        result = evaluate(config, run.params, batches, run.tokenizer.byte_lengths())
+        results.append({"length": length} | result)
+        print(
+            f"length {length:6d}  loss {result['loss']:.4f}  perplexity {result['perplexity']:8.2f}  "
+            f"bits per byte {result['bits_per_byte']:.4f}  ({result['tokens']} tokens)",
+            flush=True,
+        )
+    return {"workdir": args.workdir, "step": run.progress["step"], "results": results}
+
+
+def _open(data: str, phase: PhaseConfig, tokenizer: Tokenizer, seed: int) -> stream.Stream:
+    if not data:
+        return stream.open_phase(phase, tokenizer, seed, chats=False, held_out=True)
+    return stream.read_once(SourceConfig(data, 1.0, "text", "messages"), tokenizer)
+
+
+if __name__ == "__main__":
+    cli.main(command)

@@ -1,0 +1,46 @@
+"""Faults on request, so that recovery can be tested on the real program: LOWRANK_FAULTS="kill@step=12,nan@step=30".
+
+| fault | effect |
+|---|---|
+| kill@step=N | SIGKILL before the N-th update (from 1) of the whole run |
+| kill@save=N | SIGKILL while this process writes its N-th checkpoint |
+| term@step=N | SIGTERM before the N-th update |
+| nan@step=N | the N-th update sees NaN losses |
+"""
+
+import os
+import re
+import signal
+
+from lowrank_jax.config import UsageError
+
+VARIABLE = "LOWRANK_FAULTS"
+_KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step")}
+
+
+def check() -> None:
+    """Raises UsageError where the variable names an unknown fault."""
+    _parse()
+
+
+def due(fault: str, place: str, count: int) -> bool:
+    """Whether `fault@place=count` was asked for."""
+    return (fault, place, count) in _parse()
+
+
+def strike(place: str, count: int) -> None:
+    """Sends this process the signal that was asked for here, if any."""
+    if due("kill", place, count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if due("term", place, count):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parse() -> set[tuple[str, str, int]]:
+    faults = set()
+    for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        match = re.fullmatch(r"(\w+)@(\w+)=(\d+)", item.strip())
+        if not match or match.groups()[:2] not in _KNOWN:
+            raise UsageError(f"{VARIABLE}: unknown fault {item!r}; known: {', '.join('@'.join(k) for k in sorted(_KNOWN))}")
+        faults.add((match[1], match[2], int(match[3])))
+    return faults

@@ -1,0 +1,20 @@
+"""Trains a model from raw text to chat: every phase of a config, or on from where the run in --workdir stopped.
+
+    python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from lowrank_jax import cli, plan, train
+
+
+def command(argv: list[str]) -> dict:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="the run's folder; if it holds a run, that run goes on")
+    args, config = parser.parse_with_config(argv)
+    print(plan.table(plan.describe(plan.resolve_vocab(config))), flush=True)
+    finish = train.run(config, args.workdir)
+    print(f"done: step {finish['step']}, {finish['tokens']:,} tokens; report: {args.workdir}/report.html", flush=True)
+    return finish
+
+
+if __name__ == "__main__":
+    cli.main(command)

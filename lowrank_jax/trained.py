@@ -1,0 +1,27 @@
+"""A run's newest model, opened for use: config, tokenizer and parameters."""
+
+from typing import NamedTuple
+
+from lowrank_jax import step, workdir
+from lowrank_jax.checkpoint import Checkpoints
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.data import tokenizer
+from lowrank_jax.data.tokenizer import Tokenizer
+
+
+class Trained(NamedTuple):
+    config: RunConfig
+    tokenizer: Tokenizer
+    params: dict
+    progress: dict
+
+
+def open_run(folder: str) -> Trained:
+    """The newest whole checkpoint of the run in `folder`; raises UsageError where there is none."""
+    config = workdir.read_config(folder)
+    with Checkpoints(folder, read_only=True) as saved:
+        restored = saved.restore(step.abstract_state(config))
+    if restored is None:
+        raise UsageError(f"--workdir={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
+    state, progress = restored
+    return Trained(config, tokenizer.load(workdir.tokenizer_folder(folder)), state.params, progress)

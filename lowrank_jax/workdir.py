@@ -1,0 +1,113 @@
+"""A run's folder: its config, its metrics, its ledger of events, and the lock of the process that trains in it.
+
+    config.json     the resolved config               tokenizer/      see data/tokenizer.py
+    metrics.jsonl   one object a logged step          events.jsonl    one object an event, never rewritten
+    checkpoints/    see checkpoint.py                 report.html, loss.png
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+
+from lowrank_jax.config import RunConfig, UsageError
+
+# What makes a run this run: the weights' shapes, the tokens' meaning, the draws and the held-out split.
+IDENTITY = (
+    "model",
+    "seed",
+    "precision",
+    "tokenizer.path",
+    "tokenizer.vocab_size",
+    "optim.name",
+    "pretrain.eval_fraction",
+    "sft.eval_fraction",
+)
+
+
+@contextlib.contextmanager
+def lock(folder: str):
+    """Makes the folder and holds it alone; raises UsageError where another process trains in it."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is training in {folder}") from None
+        yield
+
+
+def tokenizer_folder(folder: str) -> str:
+    return os.path.join(folder, "tokenizer")
+
+
+def holds_run(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "config.json"))
+
+
+def read_config(folder: str) -> RunConfig:
+    """The config of the run in `folder`; raises UsageError where there is no run."""
+    if not holds_run(folder):
+        raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        return RunConfig.from_dict(json.load(f))
+
+
+def write_config(folder: str, config: RunConfig) -> None:
+    """Replaces config.json in one move, so that a kill leaves the old or the new one."""
+    write_text(os.path.join(folder, "config.json"), json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(temporary, path)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, object, object]]:
+    """(key, old value, new value) of every setting that differs, by its dotted path."""
+    olds, news = _flatten(old.to_dict()), _flatten(new.to_dict())
+    return [(key, olds[key], news[key]) for key in olds if olds[key] != news[key]]
+
+
+def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
+    """Raises UsageError where `new` describes a different model, or different data, than the run in `folder`."""
+    for key, was, now in differences(old, new):
+        if any(key == name or key.startswith(name + ".") for name in IDENTITY):
+            raise UsageError(
+                f"{folder} holds a different run: its config.{key} is {was}, not {now}; "
+                "use another --workdir, or the config it was made with"
+            )
+
+
+def append(folder: str, name: str, row: dict) -> None:
+    """Adds one object as a line to a .jsonl of the run."""
+    with open(os.path.join(folder, name), "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def log_event(folder: str, event: str, step: int, **facts) -> None:
+    append(folder, "events.jsonl", {"event": event, "step": step, "time": round(time.time(), 3), **facts})
+
+
+def read_rows(folder: str, name: str) -> list[dict]:
+    """The whole lines of a .jsonl; a line that a kill cut short is not one."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.endswith("}\n")]
+
+
+def rewind_metrics(folder: str, step: int) -> None:
+    """Drops the metrics of steps after `step`, which are about to be trained again."""
+    rows = [row for row in read_rows(folder, "metrics.jsonl") if row["step"] <= step]
+    write_text(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _flatten(value, prefix: str = "") -> dict:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key in value for k, v in _flatten(value[key], f"{prefix}.{key}" if prefix else key).items()}
