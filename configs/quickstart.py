@@ -8,20 +8,30 @@ from configs import default
 
 def get_config():
     c = default.get_config()
-    c.model.update(d=256, layers=4, heads=8, rank=32, scan=False)
-    c.tokenizer.update(vocab_size=2048, train_bytes=4_000_000)
+    c.model.update(d=256, layers=6, heads=8, rank=32, scan=False)
+    c.tokenizer.update(vocab_size=2048, train_bytes=6_000_000)
     c.pretrain.update(
-        sources="builtin:quickstart",
-        steps=240,
+        sources=({"spec": "builtin:plays", "weight": 0.7}, {"spec": "builtin:quickchat", "weight": 0.3}),
+        steps=300,
         tokens_per_step=6144,
+        microbatch_tokens=1024,
         block=128,
         auto_grow=True,
         grow_plan="128,256,512",
-        grow_every_steps=80,
+        grow_every_steps=100,
         lr=1e-2,
         eval_fraction=0.02,
         eval_tokens=16_384,
     )
-    c.sft.update(sources="builtin:quickchat", steps=80, tokens_per_step=6144, block=512, eval_fraction=0.02, lr=5e-3, eval_tokens=16_384)
-    c.every.update(log=5, eval=40, save=40, keep=2)
+    c.sft.update(
+        sources="builtin:quickchat",
+        steps=100,
+        tokens_per_step=6144,
+        microbatch_tokens=1024,
+        block=512,
+        lr=5e-3,
+        eval_fraction=0.02,
+        eval_tokens=16_384,
+    )
+    c.every.update(log=5, eval=50, save=50, keep=2)
     return c

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lowrank_jax import faults, workdir
+from lowrank_jax.config import UsageError
 
 
 def tree_sha256(tree) -> str:
@@ -60,19 +61,23 @@ class Checkpoints:
     def restore(self, template, delete_broken: bool = False) -> tuple[object, dict] | None:
         """The newest checkpoint that is whole, as (state like `template`, progress), or None where there is none.
 
-        A broken one is passed over, with a line in the ledger, and removed if `delete_broken`, so that training may
-        write that step again.
+        Broken ones are passed over and, with `delete_broken`, noted in the ledger and removed, so that training may
+        write their steps again. Where none is whole nothing is removed: the cause may lie outside of them.
         """
+        broken = []
         for step in self.steps():
             items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
                 if tree_sha256(restored.state) != restored.meta["state_sha256"]:
                     raise ValueError("its arrays do not match their SHA-256")
-                return restored.state, restored.meta
-            except (ValueError, OSError, KeyError, RuntimeError) as e:
-                if delete_broken:
-                    reason = " ".join(str(e).split())[:200]
-                    workdir.log_event(self.folder, "restore_failed", step, reason=reason)
-                    self._manager.delete(step)
+            except Exception as e:  # what orbax raises for a truncated array has no narrower class
+                broken.append((step, " ".join(str(e).split())[:200]))
+                continue
+            for failed, reason in broken if delete_broken else []:
+                workdir.log_event(self.folder, "restore_failed", failed, reason=reason)
+                self._manager.delete(failed)
+            return restored.state, restored.meta
+        if broken:
+            raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")
         return None

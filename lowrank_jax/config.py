@@ -6,6 +6,7 @@ What every key means is written beside its default in `configs/default.py`.
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def _convert(hint, value, path: str):
     if hint in (int, float) and not isinstance(value, bool):
         try:
             number = hint(value) if isinstance(value, (int, float, str)) else None
-            if number is not None and number == float(value):  # 3.5 is no int; NaN is no number
+            if number is not None and number == float(value) and math.isfinite(number):  # 3.5 is no int
                 return number
         except (ValueError, OverflowError):
             pass
@@ -193,7 +194,7 @@ def _sources(value, path: str) -> tuple[SourceConfig, ...]:
     built = []
     for i, item in enumerate(items):
         where = f"{path}[{i}]"
-        built.append(_build(SourceConfig, defaults | ({"spec": item} if isinstance(item, str) else item), where))
+        built.append(_build(SourceConfig, defaults | (item if isinstance(item, dict) else {"spec": item}), where))
         if not re.match(r"\w+:.", built[-1].spec):
             raise UsageError(f"{where}={built[-1].spec!r} must be kind:location, such as text:my/*.txt")
         if built[-1].weight <= 0:

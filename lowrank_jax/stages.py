@@ -71,7 +71,7 @@ def learning_rate(p: PhaseConfig, stage: Stage, step):
     """Learning rate at a global step (Python int or traced): warmup, then WSD or cosine, over the stage's phase.
 
     WSD (warmup, stable, decay: arXiv 2404.06395) holds the peak and falls linearly over the last `cooldown` share of
-    the phase; cosine falls from the end of the warmup. Both end at `lr_end` x `lr`.
+    the phase; cosine falls from the end of the warmup. Both would reach `lr_end` x `lr` one step after the last.
     """
     k = jnp.asarray(step - stage.phase_start, jnp.float32)
     n = stage.phase_steps
@@ -82,8 +82,8 @@ def learning_rate(p: PhaseConfig, stage: Stage, step):
         left = jnp.clip((n - k) / max(cool + 1, 1), 0.0, 1.0)  # 1 until the cooldown, then down
         shape = p.lr_end + (1 - p.lr_end) * left
     else:
-        done = jnp.clip((k - warm) / max(n - 1 - warm, 1), 0.0, 1.0)
-        shape = p.lr_end + (1 - p.lr_end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        left = jnp.clip((n - k) / max(n - warm, 1), 0.0, 1.0)
+        shape = p.lr_end + (1 - p.lr_end) * jnp.sin(0.5 * jnp.pi * left) ** 2  # (1 + cos)/2, without its cancellation
     return p.lr * up * shape
 
 

@@ -83,9 +83,11 @@ def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
 
 
 def append(folder: str, name: str, row: dict) -> None:
-    """Adds one object as a line to a .jsonl of the run."""
-    with open(os.path.join(folder, name), "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+    """Adds one object as a line of its own to a .jsonl of the run, also after a line that a kill cut short."""
+    with open(os.path.join(folder, name), "a+b") as f:
+        f.seek(max(f.tell() - 1, 0))
+        cut = f.read() not in (b"", b"\n")
+        f.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
 
 def log_event(folder: str, event: str, step: int, **facts) -> None:
@@ -97,8 +99,12 @@ def read_rows(folder: str, name: str) -> list[dict]:
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         return []
+    rows = []
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("}\n")]
+        for line in f:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
 
 
 def rewind_metrics(folder: str, step: int) -> None:

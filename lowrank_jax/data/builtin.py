@@ -22,6 +22,7 @@ import yaml
 from lowrank_jax.config import UsageError
 
 
+@functools.cache
 def load(name: str) -> list[dict]:
     """Documents of one corpus, or of a quickstart mixture; raises UsageError for an unknown name."""
     if name not in CORPORA:
@@ -60,13 +61,16 @@ _RUDE = re.compile(
 )
 
 
+CHITCHAT_TURNS = 8  # people drift after that, and a row of 512 tokens holds about as much
+
+
 def _chitchat() -> list[dict]:
-    """Conversations of at least two exchanges; the second speaker is the assistant."""
+    """The first turns of conversations of at least two exchanges; the second speaker is the assistant."""
     conversations = json.loads((_package("chitchat_dataset") / "dataset.json").read_text("utf-8"))
     documents = []
     for conversation in conversations.values():
         turns = [" ".join(m["text"].strip() for m in turn) for turn in conversation["messages"]]
-        turns = [_tidy(turn) for turn in turns]
+        turns = [_tidy(turn) for turn in turns[:CHITCHAT_TURNS]]
         whole = "\n".join(turns)
         if len(turns) < 4 or not all(turns) or _PRIVATE.search(whole) or _RUDE.search(whole):
             continue

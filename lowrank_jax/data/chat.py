@@ -15,9 +15,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lowrank_jax.config import UsageError
 from lowrank_jax.data.tokenizer import BOS, EOS, TURN_END, TURN_START, Tokenizer
 
-# ChatML. What stands inside {% generation %} carries weight: the answer and the tag that ends it.
+# ChatML. What stands inside {% generation %} carries weight: the answer and the tag that ends it. The blank line after
+# it is the line feed that ends the turn: the first line feed after a block tag is trimmed.
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
+
 {% else %}{{ message.content }}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""

@@ -71,7 +71,7 @@ class JsonFiles(Sequence):
             return {"messages": _check_messages(record[self.messages_key], f"{where}, {self.messages_key!r}")}
         if not isinstance(record.get(self.text_key), str):
             raise UsageError(f"{where}: neither {self.messages_key!r} nor a text in {self.text_key!r}")
-        return {"text": record[self.text_key]}
+        return {"text": _whole(record[self.text_key])}
 
 
 class Subset(Sequence):
@@ -132,8 +132,8 @@ def _pieces(path: str, target: int) -> list[tuple[int, int]]:
         if stop < size:
             window = _read(path, stop, min(stop + target, size))
             cut = next((window.find(mark) + len(mark) for mark in (b"\n\n", b"\n", b" ") if mark in window), None)
-            if cut is None:  # back to the start of the character that `stop` may have split
-                cut = next((i for i in range(min(4, len(window))) if window[i] & 0xC0 != 0x80), 0)
+            if cut is None:  # on to the end of the character that `stop` may have split
+                cut = next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
             stop += cut
         if _read(path, start, stop).strip():
             spans.append((start, stop))
@@ -164,8 +164,13 @@ def _json_lines(n: int, path: str) -> list[tuple]:
 def _parse(raw: bytes, where: str):
     try:
         return json.loads(raw)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"{where}: not JSON: {e}") from None
+
+
+def _whole(text: str) -> str:
+    """JSON can escape half of a surrogate pair, which is not text: it becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _check_messages(messages, where: str) -> list[dict]:
@@ -176,4 +181,4 @@ def _check_messages(messages, where: str) -> list[dict]:
         raise UsageError(f"{where} must be a list of objects with a 'role' and a 'content'")
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise UsageError(f"{where} has no assistant turn, so there is nothing to learn from it")
-    return messages
+    return [{"role": _whole(m["role"]), "content": _whole(m["content"])} for m in messages]

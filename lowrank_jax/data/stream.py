@@ -41,7 +41,8 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool, limit: int = 200) -
     """Reads the first records of every source, so that a mistake in them is found before the first step."""
     for source in p.sources:
         documents = sources.open_source(source)
-        if not any(_encode(tokenizer, documents[i], chats, source.spec)[0] for i in range(min(limit, len(documents)))):
+        first = (documents[i] for i in range(min(limit, len(documents))))
+        if not any([bool(_encode(tokenizer, d, chats, source.spec)[0]) for d in first]):  # a list: every one is read
             raise UsageError(f"source {source.spec}: there is no text in it")
 
 

@@ -21,6 +21,7 @@ PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
 MODEL_FILE = "sentencepiece.model"
+PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # what a foreign model tends to lose
 # Every character of these is a piece even where it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
 FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, line feed, ASCII, space
@@ -31,7 +32,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes):
         self.model = model
-        self._sp = spm.SentencePieceProcessor(model_proto=model)
+        self._sp = spm.SentencePieceProcessor()
+        self._sp.LoadFromSerializedProto(model)  # unlike the constructor, this refuses an empty model
         self.vocab_size: int = self._sp.get_piece_size()
         self.bos, self.eos = self.special(BOS), self.special(EOS)
         self._line_feed = self._sp.piece_to_id("\n")
@@ -79,11 +81,16 @@ def load(path: str) -> Tokenizer:
     file = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path
     try:
         with open(file, "rb") as f:
-            return Tokenizer(f.read())
+            tokenizer = Tokenizer(f.read())
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except RuntimeError:
         raise UsageError(f"tokenizer {path}: not a SentencePiece model") from None
+    for tag in (TURN_START, TURN_END):
+        tokenizer.special(tag)
+    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        raise UsageError(f"tokenizer {path}: text does not survive it; train one with scripts/train_tokenizer.py")
+    return tokenizer
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -116,6 +123,6 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as e:
-        reason = str(e).rsplit("] ", 1)[-1].strip()
+        reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
     return Tokenizer(model.getvalue())

@@ -1,0 +1,40 @@
+"""A config from a YAML file with the same keys: --config=configs/from_yaml.py:my.yaml.
+
+Keys of `model` may also stand at the top level, as they do in many a trainer's file:
+
+    d: 768
+    layers: 12
+    heads: 24
+    rank: 96
+    pretrain: {sources: "text:my/*.txt", steps: 10000, block: 256, auto_grow: true, grow_plan: [256, 512, 1024]}
+"""
+
+import yaml
+
+from configs import default
+from lowrank_jax.config import UsageError
+
+
+def get_config(path: str = ""):
+    try:
+        with open(path, encoding="utf-8") as f:
+            values = yaml.safe_load(f)
+    except OSError as e:
+        raise UsageError(f"--config=configs/from_yaml.py:PATH: {path or 'PATH is missing'}: {e.strerror}") from None
+    except yaml.YAMLError as e:
+        raise UsageError(f"{path} is not YAML: {e}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must hold keys and values, such as d: 768")
+    c = default.get_config()
+    for key, value in values.items():
+        group = c.model if key in c.model and key not in c else c
+        if isinstance(value, dict) and key in group:
+            for inner in value:
+                group[key][inner] = _plain(value[inner])
+        else:
+            group[key] = _plain(value)  # an unknown key goes in too, to be rejected by name
+    return c
+
+
+def _plain(value):
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,39 @@
+# Sourced by the other scripts: makes .venv with Python 3.11 or newer and installs the given requirements files, once.
+# After it, `python` is the environment's.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+find_python() {
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if command -v "$candidate" > /dev/null &&
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: Python 3.11 or newer with its venv module is needed (on Debian: apt-get install python3-venv)" >&2
+  return 1
+}
+
+# The stamp holds what was installed last: a changed requirements file, or an install that was cut short, runs again.
+install_requirements() {
+  local stamp=.venv/installed-$1
+  if ! .venv/bin/python -c '' 2> /dev/null; then
+    local python
+    python=$(find_python)
+    echo "== making .venv with $("$python" --version)"
+    rm -rf .venv
+    "$python" -m venv .venv
+  fi
+  if ! cmp -s "$1" "$stamp"; then
+    echo "== installing $1"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    cp "$1" "$stamp"
+  fi
+}
+
+for file in "$@"; do
+  install_requirements "$file"
+done
+export PATH="$PWD/.venv/bin:$PATH"

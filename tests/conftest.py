@@ -1,0 +1,71 @@
+"""What several test files share: made-up text, real files of it, a small tokenizer, and settings built on the defaults."""
+
+import copy
+import json
+import random
+import types
+
+import pytest
+from hypothesis import settings
+
+from configs import default
+from lowrank_jax.config import PhaseConfig, RunConfig
+from lowrank_jax.data import tokenizer
+
+settings.register_profile("toy", deadline=None, database=None, derandomize=True)
+settings.load_profile("toy")
+
+SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va we xi yo zu".split()
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Made-up sentences, the same for the same seed."""
+    draw = random.Random(seed)
+    text = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(words)]
+    return " ".join(w.capitalize() + "." if i % 9 == 8 else w for i, w in enumerate(text))
+
+
+def chat(turns: int, seed: int = 0) -> list[dict]:
+    """A made-up conversation in which user and assistant take turns."""
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": prose(3 + (seed + i) % 5, seed=100 * seed + i)}
+        for i in range(turns)
+    ]
+
+
+def write_jsonl(path, rows: list) -> str:
+    """Writes the rows one a line, and returns the source that names the file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"json:{path}"
+
+
+def run_config(**changes) -> RunConfig:
+    """A config of toy size; `changes` are dotted keys with __ for the dot, such as model__d=16."""
+    values = copy.deepcopy(default.get_config().to_dict())
+    values["model"] |= {"vocab": 64, "d": 16, "layers": 2, "heads": 2, "rank": 4}
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        group = values
+        for name in groups:
+            group = group[name]
+        assert last in group, key
+        group[last] = value
+    return RunConfig.from_dict(values)
+
+
+def phase(sources, **changes) -> PhaseConfig:
+    """The settings of a phase that reads `sources`, text or a list; nothing held out unless asked for."""
+    changes = {"sources": sources, "eval_fraction": 0.0} | changes
+    return run_config(**{f"pretrain__{key}": value for key, value in changes.items()}).pretrain
+
+
+@pytest.fixture(scope="session")
+def tok() -> tokenizer.Tokenizer:
+    """521 pieces, learnt from made-up prose: bytes for whatever is not in it."""
+    return tokenizer.train([prose(2000)], 521)
+
+
+@pytest.fixture(scope="session")
+def make():
+    """The helpers of this file, for tests to call."""
+    return types.SimpleNamespace(prose=prose, chat=chat, write_jsonl=write_jsonl, run_config=run_config, phase=phase)

@@ -1,0 +1,241 @@
+"""The config gate: what it accepts comes back unchanged, and every mistake is one line that names its key."""
+
+import copy
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import default
+from lowrank_jax.config import RunConfig, UsageError
+
+DEFAULTS = default.get_config().to_dict()
+GROW = {"pretrain.auto_grow": True, "pretrain.block": 256, "pretrain.tokens_per_step": 49_152}
+ONE_SFT_STEP = {"sft.steps": 1}
+
+
+def changed(changes: dict) -> dict:
+    values = copy.deepcopy(DEFAULTS)
+    for dotted, value in changes.items():
+        *groups, key = dotted.split(".")
+        group = values
+        for name in groups:
+            group = group[name]
+        group[key] = value
+    return values
+
+
+def built(**model) -> RunConfig:
+    return RunConfig.from_dict(changed({f"model.{key}": value for key, value in model.items()}))
+
+
+def leaves(values: dict, prefix: str = "") -> list[str]:
+    nested = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) else [prefix + k] for k, v in values.items()]
+    return sum(nested, [])
+
+
+def rejection(changes: dict) -> str:
+    with pytest.raises(UsageError) as caught:
+        RunConfig.from_dict(changed(changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_default_config_round_trips_through_dict_and_json():
+    config = RunConfig.from_dict(DEFAULTS)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    again = RunConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+
+
+def test_values_from_the_command_line_equal_values_from_python():
+    plan = {"pretrain.grow_plan": "256,512, 768"}
+    as_text = RunConfig.from_dict(changed(GROW | plan | {"model.rank_split": "(1, 1, 3, 3)", "pretrain.lr": "1e-2"}))
+    assert as_text.pretrain.grow_plan == (256, 512, 768)
+    assert as_text == RunConfig.from_dict(changed(GROW | {"pretrain.grow_plan": [256, 512, 768]}))
+
+
+def test_sources_may_be_one_string_or_a_list_of_dicts():
+    sources = RunConfig.from_dict(changed({"pretrain.sources": "text:a.txt, json:b.jsonl"})).pretrain.sources
+    assert [(s.spec, s.weight) for s in sources] == [("text:a.txt", 1.0), ("json:b.jsonl", 1.0)]
+    mixed = ["text:a.txt", {"spec": "json:b.jsonl", "weight": 3, "text_key": "body"}]
+    sources = RunConfig.from_dict(changed({"pretrain.sources": mixed})).pretrain.sources
+    assert [(s.spec, s.weight, s.text_key) for s in sources] == [("text:a.txt", 1, "text"), ("json:b.jsonl", 3, "body")]
+
+
+def test_a_growth_plan_that_is_not_in_use_is_not_checked():
+    assert not RunConfig.from_dict(changed({"pretrain.grow_plan": "512,256"})).pretrain.auto_grow
+
+
+def test_an_sft_phase_without_steps_is_not_checked():
+    broken = {"sft.sources": "", "sft.block": 1000, "sft.lr": 0.0}
+    assert RunConfig.from_dict(changed(broken)).sft.steps == 0
+    assert "config.sft.sources" in rejection(broken | ONE_SFT_STEP)
+
+
+@pytest.mark.parametrize("heads, d, rank", [(6, 48, 20), (1, 7, 3), (12, 60, 60), (5, 25, 1)])
+def test_odd_sizes_are_accepted(heads, d, rank):
+    m = built(heads=heads, d=d, rank=rank, rank_split=(1, 1, 1, 1)).model
+    assert m.head_dim * heads == d
+    assert m.ranks == (rank,) * 4
+    assert m.hidden % 64 == 0 and m.hidden >= 8 * d / 3
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model.layers": "two"}, "config.model.layers='two'"),
+        ({"model.layers": 2.5}, "config.model.layers=2.5"),
+        ({"model.layers": True}, "config.model.layers=True"),
+        ({"model.layers": None}, "config.model.layers=None"),
+        ({"model.layers": [8]}, "config.model.layers=[8]"),
+        ({"model.layers": math.inf}, "config.model.layers=inf"),
+        ({"model.shared_kv": 1}, "config.model.shared_kv=1"),
+        ({"model.shared_kv": "yes"}, "config.model.shared_kv='yes'"),
+        ({"model.rank_split": 4}, "config.model.rank_split=4"),
+        ({"model.rank_split": "1,1,x,1"}, "config.model.rank_split='x'"),
+        ({"model.rank_split": (1, 1, math.inf, 1)}, "config.model.rank_split=inf"),
+        ({"model": 3}, "config.model must be a group"),
+        ({"precision": 16}, "config.precision=16"),
+        ({"pretrain.lr": "fast"}, "config.pretrain.lr='fast'"),
+        ({"pretrain.lr": math.nan}, "config.pretrain.lr=nan"),
+        ({"pretrain.tokens_per_param": math.inf}, "config.pretrain.tokens_per_param=inf"),
+        ({"pretrain.grow_plan": "256,long"}, "config.pretrain.grow_plan='long'"),
+        ({"pretrain.sources": 3}, "config.pretrain.sources=3"),
+        ({"pretrain.sources": [3]}, "config.pretrain.sources[0]"),
+        ({"pretrain.sources": [{"spec": 3}]}, "config.pretrain.sources[0].spec=3"),
+        ({"pretrain.sources": [{"weight": 1.0}]}, "config.pretrain.sources[0].spec is missing"),
+    ],
+)
+def test_a_wrong_type_is_named(changes, named):
+    assert named in rejection(changes)
+
+
+@pytest.mark.parametrize(
+    "changes, named, near",
+    [
+        ({"model.rnk": 8}, "config.model.rnk", "rank"),
+        ({"sft.stesp": 8}, "config.sft.stesp", "steps"),
+        ({"pretain": {}}, "config.pretain", "pretrain"),
+        ({"pretrain.sources": [{"spec": "text:a", "wieght": 2}]}, "config.pretrain.sources[0].wieght", "weight"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(changes, named, near):
+    assert rejection(changes) == f"unknown config key {named}; did you mean {near}?"
+
+
+def test_a_missing_key_is_named():
+    values = changed({})
+    del values["model"]["rank"]
+    with pytest.raises(UsageError, match=r"^config key config\.model\.rank is missing$"):
+        RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (GROW | {"pretrain.grow_plan": "512,256"}, "config.pretrain.grow_plan=512,256 must rise"),
+        (GROW | {"pretrain.grow_plan": "256,512,512"}, "config.pretrain.grow_plan=256,512,512 must rise"),
+        (GROW | {"pretrain.grow_plan": ""}, "config.pretrain.grow_plan is empty"),
+        (GROW | {"pretrain.grow_plan": "128,256"}, "starts below config.pretrain.block=256"),
+        (GROW | {"pretrain.grow_plan": "256,512", "pretrain.grow_every_steps": 0}, "config.pretrain.grow_every_steps=0"),
+        ({"model.heads": 15}, "config.model.heads=15 does not divide config.model.d=512; 16 would"),
+        ({"model.heads": 0}, "config.model.heads=0"),
+        ({"model.rank": 513}, "config.model.rank=513 must not exceed config.model.d=512"),
+        ({"model.rank": 0}, "config.model.rank=0"),
+        ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "config.model.rank=1"),
+        ({"model.rank_split": (1, 1, 1)}, "config.model.rank_split="),
+        ({"model.rank_split": (1, 0, 1, 1)}, "config.model.rank_split="),
+        ({"model.rank_split": (1, -1, 1, 1)}, "config.model.rank_split="),
+        ({"model.rank_split": ()}, "config.model.rank_split="),
+        ({"model.vocab": -1}, "config.model.vocab=-1"),
+        ({"model.attention": "flash"}, "config.model.attention='flash'"),
+        ({"pretrain.tokens_per_step": 1000, "pretrain.block": 128}, "config.pretrain.tokens_per_step=1000"),
+        (GROW | {"pretrain.grow_plan": "256,500"}, "config.pretrain.tokens_per_step=49152"),
+        (ONE_SFT_STEP | {"sft.tokens_per_step": 1000, "sft.block": 128}, "config.sft.tokens_per_step=1000"),
+        ({"pretrain.sources": ""}, "config.pretrain.sources is empty"),
+        ({"pretrain.sources": []}, "config.pretrain.sources is empty"),
+        ({"pretrain.sources": "plays.txt"}, "config.pretrain.sources[0]='plays.txt'"),
+        ({"pretrain.sources": "text:a.txt,text:"}, "config.pretrain.sources[1]='text:'"),
+        ({"pretrain.sources": [{"spec": "text:a", "weight": 0}]}, "config.pretrain.sources[0].weight=0"),
+        ({"pretrain.steps": -1}, "config.pretrain.steps=-1"),
+        ({"pretrain.tokens_per_param": 0}, "config.pretrain.tokens_per_param"),
+        ({"pretrain.block": 0}, "config.pretrain.block=0"),
+        ({"pretrain.lr": 0}, "config.pretrain.lr=0"),
+        ({"pretrain.warmup": 0.8}, "config.pretrain.warmup + config.pretrain.cooldown"),
+        ({"pretrain.lr_end": 1.5}, "config.pretrain.lr_end=1.5"),
+        ({"pretrain.schedule": "linear"}, "config.pretrain.schedule='linear'"),
+        ({"pretrain.eval_fraction": 0.9}, "config.pretrain.eval_fraction=0.9"),
+        ({"precision": "int4"}, "config.precision='int4'"),
+        ({"optim.name": "sgd"}, "config.optim.name='sgd'"),
+        ({"optim.beta2": 1.0}, "config.optim.beta2=1.0"),
+        ({"optim.clip": -1.0}, "config.optim.clip"),
+        ({"tokenizer.vocab_size": 0}, "config.tokenizer"),
+        ({"every.save": 0}, "config.every.save=0"),
+        ({"seed": -1}, "config.seed=-1"),
+    ],
+)
+def test_an_impossible_value_is_named(changes, named):
+    assert named in rejection(changes)
+
+
+def test_the_suggested_tokens_per_step_is_accepted():
+    message = rejection({"pretrain.tokens_per_step": 1000, "pretrain.block": 128})
+    suggested = int(message.split("; ")[1].split()[0])
+    assert RunConfig.from_dict(changed({"pretrain.tokens_per_step": suggested, "pretrain.block": 128}))
+
+
+def test_the_tokenizers_size_fills_an_open_vocab_and_contradicts_another():
+    assert built(vocab=0).with_vocab(257).model.vocab == 257
+    assert built(vocab=257).with_vocab(257).model.vocab == 257
+    with pytest.raises(UsageError, match=r"config\.model\.vocab=300"):
+        built(vocab=300).with_vocab(257)
+
+
+junk = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3000),
+    st.sampled_from([math.nan, math.inf, -math.inf, 0.5, -0.5, 2.5]),
+    st.text(max_size=5),
+    st.lists(st.one_of(st.integers(-2, 9), st.text(max_size=2), st.none()), max_size=4),
+    st.dictionaries(st.sampled_from(["spec", "weight", "x"]), st.integers(-2, 9), max_size=2),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.sampled_from([*leaves(DEFAULTS), "model", "sft", "pretrain.sources", "model.rank_split"]), junk)
+def test_any_value_of_any_key_is_accepted_or_rejected_in_one_line(key, value):
+    try:
+        config = RunConfig.from_dict(changed(ONE_SFT_STEP | {key: value}))
+    except UsageError as e:
+        assert "\n" not in str(e) and f"config.{key.split('.')[0]}" in str(e)
+    else:
+        assert RunConfig.from_dict(config.to_dict()) == config
+
+
+shares = st.tuples(*[st.floats(0.05, 8)] * 4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 512), shares)
+def test_ranks_share_out_exactly_four_times_rank_or_the_split_is_rejected(rank, split):
+    try:
+        ranks = built(rank=rank, rank_split=split).model.ranks
+    except UsageError as e:
+        assert min(split) / sum(split) * 4 * rank < 1 and "config.model.rank=" in str(e)
+    else:
+        assert sum(ranks) == 4 * rank
+        assert min(ranks) >= 1
+        assert all(abs(r - 4 * rank * s / sum(split)) < 1 + 1e-6 for r, s in zip(ranks, split))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(80, 512), shares)
+def test_shared_kv_gives_keys_and_values_the_mean_of_their_ranks(rank, split):
+    q, k, v, o = built(rank=rank, rank_split=split).model.ranks
+    shared = built(rank=rank, rank_split=split, shared_kv=True).model.ranks
+    assert (shared[0], shared[3]) == (q, o)
+    assert shared[1] == shared[2] and abs(shared[1] - (k + v) / 2) <= 0.5

@@ -1,0 +1,331 @@
+"""The commands as real processes: train, kill, resume, generate, evaluate, report, and every bad input's one line."""
+
+import json
+import os
+import pathlib
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+WORDS = "the cat sat on a mat while two dogs ran over some hills and then slept under old trees".split()
+TINY = {
+    "model.d": 32,
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.rank": 4,
+    "tokenizer.vocab_size": 400,
+    "pretrain.steps": 9,
+    "pretrain.tokens_per_step": 256,
+    "pretrain.microbatch_tokens": 128,
+    "pretrain.block": 16,
+    "pretrain.grow_plan": "16,32,64",
+    "pretrain.grow_every_steps": 3,
+    "pretrain.eval_fraction": 0.1,
+    "pretrain.eval_tokens": 256,
+    "sft.steps": 4,
+    "sft.tokens_per_step": 256,
+    "sft.block": 64,
+    "sft.eval_fraction": 0.1,
+    "sft.eval_tokens": 128,
+    "every.log": 1,
+    "every.eval": 5,
+    "every.save": 2,
+}
+STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
+
+
+def launch(module: str, *args: str, faults: str = "", **popen) -> subprocess.Popen:
+    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", f"lowrank_jax.{module}", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+
+
+def run(module: str, *args: str, faults: str = "", stdin: str | None = None):
+    process = launch(module, *args, faults=faults, stdin=subprocess.PIPE)
+    out, err = process.communicate(stdin, timeout=300)
+    return process.returncode, out, err
+
+
+def train_args(data: pathlib.Path, workdir, **changes) -> list[str]:
+    settings = {"pretrain.sources": f"text:{data}/*.txt,json:{data}/notes.jsonl", "sft.sources": f"json:{data}/chats.jsonl"}
+    settings |= TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
+
+
+def train(data, workdir, faults: str = "", **changes):
+    return run("main", "--json", *train_args(data, workdir, **changes), faults=faults)
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def rows(workdir, name: str) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(workdir) / name).read_text().splitlines()]
+
+
+def assert_one_line(code: int, err: str, status: int, *names: str) -> None:
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == status and len(errors) == 1 and "Traceback" not in err, err
+    for name in names:
+        assert name in errors[0], errors[0]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("data")
+    sentence = lambda i, n: " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(n)).capitalize() + "."
+    for name in "ab":
+        paragraphs = [" ".join(sentence(i + j + ord(name), 9) for j in range(6)) for i in range(40)]
+        (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
+    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": sentence(i, 20)}) + "\n" for i in range(60)))
+    turn = lambda i: [{"role": "user", "content": sentence(i, 4)}, {"role": "assistant", "content": sentence(i + 3, 5)}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turn(i)}) + "\n" for i in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(data, tmp_path_factory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "reference"
+    code, out, err = train(data, workdir)
+    assert code == 0, err
+    assert last_json(out)["step"] == STEPS and "\r" not in out
+    return workdir
+
+
+def same_end(workdir, reference) -> bool:
+    """Same weights, same data and, step by step, the same losses as the uninterrupted run."""
+    finish, expected = rows(workdir, "events.jsonl")[-1], rows(reference, "events.jsonl")[-1]
+    facts = lambda folder: [
+        (row["step"], row.get("loss"), row.get("eval_loss"), row.get("lr")) for row in rows(folder, "metrics.jsonl")
+    ]
+    assert facts(workdir) == facts(reference)
+    keys = ("event", "params_sha256", "data_sha256", "tokens")
+    return [finish[key] for key in keys] == [expected[key] for key in keys]
+
+
+def test_a_run_leaves_everything_the_contract_names(reference):
+    steps = [row for row in rows(reference, "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert {"phase", "stage", "seq_len", "batch", "tokens", "lr", "grad_norm", "tokens_per_s", "mfu"} <= steps[0].keys()
+    assert [row["seq_len"] for row in steps] == [16] * 3 + [32] * 3 + [64] * 3 + [64] * 4
+    assert {row["seq_len"] * row["batch"] for row in steps} == {256}
+    assert [row["phase"] for row in steps] == ["pretrain"] * 9 + ["sft"] * 4
+    evals = [row for row in rows(reference, "metrics.jsonl") if "split" in row]
+    assert [(row["split"], row["step"]) for row in evals] == [
+        ("pretrain", 0), ("pretrain", 5), ("pretrain", 9), ("sft", 9), ("sft", 10), ("sft", 13)
+    ]  # fmt: skip
+    events = [event["event"] for event in rows(reference, "events.jsonl")]
+    assert events.count("stage") == 4 and events.count("phase") == 2 and events[-1] == "finish"
+    assert all(e["compile_seconds"] > 0 for e in rows(reference, "events.jsonl") if e["event"] == "stage")
+    for name in ("config.json", "tokenizer", "checkpoints", "report.html", "loss.png"):
+        assert (reference / name).exists()
+    assert (reference / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((reference / "checkpoints").glob("[0-9]*"))) == 2  # every.keep of the quickstart
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["kill@step=4", "kill@save=1", "kill@step=10", "kill@step=11"],  # at a new length, in a save, at SFT, inside SFT
+        ["kill@save=1", "kill@step=6", "kill@step=9", "kill@step=13"],  # before any whole checkpoint, mid-stage, at an end
+        ["term@step=5", "term@step=10", "term@step=13"],
+    ],
+)
+def test_a_run_that_is_stopped_ends_like_one_that_is_not(data, reference, tmp_path, faults):
+    for fault in faults:
+        code, _, err = train(data, tmp_path / "run", faults=fault)
+        assert code == (128 + signal.SIGTERM if fault.startswith("term") else -signal.SIGKILL), err
+    code, _, err = train(data, tmp_path / "run")
+    assert code == 0, err
+    assert same_end(tmp_path / "run", reference)
+
+
+def test_sigterm_at_any_moment_saves_and_exits_143(data, reference, tmp_path):
+    process = launch("main", *train_args(data, tmp_path / "run"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and "saved at step" in err
+    at = rows(tmp_path / "run", "events.jsonl")[-1]
+    assert at["event"] == "preempt" and (tmp_path / "run" / "checkpoints" / str(at["step"])).is_dir()
+    assert train(data, tmp_path / "run")[0] == 0
+    assert same_end(tmp_path / "run", reference)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(data, reference, tmp_path):
+    code, _, err = train(data, tmp_path / "run", faults="nan@step=7")
+    assert_one_line(code, err, 1, "nan", "step 7")
+    assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 6
+    assert train(data, tmp_path / "run")[0] == 0
+    assert same_end(tmp_path / "run", reference)
+
+
+def test_a_finished_run_is_left_as_it_is(data, reference):
+    before = rows(reference, "events.jsonl")[-1]
+    code, out, _ = train(data, reference)
+    assert code == 0 and last_json(out)["params_sha256"] == before["params_sha256"]
+
+
+def test_more_steps_continue_a_finished_run(data, reference, tmp_path):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", reference, copy], check=True)
+    code, out, err = train(data, copy, sft__steps=6)
+    assert code == 0 and last_json(out)["step"] == STEPS + 2, err
+    assert "config.sft.steps" in str(rows(copy, "events.jsonl")) or "sft.steps: 4 -> 6" in str(rows(copy, "events.jsonl"))
+
+
+def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path):
+    first = launch("main", *train_args(data, tmp_path / "run", sft__steps=4000))
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    code, _, err = train(data, tmp_path / "run")
+    first.kill()
+    first.communicate()
+    assert_one_line(code, err, 2, "another process", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"model__d": 64}, ["holds a different run", "model.d"]),
+        ({"seed": 5}, ["holds a different run", "seed"]),
+        ({"pretrain__sources": "builtin:plays"}, []),
+        ({"pretrain__steps": 20}, ["step 13", "sft"]),
+    ],
+)
+def test_a_folder_that_holds_another_run_is_refused(data, reference, changes, names):
+    if not names:
+        pytest.skip("covered by the stream's tests: a finished run reads nothing more")
+    before = (reference / "config.json").read_text()
+    code, _, err = train(data, reference, **changes)
+    assert_one_line(code, err, 2, str(reference), *names)
+    assert (reference / "config.json").read_text() == before
+
+
+BAD = {
+    "unknown key": ({"model__dd": 3}, ["dd"]),
+    "plan out of order": ({"pretrain__grow_plan": "16,64,32"}, ["pretrain.grow_plan", "16,64,32"]),
+    "heads": ({"model__heads": 5}, ["model.heads=5", "model.d=32"]),
+    "missing file": ({"pretrain__sources": "text:/nowhere/*.txt"}, ["/nowhere/*.txt", "no such file"]),
+    "empty corpus": ({"pretrain__sources": "text:{data}/empty.txt"}, ["empty.txt", "no text"]),
+    "blank corpus": ({"pretrain__sources": "text:{data}/blank.txt"}, ["blank.txt", "no text"]),
+    "no assistant": ({"sft__sources": "json:{data}/monologue.jsonl"}, ["monologue.jsonl", "record 2", "assistant"]),
+    "broken json": ({"sft__sources": "json:{data}/broken.jsonl"}, ["broken.jsonl", "record 1"]),
+    "text in sft": ({"sft__sources": "json:{data}/notes.jsonl"}, ["notes.jsonl", "messages"]),
+    "not a number": ({"pretrain__steps": "many"}, ["steps"]),
+    "tiny vocabulary": ({"tokenizer__vocab_size": 257}, ["vocab_size=257"]),
+    "huge vocabulary": ({"tokenizer__vocab_size": 50000}, ["vocab_size=50000"]),
+    "kind": ({"pretrain__sources": "ftp:x"}, ["ftp"]),
+    "tokens per step": ({"pretrain__tokens_per_step": 250}, ["tokens_per_step=250"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(data, tmp_path, case, monkeypatch, capfd):
+    from lowrank_jax import cli, main
+
+    (data / "empty.txt").with_suffix(".txt").write_text("") if case == "empty corpus" else None
+    (data / "blank.txt").write_text(" \n\n\t\n") if case == "blank corpus" else None
+    good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    bad = {"messages": [{"role": "user", "content": "hi"}]}
+    (data / "monologue.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    (data / "broken.jsonl").write_text('{"messages": [\n')
+    changes, names = BAD[case]
+    changes = {key: str(value).replace("{data}", str(data)) for key, value in changes.items()}
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(main.command, train_args(data, tmp_path / "run", **changes))
+    assert_one_line(exit.value.code, capfd.readouterr().err, 2, *names)
+    assert not (tmp_path / "run" / "config.json").exists()
+    for name in ("empty.txt", "blank.txt"):  # *.txt is the good runs' source
+        (data / name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "module, args, names",
+    [
+        ("main", ["--config=configs/quickstart.py"], ["--workdir"]),
+        ("main", ["--workdir=/tmp/x"], ["--config"]),
+        ("main", ["--config=configs/nope.py", "--workdir=/tmp/x"], ["nope.py", "no such file"]),
+        ("plan", ["--config=configs/custom.py", "--topologi=x"], ["--topologi"]),
+        ("plan", ["--config=configs/preset.py:huge"], ["huge", "base17"]),
+        ("plan", ["--config=configs/from_yaml.py:/nowhere.yaml"], ["/nowhere.yaml"]),
+        ("generate", ["--workdir=/nowhere", "--prompt=x"], ["/nowhere", "no run"]),
+        ("evaluate", ["--workdir=/nowhere"], ["/nowhere", "no run"]),
+        ("report", ["--workdir=/nowhere"], ["/nowhere", "no run"]),
+    ],
+)
+def test_wrong_flags_get_one_line(module, args, names):
+    code, _, err = run(module, *args)
+    assert_one_line(code, err, 2, *names)
+
+
+@pytest.mark.parametrize("module", ["main", "plan", "evaluate", "generate", "report"])
+def test_every_command_explains_itself(module):
+    code, out, _ = run(module, "--help")
+    assert code == 0 and "--json" in out and f"lowrank_jax.{module}" in out
+
+
+def test_generate_streams_what_it_returns_and_repeats_with_its_seed(reference):
+    args = ["--json", f"--workdir={reference}", "--prompt=The cat", "--max_tokens=40", "--seed=3"]
+    code, out, err = run("generate", *args)
+    assert code == 0, err
+    result = last_json(out)
+    assert out.startswith("The cat" + result["text"])
+    assert result["finish_reason"] in ("stop", "length") and len(result["tokens"]) <= 40
+    assert {"prompt", "prefill_seconds", "tokens_per_s"} <= result.keys()
+    assert last_json(run("generate", *args)[1])["tokens"] == result["tokens"]
+    assert last_json(run("generate", *args[:-1], "--seed=4")[1])["tokens"] != result["tokens"]
+
+
+def test_chat_answers_every_line_of_standard_input(reference):
+    lines = "Hello there.\n\n/reset\nAnd again.\n"
+    code, out, err = run("generate", f"--workdir={reference}", "--chat", "--max_tokens=8", "--json", stdin=lines)
+    assert code == 0, err
+    assert last_json(out)["prompt"] == "And again." and len(out.strip().splitlines()) >= 3
+    code, out, _ = run("generate", f"--workdir={reference}", "--chat", "--max_tokens=8", "--prompt=Hi", "--json", stdin="")
+    assert code == 0 and last_json(out)["prompt"] == "Hi"
+
+
+def test_evaluate_reports_every_length_and_agrees_with_training(reference):
+    code, out, err = run("evaluate", f"--workdir={reference}", "--lengths=16,64", "--json")
+    assert code == 0, err
+    results = last_json(out)["results"]
+    assert [r["length"] for r in results] == [16, 64] and all(r["tokens"] > 0 for r in results)
+    assert all({"loss", "perplexity", "bits_per_byte"} <= r.keys() for r in results)
+
+
+def test_evaluate_reads_another_source(reference, data):
+    code, out, err = run("evaluate", f"--workdir={reference}", f"--data=text:{data}/a.txt", "--tokens=256", "--json")
+    assert code == 0 and last_json(out)["results"][0]["tokens"] > 200, err
+
+
+def test_a_terminal_gets_a_progress_bar(data, tmp_path):
+    ours, theirs = pty.openpty()
+    args = train_args(data, tmp_path / "run", sft__steps=0)
+    process = launch("main", *args, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    assert process.wait(timeout=60) == 0
+    assert b"\r" in shown and b"tokens/s" in shown and b"9/9" in shown

@@ -1,0 +1,292 @@
+"""The network: cached decode against the full forward pass, ALiBi at every step, and low rank against dense numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import default
+from lowrank_jax import attention, model
+from lowrank_jax.config import ModelConfig, RunConfig
+
+TOY = {"vocab": 61, "d": 48, "layers": 2, "heads": 6, "rank": 10, "mlp": 40}
+EIGHT_HEADS = {"d": 64, "heads": 8}
+ONE_LAYER = {"layers": 1, "latent_norm": False}
+
+
+def toy(**changes) -> ModelConfig:
+    values = default.get_config().to_dict()
+    values["model"].update(TOY | changes)
+    return RunConfig.from_dict(values).model
+
+
+def make(c: ModelConfig) -> dict:
+    """Parameters away from init, where the output factors are zero: each matrix plus fan-in noise, gains not 1."""
+    rng = np.random.default_rng(0)
+
+    def noisy(path, w):
+        scale = 0.2 if path[-1].key == "gain" else 1.5 * w.shape[-2] ** -0.5 if path[0].key == "blocks" else 0.1
+        return np.asarray(w) + scale * rng.standard_normal(w.shape, np.float32)
+
+    return jax.tree.map_with_path(noisy, jax.jit(model.init, static_argnums=0)(c, jax.random.key(0)))
+
+
+def some_tokens(c: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, c.vocab, shape).astype(np.int32)
+
+
+def forward(c: ModelConfig, params: dict, tokens, segments=None, dtype=jnp.float32) -> jax.Array:
+    return model.logits(c, params, model.features(c, params, tokens, segments, dtype)[0])
+
+
+full = jax.jit(forward, static_argnums=(0, 4))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached(c: ModelConfig, params: dict, prompts, lengths, following) -> jax.Array:
+    """Logits [B, 1 + steps, V] after each row's prompt and after each of its following tokens [B, steps]."""
+    steps = following.shape[1]
+    first, cache = model.prefill(c, params, prompts, lengths, prompts.shape[1] + steps)
+
+    def step(cache, at):
+        i, tokens = at
+        logits, cache = model.decode(c, params, tokens, lengths + i, cache)
+        return cache, logits
+
+    _, rest = jax.lax.scan(step, cache, (jnp.arange(steps), following.T))
+    return jnp.concatenate([first[None], rest]).swapaxes(0, 1)
+
+
+def cut(tokens: np.ndarray, lengths: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's prompt, right-padded with nonsense, and the `steps` tokens that follow it."""
+    prompts = np.full((len(lengths), max(lengths)), 7, np.int32)
+    for row, tokens_T, n in zip(prompts, tokens, lengths):
+        row[:n] = tokens_T[:n]
+    return prompts, np.stack([t[n : n + steps] for t, n in zip(tokens, lengths)])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"shared_kv": True},
+        {"latent_norm": False, "scan": False},
+        EIGHT_HEADS | {"shared_kv": True, "latent_norm": False},
+        EIGHT_HEADS | {"scan": False},
+        {"heads": 8, "shared_kv": True, "mlp_rank": 5, "embed_rank": 24, "remat": True},
+    ],
+    ids=str,
+)
+def test_cached_decode_equals_full_forward_far_beyond_the_prompt(changes):
+    c, lengths, steps = toy(**changes), [16, 5, 1], 134
+    params, tokens = make(c), some_tokens(toy(**changes), 3, 150)
+    expected = np.asarray(full(c, params, tokens))
+    got = np.asarray(cached(c, params, *(lambda p, f: (p, np.asarray(lengths), f))(*cut(tokens, lengths, steps))))
+    assert 0.3 < expected.std() < 3
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(got[row], expected[row, n - 1 : n + steps], atol=2e-5)
+
+
+def test_cached_decode_equals_full_forward_in_bfloat16():
+    c = toy()
+    params, tokens = make(c), some_tokens(c, 2, 40)
+    expected = full(c, params, tokens, None, jnp.bfloat16)
+    _, cache = model.prefill(c, params, tokens[:, :39], jnp.full(2, 39), 40, jnp.bfloat16)
+    got, cache = jax.jit(model.decode, static_argnums=0)(c, params, tokens[:, 39], jnp.full(2, 39), cache)
+    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)} and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected[:, -1], atol=0.15)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def normed(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def dense_forward(c: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndarray:
+    """The model as its paper would draw it: dense matrices (the products of the factors), loops, float64."""
+    p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
+    slopes_H = attention.alibi_slopes(c.heads).astype(np.float64)
+    product = lambda linear: linear["down"] @ linear["up"]
+    T = len(tokens_T)
+    x = p["embed"]["table"][tokens_T]
+    for layer in range(c.layers):
+        b = jax.tree.map(lambda w, n=layer: w[n], p["blocks"])
+        h = normed(x) * b["attention_norm"]["gain"]
+        q, k, v = ((h @ product(b["attention"][name])).reshape(T, c.heads, -1) for name in "qkv")
+        out = np.zeros((T, c.heads, c.head_dim))
+        for i in range(T):
+            for head, slope in enumerate(slopes_H):
+                scores = k[: i + 1, head] @ q[i, head] / np.sqrt(c.head_dim) - slope * (i - np.arange(i + 1))
+                out[i, head] = softmax(scores) @ v[: i + 1, head]
+        x = x + out.reshape(T, c.d) @ product(b["attention"]["o"])
+        h = normed(x) * b["mlp_norm"]["gain"]
+        gate = h @ b["mlp"]["gate"]["kernel"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ b["mlp"]["up"]["kernel"])) @ b["mlp"]["out"]["kernel"]
+    return normed(x) * p["norm"]["gain"] @ p["embed"]["table"].T
+
+
+@pytest.mark.parametrize("rank", [48, 5], ids=["full rank", "low rank"])
+def test_low_rank_model_equals_the_dense_model_of_the_product_matrices(rank):
+    c = toy(latent_norm=False, rank=rank, rank_split=(1, 1, 1, 1))
+    params, tokens = make(c), some_tokens(c, 2, 21)
+    expected = np.stack([dense_forward(c, params, row) for row in tokens])
+    np.testing.assert_allclose(full(c, params, tokens), expected, atol=5e-5)
+
+
+def test_full_rank_represents_any_dense_matrix():
+    c = toy(latent_norm=False, rank=48, rank_split=(1, 1, 1, 1))
+    params, tokens = make(c), some_tokens(c, 1, 12)
+    factored = jax.tree.map(np.copy, params)
+    for name, linear in factored["blocks"]["attention"].items():
+        dense = params["blocks"]["attention"][name]
+        linear["down"], linear["up"] = dense["down"] @ dense["up"], np.stack([np.eye(48, dtype=np.float32)] * c.layers)
+    np.testing.assert_allclose(full(c, factored, tokens), full(c, params, tokens), atol=5e-5)
+
+
+def without_queries(c: ModelConfig) -> dict:
+    """Parameters whose queries and MLP are zero: attention sees nothing but the bias."""
+    params = make(c)
+    params["blocks"]["attention"]["q"]["up"] *= 0
+    params["blocks"]["mlp"]["out"]["kernel"] *= 0
+    return params
+
+
+def bias_only_layer(c: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndarray:
+    """One layer in numpy, where each head averages the value latents with weights softmax(-m (i - j)) over j <= i."""
+    b = jax.tree.map(lambda w: np.asarray(w[0], np.float64), params["blocks"])
+    table = np.asarray(params["embed"]["table"], np.float64)
+    x_TD = table[tokens_T]
+    latent_TR = normed(normed(x_TD) * b["attention_norm"]["gain"] @ b["attention"]["v"]["down"])
+    heads_RHK = b["attention"]["v"]["up"].reshape(-1, c.heads, c.head_dim)
+    slopes = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]  # the published ones of 6 heads
+    out = []
+    for i in range(len(tokens_T)):
+        means_HR = [softmax(-m * (i - np.arange(i + 1.0))) @ latent_TR[: i + 1] for m in slopes]
+        out.append(np.concatenate([mean @ heads_RHK[:, h] for h, mean in enumerate(means_HR)]))
+    x_TD = x_TD + np.stack(out) @ b["attention"]["o"]["down"] @ b["attention"]["o"]["up"]
+    return normed(x_TD) * np.asarray(params["norm"]["gain"]) @ table.T
+
+
+def test_bias_alone_weighs_the_latents_at_every_decode_step():
+    c, lengths, steps = toy(layers=1), [4, 9], 60
+    params, tokens = without_queries(c), some_tokens(c, 2, 69)
+    prompts, following = cut(tokens, lengths, steps)
+    expected = np.stack([bias_only_layer(c, params, row) for row in tokens])
+    in_full = full(toy(layers=1, attention="reference"), params, tokens)
+    np.testing.assert_allclose(in_full, expected, atol=2e-5)
+    decoded = cached(c, params, prompts, np.asarray(lengths), following)
+    for row, n in enumerate(lengths):
+        np.testing.assert_allclose(decoded[row], expected[row, n - 1 : n + steps], atol=2e-5)
+
+
+def last_logits_of_two_prefix_orders(c: ModelConfig, by_decode: bool) -> np.ndarray:
+    """Last logits [2, V] of a sequence and of the same one with the tokens before its last permuted."""
+    params, tokens = make(c), some_tokens(c, 2, 14)
+    tokens[1] = [*np.random.default_rng(3).permutation(tokens[0, :-1]), tokens[0, -1]]
+    if not by_decode:
+        return np.asarray(jax.jit(lambda: forward(c, params, tokens))())[:, -1]
+    _, cache = model.prefill(c, params, tokens[:, :-1], jnp.full(2, 13), 16)
+    return np.asarray(model.decode(c, params, tokens[:, -1], jnp.full(2, 13), cache)[0])
+
+
+@pytest.mark.parametrize("by_decode", [False, True], ids=["full", "decode"])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_order_of_the_prefix_reaches_one_layer_through_the_slopes_alone(backend, by_decode, monkeypatch):
+    c = toy(**ONE_LAYER, attention=backend)
+    ordered, permuted = last_logits_of_two_prefix_orders(c, by_decode)
+    assert np.abs(ordered - permuted).max() > 0.05
+    monkeypatch.setattr(attention, "alibi_slopes", lambda heads: np.zeros(heads, np.float32))
+    ordered, permuted = last_logits_of_two_prefix_orders(c, by_decode)
+    np.testing.assert_allclose(ordered, permuted, atol=1e-5)
+
+
+def test_padding_after_a_prompt_changes_neither_its_logits_nor_what_follows():
+    c, lengths = toy(), np.asarray([9, 9])
+    params, tokens = make(c), some_tokens(c, 2, 20)
+    tokens[1, :9], tokens[1, 12:] = tokens[0, :9], tokens[0, 12:]
+    assert (tokens[0, 9:12] != tokens[1, 9:12]).any()
+    logits = cached(c, params, tokens[:, :12], lengths, tokens[:, 12:])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
+
+
+def test_scan_unrolled_and_remat_agree_in_loss_and_gradients():
+    params, tokens = make(toy()), some_tokens(toy(), 2, 24)
+
+    def gradients(c):
+        return jax.jit(jax.value_and_grad(lambda params: jnp.square(forward(c, params, tokens)).mean()))(params)
+
+    loss, grads = gradients(toy(scan=True))
+    for changes in ({"scan": False}, {"remat": True}):
+        other_loss, other_grads = gradients(toy(**changes))
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other_grads, grads)
+
+
+def test_remat_keeps_fewer_activations_for_the_backward_pass():
+    params, tokens = make(toy()), some_tokens(toy(), 4, 128)
+
+    def temporary_bytes(c):
+        grad = jax.jit(jax.grad(lambda params: forward(c, params, tokens).sum()))
+        return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(toy(layers=2, remat=True)) < temporary_bytes(toy(layers=2, remat=False))
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_rank": 5, "shared_kv": True}, {"embed_rank": 7}], ids=str)
+def test_blocks_are_the_identity_at_init(changes):
+    c = toy(**changes)
+    params, tokens = model.init(c, jax.random.key(1)), some_tokens(c, 1, 9)
+    x = params["embed"]["table"][tokens]
+    x = x @ params["embed"]["up"] if c.embed_rank else x
+    features, _ = model.features(c, params, tokens)
+    np.testing.assert_allclose(features, normed(np.asarray(x)), atol=1e-5)
+    assert 0.3 < np.std(model.logits(c, params, features)) < 3
+
+
+def test_every_matrix_starts_with_the_variance_its_docstring_states():
+    c = toy(d=96, rank=24, vocab=512, mlp_rank=16, embed_rank=12, layers=4)
+    params = model.init(c, jax.random.key(0))
+    projection, mlp = params["blocks"]["attention"]["v"], params["blocks"]["mlp"]
+    rank_v = c.ranks[2]
+    assert projection["down"].shape == (4, 96, rank_v) and mlp["out"]["down"].shape == (4, 40, 16)
+    expected = [(projection["down"], 96), (projection["up"], rank_v), (mlp["gate"]["down"], 96), (mlp["up"]["up"], 16)]
+    expected += [(mlp["out"]["down"], 40), (params["embed"]["table"], 96), (params["embed"]["up"], 12)]
+    for w, fan_in in expected:
+        np.testing.assert_allclose(np.std(w), fan_in**-0.5, rtol=0.1)
+    layers = np.asarray(projection["down"]).reshape(4, -1)
+    assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.2  # each layer draws its own
+    assert not np.any(params["blocks"]["attention"]["o"]["up"]) and not np.any(mlp["out"]["up"])
+
+
+def test_a_vocabulary_of_257_works_in_forward_prefill_and_decode():
+    c = toy(vocab=257, layers=1)
+    params, tokens = make(c), some_tokens(c, 2, 8)
+    tokens[:, -1] = 256
+    expected = full(c, params, tokens)
+    assert expected.shape == (2, 8, 257)
+    got = cached(c, params, tokens[:, :4], np.full(2, 4), tokens[:, 4:])
+    np.testing.assert_allclose(got, expected[:, 3:], atol=2e-5)
+
+
+def test_packed_segments_equal_separate_documents():
+    c = toy()
+    params, documents = make(c), [some_tokens(c, 1, n, seed=n) for n in (3, 20, 9)]
+    segments = np.repeat([1, 2, 3], (3, 20, 9))[None]
+    packed = full(c, params, np.concatenate(documents, axis=1), segments)
+    separate = np.concatenate([full(c, params, document) for document in documents], axis=1)
+    np.testing.assert_allclose(packed, separate, atol=2e-5)
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+    c = toy()
+    params, tokens = make(c), some_tokens(c, 2, 32)
+    tokens[1, :17] = tokens[0, :17]
+    logits = np.asarray(full(c, params, tokens))
+    np.testing.assert_allclose(logits[0, :17], logits[1, :17], atol=1e-6)
+    assert np.abs(logits[0, 17] - logits[1, 17]).max() > 0.05
