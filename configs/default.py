@@ -64,8 +64,9 @@ def groups() -> dict:
 def phase(**changes) -> dict:
     """The keys of a phase; `pretrain` and `sft` have the same."""
     return {
-        # "kind:location, ..." or a list of {"spec": "kind:location", "weight": 2.0, "text_key": ..., "messages_key":
-        # ...}. Kinds: text:GLOB, json:GLOB (a JSON object a line), builtin:NAME. Weights are shares of the tokens.
+        # "kind:location, kind:location@weight, ...": text:GLOB, json:GLOB (a JSON object a line) or builtin:NAME.
+        # Weights are shares of the tokens, 1 unless given. Or a tuple of {"spec": "json:my/*.jsonl", "weight": 2.0,
+        # "text_key": "body", "messages_key": "turns"}, which the command line cannot replace.
         "sources": "builtin:quickstart",
         "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
         "tokens_per_param": 25.0,

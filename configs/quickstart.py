@@ -11,7 +11,7 @@ def get_config():
     c.model.update(d=256, layers=6, heads=8, rank=32, scan=False)
     c.tokenizer.update(vocab_size=2048, train_bytes=6_000_000)
     c.pretrain.update(
-        sources=({"spec": "builtin:plays", "weight": 0.7}, {"spec": "builtin:quickchat", "weight": 0.3}),
+        sources="builtin:quickstart@0.7, builtin:quickchat@0.3",
         steps=300,
         tokens_per_step=6144,
         microbatch_tokens=1024,

@@ -10,15 +10,19 @@ import os
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from lowrank_jax import faults, workdir
 from lowrank_jax.config import UsageError
+
+logging.set_verbosity(logging.ERROR)  # orbax narrates every opened folder through absl
 
 
 def tree_sha256(tree) -> str:
     """SHA-256 over the bytes of all arrays, in the order of their paths."""
     digest = hashlib.sha256()
-    for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax.config import RunConfig, UsageError
@@ -64,7 +64,6 @@ def read_config(config_args: list[str]) -> RunConfig:
 def main(command, argv: list[str] | None = None) -> None:
     """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.set_verbosity(logging.ERROR)  # orbax and grain narrate through absl
     try:
         result = command(argv)
         if result is not None and "--json" in argv:

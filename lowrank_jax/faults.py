@@ -41,6 +41,7 @@ def _parse() -> set[tuple[str, str, int]]:
     for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
         match = re.fullmatch(r"(\w+)@(\w+)=(\d+)", item.strip())
         if not match or match.groups()[:2] not in _KNOWN:
-            raise UsageError(f"{VARIABLE}: unknown fault {item!r}; known: {', '.join('@'.join(k) for k in sorted(_KNOWN))}")
+            known = ", ".join("@".join(fault) for fault in sorted(_KNOWN))
+            raise UsageError(f"{VARIABLE}: unknown fault {item!r}; known: {known}")
         faults.add((match[1], match[2], int(match[3])))
     return faults

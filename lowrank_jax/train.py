@@ -18,7 +18,7 @@ from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.stages import Stage
 
-START = {"step": 0, "tokens": 0, "data_sha256": "", "cursor": None}
+START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None}
 
 
 def run(config: RunConfig, folder: str) -> dict:
@@ -29,15 +29,19 @@ def run(config: RunConfig, folder: str) -> dict:
     """
     faults.check()
     with _signals() as received, workdir.lock(folder):
-        config, tok = _prepare(config, folder)
+        config, tok, old = _prepare(config, folder)
         with Checkpoints(folder, config.every.keep) as saved:
-            finish = _train(config, tok, folder, saved, received)
+            state, at = _restore(config, folder, saved)
+            workdir.write_config(folder, config)  # only now is it certain that it can go on here
+            changed = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
+            workdir.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed)
+            finish = _train(config, tok, folder, saved, received, state, at)
         report.write(folder)
         return finish
 
 
-def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer]:
-    """The run's tokenizer and resolved config: made and written for a new run, compared with an old one."""
+def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunConfig | None]:
+    """The resolved config, the tokenizer (learnt for a new run) and the config that the folder's run had, if any."""
     phases = [config.pretrain] + ([config.sft] if config.sft.steps else [])
     home = workdir.tokenizer_folder(folder)
     if workdir.holds_run(folder):
@@ -53,22 +57,19 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer]:
     if old is None:
         shutil.rmtree(home, ignore_errors=True)
         tok.save(home)  # before config.json: a folder with a config always has its tokenizer
-    workdir.write_config(folder, config)
-    changes = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
-    workdir.log_event(folder, "start", 0, resumes=old is not None, changed=changes)
-    return config, tok
+    return config, tok, old
 
 
-def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, received: list[int]) -> dict:
+def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, received: list[int], state, at) -> dict:
+    """The loop itself, from the state and progress that `_restore` gave; returns the facts of the finish event."""
     plan = stages.plan(config)
-    state, at = _restore(config, plan, folder, saved)
     meter = _Meter(config, folder, total=plan[-1].end, done=at["step"])
     stage = documents = compiled = held_out = None
     last_save = time.monotonic()
 
     def save() -> None:
         meter.flush()  # every loss up to here is known to be finite
-        saved.save(at["step"], state, at | {"phase": stage.phase})
+        saved.save(at["step"], state, at)
         workdir.log_event(folder, "save", at["step"], data_sha256=at["data_sha256"])
 
     with contextlib.closing(meter.bar):
@@ -100,6 +101,7 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
             batch = documents.next(stage.batch, stage.seq_len)
             at = {
                 "step": at["step"] + 1,
+                "phase": stage.phase,
                 "tokens": at["tokens"] + stage.tokens_per_step,
                 "data_sha256": stream.chain_sha256(at["data_sha256"], batch),
                 "cursor": documents.cursor(),
@@ -126,30 +128,37 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
     return {"workdir": folder, "step": at["step"], "tokens": at["tokens"], **hashes}
 
 
-def _restore(config: RunConfig, plan: tuple[Stage, ...], folder: str, saved: Checkpoints):
+def _restore(config: RunConfig, folder: str, saved: Checkpoints) -> tuple[step.TrainState, dict]:
     """The newest checkpoint as (state, progress), or a new state; the folder's metrics are cut to match."""
+    plan = stages.plan(config)
     restored = saved.restore(step.abstract_state(config), delete_broken=True)
-    workdir.rewind_metrics(folder, restored[1]["step"] if restored else 0)
-    if restored is None:
-        workdir.rewind_metrics(folder, -1)
-        return step.init_state(config), dict(START)
-    state, meta = restored
+    state, meta = restored or (step.init_state(config), START)
     at = {key: meta[key] for key in START}
-    past = stages.stage_at(plan, at["step"] - 1)
-    if at["step"] > plan[-1].end or past.phase != meta["phase"]:
+    if at["step"] > plan[-1].end or _phase_done(plan, at["step"]) != at["phase"]:
+        here = _phase_done(plan, at["step"]) if at["step"] <= plan[-1].end else "already ended"
         raise UsageError(
-            f"{folder} was saved at step {at['step']} in {meta['phase']}, where this config has "
-            f"{past.phase if at['step'] <= plan[-1].end else 'already ended'}; steps that are done cannot be changed"
+            f"{folder} was saved at step {at['step']} in {at['phase']}, where this config has {here}; "
+            "steps that are done cannot be changed"
         )
-    workdir.log_event(folder, "restore", at["step"], data_sha256=at["data_sha256"])
+    next_stage = stages.stage_at(plan, at["step"])
+    if at["step"] > next_stage.phase_start:
+        stream.check_cursor(at["cursor"], [s.spec for s in getattr(config, next_stage.phase).sources])
+    workdir.rewind_metrics(folder, at["step"], next_stage.phase if at["step"] == next_stage.phase_start else None)
+    if restored:
+        workdir.log_event(folder, "restore", at["step"], data_sha256=at["data_sha256"])
     return state, at
+
+
+def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
+    """The phase of the last of `done` updates (of the first one, when there are none)."""
+    return stages.stage_at(plan, max(done - 1, 0)).phase
 
 
 def _compile(config: RunConfig, stage: Stage, state, at_step: int, folder: str, meter: "_Meter"):
     meter.flush()
     compiled, seconds = step.compile_step(config, stage, state)
-    facts = {"stage": stage.name, "compile_seconds": round(seconds, 3)}
-    workdir.log_event(folder, "stage", at_step, **facts, stall_seconds=round(seconds, 3))
+    stall = {"stall_seconds": round(seconds, 3), "stall_steps": meter.in_steps(seconds)}
+    workdir.log_event(folder, "stage", at_step, stage=stage.name, compile_seconds=round(seconds, 3), **stall)
     meter.say(f"step {at_step}: {stage.name}, {stage.batch} x {stage.seq_len} tokens a step (compiled in {seconds:.1f} s)")
     meter.restart_clock()
     return compiled
@@ -161,7 +170,7 @@ class _Meter:
     def __init__(self, config: RunConfig, folder: str, total: int, done: int):
         self.config, self.folder = config, folder
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stdout.isatty(), file=sys.stdout)
-        self._pending, self._tokens, self._flops, self._peak = None, 0, 0.0, precision.peak_flops()
+        self._pending, self._step_seconds, self._peak = None, None, precision.peak_flops()
         self.restart_clock()
 
     def say(self, line: str) -> None:
@@ -171,6 +180,10 @@ class _Meter:
     def restart_clock(self) -> None:
         """Leaves whatever was not training out of tokens/s."""
         self._clock, self._tokens, self._flops = time.monotonic(), 0, 0.0
+
+    def in_steps(self, seconds: float) -> float | None:
+        """How many steps could have been taken in this time; None before the first."""
+        return round(seconds / self._step_seconds, 2) if self._step_seconds else None
 
     def add(self, stage: Stage, at: dict, metrics: dict) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the one before."""
@@ -194,6 +207,7 @@ class _Meter:
         self._flops += costs.train_flops_per_token(self.config.model, stage.seq_len) * stage.tokens_per_step
         seconds = max(time.monotonic() - self._clock, 1e-9)
         speed = self._tokens / seconds
+        self._step_seconds = stage.tokens_per_step / speed
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {loss:.3f} {speed:,.0f} tokens/s", refresh=False)
         if at["step"] % self.config.every.log == 0 or at["step"] == stage.phase_start + stage.phase_steps:

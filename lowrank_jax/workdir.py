@@ -107,9 +107,13 @@ def read_rows(folder: str, name: str) -> list[dict]:
     return rows
 
 
-def rewind_metrics(folder: str, step: int) -> None:
-    """Drops the metrics of steps after `step`, which are about to be trained again."""
-    rows = [row for row in read_rows(folder, "metrics.jsonl") if row["step"] <= step]
+def rewind_metrics(folder: str, step: int, starting_phase: str | None) -> None:
+    """Drops the metrics of what is about to be done again after `step` updates.
+
+    That is every later step and, where a phase starts here, the evaluation that it starts with.
+    """
+    done = lambda row: row["step"] < step or (row["step"] == step and row["phase"] != starting_phase)
+    rows = [row for row in read_rows(folder, "metrics.jsonl") if done(row)]
     write_text(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 

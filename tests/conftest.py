@@ -1,4 +1,4 @@
-"""What several test files share: made-up text, real files of it, a small tokenizer, and settings built on the defaults."""
+"""What several test files share: made-up text, files of it, a small tokenizer, and settings built on the defaults."""
 
 import copy
 import json

@@ -11,7 +11,8 @@ from lowrank_jax.data.tokenizer import BOS, EOS, TURN_END, TURN_START
 SYMBOLS = (BOS, EOS, TURN_START, TURN_END)
 GUARDS = "\ufdd0\ufdd1\ufdd2"  # what the module itself puts between message and tag
 NASTY = (*SYMBOLS, *GUARDS, "<\ufdd2s>", "<\ufdd0/s>", "<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>system\n")
-NASTY += ("<", "|im_end|>", "<<s>>", "{{ 7 * 7 }}", "{% endgeneration %}", "{% raw %}", "&lt;", "\n", " ", "\0", "\u2581")
+NASTY += ("<", "|im_end|>", "<<s>>", "{{ 7 * 7 }}", "{% endgeneration %}", "{% raw %}", "&lt;")
+NASTY += ("\n", " ", "\0", "\u2581")
 CONTENTS = st.lists(st.one_of(st.text(max_size=5), st.sampled_from(NASTY)), max_size=5).map("".join)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": CONTENTS})
 CHATS = st.lists(MESSAGE, max_size=5).map(lambda m: [*m, {"role": "assistant", "content": "ba"}])

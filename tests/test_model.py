@@ -13,7 +13,11 @@ from lowrank_jax.config import ModelConfig, RunConfig
 
 TOY = {"vocab": 61, "d": 48, "layers": 2, "heads": 6, "rank": 10, "mlp": 40}
 EIGHT_HEADS = {"d": 64, "heads": 8}
+FACTORED = {"d": 96, "rank": 24, "vocab": 512, "mlp_rank": 16, "embed_rank": 12, "layers": 4}
 ONE_LAYER = {"layers": 1, "latent_norm": False}
+
+# Compiling is nearly all that these tests do, and takes a fifth (init) to a half of the time without LLVM's passes.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def toy(**changes) -> ModelConfig:
@@ -23,14 +27,16 @@ def toy(**changes) -> ModelConfig:
 
 
 def make(c: ModelConfig) -> dict:
-    """Parameters away from init, where the output factors are zero: each matrix plus fan-in noise, gains not 1."""
+    """Random parameters of the model's shapes, the factors that start at zero included, for logits of about 1."""
     rng = np.random.default_rng(0)
 
-    def noisy(path, w):
-        scale = 0.2 if path[-1].key == "gain" else 1.5 * w.shape[-2] ** -0.5 if path[0].key == "blocks" else 0.1
-        return np.asarray(w) + scale * rng.standard_normal(w.shape, np.float32)
+    def draw(path, w):
+        noise = rng.standard_normal(w.shape, np.float32)
+        if path[-1].key == "gain":
+            return 1 + 0.2 * noise
+        return noise * (c.d**-0.5 if path[-1].key == "table" else w.shape[-2] ** -0.5)
 
-    return jax.tree.map_with_path(noisy, jax.jit(model.init, static_argnums=0)(c, jax.random.key(0)))
+    return jax.tree.map_with_path(draw, jax.eval_shape(lambda: model.init(c, jax.random.key(0))))
 
 
 def some_tokens(c: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
@@ -41,14 +47,15 @@ def forward(c: ModelConfig, params: dict, tokens, segments=None, dtype=jnp.float
     return model.logits(c, params, model.features(c, params, tokens, segments, dtype)[0])
 
 
-full = jax.jit(forward, static_argnums=(0, 4))
+full = jit(forward, static_argnums=(0, 4))
+init = jit(model.init, static_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def cached(c: ModelConfig, params: dict, prompts, lengths, following) -> jax.Array:
+@functools.partial(jit, static_argnums=(0, 5))
+def cached(c: ModelConfig, params: dict, prompts, lengths, following, dtype=jnp.float32) -> jax.Array:
     """Logits [B, 1 + steps, V] after each row's prompt and after each of its following tokens [B, steps]."""
     steps = following.shape[1]
-    first, cache = model.prefill(c, params, prompts, lengths, prompts.shape[1] + steps)
+    first, cache = model.prefill(c, params, prompts, lengths, prompts.shape[1] + steps, dtype)
 
     def step(cache, at):
         i, tokens = at
@@ -81,22 +88,22 @@ def cut(tokens: np.ndarray, lengths: list[int], steps: int) -> tuple[np.ndarray,
 )
 def test_cached_decode_equals_full_forward_far_beyond_the_prompt(changes):
     c, lengths, steps = toy(**changes), [16, 5, 1], 134
-    params, tokens = make(c), some_tokens(toy(**changes), 3, 150)
+    params, tokens = make(c), some_tokens(c, 3, 150)
     expected = np.asarray(full(c, params, tokens))
-    got = np.asarray(cached(c, params, *(lambda p, f: (p, np.asarray(lengths), f))(*cut(tokens, lengths, steps))))
+    prompts, following = cut(tokens, lengths, steps)
+    got = np.asarray(cached(c, params, prompts, np.asarray(lengths), following))
     assert 0.3 < expected.std() < 3
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(got[row], expected[row, n - 1 : n + steps], atol=2e-5)
 
 
-def test_cached_decode_equals_full_forward_in_bfloat16():
-    c = toy()
+def test_cached_decode_stays_close_to_full_forward_in_bfloat16():
+    c = toy(layers=1)
     params, tokens = make(c), some_tokens(c, 2, 40)
     expected = full(c, params, tokens, None, jnp.bfloat16)
-    _, cache = model.prefill(c, params, tokens[:, :39], jnp.full(2, 39), 40, jnp.bfloat16)
-    got, cache = jax.jit(model.decode, static_argnums=0)(c, params, tokens[:, 39], jnp.full(2, 39), cache)
-    assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)} and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected[:, -1], atol=0.15)
+    got = cached(c, params, tokens[:, :20], np.full(2, 20), tokens[:, 20:], jnp.bfloat16)
+    assert got.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected[:, 19:], atol=0.1)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -189,10 +196,14 @@ def last_logits_of_two_prefix_orders(c: ModelConfig, by_decode: bool) -> np.ndar
     """Last logits [2, V] of a sequence and of the same one with the tokens before its last permuted."""
     params, tokens = make(c), some_tokens(c, 2, 14)
     tokens[1] = [*np.random.default_rng(3).permutation(tokens[0, :-1]), tokens[0, -1]]
-    if not by_decode:
-        return np.asarray(jax.jit(lambda: forward(c, params, tokens))())[:, -1]
-    _, cache = model.prefill(c, params, tokens[:, :-1], jnp.full(2, 13), 16)
-    return np.asarray(model.decode(c, params, tokens[:, -1], jnp.full(2, 13), cache)[0])
+
+    def run(params):
+        if not by_decode:
+            return forward(c, params, tokens)[:, -1]
+        _, cache = model.prefill(c, params, tokens[:, :-1], jnp.full(2, 13), 16)
+        return model.decode(c, params, tokens[:, -1], jnp.full(2, 13), cache)[0]
+
+    return np.asarray(jit(run)(params))
 
 
 @pytest.mark.parametrize("by_decode", [False, True], ids=["full", "decode"])
@@ -215,43 +226,44 @@ def test_padding_after_a_prompt_changes_neither_its_logits_nor_what_follows():
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-6)
 
 
-def test_scan_unrolled_and_remat_agree_in_loss_and_gradients():
-    params, tokens = make(toy()), some_tokens(toy(), 2, 24)
+@functools.cache
+def compiled_gradients(scan: bool, remat: bool):
+    c = toy(scan=scan, remat=remat)
+    loss = lambda params, tokens: jax.nn.logsumexp(forward(c, params, tokens)).sum()
+    return jit(jax.value_and_grad(loss)).lower(make(c), some_tokens(c, 2, 128)).compile()
 
-    def gradients(c):
-        return jax.jit(jax.value_and_grad(lambda params: jnp.square(forward(c, params, tokens)).mean()))(params)
 
-    loss, grads = gradients(toy(scan=True))
-    for changes in ({"scan": False}, {"remat": True}):
-        other_loss, other_grads = gradients(toy(**changes))
-        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other_grads, grads)
+@pytest.mark.parametrize("scan, remat", [(False, False), (True, True)])
+def test_unrolled_and_remat_have_the_loss_and_gradients_of_scan(scan, remat):
+    params, tokens = make(toy()), some_tokens(toy(), 2, 128)
+    loss, grads = compiled_gradients(True, False)(params, tokens)
+    other_loss, other_grads = compiled_gradients(scan, remat)(params, tokens)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), other_grads, grads)
 
 
 def test_remat_keeps_fewer_activations_for_the_backward_pass():
-    params, tokens = make(toy()), some_tokens(toy(), 4, 128)
-
-    def temporary_bytes(c):
-        grad = jax.jit(jax.grad(lambda params: forward(c, params, tokens).sum()))
-        return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(toy(layers=2, remat=True)) < temporary_bytes(toy(layers=2, remat=False))
+    kept = lambda remat: compiled_gradients(True, remat).memory_analysis().temp_size_in_bytes
+    assert kept(True) < 0.8 * kept(False)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mlp_rank": 5, "shared_kv": True}, {"embed_rank": 7}], ids=str)
+@pytest.mark.parametrize("changes", [{}, FACTORED], ids=["plain", "factored"])
 def test_blocks_are_the_identity_at_init(changes):
     c = toy(**changes)
-    params, tokens = model.init(c, jax.random.key(1)), some_tokens(c, 1, 9)
+    params, tokens = init(c, jax.random.key(0)), some_tokens(c, 1, 9)
     x = params["embed"]["table"][tokens]
     x = x @ params["embed"]["up"] if c.embed_rank else x
-    features, _ = model.features(c, params, tokens)
-    np.testing.assert_allclose(features, normed(np.asarray(x)), atol=1e-5)
-    assert 0.3 < np.std(model.logits(c, params, features)) < 3
+    untouched = normed(np.asarray(x))
+    head = params["embed"]["table"].T
+    head = params["embed"]["up"].T @ head if c.embed_rank else head
+    logits = full(c, params, tokens)
+    np.testing.assert_allclose(logits, untouched @ head, atol=1e-5)
+    assert 0.3 < np.std(logits) < 3
 
 
 def test_every_matrix_starts_with_the_variance_its_docstring_states():
-    c = toy(d=96, rank=24, vocab=512, mlp_rank=16, embed_rank=12, layers=4)
-    params = model.init(c, jax.random.key(0))
+    c = toy(**FACTORED)
+    params = init(c, jax.random.key(0))
     projection, mlp = params["blocks"]["attention"]["v"], params["blocks"]["mlp"]
     rank_v = c.ranks[2]
     assert projection["down"].shape == (4, 96, rank_v) and mlp["out"]["down"].shape == (4, 40, 16)
@@ -276,11 +288,9 @@ def test_a_vocabulary_of_257_works_in_forward_prefill_and_decode():
 
 def test_packed_segments_equal_separate_documents():
     c = toy()
-    params, documents = make(c), [some_tokens(c, 1, n, seed=n) for n in (3, 20, 9)]
-    segments = np.repeat([1, 2, 3], (3, 20, 9))[None]
-    packed = full(c, params, np.concatenate(documents, axis=1), segments)
-    separate = np.concatenate([full(c, params, document) for document in documents], axis=1)
-    np.testing.assert_allclose(packed, separate, atol=2e-5)
+    params, documents = make(c), some_tokens(c, 3, 11)
+    packed = full(c, params, documents.reshape(1, -1), np.repeat([1, 2, 5], 11)[None])
+    np.testing.assert_allclose(packed.reshape(3, 11, -1), full(c, params, documents), atol=2e-5)
 
 
 def test_later_tokens_do_not_change_earlier_logits():
@@ -290,3 +300,14 @@ def test_later_tokens_do_not_change_earlier_logits():
     logits = np.asarray(full(c, params, tokens))
     np.testing.assert_allclose(logits[0, :17], logits[1, :17], atol=1e-6)
     assert np.abs(logits[0, 17] - logits[1, 17]).max() > 0.05
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="Norm, alibi_bias and the masks broadcast across ranks")
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_nothing_broadcasts_across_ranks(backend, packed):
+    c = toy(attention=backend)
+    params, tokens = make(c), some_tokens(c, 2, 140)
+    with jax.numpy_rank_promotion("raise"):
+        full.lower(c, params, tokens, tokens if packed else None)
+        cached.lower(c, params, tokens[:, :9], np.full(2, 9), tokens[:, 9:])

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
@@ -56,6 +56,12 @@ def take(documents: stream.Stream, shapes) -> list[stream.Batch]:
 
 def joined(batches: list[stream.Batch], key: str) -> np.ndarray:
     return np.concatenate([batch[key].ravel() for batch in batches]) if batches else np.zeros(0, int)
+
+
+def texts(tok, batches: list[stream.Batch]) -> list[str]:
+    """What every document that begins in `batches` says."""
+    tokens = joined(batches, "tokens")
+    return [tok.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tok.bos))[1:]]
 
 
 def same(one: list[stream.Batch], other: list[stream.Batch]) -> bool:
@@ -115,10 +121,9 @@ def test_arrays_have_the_types_that_training_is_compiled_for(corpus, open_stream
 
 
 def test_every_epoch_reads_every_document_once_in_an_order_of_its_own(corpus, tok, open_stream):
-    tokens = joined(take(open_stream(corpus["many"]), [(1, 4000)]), "tokens")
-    texts = [tok.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tok.bos))[1:-1]]
+    read = texts(tok, take(open_stream(corpus["many"]), [(1, 4000)]))
     expected = sorted(row["text"] for row in corpus["rows"]["many"])
-    first, second = texts[:60], texts[60:120]
+    first, second = read[:60], read[60:120]
     assert sorted(first) == sorted(second) == expected
     assert first != second and first != [row["text"] for row in corpus["rows"]["many"]]
 
@@ -143,35 +148,39 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_cursor_gives_bitwise_the_rest_of_the_stream_at_every_step(corpus, open_stream, case):
-    names, chats, shapes = CASES[case]
+@pytest.fixture(scope="module", params=CASES)
+def straight(request, corpus, open_stream):
+    """(how to open a stream of this case, its shapes, its uninterrupted batches, the cursor before each)"""
+    names, chats, shapes = CASES[request.param]
     sources = [{"spec": corpus[name], "weight": weight} for name, weight in names]
-    documents, whole, cursors = open_stream(sources, chats=chats), [], []
+    documents, batches, cursors = open_stream(sources, chats=chats), [], []
     for shape in shapes:
         cursors.append(json.dumps(documents.cursor()))
-        whole.append(documents.next(*shape))
-    epochs = [drawn / len(corpus["rows"][name]) for drawn, (name, _) in zip(documents.cursor()["drawn"], names)]
-    assert max(epochs) > 1.5, "the test must cross an epoch's end"
+        batches.append(documents.next(*shape))
+    drawn = zip(documents.cursor()["drawn"], names)
+    assert any(n > len(corpus["rows"][name]) for n, (name, _) in drawn), "it must cross an epoch's end"
+    return lambda cursor: open_stream(sources, chats=chats, cursor=cursor), shapes, batches, cursors
+
+
+def test_a_cursor_gives_bitwise_the_rest_of_the_stream_at_every_step(straight):
+    resume, shapes, batches, cursors = straight
     for k, cursor in enumerate(cursors):
-        resumed = open_stream(sources, chats=chats, cursor=json.loads(cursor))
+        resumed = resume(json.loads(cursor))
         assert json.dumps(resumed.cursor()) == cursor
-        assert same(take(resumed, shapes[k:]), whole[k:])
+        assert same(take(resumed, shapes[k:]), batches[k:])
 
 
-@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=8)
 @given(cuts=st.lists(st.integers(0, 24), min_size=3, max_size=3).map(sorted))
 @example(cuts=[5, 5, 6])
-def test_a_stream_resumed_three_times_in_a_row_is_the_same_stream(corpus, open_stream, case, cuts):
-    names, chats, shapes = CASES[case]
-    sources = [{"spec": corpus[name], "weight": weight} for name, weight in names]
-    whole = take(open_stream(sources, chats=chats), shapes)
+def test_a_stream_resumed_three_times_in_a_row_is_the_same_stream(straight, cuts):
+    resume, shapes, batches, _ = straight
     parts, cursor = [], None
     for start, stop in itertools.pairwise([0, *cuts, len(shapes)]):
-        documents = open_stream(sources, chats=chats, cursor=cursor)
+        documents = resume(cursor)
         parts += take(documents, shapes[start:stop])
         cursor = json.loads(json.dumps(documents.cursor()))
-    assert same(parts, whole) and chain(parts) == chain(whole)
+    assert same(parts, batches) and chain(parts) == chain(batches)
 
 
 def test_a_cursor_is_small_and_stays_small(corpus, open_stream):
@@ -184,7 +193,7 @@ def test_a_cursor_is_small_and_stays_small(corpus, open_stream):
 def test_a_cursor_of_other_sources_is_refused(corpus, open_stream):
     cursor = open_stream([corpus["few"], corpus["many"]]).cursor()
     for names in ([corpus["few"]], [corpus["many"], corpus["few"]], [corpus["few"], corpus["gaps"]]):
-        with pytest.raises(UsageError, match="the run read .*many.jsonl.* but the config now names .*use a new workdir"):
+        with pytest.raises(UsageError, match="the run read .*many.jsonl.* but the config now names .*new workdir"):
             open_stream(names, cursor=cursor)
 
 
@@ -209,12 +218,12 @@ def test_the_seed_alone_decides_the_order(corpus, open_stream):
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.2, 1.8)])
 def test_the_shares_of_the_tokens_approach_the_weights(corpus, tok, open_stream, weights):
     sources = [{"spec": corpus[name], "weight": weight} for name, weight in zip(("few", "many"), weights)]
-    tokens = joined(take(open_stream(sources), [(4, 64)] * 60), "tokens")
+    tokens = joined(take(open_stream(sources), [(4, 64)] * 30), "tokens")
     documents = np.split(tokens, np.flatnonzero(tokens == tok.bos))[1:-1]
     from_few = sum(len(ids) for ids in documents if tok.decode(ids).startswith("few"))
     from_many = sum(len(ids) for ids in documents if tok.decode(ids).startswith("many"))
     assert from_few + from_many == sum(map(len, documents))
-    assert abs(from_few / (from_few + from_many) - weights[0] / sum(weights)) < 0.02
+    assert abs(from_few / (from_few + from_many) - weights[0] / sum(weights)) < 0.03
 
 
 def test_every_source_appears_early(corpus, tok, open_stream):
@@ -225,21 +234,19 @@ def test_every_source_appears_early(corpus, tok, open_stream):
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
 def test_what_is_held_out_is_never_trained_on(corpus, tok, open_stream, fraction):
-    def seen(held_out: bool, shapes: list) -> set[str]:
-        tokens = joined(take(open_stream(corpus["many"], held_out=held_out, eval_fraction=fraction), shapes), "tokens")
-        return {tok.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tok.bos))[1:]}
-
-    held_out, trained = seen(True, [(1, 1)] * 9999), seen(False, [(1, 8000)])
+    held_out, trained = (
+        texts(tok, take(open_stream(corpus["many"], held_out=part, eval_fraction=fraction), shapes))
+        for part, shapes in ((True, [(1, 1)] * 9999), (False, [(1, 8000)]))
+    )
     everything = {row["text"] for row in corpus["rows"]["many"]}
     assert len(held_out) == round(60 * fraction)
-    assert everything - trained == held_out
-    assert trained - everything <= {max(trained, key=lambda text: text not in everything)}, "only the last is cut"
+    assert set(trained[:-1]) == everything - set(held_out)  # the last one is cut
 
 
 def test_the_held_out_part_of_every_source_is_read(corpus, tok, open_stream):
     sources = [corpus["few"], corpus["many"]]
-    text = tok.decode(joined(take(open_stream(sources, held_out=True, eval_fraction=0.2), [(1, 1)] * 9999), "tokens"))
-    assert text.count("few") == 1 and text.count("many") == 12
+    read = texts(tok, take(open_stream(sources, held_out=True, eval_fraction=0.2), [(1, 1)] * 9999))
+    assert sorted(text[:3] for text in read) == ["few"] + ["man"] * 12
 
 
 def test_a_source_with_nothing_held_out_has_an_empty_held_out_stream(corpus, open_stream):
@@ -321,7 +328,8 @@ def test_sft_on_text_is_refused_by_the_name_of_its_source(corpus, open_stream):
 def test_a_mistake_in_any_of_the_first_records_is_found_before_training(make, tok, tmp_path, corpus):
     stream.check(make.phase(corpus["many"]), tok, chats=False)
     stream.check(make.phase(corpus["chats"]), tok, chats=True)
-    for rows, chats in (([{"text": "ba"}, {"texts": "ce"}], False), ([{"messages": make.chat(2)}, {"text": "ba"}], True)):
+    text, talk = {"text": "ba"}, {"messages": make.chat(2)}
+    for rows, chats in (([text, {"texts": "ce"}], False), ([talk, text], True)):
         phase = make.phase([corpus["chats"], make.write_jsonl(tmp_path / "a.jsonl", rows)])
         with pytest.raises(UsageError, match="a.jsonl"):
             stream.check(phase, tok, chats)
@@ -344,9 +352,9 @@ def test_a_tokenizer_learns_from_the_training_parts_of_all_phases_only(make, cor
 
 def test_a_tokenizer_learns_from_no_more_text_than_asked_for(make, corpus):
     phases = [make.phase([corpus["many"], corpus["few"]]), make.phase(corpus["chats"])]
-    learnt = list(stream.texts(phases, 2000))
+    learnt = list(stream.texts(phases, 800))
     sizes = [sum(len(text) for text in learnt if name in text) for name in ("many", "few")]
     sizes.append(sum(map(len, learnt)) - sum(sizes))
     longest = max(map(len, learnt))
-    for size, share in zip(sizes, (500, 500, 1000)):
+    for size, share in zip(sizes, (200, 200, 400)):
         assert share <= size <= share + longest

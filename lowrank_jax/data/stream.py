@@ -46,6 +46,13 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool, limit: int = 200) -
             raise UsageError(f"source {source.spec}: there is no text in it")
 
 
+def check_cursor(cursor: dict, names: list[str]) -> None:
+    """Raises UsageError where a phase now names other sources than those that the cursor counts."""
+    if cursor["sources"] != names:
+        was, now = ", ".join(cursor["sources"]), ", ".join(names)
+        raise UsageError(f"the run is reading {was}, but the config now names {now}; put them back, or use a new --workdir")
+
+
 def texts(phases: Sequence[PhaseConfig], max_bytes: int):
     """Texts of the training parts, every phase in equal parts, for a tokenizer to learn from."""
     for p in phases:
@@ -64,14 +71,18 @@ class Stream:
     """Batches of packed tokens; `cursor()` and the constructor's `cursor` continue it exactly."""
 
     def __init__(self, names, documents, weights, tokenizer: Tokenizer, seed: int, chats: bool, endless: bool, cursor):
+        self._lengths = [len(d) for d in documents]
         self._names, self._tokenizer, self._chats, self._endless = names, tokenizer, chats, endless
         self._documents = []
         for i, source in enumerate(documents):
             ordered = grain.MapDataset.source(source)
             self._documents.append(ordered.seed(seed + i).shuffle().repeat() if endless else ordered)
         self._weights = np.asarray(weights, np.float64) / max(sum(weights), 1e-9)
-        if cursor is not None and cursor["sources"] != names:
-            raise UsageError(f"the run read {cursor['sources']} but the config now names {names}; use a new workdir")
+        if cursor is not None:
+            check_cursor(cursor, names)
+            for name, was, now in zip(names, cursor["documents"], self._lengths):
+                if was != now:
+                    raise UsageError(f"source {name} had {was} documents when the run stopped and has {now} now")
         self._drawn = list(cursor["drawn"]) if cursor else [0] * len(names)  # documents taken from each source
         self._tokens = list(cursor["tokens"]) if cursor else [0] * len(names)  # tokens taken from each source
         self._offset = cursor["offset"] if cursor else 0  # tokens already used of the oldest buffered document
@@ -80,7 +91,7 @@ class Stream:
     def cursor(self) -> dict:
         """Where the next batch begins, as JSON values."""
         at = self._buffer[0][0] if self._buffer else self._position()
-        return {"sources": self._names, "offset": self._offset} | at
+        return {"sources": self._names, "documents": self._lengths, "offset": self._offset} | at
 
     def next(self, rows: int, length: int) -> Batch | None:
         """The next batch, or None at the end of a stream that is not endless."""

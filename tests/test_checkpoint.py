@@ -1,0 +1,217 @@
+"""Checkpoints: what is saved comes back bit for bit, and what is broken on disk is noticed and passed over."""
+
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_jax import step, workdir
+from lowrank_jax.checkpoint import Checkpoints, tree_sha256
+from lowrank_jax.config import UsageError
+
+# Orbax leaves coroutines behind where it fails to read.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+PROGRESS = {"step": 0, "data_sha256": "ab\u6f22", "cursor": {"sources": ["text:a"], "drawn": [2**40], "offset": 3}}
+
+
+@pytest.fixture(scope="module")
+def template(make):
+    return step.abstract_state(make.run_config())
+
+
+@pytest.fixture(scope="module")
+def states(make) -> list:
+    """Three states that differ in every number, as after three updates."""
+    first = step.init_state(make.run_config())
+    noise = lambda x, n: (x + n * (1 + np.arange(x.size).reshape(x.shape))).astype(x.dtype)
+    return [jax.tree.map(lambda x, n=n: jnp.asarray(noise(np.asarray(x), n)), first) for n in range(3)]
+
+
+@pytest.fixture
+def run(tmp_path, states) -> str:
+    """A folder with the checkpoints 1, 2 and 3."""
+    with Checkpoints(str(tmp_path)) as saved:
+        for i, state in enumerate(states):
+            saved.save(i + 1, state, PROGRESS | {"step": i + 1})
+    return str(tmp_path)
+
+
+def restore(folder: str, template, **options):
+    with Checkpoints(folder) as saved:
+        return saved.restore(template, **options)
+
+
+def bits(tree) -> list:
+    """Every array's path, type, shape and bytes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path), x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in leaves]
+
+
+def array_data(folder: str, at_step: int) -> pathlib.Path:
+    """The file with most of a step's numbers."""
+    files = pathlib.Path(folder, "checkpoints", str(at_step), "state", "ocdbt.process_0", "d").iterdir()
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path: pathlib.Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    path.write_bytes(raw)
+
+
+def failures(folder: str) -> list[int]:
+    return [e["step"] for e in workdir.read_rows(folder, "events.jsonl") if e["event"] == "restore_failed"]
+
+
+# ------------------------------------------------------------------------------------------------- save and restore
+
+
+def test_the_newest_checkpoint_comes_back_bit_for_bit_with_its_progress(run, states, template):
+    state, progress = restore(run, template)
+    assert bits(state) == bits(states[2])
+    assert jax.tree.structure(state) == jax.tree.structure(states[2])
+    assert progress == PROGRESS | {"step": 3, "state_sha256": tree_sha256(states[2])}
+
+
+def test_the_other_optimizer_survives_with_its_named_tuples_too(make, tmp_path):
+    config = make.run_config(optim__name="adamw", model__layers=1)
+    state = step.init_state(config)
+    with Checkpoints(str(tmp_path)) as saved:
+        saved.save(5, state, {})
+    restored, _ = restore(str(tmp_path), step.abstract_state(config))
+    assert bits(restored) == bits(state) and jax.tree.structure(restored) == jax.tree.structure(state)
+
+
+def test_what_is_not_finite_survives_too(tmp_path):
+    state = {"x": jnp.asarray([np.nan, np.inf, -0.0, 1e-45], jnp.float32)}
+    with Checkpoints(str(tmp_path)) as saved:
+        saved.save(1, state, {})
+    assert bits(restore(str(tmp_path), state)[0]) == bits(state)
+
+
+def test_a_step_that_consumes_the_state_while_it_is_written_changes_nothing(tmp_path):
+    consume = jax.jit(lambda state: jax.tree.map(lambda x: x * 0 - 1, state), donate_argnums=0)
+    state = {"x": jnp.arange(3_000_000, dtype=jnp.float32)}
+    expected = bits(state)
+    with Checkpoints(str(tmp_path)) as saved:
+        saved.save(1, state, {})
+        jax.block_until_ready(consume(state))
+        saved.wait()
+    assert bits(restore(str(tmp_path), {"x": jnp.zeros(3_000_000)})[0]) == expected
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, states, template):
+    with Checkpoints(str(tmp_path), keep=2) as saved:
+        for i in (3, 7, 11, 20):
+            saved.save(i, states[i % 3], {"step": i})
+        saved.wait()
+        assert saved.steps() == [20, 11]
+    state, progress = restore(str(tmp_path), template)
+    assert progress["step"] == 20 and bits(state) == bits(states[2])
+
+
+def test_saving_a_step_twice_keeps_the_first(run, states, template):
+    with Checkpoints(run) as saved:
+        saved.save(3, states[0], {"step": "again"})
+        saved.save(4, states[0], {"step": 4})
+        saved.save(4, states[1], {"step": "again"})
+        assert saved.steps() == [4, 3, 2, 1]
+    state, progress = restore(run, template)
+    assert progress["step"] == 4 and bits(state) == bits(states[0])
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_run_without_checkpoints_restores_none(tmp_path, template, read_only):
+    with Checkpoints(str(tmp_path), read_only=read_only) as saved:
+        assert saved.steps() == [] and saved.restore(template) is None
+    assert os.path.isdir(tmp_path / "checkpoints") is not read_only
+
+
+def test_a_reader_changes_nothing(run, states, template):
+    flip(array_data(run, 3))
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path(run).rglob("*")}
+    with Checkpoints(run, read_only=True) as saved:
+        state, progress = saved.restore(template)
+    assert progress["step"] == 2 and bits(state) == bits(states[1])
+    assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(run).rglob("*")}
+
+
+# -------------------------------------------------------------------------------------------------- broken on disk
+
+BREAK = {
+    "flipped byte": flip,
+    "cut in half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": os.remove,
+}
+
+
+@pytest.mark.parametrize("harm", BREAK)
+def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(run, states, template, harm):
+    BREAK[harm](array_data(run, 3))
+    with Checkpoints(run) as saved:
+        state, progress = saved.restore(template, delete_broken=True)
+        assert progress["step"] == 2 and bits(state) == bits(states[1])
+        assert failures(run) == [3] and saved.steps() == [2, 1]
+        saved.save(3, states[0], {"step": 3})
+    state, progress = restore(run, template)
+    assert progress["step"] == 3 and bits(state) == bits(states[0])
+
+
+@pytest.mark.parametrize("name", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+@pytest.mark.parametrize("harm", ["cut in half", "empty", "missing"])
+def test_a_broken_description_falls_back_too(run, template, name, harm):
+    BREAK[harm](pathlib.Path(run, "checkpoints", "3", name))
+    assert restore(run, template, delete_broken=True)[1]["step"] == 2
+    assert failures(run) == [3]
+
+
+def test_several_broken_checkpoints_are_passed_over(run, states, template):
+    flip(array_data(run, 3))
+    os.truncate(array_data(run, 2), 10)
+    state, progress = restore(run, template, delete_broken=True)
+    assert progress["step"] == 1 and bits(state) == bits(states[0])
+    assert failures(run) == [3, 2]
+    assert all(e["reason"] and "\n" not in e["reason"] for e in workdir.read_rows(run, "events.jsonl"))
+
+
+def test_checkpoints_of_which_none_can_be_restored_are_kept_and_named(run, make):
+    other = step.abstract_state(make.run_config(model__d=32))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=f"no checkpoint of {run} can be restored; step 3: "):
+            restore(run, other, delete_broken=True)
+    with Checkpoints(run) as saved:
+        assert saved.steps() == [3, 2, 1]
+
+
+def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
+    whole = pathlib.Path(run, "checkpoints", "3")
+    whole.rename(whole.with_name("3.orbax-checkpoint-tmp"))
+    assert restore(run, template, delete_broken=True)[1]["step"] == 2
+    assert failures(run) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ hash
+
+
+def test_the_hash_sees_every_number(states):
+    hashes = {tree_sha256(state) for state in states}
+    leaves, structure = jax.tree.flatten(states[0])
+    for i, leaf in enumerate(leaves):
+        changed = np.asarray(leaf).copy()
+        changed.reshape(-1)[-1] += 1
+        hashes.add(tree_sha256(jax.tree.unflatten(structure, [*leaves[:i], changed, *leaves[i + 1 :]])))
+    assert len(hashes) == len(states) + len(leaves)
+
+
+def test_the_hash_depends_on_values_and_the_order_of_paths_alone(states):
+    x, y = np.arange(3.0), np.ones((2, 2), np.float32)
+    assert tree_sha256({"a": x, "b": {"c": y}}) == tree_sha256({"b": {"c": jnp.asarray(y)}, "a": x})
+    assert tree_sha256({"a": x, "b": y}) == tree_sha256({"c": x, "d": y})
+    assert tree_sha256({"a": x, "b": y}) != tree_sha256({"a": y, "b": x})
+    assert tree_sha256(jax.tree.map(np.asarray, states[1])) == tree_sha256(states[1])

@@ -1,0 +1,206 @@
+"""A run's folder: one process at a time, files that a kill leaves readable, and no run continued as another."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_jax import faults, workdir
+from lowrank_jax.config import UsageError
+
+ROOT = pathlib.Path(__file__).parents[1]
+HOLD = "import sys; from lowrank_jax import workdir\nwith workdir.lock(sys.argv[1]): print('held', flush=True); input()"
+
+
+# ------------------------------------------------------------------------------------------------------------ lock
+
+
+def test_a_folder_that_another_process_trains_in_is_refused_until_that_process_ends(tmp_path):
+    folder = str(tmp_path / "new" / "run")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=f"^another process is training in {folder}$"), workdir.lock(folder):
+            pass
+        other.kill()
+    with workdir.lock(folder):
+        assert os.path.isdir(folder)
+
+
+def test_a_folder_is_held_once_even_within_a_process(tmp_path):
+    with workdir.lock(str(tmp_path)):
+        with pytest.raises(UsageError), workdir.lock(str(tmp_path)):
+            pass
+        with workdir.lock(str(tmp_path / "other")):
+            pass
+    with workdir.lock(str(tmp_path)):
+        pass
+
+
+def test_a_run_that_fails_lets_its_folder_go(tmp_path):
+    with pytest.raises(KeyError), workdir.lock(str(tmp_path)):
+        raise KeyError
+    with workdir.lock(str(tmp_path)):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def test_rows_come_back_as_they_were_added(tmp_path):
+    rows = [{"step": 1, "loss": math.inf, "name": "\u6f22\n}", "none": None, "list": [1, {"a": 2}]}, {}]
+    for row in rows:
+        workdir.append(str(tmp_path), "metrics.jsonl", row)
+    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == rows
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_run_without_rows_has_none(tmp_path):
+    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").touch()
+    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == []
+
+
+@given(st.integers(1, 200))
+def test_a_kill_in_the_middle_of_a_line_costs_that_line_alone(tmp_path_factory, cut):
+    folder = tmp_path_factory.getbasetemp()
+    rows = [{"event": "save", "step": i, "facts": {"deep": {"deeper": i}}} for i in range(4)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    cut = min(cut, len(lines[2]) - 2)  # at least the closing brace is missing
+    (folder / "events.jsonl").write_text(lines[0] + lines[1] + lines[2][:cut])
+    assert workdir.read_rows(str(folder), "events.jsonl") == rows[:2]
+    workdir.append(str(folder), "events.jsonl", rows[3])
+    assert workdir.read_rows(str(folder), "events.jsonl") == [*rows[:2], rows[3]]
+
+
+def test_an_event_carries_its_step_time_and_facts(tmp_path):
+    workdir.log_event(str(tmp_path), "save", 7, data_sha256="ab")
+    [event] = workdir.read_rows(str(tmp_path), "events.jsonl")
+    assert event.pop("time") > 1.6e9
+    assert event == {"event": "save", "step": 7, "data_sha256": "ab"}
+
+
+LOGGED = [(0, "pretrain", "eval"), (1, "pretrain", "loss"), (2, "pretrain", "loss"), (2, "pretrain", "eval")]
+LOGGED += [(2, "sft", "eval"), (3, "sft", "loss"), (4, "sft", "loss"), (4, "sft", "eval")]  # SFT starts after step 2
+
+
+CUTS = [(0, "pretrain", 0), (1, None, 2), (2, "sft", 4), (3, None, 6), (4, None, 8)]
+
+
+@pytest.mark.parametrize("step, starting_phase, kept", CUTS)
+def test_rewinding_drops_exactly_what_is_about_to_be_logged_again(tmp_path, step, starting_phase, kept):
+    rows = [{"step": step, "phase": phase, "what": what} for step, phase, what in LOGGED]
+    for row in rows:
+        workdir.append(str(tmp_path), "metrics.jsonl", row)
+    workdir.log_event(str(tmp_path), "save", 4)
+    workdir.rewind_metrics(str(tmp_path), step, starting_phase)
+    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == rows[:kept]
+    assert len(workdir.read_rows(str(tmp_path), "events.jsonl")) == 1
+
+
+def test_rewinding_a_new_folder_leaves_an_empty_file(tmp_path):
+    workdir.rewind_metrics(str(tmp_path), 0, "pretrain")
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_cut_line_is_gone_after_rewinding(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    workdir.rewind_metrics(str(tmp_path), 5, None)
+    workdir.append(str(tmp_path), "metrics.jsonl", {"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+def test_a_written_config_is_read_back_equal(make, tmp_path):
+    sources = [{"spec": "text:a\u6f22.txt", "weight": 2.5}, "json:b"]
+    growth = {"pretrain__auto_grow": True, "pretrain__grow_plan": "1024,2048"}
+    config = make.run_config(pretrain__sources=sources, seed=3, **growth)
+    assert not workdir.holds_run(str(tmp_path))
+    workdir.write_config(str(tmp_path), config)
+    assert workdir.holds_run(str(tmp_path))
+    assert workdir.read_config(str(tmp_path)) == config
+    assert workdir.differences(config, workdir.read_config(str(tmp_path))) == []
+
+
+def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match=f"--workdir={tmp_path} holds no run"):
+        workdir.read_config(str(tmp_path))
+
+
+def test_text_replaces_its_file_in_one_move(tmp_path):
+    path = tmp_path / "report.html"
+    for text in ("old", "new \u6f22"):
+        workdir.write_text(str(path), text)
+        assert path.read_text(encoding="utf-8") == text
+        assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_write_that_fails_leaves_the_old_text(tmp_path):
+    path = tmp_path / "config.json"
+    workdir.write_text(str(path), "old")
+    with pytest.raises(UnicodeEncodeError):
+        workdir.write_text(str(path), "half of it" * 10_000 + "\ud800")
+    assert path.read_text() == "old"
+
+
+IDENTITY = {"model__d": 32, "model__rank_split": (1.0, 1.0, 1.0, 1.0), "seed": 1, "precision": "bf16"}
+IDENTITY |= {"tokenizer__vocab_size": 999, "tokenizer__path": "a.model", "optim__name": "adamw"}
+IDENTITY |= {"pretrain__eval_fraction": 0.3, "sft__eval_fraction": 0.3}
+FREE = {"pretrain__lr": 0.5, "pretrain__steps": 7, "sft__steps": 9, "every__save": 3, "optim__weight_decay": 0.0}
+FREE |= {"pretrain__microbatch_tokens": 2048, "pretrain__sources": "text:other.txt"}
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_another_model_or_split_is_refused_by_the_key_that_differs(make, tmp_path, key):
+    old, new = make.run_config(), make.run_config(**{key: IDENTITY[key]})
+    with pytest.raises(UsageError, match=f"^{tmp_path} holds a different run: its config.{key.replace('__', '.')} is "):
+        workdir.check_same_run(str(tmp_path), old, new)
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_what_may_change_between_resumes_is_accepted_and_listed(make, tmp_path, key):
+    old, new = make.run_config(), make.run_config(**{key: FREE[key]})
+    workdir.check_same_run(str(tmp_path), old, new)
+    assert [name for name, *_ in workdir.differences(old, new)] == [key.replace("__", ".")]
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+
+def test_the_faults_that_were_asked_for_are_due_and_no_others(monkeypatch):
+    monkeypatch.setenv(faults.VARIABLE, "kill@step=12, nan@step=30,term@step=3,,kill@save=2")
+    faults.check()
+    asked = {("kill", "step", 12), ("nan", "step", 30), ("term", "step", 3), ("kill", "save", 2)}
+    tried = {(fault, place, n) for fault in ("kill", "term", "nan") for place in ("step", "save") for n in range(40)}
+    assert {item for item in tried if faults.due(*item)} == asked
+
+
+@pytest.mark.parametrize("value", ["", ","])
+def test_without_faults_nothing_is_due(monkeypatch, value):
+    monkeypatch.setenv(faults.VARIABLE, value)
+    faults.check()
+    assert not faults.due("kill", "step", 1)
+    faults.strike("step", 1)
+
+
+@pytest.mark.parametrize("item", ["oops", "kill@step", "kill@step=x", "kill@step=-1", "nan@save=1", "kill@read=1", " "])
+def test_an_unknown_fault_is_refused_with_the_known_ones(monkeypatch, item):
+    monkeypatch.setenv(faults.VARIABLE, f"kill@step=1,{item}")
+    with pytest.raises(UsageError, match=f"unknown fault '{item}'; known: kill@save, kill@step, nan@step, term@step"):
+        faults.check()
+
+
+@pytest.mark.parametrize("fault, status", [("kill@step=2", -9), ("term@step=2", -15), ("kill@save=2", 0)])
+def test_a_fault_strikes_at_its_count_alone(fault, status):
+    code = "from lowrank_jax import faults\nfor n in (1, 2, 3): faults.strike('step', n); print(n, flush=True)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {faults.VARIABLE: fault}, capture_output=True, text=True)
+    assert done.returncode == status and done.stdout.split() == (["1"] if status else ["1", "2", "3"])
