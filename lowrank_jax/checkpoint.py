@@ -1,10 +1,11 @@
 """Checkpoints: model, optimizer, data cursor and bookkeeping in one atomic Orbax step, written in the background.
 
 Orbax notices a missing or truncated file but not a flipped byte (measured: it restores wrong values without a word),
-so every checkpoint carries a SHA-256 of its arrays, and a restore that does not match falls back to the one before.
+so every checkpoint carries a SHA-256 of its contents, and a restore that does not match falls back to the one before.
 """
 
 import hashlib
+import json
 import os
 
 import jax
@@ -25,6 +26,10 @@ def tree_sha256(tree) -> str:
     for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _sha256(state, progress: dict) -> str:
+    return hashlib.sha256((tree_sha256(state) + json.dumps(progress, sort_keys=True)).encode()).hexdigest()
 
 
 class Checkpoints:
@@ -56,7 +61,7 @@ class Checkpoints:
         if step in self.steps():
             return
         self._manager.check_for_errors()
-        meta = progress | {"state_sha256": tree_sha256(state)}
+        meta = progress | {"sha256": _sha256(state, progress)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items, force=True)
         self._saves += 1
@@ -73,15 +78,16 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
-                if tree_sha256(restored.state) != restored.meta["state_sha256"]:
-                    raise ValueError("its arrays do not match their SHA-256")
+                progress = {key: value for key, value in restored.meta.items() if key != "sha256"}
+                if _sha256(restored.state, progress) != restored.meta["sha256"]:
+                    raise ValueError("its contents do not match their SHA-256")
             except Exception as e:  # what orbax raises for a truncated array has no narrower class
                 broken.append((step, " ".join(str(e).split())[:200]))
                 continue
             for failed, reason in broken if delete_broken else []:
                 workdir.log_event(self.folder, "restore_failed", failed, reason=reason)
                 self._manager.delete(failed)
-            return restored.state, restored.meta
+            return restored.state, progress
         if broken:
             raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")
         return None

@@ -194,7 +194,12 @@ def _sources(value, path: str) -> tuple[SourceConfig, ...]:
     built = []
     for i, item in enumerate(items):
         where = f"{path}[{i}]"
-        built.append(_build(SourceConfig, defaults | (item if isinstance(item, dict) else {"spec": item}), where))
+        if isinstance(item, str):  # kind:location, or kind:location@weight
+            spec, weight = re.fullmatch(r"(.*?)(?:@(\d+\.?\d*))?", item).groups()
+            item = {"spec": spec} | ({"weight": weight} if weight else {})
+        if not isinstance(item, dict):
+            raise UsageError(f"{where}={item!r} must be text or a group of keys")
+        built.append(_build(SourceConfig, defaults | item, where))
         if not re.match(r"\w+:.", built[-1].spec):
             raise UsageError(f"{where}={built[-1].spec!r} must be kind:location, such as text:my/*.txt")
         if built[-1].weight <= 0:

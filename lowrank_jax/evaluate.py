@@ -59,7 +59,9 @@ def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument("--lengths", default="", help="sequence lengths, such as 256,512,1024 (default: the longest trained)")
+    parser.add_argument(
+        "--lengths", default="", help="sequence lengths, such as 256,512,1024 (default: the longest trained)"
+    )
     parser.add_argument("--data", default="", help="a source to use instead of the held-out part of pretraining")
     parser.add_argument("--tokens", type=int, default=0, help="how many tokens (default: the config's eval_tokens)")
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Text from a trained model: prefill and decode over the latent cache, sampled and streamed.
 
-    python -m lowrank_jax.generate --workdir=runs/quickstart --prompt="ROMEO:"
-    python -m lowrank_jax.generate --workdir=runs/quickstart --chat
+python -m lowrank_jax.generate --workdir=runs/quickstart --prompt="ROMEO:"
+python -m lowrank_jax.generate --workdir=runs/quickstart --chat
 """
 
 import functools
@@ -105,7 +105,9 @@ class Model:
         """New token ids for each prompt of ids (of any lengths), each ending with its stop token if it met one."""
         return [self._until_stop(row) for row in list(self.stream(prompts, max_new, seed, max_new, **sampling))[-1]]
 
-    def stream(self, prompts, max_new: int = 200, seed: int = 0, chunk: int = CHUNK, **sampling) -> Iterator[np.ndarray]:
+    def stream(
+        self, prompts, max_new: int = 200, seed: int = 0, chunk: int = CHUNK, **sampling
+    ) -> Iterator[np.ndarray]:
         """All tokens so far, [B, n], after the first token and then every `chunk` tokens until all rows have ended."""
         if not prompts or not all(prompts):
             raise UsageError("every prompt needs at least one token")
@@ -206,7 +208,9 @@ def command(argv: list[str]) -> dict:
     parser.add_argument("--max_tokens", type=int, default=200, help="most new tokens (default 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest tokens (0: off)")
-    parser.add_argument("--top_p", type=float, default=0.95, help="only the likeliest tokens of this mass (default 0.95)")
+    parser.add_argument(
+        "--top_p", type=float, default=0.95, help="only the likeliest tokens of this mass (default 0.95)"
+    )
     parser.add_argument("--min_p", type=float, default=0.0, help="only tokens this likely, relative to the likeliest")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Trains a model from raw text to chat: every phase of a config, or on from where the run in --workdir stopped.
 
-    python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
+python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from lowrank_jax import cli, plan, train

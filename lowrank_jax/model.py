@@ -56,11 +56,16 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table ~ N(0, 1/D), also the head (tied); with `embed_rank` E it is [V, E] @ [E, D], up ~ N(0, 1/E)."""
+    """Token table, also the head (tied); with `embed_rank` E it is [V, E] @ [E, D], up ~ N(0, 1/E).
+
+    The table is N(0, (4/D)^2). In a new model, whose blocks are zero maps, the logit of a token after itself is D times
+    the deviation: 4 is small in a softmax over thousands. With N(0, 1/D) the quickstart began at 9.0 bits per byte
+    instead of 4.4, and ended alike.
+    """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         width = c.embed_rank or c.d
-        self.table = nnx.Param(c.d**-0.5 * jax.random.normal(rngs.params(), (c.vocab, width)))
+        self.table = nnx.Param(4 / c.d * jax.random.normal(rngs.params(), (c.vocab, width)))
         self.up = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width, c.d))) if c.embed_rank else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Optimizers, without their learning rate: `train_step` multiplies that in, so no schedule hides in their state.
 
-Muon (matrices) with AdamW (embedding, norms), or AdamW for everything. Weight decay acts on the matrices of the
+Muon for matrices with AdamW (with Nesterov momentum) for embedding and norms, or AdamW for everything. Weight decay acts on the matrices of the
 blocks alone.
 """
 

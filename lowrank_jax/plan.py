@@ -1,6 +1,6 @@
 """What a config will do, before anything is trained: its stages, its parameters, and the size of its cache.
 
-    python -m lowrank_jax.plan --config=configs/custom.py [--json]
+python -m lowrank_jax.plan --config=configs/custom.py [--json]
 """
 
 from lowrank_jax import cli, costs, precision, stages

@@ -1,6 +1,6 @@
 """A run on one page: loss.png and report.html, made from the run's folder alone.
 
-    python -m lowrank_jax.report --workdir=runs/quickstart
+python -m lowrank_jax.report --workdir=runs/quickstart
 """
 
 import base64

@@ -87,13 +87,17 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
                 if not held_out:
                     meter.say(f"the held-out part of {now.phase} has no row of {longest} tokens: no evaluation")
                 elif at["step"] == now.phase_start:
-                    meter.log_eval(now, at["step"], evaluate.evaluate(config, state.params, held_out, tok.byte_lengths()))
+                    meter.log_eval(
+                        now, at["step"], evaluate.evaluate(config, state.params, held_out, tok.byte_lengths())
+                    )
             if now != stage:
                 stage, compiled = now, _compile(config, now, state, at["step"], folder, meter)
             if received:
                 save()
                 workdir.log_event(folder, "preempt", at["step"], signal=received[0])
-                meter.say(f"{signal.Signals(received[0]).name}: saved at step {at['step']}; run the command again to go on")
+                meter.say(
+                    f"{signal.Signals(received[0]).name}: saved at step {at['step']}; run the command again to go on"
+                )
                 saved.wait()
                 sys.exit(128 + received[0])
 
@@ -159,7 +163,9 @@ def _compile(config: RunConfig, stage: Stage, state, at_step: int, folder: str, 
     compiled, seconds = step.compile_step(config, stage, state)
     stall = {"stall_seconds": round(seconds, 3), "stall_steps": meter.in_steps(seconds)}
     workdir.log_event(folder, "stage", at_step, stage=stage.name, compile_seconds=round(seconds, 3), **stall)
-    meter.say(f"step {at_step}: {stage.name}, {stage.batch} x {stage.seq_len} tokens a step (compiled in {seconds:.1f} s)")
+    meter.say(
+        f"step {at_step}: {stage.name}, {stage.batch} x {stage.seq_len} tokens a step (compiled in {seconds:.1f} s)"
+    )
     meter.restart_clock()
     return compiled
 

@@ -1,8 +1,8 @@
 """A run's folder: its config, its metrics, its ledger of events, and the lock of the process that trains in it.
 
-    config.json     the resolved config               tokenizer/      see data/tokenizer.py
-    metrics.jsonl   one object a logged step          events.jsonl    one object an event, never rewritten
-    checkpoints/    see checkpoint.py                 report.html, loss.png
+config.json     the resolved config               tokenizer/      see data/tokenizer.py
+metrics.jsonl   one object a logged step          events.jsonl    one object an event, never rewritten
+checkpoints/    see checkpoint.py                 report.html, loss.png
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Learns a SentencePiece tokenizer that any run can then use with --config.tokenizer.path=OUT.
 
-    python scripts/train_tokenizer.py --sources="text:my/*.txt" --vocab_size=8192 --out=my_tokenizer
+python scripts/train_tokenizer.py --sources="text:my/*.txt" --vocab_size=8192 --out=my_tokenizer
 """
 
 import os

@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_with_its_progress(run, sta
     state, progress = restore(run, template)
     assert bits(state) == bits(states[2])
     assert jax.tree.structure(state) == jax.tree.structure(states[2])
-    assert progress == PROGRESS | {"step": 3, "state_sha256": tree_sha256(states[2])}
+    assert progress == PROGRESS | {"step": 3}
 
 
 def test_the_other_optimizer_survives_with_its_named_tuples_too(make, tmp_path):

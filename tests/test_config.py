@@ -140,7 +140,7 @@ def test_a_missing_key_is_named():
         (GROW | {"pretrain.grow_plan": "256,512,512"}, "config.pretrain.grow_plan=256,512,512 must rise"),
         (GROW | {"pretrain.grow_plan": ""}, "config.pretrain.grow_plan is empty"),
         (GROW | {"pretrain.grow_plan": "128,256"}, "starts below config.pretrain.block=256"),
-        (GROW | {"pretrain.grow_plan": "256,512", "pretrain.grow_every_steps": 0}, "config.pretrain.grow_every_steps=0"),
+        (GROW | {"pretrain.grow_plan": "256,512", "pretrain.grow_every_steps": 0}, "pretrain.grow_every_steps=0"),
         ({"model.heads": 15}, "config.model.heads=15 does not divide config.model.d=512; 16 would"),
         ({"model.heads": 0}, "config.model.heads=0"),
         ({"model.rank": 513}, "config.model.rank=513 must not exceed config.model.d=512"),

@@ -42,7 +42,9 @@ TINY = {
 STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
 
 
-CACHE = tempfile.mkdtemp(prefix="lowrank_jax_test_cache_")  # of compiled programs: dozens of processes run the same ones
+CACHE = tempfile.mkdtemp(
+    prefix="lowrank_jax_test_cache_"
+)  # of compiled programs: dozens of processes run the same ones
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 
@@ -61,7 +63,10 @@ def run(module: str, *args: str, faults: str = "", stdin: str | None = None):
 
 
 def train_args(data: pathlib.Path, workdir, **changes) -> list[str]:
-    settings = {"pretrain.sources": f"text:{data}/*.txt,json:{data}/notes.jsonl", "sft.sources": f"json:{data}/chats.jsonl"}
+    settings = {
+        "pretrain.sources": f"text:{data}/*.txt,json:{data}/notes.jsonl",
+        "sft.sources": f"json:{data}/chats.jsonl",
+    }
     settings |= TINY | {key.replace("__", "."): value for key, value in changes.items()}
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
     return ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
@@ -143,8 +148,18 @@ def test_a_run_leaves_everything_the_contract_names(reference):
 @pytest.mark.parametrize(
     "faults",
     [
-        ["kill@step=4", "kill@save=1", "kill@step=10", "kill@step=11"],  # at a new length, in a save, at SFT, inside SFT
-        ["kill@save=1", "kill@step=6", "kill@step=9", "kill@step=13"],  # before any whole checkpoint, mid-stage, at an end
+        [
+            "kill@step=4",
+            "kill@save=1",
+            "kill@step=10",
+            "kill@step=11",
+        ],  # at a new length, in a save, at SFT, inside SFT
+        [
+            "kill@save=1",
+            "kill@step=6",
+            "kill@step=9",
+            "kill@step=13",
+        ],  # before any whole checkpoint, mid-stage, at an end
         ["term@step=5", "term@step=10", "term@step=12"],
     ],
 )
@@ -302,7 +317,9 @@ def test_chat_answers_every_line_of_standard_input(reference):
     code, out, err = run("generate", f"--workdir={reference}", "--chat", "--max_tokens=8", "--json", stdin=lines)
     assert code == 0, err
     assert last_json(out)["prompt"] == "And again." and len(out.strip().splitlines()) >= 3
-    code, out, _ = run("generate", f"--workdir={reference}", "--chat", "--max_tokens=8", "--prompt=Hi", "--json", stdin="")
+    code, out, _ = run(
+        "generate", f"--workdir={reference}", "--chat", "--max_tokens=8", "--prompt=Hi", "--json", stdin=""
+    )
     assert code == 0 and last_json(out)["prompt"] == "Hi"
 
 

@@ -248,7 +248,7 @@ def test_remat_keeps_fewer_activations_for_the_backward_pass():
 
 
 @pytest.mark.parametrize("changes", [{}, FACTORED], ids=["plain", "factored"])
-def test_blocks_are_the_identity_at_init(changes):
+def test_blocks_are_the_identity_and_predictions_nearly_uniform_at_init(changes):
     c = toy(**changes)
     params, tokens = init(c, jax.random.key(0)), some_tokens(c, 1, 9)
     x = params["embed"]["table"][tokens]
@@ -258,7 +258,7 @@ def test_blocks_are_the_identity_at_init(changes):
     head = params["embed"]["up"].T @ head if c.embed_rank else head
     logits = full(c, params, tokens)
     np.testing.assert_allclose(logits, untouched @ head, atol=1e-5)
-    assert 0.3 < np.std(logits) < 3
+    assert -jax.nn.log_softmax(logits).mean() < np.log(c.vocab) + 0.5
 
 
 def test_every_matrix_starts_with_the_variance_its_docstring_states():
@@ -268,7 +268,7 @@ def test_every_matrix_starts_with_the_variance_its_docstring_states():
     rank_v = c.ranks[2]
     assert projection["down"].shape == (4, 96, rank_v) and mlp["out"]["down"].shape == (4, 40, 16)
     expected = [(projection["down"], 96), (projection["up"], rank_v), (mlp["gate"]["down"], 96), (mlp["up"]["up"], 16)]
-    expected += [(mlp["out"]["down"], 40), (params["embed"]["table"], 96), (params["embed"]["up"], 12)]
+    expected += [(mlp["out"]["down"], 40), (params["embed"]["table"], (c.d / 4) ** 2), (params["embed"]["up"], 12)]
     for w, fan_in in expected:
         np.testing.assert_allclose(np.std(w), fan_in**-0.5, rtol=0.1)
     layers = np.asarray(projection["down"]).reshape(4, -1)
@@ -300,14 +300,3 @@ def test_later_tokens_do_not_change_earlier_logits():
     logits = np.asarray(full(c, params, tokens))
     np.testing.assert_allclose(logits[0, :17], logits[1, :17], atol=1e-6)
     assert np.abs(logits[0, 17] - logits[1, 17]).max() > 0.05
-
-
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="Norm, alibi_bias and the masks broadcast across ranks")
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_nothing_broadcasts_across_ranks(backend, packed):
-    c = toy(attention=backend)
-    params, tokens = make(c), some_tokens(c, 2, 140)
-    with jax.numpy_rank_promotion("raise"):
-        full.lower(c, params, tokens, tokens if packed else None)
-        cached.lower(c, params, tokens[:, :9], np.full(2, 9), tokens[:, 9:])

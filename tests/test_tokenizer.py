@@ -69,10 +69,12 @@ def test_byte_lengths_add_up_to_the_bytes_of_the_text(tok, text):
 def test_byte_lengths_has_an_entry_for_every_id_and_none_for_control_symbols(tok):
     lengths = tok.byte_lengths()
     assert lengths.shape == (tok.vocab_size,)
-    assert [i for i in range(tok.vocab_size) if lengths[i] == 0] == sorted([
-        *(tok.special(piece) for piece in (PAD, BOS, EOS, TURN_START, TURN_END)),
-        3,  # <unk>, which byte fallback never needs
-    ])
+    assert [i for i in range(tok.vocab_size) if lengths[i] == 0] == sorted(
+        [
+            *(tok.special(piece) for piece in (PAD, BOS, EOS, TURN_START, TURN_END)),
+            3,  # <unk>, which byte fallback never needs
+        ]
+    )
 
 
 def test_control_symbols_leave_no_text_behind(tok):

@@ -81,16 +81,17 @@ def _chitchat() -> list[dict]:
     return documents
 
 
-# Topics of plain talk; the others are jargon, politics or jokes at someone's cost.
-_SMALLTALK = "ai botprofile conversations emotion food greetings health literature science sports trivia".split()
+# Topics of plain talk; the others are trivia, jargon, politics or jokes at someone's cost.
+_SMALLTALK = ("ai", "botprofile", "conversations", "emotion", "food", "greetings", "health")
 
 
 def _smalltalk() -> list[dict]:
+    """Questions with their first answer (the further turns are other answers), and short dialogues."""
     documents = []
     for topic in _SMALLTALK:
         path = _package("chatterbot_corpus") / "data" / "english" / f"{topic}.yml"
         for turns in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
-            turns = [_tidy(str(turn)) for turn in turns]
+            turns = [_tidy(str(turn)) for turn in turns][: 8 if topic in ("conversations", "health") else 2]
             if len(turns) >= 2 and all(turns) and not _RUDE.search("\n".join(turns)):
                 documents.append(_alternate(turns[: len(turns) // 2 * 2]))
     return documents

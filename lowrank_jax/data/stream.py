@@ -50,7 +50,9 @@ def check_cursor(cursor: dict, names: list[str]) -> None:
     """Raises UsageError where a phase now names other sources than those that the cursor counts."""
     if cursor["sources"] != names:
         was, now = ", ".join(cursor["sources"]), ", ".join(names)
-        raise UsageError(f"the run is reading {was}, but the config now names {now}; put them back, or use a new --workdir")
+        raise UsageError(
+            f"the run is reading {was}, but the config now names {now}; put them back, or use a new --workdir"
+        )
 
 
 def texts(phases: Sequence[PhaseConfig], max_bytes: int):

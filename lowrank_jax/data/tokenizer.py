@@ -40,7 +40,8 @@ class Tokenizer:
         self._space_mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: no BOS, no EOS, and never a control symbol."""
+        """Ids of `text` alone: no BOS, no EOS, and never a control symbol. A lone surrogate is read as a ?."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
         lines = [line.split(SPACE_MARK) for line in text.split("\n")]
         encoded = iter(self._sp.encode([part for line in lines for part in line]))
         ids = []
