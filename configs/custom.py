@@ -1,6 +1,7 @@
 """The 250M model: 20 layers of width 1024 with rank-128 attention, grown from 256 to 2048 tokens.
 
-    python -m lowrank_jax.main --config=configs/custom.py --workdir=runs/custom --config.pretrain.sources="json:my/*.jsonl"
+    python -m lowrank_jax.main --config=configs/custom.py --workdir=runs/custom \\
+        --config.pretrain.sources="json:my/*.jsonl"
 
 `python -m lowrank_jax.plan --config=configs/custom.py` prints its stages, parameters and cache.
 """

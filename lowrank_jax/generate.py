@@ -7,7 +7,8 @@ python -m lowrank_jax.generate --workdir=runs/quickstart --chat
 import functools
 import sys
 import time
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

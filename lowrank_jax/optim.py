@@ -1,7 +1,7 @@
 """Optimizers, without their learning rate: `train_step` multiplies that in, so no schedule hides in their state.
 
-Muon for matrices with AdamW (with Nesterov momentum) for embedding and norms, or AdamW for everything. Weight decay acts on the matrices of the
-blocks alone.
+Muon for the blocks' matrices with AdamW (with Nesterov momentum) for embedding and norms, or AdamW for everything.
+Weight decay acts on the blocks' matrices alone.
 """
 
 import jax

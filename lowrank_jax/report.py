@@ -82,7 +82,8 @@ _PAGE = """<!doctype html>
 <title>lowrank_jax: {name}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-h1 {{ font-size: 1.3rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }} img {{ max-width: 100% }}
+h1 {{ font-size: 1.3rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
+img {{ max-width: 100% }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left; overflow-wrap: anywhere }}
 pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem }}

@@ -1,15 +1,18 @@
 """The commands as real processes: train, kill, resume, generate, evaluate, report, and every bad input's one line."""
 
 import atexit
+import fcntl
 import json
 import os
 import pathlib
 import pty
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 
 import pytest
@@ -281,7 +284,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(data, tmp_path, case, monkey
         ("main", ["--config=configs/quickstart.py"], ["--workdir"]),
         ("main", ["--workdir=/tmp/x"], ["--config"]),
         ("main", ["--config=configs/nope.py", "--workdir=/tmp/x"], ["nope.py", "no such file"]),
-        ("plan", ["--config=configs/custom.py", "--topologi=x"], ["--topologi"]),
+        ("plan", ["--config=configs/custom.py", "--topologi=x"], ["topologi"]),
         ("plan", ["--config=configs/preset.py:huge"], ["huge", "base17"]),
         ("plan", ["--config=configs/from_yaml.py:/nowhere.yaml"], ["/nowhere.yaml"]),
         ("generate", ["--workdir=/nowhere", "--prompt=x"], ["/nowhere", "no run"]),
@@ -338,6 +341,7 @@ def test_evaluate_reads_another_source(reference, data):
 
 def test_a_terminal_gets_a_progress_bar(data, tmp_path):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     args = train_args(data, tmp_path / "run", sft__steps=0)
     process = launch("main", *args, stdout=theirs, stderr=subprocess.PIPE)
     os.close(theirs)

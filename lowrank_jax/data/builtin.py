@@ -63,21 +63,26 @@ _RUDE = re.compile(
 
 
 CHITCHAT_TURNS = 8  # people drift after that, and a row of 512 tokens holds about as much
+SHORT_REPLY = 12  # characters: a conversation begins with the first answer that says something
 
 
 def _chitchat() -> list[dict]:
-    """The first turns of conversations of at least two exchanges; the second speaker is the assistant."""
+    """The first turns of conversations; the second speaker is the assistant."""
     conversations = json.loads((_package("chitchat_dataset") / "dataset.json").read_text("utf-8"))
     documents = []
     for conversation in conversations.values():
         turns = [" ".join(m["text"].strip() for m in turn) for turn in conversation["messages"]]
         turns = [_tidy(turn) for turn in turns[:CHITCHAT_TURNS]]
         whole = "\n".join(turns)
+        turns = turns[: len(turns) // 2 * 2]
         if len(turns) < 4 or not all(turns) or _PRIVATE.search(whole) or _RUDE.search(whole):
             continue
         if not 6 <= len(whole) / len(turns) <= 300 or not whole.isascii():
             continue
-        documents.append(_alternate(turns[: len(turns) // 2 * 2]))
+        while turns and len(turns[1]) < SHORT_REPLY:  # "Hello?" "Hey!"
+            turns = turns[2:]
+        if turns:
+            documents.append(_alternate(turns))
     return documents
 
 
