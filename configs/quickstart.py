@@ -16,7 +16,7 @@ def get_config():
     c.tokenizer.update(vocab_size=2048, train_bytes=6_000_000)
     c.pretrain.update(
         sources="builtin:quickstart@0.6, builtin:quickchat@0.4",
-        steps=300,
+        steps=330,
         tokens_per_step=4096,
         microbatch_tokens=1024,
         block=128,
@@ -28,8 +28,8 @@ def get_config():
         eval_tokens=16_384,
     )
     c.sft.update(
-        sources="builtin:quickchat",
-        steps=120,
+        sources="builtin:chitchat@0.85, builtin:smalltalk@0.15",
+        steps=130,
         tokens_per_step=4096,
         microbatch_tokens=1024,
         block=512,
@@ -37,5 +37,5 @@ def get_config():
         eval_fraction=0.02,
         eval_tokens=16_384,
     )
-    c.every.update(log=5, eval=60, save=60, keep=2)
+    c.every.update(log=5, eval=65, save=65, keep=2)
     return c
