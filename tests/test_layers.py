@@ -21,7 +21,7 @@ FLOORS = [
     ["data.tokenizer", "data.builtin"],
     ["model"],
     ["attention"],
-    ["loss", "optim"],
+    ["loss", "optim", "meter"],
     ["stages"],
     ["costs", "precision"],
     ["workdir", "faults", "cli"],
