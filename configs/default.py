@@ -83,4 +83,5 @@ def phase(**changes) -> dict:
         "lr_end": 0.0,  # where the schedule ends, as a share of lr
         "eval_fraction": 0.01,  # share of each source's documents that is held out
         "eval_tokens": 49_152,  # how many held-out tokens an evaluation reads
+        "sample": "",  # what the model is to continue (sft: to answer) at the end of the phase; empty: nothing
     } | changes

@@ -26,16 +26,18 @@ def get_config():
         lr=1e-2,
         eval_fraction=0.02,
         eval_tokens=16_384,
+        sample="ROMEO:\n",
     )
     c.sft.update(
-        sources="builtin:chitchat@0.85, builtin:smalltalk@0.15",
+        sources="builtin:chitchat@0.9, builtin:smalltalk@0.1",
         steps=130,
         tokens_per_step=4096,
         microbatch_tokens=1024,
         block=512,
-        lr=3e-3,
+        lr=2e-3,
         eval_fraction=0.02,
         eval_tokens=16_384,
+        sample="Hello, how are you?",
     )
     c.every.update(log=5, eval=65, save=65, keep=2)
     return c

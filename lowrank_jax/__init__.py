@@ -3,6 +3,6 @@
 
 def load(folder: str):
     """The trained model of a run's folder, with `.params, .config, .tokenizer, .logits(tokens), .generate(...)`."""
-    from lowrank_jax import generate  # here, so that importing the package starts neither jax nor orbax
+    from lowrank_jax import generate, trained  # here, so that importing the package starts neither jax nor orbax
 
-    return generate.Model(folder)
+    return generate.Model(trained.open_run(folder))

@@ -85,6 +85,7 @@ class PhaseConfig:
     lr_end: float
     eval_fraction: float
     eval_tokens: int
+    sample: str
 
 
 @dataclass(frozen=True)

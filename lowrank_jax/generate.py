@@ -18,7 +18,7 @@ from lowrank_jax import attention, cli, model, precision
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import TURN_END
-from lowrank_jax.trained import open_run
+from lowrank_jax.trained import Trained, open_run
 
 CHUNK = 16  # tokens decoded between two looks at the host: what streaming waits for
 BUCKET = 128  # prompt and cache lengths are rounded up to multiples of this, so that few shapes are ever compiled
@@ -91,8 +91,8 @@ def _sample(logits_BV, s: Sampling, key, count) -> jax.Array:
 class Model:
     """A trained model in memory: `.params`, `.config`, `.tokenizer`, `.logits(tokens)`, `.generate(...)`."""
 
-    def __init__(self, folder: str):
-        self.config, self.tokenizer, self.params, self.progress = open_run(folder)
+    def __init__(self, trained: Trained):
+        self.config, self.tokenizer, self.params, self.progress = trained
         self._dtype = precision.compute_dtype(self.config.precision)
         self._stop_ids = [self.tokenizer.eos, self.tokenizer.special(TURN_END)]
         self._compiled: set[tuple] = set()
@@ -138,6 +138,13 @@ class Model:
             for _ in zip(self.stream([[self.tokenizer.bos] * prompt_length], max_new, chunk=1), range(2)):
                 pass
             self._compiled.add(shapes)
+
+    def prompt(self, text: str, history: list[dict] = (), is_chat: bool = False) -> list[int]:
+        """Ids that begin a document with `text` or, as a chat, a conversation in which it is the user's next turn."""
+        if not is_chat:
+            return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        messages = [*history, {"role": "user", "content": text}]
+        return [self.tokenizer.bos, *chat.encode(self.tokenizer, messages, prompt=True)[0]]
 
     def _until_stop(self, row: np.ndarray) -> list[int]:
         ends = np.flatnonzero(np.isin(row, self._stop_ids))
@@ -192,10 +199,9 @@ def converse(run: Model, args, show) -> dict:
         if turn == "/reset":
             messages = [m for m in messages if m["role"] == "system"]
         elif turn:
-            messages.append({"role": "user", "content": turn})
-            ids, _ = chat.encode(run.tokenizer, messages, prompt=True)
-            result = {"prompt": turn} | answer(run, [run.tokenizer.bos, *ids], args, show)
+            result = {"prompt": turn} | answer(run, run.prompt(turn, messages, is_chat=True), args, show)
             show("\n")
+            messages.append({"role": "user", "content": turn})
             messages.append({"role": "assistant", "content": result["text"].strip()})
         turn = None
 
@@ -221,12 +227,12 @@ def command(argv: list[str]) -> dict:
         raise UsageError("sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1")
     if args.max_tokens < 1 or args.seed < 0:
         raise UsageError("--max_tokens must be at least 1 and --seed must not be negative")
-    run = Model(args.workdir)
+    run = Model(open_run(args.workdir))
     show = lambda text: print(text, end="", flush=True)
     if args.chat:
         return converse(run, args, show)
     show(args.prompt)
-    result = answer(run, [run.tokenizer.bos, *run.tokenizer.encode(args.prompt)], args, show)
+    result = answer(run, run.prompt(args.prompt), args, show)
     show("\n")
     return {"prompt": args.prompt} | result
 

@@ -25,11 +25,13 @@ def write(folder: str) -> dict:
         image = base64.b64encode(f.read()).decode()
     evals = [row for row in rows if "split" in row]
     events = [event for event in workdir.read_rows(folder, "events.jsonl") if event["event"] != "save"]
+    samples = [event for event in events if event["event"] == "sample"]
     sections = [
         ("Loss", f'<img alt="loss by step" src="data:image/png;base64,{image}">'),
         ("Held-out text", _table(_eval_summary(evals))),
-        ("Plan", f"<pre>{html.escape(plan.table(plan.describe(config)))}</pre>"),
-        ("Events", _table([_flat(event) for event in events[-40:]])),
+        ("Samples", "".join(_sample(event) for event in samples) or "<p>none: set pretrain.sample and sft.sample</p>"),
+        ("Plan", f'<pre class="table">{html.escape(plan.table(plan.describe(config)))}</pre>'),
+        ("Events", _table([_flat(event) for event in events[-40:] if event not in samples])),
     ]
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections)
     workdir.write_text(page, _PAGE.format(name=html.escape(os.path.abspath(folder)), body=body))
@@ -42,9 +44,10 @@ def _plot(rows: list[dict], path: str) -> None:
     train = [row for row in rows if "loss" in row]
     for phase in dict.fromkeys(row["phase"] for row in train):
         mine = [row for row in train if row["phase"] == phase]
-        axes.plot([r["step"] for r in mine], [r["loss"] for r in mine], lw=0.8, alpha=0.6, label=f"{phase}, training")
+        (line,) = axes.plot([r["step"] for r in mine], [r["loss"] for r in mine], lw=0.8, alpha=0.6, label=phase)
         held = [row for row in rows if row.get("split") == phase]
-        axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", ms=3, label=f"{phase}, held out")
+        steps, losses = [r["step"] for r in held], [r["eval_loss"] for r in held]
+        axes.plot(steps, losses, "o-", ms=3, color=line.get_color(), label=f"{phase}, held out")
     for i, name in enumerate(dict.fromkeys(row["stage"] for row in train)):
         start = next(row["step"] for row in train if row["stage"] == name)
         axes.axvline(start, color="grey", lw=0.5, ls=":")
@@ -62,6 +65,11 @@ def _eval_summary(evals: list[dict]) -> list[dict]:
         fall = f"{1 - last / first:.1%}"
         summary.append({"split": split, "first": f"{first:.3f}", "last": f"{last:.3f}", "bits per byte fell by": fall})
     return summary
+
+
+def _sample(event: dict) -> str:
+    prompt, text = html.escape(event["prompt"]), html.escape(event["text"])
+    return f"<p>step {event['step']}, after {event['phase']}</p><pre><b>{prompt}</b> {text}</pre>"
 
 
 def _flat(event: dict) -> dict:
@@ -86,7 +94,8 @@ h1 {{ font-size: 1.3rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; mar
 img {{ max-width: 100% }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto }}
 td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem; text-align: left; overflow-wrap: anywhere }}
-pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem }}
+pre {{ white-space: pre-wrap; background: #f6f6f6; padding: 1rem }}
+pre.table {{ white-space: pre; overflow-x: auto }}
 </style>
 <h1>{name}</h1>
 {body}

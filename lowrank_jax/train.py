@@ -8,14 +8,16 @@ import time
 
 import numpy as np
 
-from lowrank_jax import evaluate, faults, report, stages, step, workdir
+from lowrank_jax import evaluate, faults, generate, report, stages, step, workdir
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.meter import Meter
 from lowrank_jax.stages import Stage
+from lowrank_jax.trained import Trained
 
+SAMPLE_TOKENS = 120
 START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None}
 
 
@@ -98,6 +100,8 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
                 evaluate_now(stage, state.params, at["step"])
             minutes = (time.monotonic() - last_save) / 60
             timely = config.every.save_minutes and minutes >= config.every.save_minutes
+            if ends_phase:
+                _show_sample(Trained(config, tok, state.params, at), folder, meter)
             if ends_phase or timely or at["step"] % config.every.save == 0:
                 save()
                 meter.restart_clock()
@@ -133,6 +137,21 @@ def _enter_phase(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, m
     cursor = None if starts else at["cursor"]
     documents = stream.open_phase(phase, tok, config.seed, chats, held_out=False, cursor=cursor)
     return state, documents, evaluate_now
+
+
+def _show_sample(trained: Trained, folder: str, meter: Meter) -> None:
+    """What the model makes of the phase's sample prompt, for the terminal and the report."""
+    at, prompt = trained.progress, getattr(trained.config, trained.progress["phase"]).sample
+    if not prompt:
+        return
+    model = generate.Model(trained)
+    ids = model.prompt(prompt, is_chat=at["phase"] == "sft")
+    (new,) = model.generate([ids], SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
+    text = trained.tokenizer.decode(new)
+    workdir.log_event(folder, "sample", at["step"], phase=at["phase"], prompt=prompt, text=text)
+    meter.say(
+        f"step {at['step']}: a sample after {at['phase']}\n  {prompt.strip()} | {text.strip()}".replace("\n", "\n  ")
+    )
 
 
 def _leave(folder: str, saved: Checkpoints, meter: Meter, at_step: int, number: int) -> None:

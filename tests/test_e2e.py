@@ -33,6 +33,7 @@ TINY = {
     "pretrain.grow_every_steps": 3,
     "pretrain.eval_fraction": 0.1,
     "pretrain.eval_tokens": 256,
+    "pretrain.sample": "The cat",
     "sft.steps": 4,
     "sft.tokens_per_step": 256,
     "sft.block": 64,
@@ -140,6 +141,11 @@ def test_a_run_leaves_everything_the_contract_names(reference):
         ("pretrain", 0), ("pretrain", 5), ("pretrain", 9), ("sft", 9), ("sft", 10), ("sft", 13)
     ]  # fmt: skip
     events = [event["event"] for event in rows(reference, "events.jsonl")]
+    samples = [e for e in rows(reference, "events.jsonl") if e["event"] == "sample"]
+    assert [(e["phase"], e["step"], e["prompt"]) for e in samples] == [
+        ("pretrain", 9, "The cat"), ("sft", 13, "Hello, how are you?")
+    ]  # fmt: skip
+    assert all(e["text"] in (reference / "report.html").read_text() for e in samples if e["text"].isalnum())
     assert events.count("stage") == 4 and events.count("phase") == 2 and events[-1] == "finish"
     assert all(e["compile_seconds"] > 0 for e in rows(reference, "events.jsonl") if e["event"] == "stage")
     for name in ("config.json", "tokenizer", "checkpoints", "report.html", "loss.png"):
