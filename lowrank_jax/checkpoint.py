@@ -4,19 +4,23 @@ Orbax notices a missing or truncated file but not a flipped byte (measured: it r
 so every checkpoint carries a SHA-256 of its contents, and a restore that does not match falls back to the one before.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
 from lowrank_jax import faults, workdir
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import RunFailure, UsageError
 
-logging.set_verbosity(logging.ERROR)  # orbax narrates every opened folder through absl
+# Orbax narrates every opened folder, and repeats through asyncio each failed part of a write; we report it in one line.
+absl.logging.set_verbosity(absl.logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def tree_sha256(tree) -> str:
@@ -44,13 +48,20 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._manager:
-            self._manager.close()
+    def __exit__(self, failure, *_) -> None:
+        if not self._manager:
+            return
+        try:
+            with self._writing():
+                self._manager.close()
+        except RunFailure:
+            if failure is None:  # else the first failure is the one to tell
+                raise
 
     def wait(self) -> None:
         """Until everything saved is on disk; a write that failed is raised here."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Steps that can be restored, newest first."""
@@ -60,12 +71,22 @@ class Checkpoints:
         """Starts writing `state` and the JSON values `progress`; an earlier write that failed is raised here."""
         if step in self.steps():
             return
-        self._manager.check_for_errors()
         meta = progress | {"sha256": _sha256(state, progress)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=items, force=True)
+        with self._writing():
+            self._manager.check_for_errors()
+            self._manager.save(step, args=items, force=True)
         self._saves += 1
         faults.strike("save", self._saves)
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Makes one line of whatever orbax raises where a write fails (a full disk, say)."""
+        try:
+            yield
+        except Exception as e:
+            reason = " ".join(str(e).split())[:300]
+            raise RunFailure(f"a checkpoint could not be written to {self.folder}: {reason}") from None
 
     def restore(self, template, delete_broken: bool = False) -> tuple[object, dict] | None:
         """The newest checkpoint that is whole, as (state like `template`, progress), or None where there is none.

@@ -14,11 +14,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from lowrank_jax.config import RunConfig, UsageError
-
-
-class RunFailure(Exception):
-    """A run that cannot go on, for a reason that one line explains: exit status 1."""
+from lowrank_jax.config import RunConfig, RunFailure, UsageError
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,6 +16,10 @@ class UsageError(Exception):
     """A mistake in a command, a config or the data: commands print it as one line and exit with status 2."""
 
 
+class RunFailure(Exception):
+    """A run that cannot go on, for a reason that one line explains: exit status 1."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     vocab: int

@@ -7,8 +7,7 @@ import time
 from tqdm import tqdm
 
 from lowrank_jax import costs, precision, workdir
-from lowrank_jax.cli import RunFailure
-from lowrank_jax.config import RunConfig
+from lowrank_jax.config import RunConfig, RunFailure
 from lowrank_jax.stages import Stage
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pty
+import resource
 import shutil
 import signal
 import struct
@@ -200,6 +201,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(data, refere
     code, _, err = train(data, tmp_path / "run", faults="nan@step=7")
     assert_one_line(code, err, 1, "nan", "step 7")
     assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 6
+    assert train(data, tmp_path / "run")[0] == 0
+    assert same_end(tmp_path / "run", reference)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(data, reference, tmp_path):
+    assert train(data, tmp_path / "run", faults="term@step=4")[0] == 143
+    process = launch("main", *train_args(data, tmp_path / "run"))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (90_000, 90_000))  # as on a full disk: large writes fail
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1  # beside our line, tensorstore's own threads print what failed in them
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "checkpoint could not be written" in line and str(tmp_path / "run") in line
     assert train(data, tmp_path / "run")[0] == 0
     assert same_end(tmp_path / "run", reference)
 
