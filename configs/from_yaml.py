@@ -1,12 +1,18 @@
 """A config from a YAML file with the same keys: --config=configs/from_yaml.py:my.yaml.
 
-Keys of `model` may also stand at the top level, as they do in many a trainer's file:
+Keys may also stand at the top level, without their group, as they do in many a trainer's file; those that pretrain and
+sft share then mean pretrain's:
 
     d: 768
     layers: 12
     heads: 24
     rank: 96
-    pretrain: {sources: "text:my/*.txt", steps: 10000, block: 256, auto_grow: true, grow_plan: [256, 512, 1024]}
+    vocab_size: 16000
+    steps: 10000
+    block: 256
+    auto_grow: true
+    grow_plan: [256, 512, 1024]
+    sft: {sources: "json:chats.jsonl", steps: 1000}
 """
 
 import yaml
@@ -27,7 +33,8 @@ def get_config(path: str = ""):
         raise UsageError(f"{path} must hold keys and values, such as d: 768")
     c = default.get_config()
     for key, value in values.items():
-        group = c.model if key in c.model and key not in c else c
+        holders = [c, c.model, c.pretrain, c.tokenizer, c.optim, c.every]
+        group = next((holder for holder in holders if key in holder), c)
         if isinstance(value, dict) and key in group:
             for inner in value:
                 group[key][inner] = _plain(value[inner])

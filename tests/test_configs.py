@@ -1,0 +1,81 @@
+"""The configs that ship: what each promises, and YAML files with the same keys."""
+
+import pytest
+
+from lowrank_jax import cli, plan
+from lowrank_jax.config import UsageError
+
+
+def described(name: str, *overrides: str) -> dict:
+    return plan.describe(plan.resolve_vocab(cli.read_config([f"--config=configs/{name}", *overrides])))
+
+
+def test_custom_grows_to_2048_and_has_75_percent_fewer_attention_parameters():
+    config = cli.read_config(["--config=configs/custom.py"])
+    m = config.model
+    assert (m.d, m.layers, m.heads, m.rank) == (1024, 20, 32, 128)
+    described_custom = described("custom.py")
+    pretrain = [s for s in described_custom["stages"] if s["phase"] == "pretrain"]
+    assert [s["seq_len"] for s in pretrain] == [256, 512, 768, 1024, 1536, 2048]
+    assert [s["steps"] for s in pretrain] == [25_000] * 6
+    assert described_custom["params"]["attention"] == 8 * 1024 * 128 * 20
+    assert described_custom["params"]["attention_reduction"] == 0.75
+    assert described_custom["stages"][-1]["phase"] == "sft"
+
+
+@pytest.mark.parametrize(
+    "name, d, layers", [("small", 512, 8), ("smallx2", 512, 16), ("base", 768, 12), ("base17", 768, 17)]
+)
+def test_presets_have_their_sizes(name, d, layers):
+    m = cli.read_config([f"--config=configs/preset.py:{name}"]).model
+    assert (m.d, m.layers, m.rank * 8, m.head_dim) == (d, layers, d, 32)
+
+
+def test_the_quickstart_grows_through_three_lengths_and_then_tunes():
+    stages = described("quickstart.py")["stages"]
+    assert [s["phase"] for s in stages] == ["pretrain"] * 3 + ["sft"]
+    assert len({s["seq_len"] for s in stages[:3]}) == 3
+
+
+def test_the_command_line_of_the_design_grows_any_config():
+    grow = [
+        "block=256",
+        "auto_grow=True",
+        "grow_plan=256,512,768,1024,1536,2048",
+        "grow_every_steps=25000",
+        "steps=150000",
+    ]
+    stages = described("default.py", *[f"--config.pretrain.{setting}" for setting in grow])["stages"]
+    assert [(s["seq_len"], s["steps"]) for s in stages] == [(n, 25_000) for n in (256, 512, 768, 1024, 1536, 2048)]
+    assert len({s["seq_len"] * s["batch"] for s in stages}) == 1
+
+
+FLAT = (
+    "d: 96\nlayers: 2\nheads: 6\nrank: 20\nvocab_size: 521\nlr: 1e-3\nblock: 32\nauto_grow: true\ngrow_plan: [32, 64]\n"
+)
+NESTED = """
+model: {d: 96, layers: 2, heads: 6, rank: 20}
+tokenizer: {vocab_size: 521}
+pretrain: {lr: 0.001, block: 32, auto_grow: true, grow_plan: "32,64"}
+"""
+
+
+def from_yaml(tmp_path, text: str):
+    (tmp_path / "my.yaml").write_text(text)
+    return cli.read_config([f"--config=configs/from_yaml.py:{tmp_path}/my.yaml"])
+
+
+def test_yaml_keys_may_stand_with_or_without_their_group(tmp_path):
+    flat = from_yaml(tmp_path, FLAT)
+    assert flat == from_yaml(tmp_path, NESTED)
+    assert (flat.model.d, flat.model.rank, flat.pretrain.grow_plan, flat.pretrain.lr) == (96, 20, (32, 64), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [("dd: 3", "dd"), ("pretrain: {stepz: 3}", "stepz"), ("d: [1", "YAML"), ("- a", "keys"), ("heads: 5", "heads=5")],
+)
+def test_bad_yaml_is_one_line(tmp_path, text, names):
+    with pytest.raises(UsageError, match=names) as e:
+        from_yaml(tmp_path, text)
+    assert "\n" not in str(e.value)
