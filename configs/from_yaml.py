@@ -28,7 +28,7 @@ def get_config(path: str = ""):
     except OSError as e:
         raise UsageError(f"--config=configs/from_yaml.py:PATH: {path or 'PATH is missing'}: {e.strerror}") from None
     except yaml.YAMLError as e:
-        raise UsageError(f"{path} is not YAML: {e}") from None
+        raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold keys and values, such as d: 768")
     c = default.get_config()
