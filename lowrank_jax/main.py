@@ -9,9 +9,10 @@ from lowrank_jax import cli, plan, train
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder; if it holds a run, that run goes on")
-    args, config = parser.parse_with_config(argv)
-    print(plan.table(plan.describe(plan.resolve_vocab(config))), flush=True)
-    finish = train.run(config, args.workdir)
+    with train.signals() as received:
+        args, config = parser.parse_with_config(argv)
+        print(plan.table(plan.describe(plan.resolve_vocab(config))), flush=True)
+        finish = train.run(config, args.workdir, received)
     print(f"done: step {finish['step']}, {finish['tokens']:,} tokens; report: {args.workdir}/report.html", flush=True)
     return finish
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,14 +22,15 @@ SAMPLE_TOKENS = 120
 START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None}
 
 
-def run(config: RunConfig, folder: str) -> dict:
+def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     """Trains every phase of `config` in `folder`, or goes on from its newest checkpoint; returns the finish event.
 
-    Raises UsageError for a config or data that cannot work, RunFailure for a run that must stop (a loss that is not
-    finite), and SystemExit(128 + signal), with its state saved, after SIGTERM or SIGINT.
+    Once a signal's number is in `received` (see `signals`), the state is saved and SystemExit(128 + number) raised.
+    Raises UsageError for a config or data that cannot work, and RunFailure for a run that must stop (a loss that is not
+    finite, a disk that is full).
     """
     faults.check()
-    with _signals() as received, workdir.lock(folder):
+    with workdir.lock(folder):
         config, tok, old = _prepare(config, folder)
         with Checkpoints(folder, config.every.keep) as saved:
             state, at = _restore(config, folder, saved)
@@ -60,9 +62,9 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
     return config, tok, old
 
 
-def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, received: list[int], state, at) -> dict:
+def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, received, state, at) -> dict:
     """The loop itself, from the state and progress that `_restore` gave; returns the facts of the finish event."""
-    plan, stage, last_save = stages.plan(config), None, time.monotonic()
+    plan, phase, stage, last_save = stages.plan(config), None, None, time.monotonic()
     meter = Meter(config, folder, total=plan[-1].end, done=at["step"])
 
     def save() -> None:
@@ -73,13 +75,16 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
     with contextlib.closing(meter):
         while at["step"] < plan[-1].end:
             now = stages.stage_at(plan, at["step"])
-            if stage is None or now.phase != stage.phase:
-                state, documents, evaluate_now = _enter_phase(config, now, tok, folder, meter, state, at)
-            if now != stage:
-                stage, compiled = now, _compile(config, now, state, at["step"], folder, meter)
-            if received:
+            if received:  # looked at after everything that takes long
                 save()
                 _leave(folder, saved, meter, at["step"], received[0])
+            if now.phase != phase:
+                state, documents, evaluate_now = _enter_phase(config, now, tok, folder, meter, state, at)
+                phase = now.phase
+                continue
+            if now != stage:
+                stage, compiled = now, _compile(config, now, state, at["step"], folder, meter)
+                continue
 
             faults.strike("step", at["step"] + 1)
             batch = documents.next(stage.batch, stage.seq_len)
@@ -201,8 +206,12 @@ def _compile(config: RunConfig, stage: Stage, state, at_step: int, folder: str, 
 
 
 @contextlib.contextmanager
-def _signals():
-    """Collects SIGTERM and SIGINT, to be acted on between two steps; a second one ends the process at once."""
+def signals():
+    """Collects SIGTERM and SIGINT, to be acted on between two steps; a second one ends the process at once.
+
+    Entered first of all: the KeyboardInterrupt that Python raises by itself is lost when it strikes in a callback of
+    the garbage collector, of which JAX has one.
+    """
     received: list[int] = []
 
     def note(number, _):
