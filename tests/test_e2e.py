@@ -182,15 +182,17 @@ def test_a_run_that_is_stopped_ends_like_one_that_is_not(data, reference, tmp_pa
     assert same_end(tmp_path / "run", reference)
 
 
-def test_sigterm_at_any_moment_saves_and_exits_143(data, reference, tmp_path):
+@pytest.mark.parametrize("number, rows_before", [(signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGINT, 0)])
+def test_a_signal_at_any_moment_saves_and_exits_with_its_number(data, reference, tmp_path, number, rows_before):
     process = launch("main", *train_args(data, tmp_path / "run"))
+    assert process.stdout.readline().startswith("stage")  # the plan: from here on nothing may be lost
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+    while rows_before and not (metrics.exists() and len(metrics.read_text().splitlines()) >= rows_before):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and "saved at step" in err
+    assert process.returncode == 128 + number and "saved at step" in err
     at = rows(tmp_path / "run", "events.jsonl")[-1]
     assert at["event"] == "preempt" and (tmp_path / "run" / "checkpoints" / str(at["step"])).is_dir()
     assert train(data, tmp_path / "run")[0] == 0
