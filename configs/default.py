@@ -73,7 +73,7 @@ def phase(**changes) -> dict:
         "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
         "tokens_per_param": 25.0,
         "tokens_per_step": 49_152,  # 3 x 2^14: divisible by 256, 512, 768, 1024, 1536, 2048, ...
-        "microbatch_tokens": 0,  # most tokens at a time; the rest is accumulated. 0: all at once
+        "microbatch_tokens": 0,  # most tokens at a time (but a whole row); the rest is accumulated. 0: all at once
         "block": 1024,  # sequence length, or with auto_grow the first one
         "auto_grow": False,
         "grow_plan": "",  # rising lengths, such as 256,512,1024

@@ -19,7 +19,7 @@ from lowrank_jax import faults, workdir
 from lowrank_jax.config import RunFailure, UsageError
 
 # Orbax narrates every opened folder, and repeats through asyncio each failed part of a write; we report it in one line.
-absl.logging.set_verbosity(absl.logging.ERROR)
+absl.logging.set_verbosity(absl.logging.FATAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
@@ -67,10 +67,13 @@ class Checkpoints:
         """Steps that can be restored, newest first."""
         return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
-    def save(self, step: int, state, progress: dict) -> None:
-        """Starts writing `state` and the JSON values `progress`; an earlier write that failed is raised here."""
+    def save(self, step: int, state, progress: dict) -> bool:
+        """Starts writing `state` and the JSON values `progress`, unless that step is there; whether it did.
+
+        An earlier write that failed is raised here.
+        """
         if step in self.steps():
-            return
+            return False
         meta = progress | {"sha256": _sha256(state, progress)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
@@ -78,6 +81,7 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
         self._saves += 1
         faults.strike("save", self._saves)
+        return True
 
     @contextlib.contextmanager
     def _writing(self):

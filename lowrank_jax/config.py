@@ -170,7 +170,7 @@ def _convert(hint, value, path: str):
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     if hint == tuple[SourceConfig, ...]:
-        return _sources(value, path)
+        return read_sources(value, path)
     if typing.get_origin(hint) is tuple:
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
@@ -191,8 +191,9 @@ def _convert(hint, value, path: str):
     raise UsageError(f"{path}={value!r} must be {kind}")
 
 
-def _sources(value, path: str) -> tuple[SourceConfig, ...]:
-    items = [s.strip() for s in value.split(",") if s.strip()] if isinstance(value, str) else value
+def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
+    """Sources from `kind:location@weight, ...` or a list of such texts or groups of keys."""
+    items = [s.strip() for s in re.split(r"[,\n]", value) if s.strip()] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)):
         raise UsageError(f"{path}={value!r} must be text such as text:my/*.txt, or a list of sources")
     defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages"}
@@ -200,7 +201,7 @@ def _sources(value, path: str) -> tuple[SourceConfig, ...]:
     for i, item in enumerate(items):
         where = f"{path}[{i}]"
         if isinstance(item, str):  # kind:location, or kind:location@weight
-            spec, weight = re.fullmatch(r"(.*?)(?:@(\d+\.?\d*))?", item).groups()
+            spec, weight = re.fullmatch(r"(.*?)(?:@(\d+\.?\d*))?", item, re.DOTALL).groups()
             item = {"spec": spec} | ({"weight": weight} if weight else {})
         if not isinstance(item, dict):
             raise UsageError(f"{where}={item!r} must be text or a group of keys")

@@ -3,6 +3,8 @@
 The dense twin has the same width, depth, MLP and vocabulary, with full D x D attention projections.
 """
 
+import dataclasses
+
 from lowrank_jax.config import ModelConfig
 
 
@@ -18,8 +20,10 @@ def parameters(m: ModelConfig) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def dense_attention_parameters(m: ModelConfig) -> int:
-    return 4 * m.d * m.d * m.layers
+def dense_parameters(m: ModelConfig) -> dict[str, int]:
+    """Parameters by component of the dense twin."""
+    counts = parameters(dataclasses.replace(m, mlp_rank=0, embed_rank=0)) | {"attention": 4 * m.d * m.d * m.layers}
+    return counts | {"total": sum(count for name, count in counts.items() if name != "total")}
 
 
 def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:

@@ -2,7 +2,8 @@
 
     python -m lowrank_jax.evaluate --workdir=runs/quickstart --lengths=256,512,1024
 
-Each length cuts the same stream of held-out tokens into rows, so a longer row means more context for the same targets.
+Each length cuts the same stream of held-out tokens into rows and scores the same targets: a longer row means more
+context for them.
 """
 
 import functools
@@ -11,8 +12,8 @@ import math
 import jax
 import numpy as np
 
-from lowrank_jax import cli, loss, model, precision
-from lowrank_jax.config import PhaseConfig, RunConfig, SourceConfig, UsageError
+from lowrank_jax import cli, loss, model, precision, stages
+from lowrank_jax.config import PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.trained import open_run
@@ -56,6 +57,15 @@ def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.
     return batches
 
 
+def _ignore_after(batches: list[stream.Batch], tokens: int) -> None:
+    """Takes the weight off every target after the first `tokens` of the stream that the batches are cut from."""
+    done = 0
+    for batch in batches:
+        position = done + np.arange(batch["weights"].size).reshape(batch["weights"].shape)
+        batch["weights"] = batch["weights"] * (position < tokens)
+        done += batch["weights"].size
+
+
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
@@ -73,12 +83,16 @@ def command(argv: list[str]) -> dict:
         raise UsageError("--lengths and --tokens must be above 0")
     run = open_run(args.workdir)
     config, phase = run.config, run.config.pretrain
-    tokens, results = args.tokens or phase.eval_tokens, []
-    for length in asked or [max(phase.grow_plan, default=phase.block) if phase.auto_grow else phase.block]:
-        documents = _open(args.data, phase, run.tokenizer, config.seed)
-        batches = _batches(documents, length, tokens)
-        if not batches:
+    tokens, results, cut = args.tokens or phase.eval_tokens, [], {}
+    for length in asked or [stages.lengths(phase)[-1]]:
+        cut[length] = _batches(_open(args.data, phase, run.tokenizer, config.seed), length, tokens)
+        if not cut[length]:
             raise UsageError(f"the data does not fill one row of {length} tokens")
+    shared = min(tokens, *(sum(batch["tokens"].size for batch in batches) for batches in cut.values()))
+    if shared < tokens:
+        print(f"{tokens} tokens were asked for; the data fills rows of every length with {shared}", flush=True)
+    for length, batches in cut.items():
+        _ignore_after(batches, shared)
         result = evaluate(config, run.params, batches, run.tokenizer.byte_lengths())
         results.append({"length": length} | result)
         print(
@@ -92,7 +106,7 @@ def command(argv: list[str]) -> dict:
 def _open(data: str, phase: PhaseConfig, tokenizer: Tokenizer, seed: int) -> stream.Stream:
     if not data:
         return stream.open_phase(phase, tokenizer, seed, chats=False, held_out=True)
-    return stream.read_once(SourceConfig(data, 1.0, "text", "messages"), tokenizer)
+    return stream.read_once(read_sources(data, "--data"), tokenizer)
 
 
 if __name__ == "__main__":

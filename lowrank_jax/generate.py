@@ -223,14 +223,24 @@ def command(argv: list[str]) -> dict:
     args = parser.parse_args(argv)
     if args.prompt is None and not args.chat:
         raise UsageError("--prompt=TEXT or --chat is missing")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
+    if (
+        not 0 <= args.temperature < 1e6
+        or not 0 <= args.top_k < 2**31
+        or not 0 < args.top_p <= 1
+        or not 0 <= args.min_p <= 1
+    ):
         raise UsageError("sampling needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and 0 <= min_p <= 1")
-    if args.max_tokens < 1 or args.seed < 0:
-        raise UsageError("--max_tokens must be at least 1 and --seed must not be negative")
+    if not 1 <= args.max_tokens <= 1_000_000 or not 0 <= args.seed < 2**63:
+        raise UsageError("--max_tokens must be between 1 and 1,000,000 and --seed between 0 and 2^63 - 1")
+    if args.chat and args.prompt is not None and not args.prompt.strip():
+        raise UsageError("--chat needs a --prompt with text in it, or none, to read messages from standard input")
     run = Model(open_run(args.workdir))
     show = lambda text: print(text, end="", flush=True)
     if args.chat:
-        return converse(run, args, show)
+        result = converse(run, args, show)
+        if args.json and not result:
+            raise UsageError("--chat --json got no message on standard input")
+        return result
     show(args.prompt)
     result = answer(run, run.prompt(args.prompt), args, show)
     show("\n")

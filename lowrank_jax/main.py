@@ -3,7 +3,7 @@
 python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from lowrank_jax import cli, plan, train
+from lowrank_jax import cli, plan, train, workdir
 
 
 def command(argv: list[str]) -> dict:
@@ -11,7 +11,9 @@ def command(argv: list[str]) -> dict:
     parser.add_argument("--workdir", required=True, help="the run's folder; if it holds a run, that run goes on")
     with train.signals() as received:
         args, config = parser.parse_with_config(argv)
-        print(plan.table(plan.describe(plan.resolve_vocab(config))), flush=True)
+        held = workdir.holds_run(args.workdir)
+        vocab = workdir.read_config(args.workdir).model.vocab if held else plan.vocab(config)
+        print(plan.table(plan.describe(config.with_vocab(vocab))), flush=True)
         finish = train.run(config, args.workdir, received)
     print(f"done: step {finish['step']}, {finish['tokens']:,} tokens; report: {args.workdir}/report.html", flush=True)
     return finish

@@ -1,5 +1,6 @@
 """What a run tells as it goes: rows of metrics.jsonl, a progress bar on a terminal, a line for each milestone."""
 
+import contextlib
 import math
 import sys
 import time
@@ -25,7 +26,8 @@ class Meter:
 
     def say(self, line: str) -> None:
         """A line for the person who watches; stdout stays for the progress bar and --json."""
-        tqdm.write(line, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop training
+            tqdm.write(line, file=sys.stderr)
 
     def restart_clock(self) -> None:
         """Leaves whatever was not training out of tokens/s."""

@@ -10,19 +10,15 @@ from lowrank_jax.data import tokenizer
 
 def describe(config: RunConfig) -> dict:
     """The plan as JSON values; what only a compiler for a real device can tell is None."""
-    m, counts = config.model, costs.parameters(config.model)
-    dense = costs.dense_attention_parameters(m)
+    m, counts, dense = config.model, costs.parameters(config.model), costs.dense_parameters(config.model)
     dtype = precision.compute_dtype(config.precision)
     unknown = dict.fromkeys(
         ["peak_bytes_per_device", "device_bytes", "fits", "f8_matmuls", "collective_bytes", "est_step_seconds"]
     )
     return {
         "params": counts
-        | {
-            "attention_dense": dense,
-            "attention_reduction": 1 - counts["attention"] / dense,
-            "total_dense": counts["total"] - counts["attention"] + dense,
-        },
+        | {f"{name}_dense": count for name, count in dense.items()}
+        | {"attention_reduction": 1 - counts["attention"] / dense["attention"]},
         "kv_bytes_per_token": costs.kv_bytes_per_token(m, dtype.itemsize) | {"dtype": dtype.name},
         "topology": None,
         "stages": [
@@ -57,8 +53,8 @@ def table(plan: dict) -> str:
     if plan["never_reached"]:
         lines.append(f"never reached in so few steps: lengths {', '.join(map(str, plan['never_reached']))}")
     lines += ["", f"{'parameters':16}{'low rank':>14}{'dense':>14}{'saved':>8}"]
-    rows = [("attention", p["attention_dense"]), ("mlp", p["mlp"]), ("embedding", p["embedding"]), ("norm", p["norm"])]
-    for name, dense in [*rows, ("total", p["total_dense"])]:
+    for name in ("attention", "mlp", "embedding", "norm", "total"):
+        dense = p[f"{name}_dense"]
         lines.append(f"{name:16}{p[name]:14,}{dense:14,}{1 - p[name] / dense:8.1%}")
     lines += [
         "",
@@ -68,10 +64,14 @@ def table(plan: dict) -> str:
     return "\n".join(lines)
 
 
-def resolve_vocab(config: RunConfig) -> RunConfig:
-    """The config with its vocabulary: the named tokenizer's, or the size that one will be trained to."""
+def vocab(config: RunConfig) -> int:
+    """The size of the named tokenizer, or the size that one will be trained to."""
     t = config.tokenizer
-    return config.with_vocab(tokenizer.load(t.path).vocab_size if t.path else t.vocab_size)
+    return tokenizer.load(t.path).vocab_size if t.path else t.vocab_size
+
+
+def resolve_vocab(config: RunConfig) -> RunConfig:
+    return config.with_vocab(vocab(config))
 
 
 def _never_reached(config: RunConfig) -> list[int]:

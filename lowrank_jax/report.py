@@ -62,7 +62,7 @@ def _eval_summary(evals: list[dict]) -> list[dict]:
     for split in dict.fromkeys(row["split"] for row in evals):
         mine = [row for row in evals if row["split"] == split]
         first, last = mine[0]["bits_per_byte"], mine[-1]["bits_per_byte"]
-        fall = f"{1 - last / first:.1%}"
+        fall = f"{1 - last / first:.1%}" if first else "-"
         summary.append({"split": split, "first": f"{first:.3f}", "last": f"{last:.3f}", "bits per byte fell by": fall})
     return summary
 

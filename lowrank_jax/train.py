@@ -1,7 +1,7 @@
 """The training loop: stages, steps, evaluation, checkpoints, and how a run ends or goes on."""
 
 import contextlib
-import shutil
+import os
 import signal
 import sys
 import time
@@ -51,13 +51,18 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
         config = config.with_vocab(tok.vocab_size)
         workdir.check_same_run(folder, old, config)
     else:
+        if os.path.isdir(os.path.join(folder, "checkpoints")):
+            raise UsageError(
+                f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
+            )
         old, t = None, config.tokenizer
+        for p in phases:
+            stream.check_records(p)
         tok = tokenizer.load(t.path) if t.path else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         config = config.with_vocab(tok.vocab_size)
     for p in phases:
         stream.check(p, tok, chats=p is config.sft)
     if old is None:
-        shutil.rmtree(home, ignore_errors=True)
         tok.save(home)  # before config.json: a folder with a config always has its tokenizer
     return config, tok, old
 
@@ -69,8 +74,8 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
 
     def save() -> None:
         meter.flush()  # every loss up to here is known to be finite
-        saved.save(at["step"], state, at)
-        workdir.log_event(folder, "save", at["step"], data_sha256=at["data_sha256"])
+        if saved.save(at["step"], state, at):
+            workdir.log_event(folder, "save", at["step"], data_sha256=at["data_sha256"])
 
     with contextlib.closing(meter):
         while at["step"] < plan[-1].end:
@@ -87,7 +92,11 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
                 continue
 
             faults.strike("step", at["step"] + 1)
-            batch = documents.next(stage.batch, stage.seq_len)
+            try:
+                batch = documents.next(stage.batch, stage.seq_len)
+            except UsageError:  # a record that cannot be read: what was learnt so far is kept
+                save()
+                raise
             at = {
                 "step": at["step"] + 1,
                 "phase": stage.phase,
@@ -207,7 +216,7 @@ def _compile(config: RunConfig, stage: Stage, state, at_step: int, folder: str, 
 
 @contextlib.contextmanager
 def signals():
-    """Collects SIGTERM and SIGINT, to be acted on between two steps; a second one ends the process at once.
+    """Collects SIGTERM and SIGINT, to be acted on between two steps; a second SIGINT ends the process at once.
 
     Entered first of all: the KeyboardInterrupt that Python raises by itself is lost when it strikes in a callback of
     the garbage collector, of which JAX has one.
@@ -215,8 +224,13 @@ def signals():
     received: list[int] = []
 
     def note(number, _):
+        name = signal.Signals(number).name
+        if signal.SIGINT in received and number == signal.SIGINT:
+            os._exit(128 + number)
+        if number not in received:
+            again = "; once more to quit at once" if number == signal.SIGINT else ""
+            os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
         received.append(number)
-        signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

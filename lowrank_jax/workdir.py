@@ -15,7 +15,17 @@ from lowrank_jax.config import RunConfig, UsageError
 
 # What makes a run this run: the weights' shapes, the tokens' meaning, the draws and the held-out split.
 IDENTITY = (
-    "model",
+    "model.vocab",
+    "model.d",
+    "model.layers",
+    "model.heads",
+    "model.rank",
+    "model.rank_split",
+    "model.shared_kv",
+    "model.latent_norm",
+    "model.mlp",
+    "model.mlp_rank",
+    "model.embed_rank",
     "seed",
     "precision",
     "tokenizer.path",
@@ -29,13 +39,23 @@ IDENTITY = (
 @contextlib.contextmanager
 def lock(folder: str):
     """Makes the folder and holds it alone; raises UsageError where another process trains in it."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as f:
+    path = os.path.join(folder, ".lock")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        f = open(path, "w")
+    except OSError as e:
+        raise UsageError(f"--workdir={folder} cannot be used: {e.strerror}") from None
+    with f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"another process is training in {folder}") from None
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:  # nothing came of it
+                os.remove(path)
+                os.rmdir(folder)
 
 
 def tokenizer_folder(folder: str) -> str:
@@ -50,8 +70,12 @@ def read_config(folder: str) -> RunConfig:
     """The config of the run in `folder`; raises UsageError where there is no run."""
     if not holds_run(folder):
         raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        return RunConfig.from_dict(json.load(f))
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return RunConfig.from_dict(json.load(f))
+    except ValueError as e:
+        raise UsageError(f"{path} is damaged: {e}") from None
 
 
 def write_config(folder: str, config: RunConfig) -> None:
@@ -63,6 +87,8 @@ def write_text(path: str, text: str) -> None:
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
@@ -75,7 +101,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, object, objec
 def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
     """Raises UsageError where `new` describes a different model, or different data, than the run in `folder`."""
     for key, was, now in differences(old, new):
-        if any(key == name or key.startswith(name + ".") for name in IDENTITY):
+        if key in IDENTITY:
             raise UsageError(
                 f"{folder} holds a different run: its config.{key} is {was}, not {now}; "
                 "use another --workdir, or the config it was made with"

@@ -12,11 +12,10 @@ echo "== a sample of its prose"
 python -m lowrank_jax.generate --workdir="$run" --prompt="ROMEO:" --max_tokens=120 --temperature=0.7
 echo
 echo "== and of its conversation"
-printf '%s\n' "Hello, how are you?" "What do you like to do?" "What is your name?" > "$run/questions.txt"
-while read -r question; do
+for question in "Hello, how are you?" "What do you like to do?" "What is your name?"; do
   echo "> $question"
   python -m lowrank_jax.generate --workdir="$run" --chat --prompt="$question" --max_tokens=80 --temperature=0.5 < /dev/null
-done < "$run/questions.txt"
+done
 
 cat << END
 

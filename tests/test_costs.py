@@ -74,7 +74,7 @@ def test_attention_of_the_custom_preset_is_75_percent_smaller_than_dense():
     c = cli.read_config(["--config=configs/custom.py"]).with_vocab(32_000).model
     assert (c.d, c.layers, c.heads, c.rank) == (1024, 20, 32, 128)
     attention = count_under(abstract_params(c), ("blocks", "attention"))
-    assert attention == 20 * 8 * 1024 * 128 == costs.dense_attention_parameters(c) // 4
+    assert attention == 20 * 8 * 1024 * 128 == costs.dense_parameters(c)["attention"] // 4
     assert attention == costs.parameters(c)["attention"]
 
 

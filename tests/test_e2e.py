@@ -225,6 +225,28 @@ def test_a_finished_run_is_left_as_it_is(data, reference):
     assert code == 0 and last_json(out)["params_sha256"] == before["params_sha256"]
 
 
+def test_damaged_or_missing_run_files_are_named_in_one_line(reference, data, tmp_path):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", reference, copy], check=True)
+    (copy / "config.json").write_text('{"seed": ')
+    for module, *args in (["main", *train_args(data, copy)], ["generate", f"--workdir={copy}", "--prompt=a"]):
+        code, _, err = run(module, *args)
+        assert_one_line(code, err, 2, "config.json", "damaged")
+    (copy / "config.json").unlink()
+    code, _, err = train(data, copy)
+    assert_one_line(code, err, 2, "no config.json")
+    code, _, err = train(data, data / "a.txt")
+    assert_one_line(code, err, 2, "--workdir", "a.txt")
+
+
+def test_what_does_not_change_the_weights_may_change_on_a_resume(reference, data, tmp_path):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", reference, copy], check=True)
+    changes = {"model__remat": True, "model__scan": True, "model__attention": "reference", "sft__steps": 6}
+    code, out, err = train(data, copy, **changes)
+    assert code == 0 and last_json(out)["step"] == STEPS + 2, err
+
+
 def test_more_steps_continue_a_finished_run(data, reference, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", reference, copy], check=True)
@@ -273,6 +295,8 @@ BAD = {
     "not a number": ({"pretrain__steps": "many"}, ["steps"]),
     "tiny vocabulary": ({"tokenizer__vocab_size": 257}, ["vocab_size=257"]),
     "huge vocabulary": ({"tokenizer__vocab_size": 50000}, ["vocab_size=50000"]),
+    "late mistake": ({"sft__sources": "json:{data}/late.jsonl"}, ["late.jsonl", "record 301", "assistant"]),
+    "block too short": ({"sft__block": 2, "sft__tokens_per_step": 256}, ["sft.block"]),
     "kind": ({"pretrain__sources": "ftp:x"}, ["ftp"]),
     "tokens per step": ({"pretrain__tokens_per_step": 250}, ["tokens_per_step=250"]),
 }
@@ -287,6 +311,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(data, tmp_path, case, monkey
     good = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
     bad = {"messages": [{"role": "user", "content": "hi"}]}
     (data / "monologue.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    (data / "late.jsonl").write_text(f"{json.dumps(good)}\n" * 300 + json.dumps(bad))
     (data / "broken.jsonl").write_text('{"messages": [\n')
     changes, names = BAD[case]
     changes = {key: str(value).replace("{data}", str(data)) for key, value in changes.items()}
@@ -294,7 +319,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing(data, tmp_path, case, monkey
     with pytest.raises(SystemExit) as exit:
         cli.main(main.command, train_args(data, tmp_path / "run", **changes))
     assert_one_line(exit.value.code, capfd.readouterr().err, 2, *names)
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
     for name in ("empty.txt", "blank.txt"):  # *.txt is the good runs' source
         (data / name).unlink(missing_ok=True)
 
@@ -351,12 +376,19 @@ def test_evaluate_reports_every_length_and_agrees_with_training(reference):
     code, out, err = run("evaluate", f"--workdir={reference}", "--lengths=16,64", "--json")
     assert code == 0, err
     results = last_json(out)["results"]
-    assert [r["length"] for r in results] == [16, 64] and all(r["tokens"] > 0 for r in results)
+    assert [r["length"] for r in results] == [16, 64]
+    assert results[0]["tokens"] == results[1]["tokens"] > 0
     assert all({"loss", "perplexity", "bits_per_byte"} <= r.keys() for r in results)
 
 
 def test_evaluate_reads_another_source(reference, data):
-    code, out, err = run("evaluate", f"--workdir={reference}", f"--data=text:{data}/a.txt", "--tokens=256", "--json")
+    code, out, err = run(
+        "evaluate",
+        f"--workdir={reference}",
+        f"--data=text:{data}/a.txt@0.5,text:{data}/b.txt",
+        "--tokens=256",
+        "--json",
+    )
     assert code == 0 and last_json(out)["results"][0]["tokens"] > 200, err
 
 

@@ -32,18 +32,32 @@ def open_phase(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, hel
     return Stream(names, documents, [s.weight for s, _ in used], tokenizer, seed, chats, not held_out, cursor)
 
 
-def read_once(source: SourceConfig, tokenizer: Tokenizer) -> "Stream":
-    """All of one source, once and in order, with weight on every token."""
-    return Stream([source.spec], [sources.open_source(source)], [1.0], tokenizer, 0, False, False, None)
+def read_once(all_sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream":
+    """All of some sources, once and in order, with weight on every token."""
+    names, weights = [s.spec for s in all_sources], [s.weight for s in all_sources]
+    return Stream(names, [sources.open_source(s) for s in all_sources], weights, tokenizer, 0, False, False, None)
+
+
+def check_records(p: PhaseConfig, limit: int = 100_000) -> None:
+    """Reads the records of every JSON source (at most `limit`), so that a mistake is found before the first step."""
+    for source in p.sources:
+        documents = sources.open_source(source)
+        for i in range(min(limit, len(documents)) if isinstance(documents, sources.JsonFiles) else 0):
+            documents[i]
 
 
 def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool, limit: int = 200) -> None:
-    """Reads the first records of every source, so that a mistake in them is found before the first step."""
+    """Encodes the first documents of every source; raises UsageError where there would be nothing to learn from."""
     for source in p.sources:
         documents = sources.open_source(source)
-        first = (documents[i] for i in range(min(limit, len(documents))))
-        if not any([bool(_encode(tokenizer, d, chats, source.spec)[0]) for d in first]):  # a list: every one is read
+        first = [_encode(tokenizer, documents[i], chats, source.spec) for i in range(min(limit, len(documents)))]
+        if not any(ids for ids, _ in first):
             raise UsageError(f"source {source.spec}: there is no text in it")
+        if chats and not any(any(said[1 : p.block + 1]) for _, said in first):
+            raise UsageError(
+                f"source {source.spec}: in no conversation does the assistant speak within the first {p.block} tokens; "
+                "raise config.sft.block"
+            )
 
 
 def check_cursor(cursor: dict, names: list[str]) -> None:
@@ -134,6 +148,9 @@ class Stream:
         while self._buffer or self._draw():
             _, ids, said = self._buffer[0]
             n = min(len(ids) - 1, length)
+            if not any(said[1 : n + 1]):  # cut before the assistant speaks: nothing to learn from
+                self._buffer.pop(0)
+                continue
             fitting = np.flatnonzero(used + n <= length)
             if not len(fitting):
                 break

@@ -20,6 +20,7 @@ from lowrank_jax.config import UsageError
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
+LONGEST_LINE = 1 << 16  # characters of a line that a tokenizer learns from in one piece
 MODEL_FILE = "sentencepiece.model"
 PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # what a foreign model tends to lose
 # Every character of these is a piece even where it is too rare for the 99.95% coverage.
@@ -94,15 +95,27 @@ def load(path: str) -> Tokenizer:
     return tokenizer
 
 
+def _lines(texts: Iterable[str], mistakes: list[Exception]):
+    try:
+        for text in texts:
+            for line in text.replace("\0", " ").split("\n"):
+                for start in range(0, len(line), LONGEST_LINE):
+                    if part := line[start : start + LONGEST_LINE].strip():
+                        yield part
+    except UsageError as e:
+        mistakes.append(e)
+        raise
+
+
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learns `vocab_size` BPE pieces from the lines of `texts`; raises UsageError where the size cannot be met."""
     if vocab_size <= FIXED_PIECES:
         raise UsageError(f"tokenizer.vocab_size={vocab_size} must exceed {FIXED_PIECES} (bytes, ASCII and specials)")
     model = io.BytesIO()
-    lines = (line.replace("\0", " ") for text in texts for line in text.split("\n") if line.strip())
+    mistakes = []  # SentencePiece would bury the message of an error in the texts in one of its own
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=_lines(texts, mistakes),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -114,7 +127,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=1 << 20,
+            max_sentence_length=4 * LONGEST_LINE,  # bytes; longer ones would be dropped in silence
             user_defined_symbols=["\n"],
             control_symbols=[TURN_START, TURN_END],
             pad_id=0,
@@ -124,6 +137,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as e:
+        if mistakes:
+            raise mistakes[0] from None
         reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
     return Tokenizer(model.getvalue())
