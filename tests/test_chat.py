@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat
+from lowrank_jax.data import chat, tokenizer
 from lowrank_jax.data.tokenizer import BOS, EOS, TURN_END, TURN_START
 
 SYMBOLS = (BOS, EOS, TURN_START, TURN_END)
@@ -109,3 +109,15 @@ def test_generation_sees_exactly_what_training_saw(tok, messages):
 def test_a_conversation_in_which_the_assistant_says_nothing_is_refused(tok, messages):
     with pytest.raises(UsageError, match="no assistant turn"):
         chat.encode(tok, messages)
+
+
+def test_the_chat_template_is_saved_with_the_tokenizer_and_is_the_one_that_renders(tok, tmp_path):
+    tok.save(tmp_path)
+    chat_ids = chat.encode(tok, [{"role": "user", "content": "hi"}], prompt=True)
+    assert chat.encode(tokenizer.load(str(tmp_path)), [{"role": "user", "content": "hi"}], prompt=True) == chat_ids
+    template = tmp_path / tokenizer.TEMPLATE_FILE
+    template.write_text(template.read_text().replace("assistant\n{% endif %}", "assistant:\n{% endif %}"))
+    edited = tokenizer.load(str(tmp_path))
+    assert edited.decode(chat.encode(edited, [{"role": "user", "content": "hi"}], prompt=True)[0]).endswith(
+        "assistant:\n"
+    )

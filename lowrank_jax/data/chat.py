@@ -15,15 +15,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lowrank_jax.config import UsageError
 from lowrank_jax.data.tokenizer import BOS, EOS, TURN_END, TURN_START, Tokenizer
 
-# ChatML. What stands inside {% generation %} carries weight: the answer and the tag that ends it. The blank line after
-# it is the line feed that ends the turn: the first line feed after a block tag is trimmed.
-CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
-
-{% else %}{{ message.content }}<|im_end|>
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
 TAGS = (BOS, EOS, TURN_START, TURN_END)
 # Unicode noncharacters, reserved for a program's own use: they are dropped from message text.
 OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -36,7 +27,7 @@ def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> 
     Raises UsageError where the assistant says nothing, unless it is a prompt.
     """
     ids, said, speaking = [], [], False
-    for part in _PARTS.split(render(messages, prompt)):
+    for part in _PARTS.split(render(tokenizer.chat_template, messages, prompt)):
         if part in (OPEN, CLOSE):
             speaking = part == OPEN
             continue
@@ -48,10 +39,10 @@ def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> 
     return ids, said
 
 
-def render(messages: list[dict], prompt: bool) -> str:
+def render(template: str, messages: list[dict], prompt: bool) -> str:
     """The template's text, with OPEN and CLOSE around what the assistant says and every tag in a message broken up."""
     safe = [{**m, "role": _guard(m["role"]), "content": _guard(m["content"])} for m in messages]
-    return _compile(CHATML).render(messages=safe, add_generation_prompt=prompt, bos_token=BOS, eos_token=EOS)
+    return _compile(template).render(messages=safe, add_generation_prompt=prompt, bos_token=BOS, eos_token=EOS)
 
 
 def _guard(text: str) -> str:

@@ -21,7 +21,17 @@ PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
 LONGEST_LINE = 1 << 16  # characters of a line that a tokenizer learns from in one piece
-MODEL_FILE = "sentencepiece.model"
+MODEL_FILE, TEMPLATE_FILE = "sentencepiece.model", "chat_template.jinja"
+# ChatML, the chat template of every new tokenizer. What stands inside {% generation %} carries weight: the answer and
+# the tag that ends it. The blank line after it is the line feed that ends the turn: the first one after a block tag is
+# trimmed.
+CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
+
+{% else %}{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
 PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # what a foreign model tends to lose
 # Every character of these is a piece even where it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
@@ -31,8 +41,8 @@ FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, l
 class Tokenizer:
     """Encodes and decodes with a SentencePiece model (its serialised bytes)."""
 
-    def __init__(self, model: bytes):
-        self.model = model
+    def __init__(self, model: bytes, chat_template: str = CHATML):
+        self.model, self.chat_template = model, chat_template
         self._sp = spm.SentencePieceProcessor()
         self._sp.LoadFromSerializedProto(model)  # unlike the constructor, this refuses an empty model
         self.vocab_size: int = self._sp.get_piece_size()
@@ -71,6 +81,8 @@ class Tokenizer:
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, MODEL_FILE), "wb") as f:
             f.write(self.model)
+        with open(os.path.join(folder, TEMPLATE_FILE), "w", encoding="utf-8") as f:
+            f.write(self.chat_template)
 
     def _byte_length(self, i: int) -> int:
         if self._sp.is_control(i) or self._sp.is_unknown(i):
@@ -79,11 +91,16 @@ class Tokenizer:
 
 
 def load(path: str) -> Tokenizer:
-    """A tokenizer from a SentencePiece model file, or from a folder that `Tokenizer.save` wrote."""
-    file = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path
+    """A tokenizer from a SentencePiece model file, or with its chat template from a folder that `save` wrote."""
+    file, template = path, CHATML
+    if os.path.isdir(path):
+        file, home = os.path.join(path, MODEL_FILE), os.path.join(path, TEMPLATE_FILE)
+        if os.path.isfile(home):
+            with open(home, encoding="utf-8") as f:
+                template = f.read()
     try:
         with open(file, "rb") as f:
-            tokenizer = Tokenizer(f.read())
+            tokenizer = Tokenizer(f.read(), template)
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except RuntimeError:
@@ -100,7 +117,8 @@ def _lines(texts: Iterable[str], mistakes: list[Exception]):
         for text in texts:
             for line in text.replace("\0", " ").split("\n"):
                 for start in range(0, len(line), LONGEST_LINE):
-                    if part := line[start : start + LONGEST_LINE].strip():
+                    part = line[start : start + LONGEST_LINE]
+                    if part.strip():
                         yield part
     except UsageError as e:
         mistakes.append(e)
