@@ -50,7 +50,9 @@ def read_config(config_args: list[str]) -> RunConfig:
     try:
         unused = values(sys.argv)[1:]
         config = values["config"].value.to_dict()
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as e:
+    except UsageError:
+        raise
+    except Exception as e:  # a config is a program: anything may go wrong in it
         raise UsageError(f"--config: {' '.join(_reason(e).split())}") from None
     finally:
         sys.argv = argv
@@ -84,5 +86,10 @@ def _fail(e: Exception, status: int):
 
 def _reason(e: Exception) -> str:
     """A KeyError's text is the repr of its message; config_flags buries the cause of a failed load."""
-    text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-    return text.strip("'\"").replace("\\n", " ")
+    missing = isinstance(e, (AttributeError, KeyError))
+    text = str(e.args[0]) if missing and e.args else str(e)
+    if "Traceback" in text:
+        text = text.strip().splitlines()[-1]
+    if missing and text.startswith(("'", '"')):  # ml_collections says no more than the key, quoted twice
+        text = "unknown config key " + text.replace("\\n", ". ").translate(str.maketrans("", "", "\\'\""))
+    return text or type(e).__name__
