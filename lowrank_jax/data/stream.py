@@ -148,9 +148,6 @@ class Stream:
         while self._buffer or self._draw():
             _, ids, said = self._buffer[0]
             n = min(len(ids) - 1, length)
-            if not any(said[1 : n + 1]):  # cut before the assistant speaks: nothing to learn from
-                self._buffer.pop(0)
-                continue
             fitting = np.flatnonzero(used + n <= length)
             if not len(fitting):
                 break
