@@ -40,7 +40,7 @@ def open_stream(make, tok):
 
 @pytest.fixture(scope="module")
 def read_once(make, tok):
-    return lambda source: stream.read_once(make.phase(source).sources[0], tok)
+    return lambda source: stream.read_once(make.phase(source).sources, tok)
 
 
 def flat(tok, rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
