@@ -66,9 +66,10 @@ def groups() -> dict:
 def phase(**changes) -> dict:
     """The keys of a phase; `pretrain` and `sft` have the same."""
     return {
-        # "kind:location, kind:location@weight, ...": text:GLOB, json:GLOB (a JSON object a line) or builtin:NAME.
-        # Weights are shares of the tokens, 1 unless given. Or a tuple of {"spec": "json:my/*.jsonl", "weight": 2.0,
-        # "text_key": "body", "messages_key": "turns"}, which the command line cannot replace.
+        # "kind:location, kind:location@weight, ...", where kind is text, json, parquet, hf, tfds, arrayrecord or builtin
+        # (docs/custom_dataset.md). Weights are shares of the tokens, 1 unless given; @0:0.7/1000:0.3 changes with the
+        # step of the phase. Or a list (on the command line, as JSON text) of {"spec": "json:my/*.jsonl", "weight": 2.0,
+        # "text_key": "body", "messages_key": "turns", "split": "train"}.
         "sources": "builtin:quickstart",
         "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
         "tokens_per_param": 25.0,
@@ -85,5 +86,7 @@ def phase(**changes) -> dict:
         "lr_end": 0.0,  # where the schedule ends, as a share of lr
         "eval_fraction": 0.01,  # share of each source's documents that is held out
         "eval_tokens": 49_152,  # how many held-out tokens an evaluation reads
+        "max_skipped": 100,  # records of each source that may be unusable; each is in events.jsonl. 0: none
+        "readers": 0,  # readers that fill a batch: as many hosts can read shares of their own. 0: up to 8
         "sample": "",  # what the model is to continue (sft: to answer) at the end of the phase; empty: nothing
     } | changes

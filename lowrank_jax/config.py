@@ -6,6 +6,7 @@ What every key means is written beside its default in `configs/default.py`.
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import typing
@@ -63,12 +64,17 @@ class ModelConfig:
         return q, k, v, o
 
 
+Schedule = tuple[tuple[int, float], ...]
+"""(first step, value) pairs with rising steps, the first at 0: a value that changes by step."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     spec: str
-    weight: float
+    weight: Schedule
     text_key: str
     messages_key: str
+    split: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ class PhaseConfig:
     lr_end: float
     eval_fraction: float
     eval_tokens: int
+    max_skipped: int
+    readers: int
     sample: str
 
 
@@ -171,6 +179,8 @@ def _convert(hint, value, path: str):
         return _build(hint, value, path)
     if hint == tuple[SourceConfig, ...]:
         return read_sources(value, path)
+    if hint == Schedule:
+        return _read_schedule(value, path)
     if typing.get_origin(hint) is tuple:
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
@@ -192,25 +202,46 @@ def _convert(hint, value, path: str):
 
 
 def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
-    """Sources from `kind:location@weight, ...` or a list of such texts or groups of keys."""
-    items = [s.strip() for s in re.split(r"[,\n]", value) if s.strip()] if isinstance(value, str) else value
+    """Sources from `kind:location@weight, ...` or a list (also as JSON text) of such texts or groups of keys."""
+    items = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            items = json.loads(value)
+        except ValueError as e:
+            raise UsageError(f"{path} is not a JSON list: {e}") from None
+    elif isinstance(value, str):
+        items = [s.strip() for s in re.split(r"[,\n]", value) if s.strip()]
     if not isinstance(items, (list, tuple)):
         raise UsageError(f"{path}={value!r} must be text such as text:my/*.txt, or a list of sources")
-    defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages"}
+    defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages", "split": "train"}
     built = []
     for i, item in enumerate(items):
         where = f"{path}[{i}]"
-        if isinstance(item, str):  # kind:location, or kind:location@weight
-            spec, weight = re.fullmatch(r"(.*?)(?:@(\d+\.?\d*))?", item, re.DOTALL).groups()
+        if isinstance(item, str):  # kind:location, kind:location@weight or kind:location@step:weight/step:weight
+            spec, weight = re.fullmatch(r"(.*?)(?:@(\d[\d.:/]*))?", item, re.DOTALL).groups()
             item = {"spec": spec} | ({"weight": weight} if weight else {})
         if not isinstance(item, dict):
             raise UsageError(f"{where}={item!r} must be text or a group of keys")
         built.append(_build(SourceConfig, defaults | item, where))
         if not re.match(r"\w+:.", built[-1].spec):
             raise UsageError(f"{where}={built[-1].spec!r} must be kind:location, such as text:my/*.txt")
-        if built[-1].weight <= 0:
-            raise UsageError(f"{where}.weight={built[-1].weight} must be above 0")
     return tuple(built)
+
+
+def _read_schedule(value, path: str) -> Schedule:
+    """A number, or pairs of step and number: ((0, 0.7), (1000, 0.3)), {0: 0.7, 1000: 0.3} or "0:0.7/1000:0.3"."""
+    if isinstance(value, str) and ":" in value:
+        value = [pair.split(":") for pair in value.split("/")]
+    pairs = value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [(0, value)]
+    try:
+        schedule = tuple((_convert(int, step, path), _convert(float, number, path)) for step, number in pairs)
+    except (TypeError, ValueError):
+        raise UsageError(f"{path}={value!r} must be a number, or pairs of a step and a number") from None
+    steps = [step for step, _ in schedule]
+    _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {value!r} must rise from 0")
+    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must not be negative")
+    _require(max(number for _, number in schedule) > 0, f"{path}={value!r} must be above 0, at some step at least")
+    return schedule
 
 
 # ------------------------------------------------------------------------------------------------ impossible values
@@ -255,6 +286,11 @@ def _check_phase(p: PhaseConfig, name: str) -> None:
         _require(0 <= getattr(p, key) <= 1, f"{path}.{key}={getattr(p, key)} must be between 0 and 1")
     _require(p.warmup + p.cooldown <= 1, f"{path}.warmup + {path}.cooldown must not exceed 1")
     _require(0 <= p.eval_fraction <= 0.5, f"{path}.eval_fraction={p.eval_fraction} must be between 0 and 0.5")
+    _require(p.max_skipped >= 0, f"{path}.max_skipped={p.max_skipped} must not be negative")
+    _require(p.readers >= 0, f"{path}.readers={p.readers} must not be negative")
+    for first in sorted({step for source in p.sources for step, _ in source.weight}):
+        some = any([w for step, w in source.weight if step <= first][-1] > 0 for source in p.sources)
+        _require(some, f"{path}.sources: from step {first} on every weight is 0")
     _require(p.eval_tokens > 0, f"{path}.eval_tokens={p.eval_tokens} must be above 0")
     _one_of(p.schedule, ("wsd", "cosine"), f"{path}.schedule")
     if p.auto_grow:
@@ -274,6 +310,11 @@ def _check_phase(p: PhaseConfig, name: str) -> None:
             rest == 0,
             f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}; "
             f"{below or above} would be (tokens per step stay the same while the length grows)",
+        )
+        rows = p.tokens_per_step // length
+        _require(
+            not p.readers or rows % p.readers == 0,
+            f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step",
         )
 
 

@@ -23,7 +23,7 @@ ROW_TOKENS = 8192  # tokens evaluated at a time
 
 def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int) -> list[stream.Batch]:
     """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
-    return _batches(stream.open_phase(p, tokenizer, seed, chats, held_out=True), length, p.eval_tokens)
+    return _batches(stream.open_held_out(p, tokenizer, seed, chats), length, p.eval_tokens)
 
 
 def evaluate(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:
@@ -105,7 +105,7 @@ def command(argv: list[str]) -> dict:
 
 def _open(data: str, phase: PhaseConfig, tokenizer: Tokenizer, seed: int) -> stream.Stream:
     if not data:
-        return stream.open_phase(phase, tokenizer, seed, chats=False, held_out=True)
+        return stream.open_held_out(phase, tokenizer, seed, chats=False)
     return stream.read_once(read_sources(data, "--data"), tokenizer)
 
 

@@ -6,8 +6,10 @@
 | kill@save=N | SIGKILL while this process writes its N-th checkpoint |
 | term@step=N | SIGTERM before the N-th update |
 | nan@step=N | the N-th update sees NaN losses |
+| io@read=N | reading the N-th record that this process reads fails with an I/O error, once |
 """
 
+import itertools
 import os
 import re
 import signal
@@ -15,7 +17,9 @@ import signal
 from lowrank_jax.config import UsageError
 
 VARIABLE = "LOWRANK_FAULTS"
-_KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step")}
+_KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("io", "read")}
+
+_reads = itertools.count(1)
 
 
 def check() -> None:
@@ -34,6 +38,12 @@ def strike(place: str, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if due("term", place, count):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def strike_read() -> None:
+    """Raises OSError at the record that was asked for here, if any."""
+    if os.environ.get(VARIABLE) and due("io", "read", next(_reads)):
+        raise OSError("an I/O error, as LOWRANK_FAULTS asked for")
 
 
 def _parse() -> set[tuple[str, str, int]]:

@@ -17,7 +17,6 @@ import numpy as np
 from lowrank_jax import attention, cli, model, precision
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
-from lowrank_jax.data.tokenizer import TURN_END
 from lowrank_jax.trained import Trained, open_run
 
 CHUNK = 16  # tokens decoded between two looks at the host: what streaming waits for
@@ -94,7 +93,7 @@ class Model:
     def __init__(self, trained: Trained):
         self.config, self.tokenizer, self.params, self.progress = trained
         self._dtype = precision.compute_dtype(self.config.precision)
-        self._stop_ids = [self.tokenizer.eos, self.tokenizer.special(TURN_END)]
+        self._stop_ids = chat.stop_ids(self.tokenizer)
         self._compiled: set[tuple] = set()
 
     def logits(self, tokens) -> jax.Array:

@@ -6,12 +6,16 @@ with an uninterrupted one.
 """
 
 import bisect
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
 from lowrank_jax import costs
 from lowrank_jax.config import PhaseConfig, RunConfig
+
+# Hosts up to this many read shares of their own. Each reader holds about a megabyte of documents for every source.
+MOST_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,21 @@ def plan(config: RunConfig) -> tuple[Stage, ...]:
 def lengths(p: PhaseConfig) -> tuple[int, ...]:
     """Sequence lengths of a phase, in order: the block, then every longer length of the growth plan."""
     return (p.block, *(n for n in p.grow_plan if n > p.block)) if p.auto_grow else (p.block,)
+
+
+def readers(p: PhaseConfig) -> int:
+    """How many readers a phase's batches are made of: each fills an equal part of the rows, whatever the length.
+
+    Without a number of its own, as many as divide the rows of every length, up to MOST_READERS.
+    """
+    common = math.gcd(*(p.tokens_per_step // n for n in lengths(p)))
+    return p.readers or max(n for n in range(1, MOST_READERS + 1) if common % n == 0)
+
+
+def mixture(p: PhaseConfig, phase_step: int) -> tuple[float, ...]:
+    """The shares of the sources at a step of the phase: they add up to 1."""
+    weights = [[w for step, w in source.weight if step <= phase_step][-1] for source in p.sources]
+    return tuple(w / sum(weights) for w in weights)
 
 
 def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:

@@ -1,24 +1,27 @@
 """The training loop: stages, steps, evaluation, checkpoints, and how a run ends or goes on."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from lowrank_jax import evaluate, faults, generate, report, stages, step, workdir
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.config import RunConfig, UsageError
-from lowrank_jax.data import stream, tokenizer
+from lowrank_jax.data import packing, stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.meter import Meter
 from lowrank_jax.stages import Stage
 from lowrank_jax.trained import Trained
 
 SAMPLE_TOKENS = 120
+NOTES = 5  # skips and retries that are told on the terminal; the ledger has them all
 START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None}
 
 
@@ -56,8 +59,6 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
                 f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
             )
         old, t = None, config.tokenizer
-        for p in phases:
-            stream.check_records(p)
         tok = tokenizer.load(t.path) if t.path else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         config = config.with_vocab(tok.vocab_size)
     for p in phases:
@@ -77,14 +78,15 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
         if saved.save(at["step"], state, at):
             workdir.log_event(folder, "save", at["step"], data_sha256=at["data_sha256"])
 
-    with contextlib.closing(meter):
+    with contextlib.closing(meter), contextlib.ExitStack() as feeds:
         while at["step"] < plan[-1].end:
             now = stages.stage_at(plan, at["step"])
             if received:  # looked at after everything that takes long
                 save()
                 _leave(folder, saved, meter, at["step"], received[0])
             if now.phase != phase:
-                state, documents, evaluate_now = _enter_phase(config, now, tok, folder, meter, state, at)
+                state, batches, evaluate_now = _enter_phase(config, now, tok, folder, meter, state, at)
+                feeds.enter_context(contextlib.closing(batches))
                 phase = now.phase
                 continue
             if now != stage:
@@ -93,20 +95,18 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
 
             faults.strike("step", at["step"] + 1)
             try:
-                batch = documents.next(stage.batch, stage.seq_len)
-            except UsageError:  # a record that cannot be read: what was learnt so far is kept
+                batch, cursor = next(batches)
+            except (UsageError, OSError):  # data that cannot be used or read: what was learnt so far is kept
                 save()
                 raise
             at = {
                 "step": at["step"] + 1,
                 "phase": stage.phase,
                 "tokens": at["tokens"] + stage.tokens_per_step,
-                "data_sha256": stream.chain_sha256(at["data_sha256"], batch),
-                "cursor": documents.cursor(),
+                "data_sha256": stream.data_sha256(cursor),
+                "cursor": cursor,
             }
-            if faults.due("nan", "step", at["step"]):
-                batch["weights"] = batch["weights"] * np.float32("nan")
-            state, metrics = compiled(state, step.to_device(batch, stage))
+            state, metrics = compiled(state, batch)
             meter.add(stage, at, metrics)
 
             ends_phase = at["step"] == stage.phase_start + stage.phase_steps
@@ -115,6 +115,7 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
             minutes = (time.monotonic() - last_save) / 60
             timely = config.every.save_minutes and minutes >= config.every.save_minutes
             if ends_phase:
+                workdir.log_event(folder, "data", at["step"], sources=stream.summary(cursor))
                 _show_sample(Trained(config, tok, state.params, at), folder, meter)
             if ends_phase or timely or at["step"] % config.every.save == 0:
                 save()
@@ -128,7 +129,7 @@ def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, r
 
 
 def _enter_phase(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, meter: Meter, state, at: dict):
-    """What a phase trains and is measured with: (state, document stream, evaluation).
+    """What a phase trains and is measured with: (state, the feed of batches, evaluation).
 
     Where the phase starts, the optimizer begins without memory of the one before, and the model is evaluated first.
     Every evaluation reads the same held-out text at the phase's longest length, so that its numbers can be compared.
@@ -148,9 +149,38 @@ def _enter_phase(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, m
         state = state._replace(opt_state=step.fresh_optimizer(config, state.params))
         workdir.log_event(folder, "phase", at["step"], phase=stage.phase)
         evaluate_now(stage, state.params, at["step"])
-    cursor = None if starts else at["cursor"]
-    documents = stream.open_phase(phase, tok, config.seed, chats, held_out=False, cursor=cursor)
-    return state, documents, evaluate_now
+    return state, _feed(config, stage, tok, folder, meter, at, None if starts else at["cursor"]), evaluate_now
+
+
+def _feed(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, meter: Meter, at: dict, cursor: dict | None):
+    """(batch on the device, cursor) of every step that the phase has left, prepared ahead in the background."""
+    plan, phase, chats = stages.plan(config), getattr(config, stage.phase), stage.phase == "sft"
+    told, preparing = itertools.count(), at["step"]
+
+    def note(event: str, **facts) -> None:
+        workdir.log_event(folder, event, preparing, **facts)
+        if (count := next(told)) < NOTES:
+            more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
+            meter.say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}")
+
+    def shape_at(at_step: int) -> tuple[int, int, int]:
+        nonlocal preparing
+        preparing, now = at_step, stages.stage_at(plan, at_step)
+        return now.batch, now.seq_len, at_step - now.phase_start
+
+    def place(at_step: int, batch: stream.Batch) -> dict:
+        if chats and at_step == stage.phase_start:
+            marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
+            meter.say(
+                f"the first row of {stage.phase}, with marks around what is trained:\n{packing.show(batch, tok, marks)}"
+            )
+        if faults.due("nan", "step", at_step + 1):
+            batch["weights"] = batch["weights"] * np.float32("nan")
+        return step.to_device(batch, stages.stage_at(plan, at_step))
+
+    share = (jax.process_index(), jax.process_count())
+    documents = stream.open_phase(phase, tok, config.seed, chats, cursor, share, note, at["data_sha256"])
+    return stream.feed(documents, range(at["step"], stage.phase_start + stage.phase_steps), shape_at, place)
 
 
 def _show_sample(trained: Trained, folder: str, meter: Meter) -> None:
@@ -190,7 +220,7 @@ def _restore(config: RunConfig, folder: str, saved: Checkpoints) -> tuple[step.T
         )
     next_stage = stages.stage_at(plan, at["step"])
     if at["step"] > next_stage.phase_start:
-        stream.check_cursor(at["cursor"], [s.spec for s in getattr(config, next_stage.phase).sources])
+        stream.check_sources(at["cursor"], getattr(config, next_stage.phase))
     workdir.rewind_metrics(folder, at["step"], next_stage.phase if at["step"] == next_stage.phase_start else None)
     if restored:
         workdir.log_event(folder, "restore", at["step"], data_sha256=at["data_sha256"])

@@ -17,8 +17,12 @@ FLOORS = [
     ["step"],
     ["checkpoint"],
     ["data.stream"],
-    ["data.chat", "data.sources"],
-    ["data.tokenizer", "data.builtin"],
+    ["data.packing"],
+    ["data.chat", "data.reader"],
+    ["data.sources"],
+    ["data.tables"],
+    ["data.files"],
+    ["data.tokenizer", "data.builtin", "data.records"],
     ["model"],
     ["attention"],
     ["loss", "optim", "meter"],
@@ -30,6 +34,7 @@ FLOORS = [
 FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 # Packages that one file alone may import.
 KEEPERS = {"orbax": "checkpoint", "flax": "model", "ml_collections": "cli", "sentencepiece": "data.tokenizer"}
+KEEPERS |= {"tokenizers": "data.tokenizer", "pyarrow": "data.tables"}
 
 
 def modules() -> dict[str, ast.Module]:

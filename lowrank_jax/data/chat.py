@@ -1,10 +1,13 @@
 """Conversations to tokens: a Jinja template renders, `{% generation %}` marks what the assistant says.
 
-The template runs in Jinja's immutable sandbox with the meaning Hugging Face gives it. Message text can never become a
-chat tag: inside it every tag is broken up before rendering and mended after the text has been cut at the real ones.
+The template runs in Jinja's immutable sandbox with the meaning Hugging Face gives it. One without `{% generation %}` is
+rendered turn by turn to find out what the assistant says. Message text can never become a control symbol: inside it
+every symbol's name is broken up before rendering, and mended after the text has been cut at the real ones.
 """
 
+import datetime
 import functools
+import json
 import re
 
 import jinja2
@@ -13,41 +16,106 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data.tokenizer import BOS, EOS, TURN_END, TURN_START, Tokenizer
+from lowrank_jax.data.tokenizer import Tokenizer
 
-TAGS = (BOS, EOS, TURN_START, TURN_END)
 # Unicode noncharacters, reserved for a program's own use: they are dropped from message text.
 OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
-_PARTS = re.compile("(" + "|".join(map(re.escape, (*TAGS, OPEN, CLOSE))) + ")")
+TODAY = datetime.datetime(2024, 7, 26)  # what templates are told: with the real date a resume would change the data
+_HAS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation and, for each, whether the assistant says it; with `prompt`, up to where it is to speak.
+    """Ids of a conversation without a BOS in front, and for each whether the assistant says it.
 
-    Raises UsageError where the assistant says nothing, unless it is a prompt.
+    With `prompt`, up to where the assistant is to speak. Raises UsageError where the template does not take the
+    conversation, or the assistant says nothing though it is no prompt.
     """
     ids, said, speaking = [], [], False
-    for part in _PARTS.split(render(tokenizer.chat_template, messages, prompt)):
+    specials = set(tokenizer.specials.values())
+    for part in _parts(tuple(tokenizer.specials)).split(render(tokenizer, messages, prompt)):
         if part in (OPEN, CLOSE):
             speaking = part == OPEN
-            continue
-        new = [tokenizer.special(part)] if part in TAGS else tokenizer.encode(part.replace(BREAK, ""))
-        ids += new
-        said += [speaking] * len(new)
+        elif part in tokenizer.specials:
+            ends = bool(ids) and said[-1] and ids[-1] not in specials  # a symbol that ends a turn carries weight
+            ids.append(tokenizer.specials[part])
+            said.append(speaking or ends)
+        elif text := part.replace(BREAK, ""):
+            new = tokenizer.encode(text)
+            ids += new
+            said += [speaking] * len(new)
     if not prompt and not any(said):
         raise UsageError("a conversation has no assistant turn, so there is nothing to learn from it")
-    return ids, said
+    start = int(bool(ids) and ids[0] == tokenizer.bos)  # whoever asks puts it in front
+    return ids[start:], said[start:]
 
 
-def render(template: str, messages: list[dict], prompt: bool) -> str:
-    """The template's text, with OPEN and CLOSE around what the assistant says and every tag in a message broken up."""
-    safe = [{**m, "role": _guard(m["role"]), "content": _guard(m["content"])} for m in messages]
-    return _compile(template).render(messages=safe, add_generation_prompt=prompt, bos_token=BOS, eos_token=EOS)
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that end what the assistant says: EOS, and the symbol that the chat template puts behind a turn."""
+    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        ids, said = encode(tokenizer, exchange)
+    except UsageError:  # a template that takes no such exchange
+        return [tokenizer.eos]
+    ends = {i for i, speaks in zip(ids, said) if speaks} & set(tokenizer.specials.values())
+    return sorted({tokenizer.eos, *ends})
 
 
-def _guard(text: str) -> str:
-    text = re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text)
-    return text.replace("<", "<" + BREAK)  # every tag starts with <
+def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
+    """The template's text, with OPEN and CLOSE around what the assistant says and symbols in messages broken up."""
+    names = _guard_pattern(tuple(tokenizer.specials))
+    safe = [{k: _guard(v, names) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
+    if prompt or _HAS_GENERATION.search(tokenizer.chat_template):
+        return _render(tokenizer, safe, prompt)
+    return _mark_turns(tokenizer, safe)
+
+
+def _mark_turns(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """Finds each answer between the text before it and the text up to it, which must both begin the whole text."""
+    text, marked, done = _render(tokenizer, messages, False), "", 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
+        if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
+            raise UsageError(
+                "the chat template does not begin a conversation with the text of its first turns, so it does not tell "
+                "what the assistant says; put {% generation %} and {% endgeneration %} around that"
+            )
+        *_, end = [m.end() for m in _parts(tuple(tokenizer.specials)).finditer(after, len(before))] or [len(after)]
+        stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
+        marked += text[done : len(before)] + OPEN + text[len(before) : stop] + CLOSE
+        done = stop
+    return marked + text[done:]
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
+    try:
+        return _compile(tokenizer.chat_template).render(
+            messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokenizer.names
+        )
+    except UsageError:
+        raise
+    except Exception as e:  # a template is a program: anything may go wrong in it
+        raise UsageError(f"the chat template does not take a conversation: {' '.join(str(e).split())[:200]}") from None
+
+
+def _guard(text: str, names: re.Pattern) -> str:
+    return names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
+
+
+@functools.lru_cache
+def _guard_pattern(specials: tuple[str, ...]) -> re.Pattern:
+    """Matches the first character of every symbol's name, also of names that overlap."""
+    return re.compile(f"(?=(?:{_any_of(specials)})).", re.DOTALL)
+
+
+@functools.lru_cache
+def _parts(specials: tuple[str, ...]) -> re.Pattern:
+    return re.compile(f"({_any_of((*specials, OPEN, CLOSE))})")
+
+
+def _any_of(texts: tuple[str, ...]) -> str:
+    return "|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True)))
 
 
 class _Generation(Extension):
@@ -62,4 +130,10 @@ class _Generation(Extension):
 @functools.lru_cache
 def _compile(template: str) -> jinja2.Template:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    env.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))  # no HTML
+    env.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}
     return env.from_string(template)
+
+
+def _refuse(reason: str):
+    raise UsageError(f"the chat template refuses a conversation: {reason}")

@@ -1,67 +1,119 @@
 """Documents to batches: mix, pack, and a cursor that continues at the exact token.
 
-The cursor is a small plain dict. It says where every source was before the oldest document that is still in use, and
-how many of that document's tokens are spent; no token is ever stored. The shape of a batch is an argument of `next`,
-so sequences may grow without a token lost or repeated.
+A batch is made by several readers (`stages.readers`, a function of the config alone): each mixes the sources by itself
+and fills an equal part of the rows. Hosts share the readers out, so a run may go on with another number of hosts and
+see the same batches. The cursor is a plain dict of the readers' cursors; it says where every source was before the
+oldest document still in use and how much of that is spent. No token is ever stored.
 
-Mixing is deterministic: the next document comes from the source that is furthest below its share of the tokens so far.
+The shape of a batch is an argument of `next`, so sequences may grow without a token lost or repeated.
 """
 
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import grain
 import numpy as np
 
+from lowrank_jax import stages
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
-from lowrank_jax.data import chat, sources
+from lowrank_jax.data import packing, sources
+from lowrank_jax.data.packing import Batch, Lane
+from lowrank_jax.data.reader import Limit, Note, Part, Reader, describe
+from lowrank_jax.data.records import BadRecord
+from lowrank_jax.data.sources import Source
 from lowrank_jax.data.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
-"""tokens, targets (int32), weights (float32: 0 where a target is not to be learnt), segments (int32: from 1; 0 pads).
+AHEAD = 2  # batches that are on the device before they are used
+ONCE = Part(period=0, held_out=False, shuffled=False, endless=False)
+CHECKED = 200  # documents of each source that are encoded before anything else is done
+SHARED_FROM = 8  # documents for each reader: a source with fewer is too small to be shared
 
-All are [rows, length]; targets[t] is the token after tokens[t].
-"""
+
+def _ignore(*_, **__) -> None:
+    pass
 
 
-def open_phase(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, held_out: bool, cursor=None) -> "Stream":
-    """The stream of a phase's training part (endless, shuffled) or of its held-out part (once, in order)."""
-    parts = [sources.Subset(sources.open_source(s), p.eval_fraction, held_out) for s in p.sources]
-    used = [(s, part) for s, part in zip(p.sources, parts) if len(part)]
-    names, documents = [s.spec for s, _ in used], [part for _, part in used]
-    return Stream(names, documents, [s.weight for s, _ in used], tokenizer, seed, chats, not held_out, cursor)
+def open_phase(
+    p: PhaseConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    chats: bool,
+    cursor: dict | None = None,
+    share: tuple[int, int] = (0, 1),
+    note: Note = _ignore,
+    previous: str = "",
+) -> "Stream":
+    """The endless, shuffled stream of a phase's training part, from its start or from a cursor.
+
+    `share` is (this host, hosts): the stream has this host's rows of every batch. `previous` is the `data_sha256` of
+    what was trained on before the phase. Raises UsageError where the cursor is of other data.
+    """
+    opened = _open(p.sources, tokenizer, chats)
+    many = stages.readers(p)
+    if any(_is_small(source, many) for source in opened):
+        many = 1
+    facts = {"sources": [s.spec for s in p.sources], "fingerprints": [s.fingerprint for s in opened], "readers": many}
+    if cursor is not None:
+        _check_cursor(cursor, facts, p)
+    host, hosts = share
+    mine = range(host * many // hosts, -(-(host + 1) * many // hosts))
+    at = {i: cursor["lanes"][str(i)] if cursor else None for i in mine}
+    limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
+    for i, limit in enumerate(limits):
+        limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in at.values()) if cursor else 0
+    parts = [Part(_period(source, p.eval_fraction), held_out=False, shuffled=True, endless=True) for source in opened]
+
+    def lane(index: int) -> Lane:
+        cursors = at[index]["readers"] if cursor else [None] * len(opened)
+        readers = [
+            Reader(source, part, limit, chats, seed + i, (index, many), where)
+            for i, (source, part, limit, where) in enumerate(zip(opened, parts, limits, cursors))
+        ]
+        start = hashlib.sha256(f"{previous} {index}".encode()).hexdigest()
+        return Lane(readers, tokenizer, chats, lambda step: stages.mixture(p, step), at[index], start)
+
+    return Stream([lane(i) for i in mine], facts, share)
+
+
+def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, note: Note = _ignore) -> "Stream":
+    """The held-out part of a phase, once, in the shuffled order that the seed gives."""
+    opened = _open(p.sources, tokenizer, chats)
+    parts = [Part(_period(source, p.eval_fraction), True, shuffled=True, endless=False) for source in opened]
+    used = [i for i, part in enumerate(parts) if part.period]
+    return _read(p.sources, [(i, opened[i], parts[i]) for i in used], tokenizer, seed, chats, p.max_skipped, note)
 
 
 def read_once(all_sources: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream":
     """All of some sources, once and in order, with weight on every token."""
-    names, weights = [s.spec for s in all_sources], [s.weight for s in all_sources]
-    return Stream(names, [sources.open_source(s) for s in all_sources], weights, tokenizer, 0, False, False, None)
+    opened = _open(all_sources, tokenizer, False)
+    return _read(all_sources, [(i, source, ONCE) for i, source in enumerate(opened)], tokenizer, 0, False, 0, _ignore)
 
 
-def check_records(p: PhaseConfig, limit: int = 100_000) -> None:
-    """Reads the records of every JSON source (at most `limit`), so that a mistake is found before the first step."""
-    for source in p.sources:
-        documents = sources.open_source(source)
-        for i in range(min(limit, len(documents)) if isinstance(documents, sources.JsonFiles) else 0):
-            documents[i]
-
-
-def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool, limit: int = 200) -> None:
+def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
     """Encodes the first documents of every source; raises UsageError where there would be nothing to learn from."""
-    for source in p.sources:
-        documents = sources.open_source(source)
-        first = [_encode(tokenizer, documents[i], chats, source.spec) for i in range(min(limit, len(documents)))]
-        if not any(ids for ids, _ in first):
-            raise UsageError(f"source {source.spec}: there is no text in it")
-        if chats and not any(any(said[1 : p.block + 1]) for _, said in first):
+    for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
+        limit = Limit(config.spec, p.max_skipped, _ignore)
+        reader = Reader(source, ONCE, limit, chats, 0, (0, 1), None)
+        found = learnt = 0
+        while found < CHECKED and (document := reader.next()) is not None:
+            _, said = packing.encode_document(tokenizer, document, chats)
+            found, learnt = found + 1, learnt + said[1 : p.block + 1].any()
+        if not found:
+            why = f"; the last record that could not be used: {describe(limit.last)}" if limit.last else ""
+            raise UsageError(f"source {config.spec}: there is no text in it{why}")
+        if not learnt:
             raise UsageError(
-                f"source {source.spec}: in no conversation does the assistant speak within the first {p.block} tokens; "
-                "raise config.sft.block"
+                f"source {config.spec}: in none of its first {found} conversations does the assistant speak within "
+                f"the first {p.block} tokens; raise config.sft.block"
             )
 
 
-def check_cursor(cursor: dict, names: list[str]) -> None:
+def check_sources(cursor: dict, p: PhaseConfig) -> None:
     """Raises UsageError where a phase now names other sources than those that the cursor counts."""
+    names = [s.spec for s in p.sources]
     if cursor["sources"] != names:
         was, now = ", ".join(cursor["sources"]), ", ".join(names)
         raise UsageError(
@@ -69,137 +121,180 @@ def check_cursor(cursor: dict, names: list[str]) -> None:
         )
 
 
-def texts(phases: Sequence[PhaseConfig], max_bytes: int):
-    """Texts of the training parts, every phase in equal parts, for a tokenizer to learn from."""
+def texts(phases: Sequence[PhaseConfig], max_bytes: int) -> Iterator[str]:
+    """Texts of the training parts, every phase and source in equal parts, for a tokenizer to learn from."""
     for p in phases:
-        parts = [sources.Subset(sources.open_source(s), p.eval_fraction, held_out=False) for s in p.sources]
-        for part in parts:
-            left = max_bytes // len(phases) // len(parts)
-            for document in grain.MapDataset.source(part).seed(0).shuffle():
-                text = "\n".join(m["content"] for m in document.get("messages", [])) or document.get("text", "")
+        for config in p.sources:
+            source, left = sources.open_source(config), max_bytes // len(phases) // len(p.sources)
+            part = Part(_period(source, p.eval_fraction), False, shuffled=True, endless=False)
+            reader = Reader(source, part, Limit(config.spec, p.max_skipped, _ignore), False, 0, (0, 1), None)
+            while left > 0 and (document := reader.next()) is not None:
+                if "ids" in document:
+                    raise UsageError(f"source {config.spec} holds tokens, not text: name their tokenizer.path")
+                text = document.get("text") or "\n".join(m["content"] for m in document["messages"])
                 yield text
-                left -= len(text.encode())
-                if left <= 0:
-                    break
+                left -= len(text.encode("utf-8", "replace"))
 
 
 class Stream:
-    """Batches of packed tokens; `cursor()` and the constructor's `cursor` continue it exactly."""
+    """Batches of packed tokens; what `cursor` gives, `open_phase` continues exactly."""
 
-    def __init__(self, names, documents, weights, tokenizer: Tokenizer, seed: int, chats: bool, endless: bool, cursor):
-        self._lengths = [len(d) for d in documents]
-        self._names, self._tokenizer, self._chats, self._endless = names, tokenizer, chats, endless
-        self._documents = []
-        for i, source in enumerate(documents):
-            ordered = grain.MapDataset.source(source)
-            self._documents.append(ordered.seed(seed + i).shuffle().repeat() if endless else ordered)
-        self._weights = np.asarray(weights, np.float64) / max(sum(weights), 1e-9)
-        if cursor is not None:
-            check_cursor(cursor, names)
-            for name, was, now in zip(names, cursor["documents"], self._lengths):
-                if was != now:
-                    raise UsageError(f"source {name} had {was} documents when the run stopped and has {now} now")
-        self._drawn = list(cursor["drawn"]) if cursor else [0] * len(names)  # documents taken from each source
-        self._tokens = list(cursor["tokens"]) if cursor else [0] * len(names)  # tokens taken from each source
-        self._offset = cursor["offset"] if cursor else 0  # tokens already used of the oldest buffered document
-        self._buffer: list[tuple[dict, list[int], list[bool]]] = []  # (position before it, ids, weights)
+    def __init__(self, lanes: list[Lane], facts: dict, share: tuple[int, int]):
+        self._lanes, self._facts, self._share = lanes, facts, share
+        self._first = share[0] * facts["readers"] // share[1]
+        self._workers = ThreadPoolExecutor(max(1, min(len(lanes), len(os.sched_getaffinity(0)))), "reader")
 
     def cursor(self) -> dict:
-        """Where the next batch begins, as JSON values."""
-        at = self._buffer[0][0] if self._buffer else self._position()
-        return {"sources": self._names, "documents": self._lengths, "offset": self._offset} | at
+        """Where the next batch begins, as JSON values: this host's part of it, see `merge`."""
+        return self._facts | {"lanes": {str(self._first + i): lane.cursor() for i, lane in enumerate(self._lanes)}}
 
-    def next(self, rows: int, length: int) -> Batch | None:
-        """The next batch, or None at the end of a stream that is not endless."""
-        return self._next_whole(rows, length) if self._chats else self._next_exact(rows, length)
+    def next(self, rows: int, length: int, step: int = 0) -> Batch | None:
+        """This host's rows of the next batch of `rows`, at a step of the phase; None where a stream that ends is over.
 
-    def _next_exact(self, rows: int, length: int) -> Batch | None:
-        """Cuts the token stream every `length` tokens. Concatenated inputs are the stream: nothing lost or repeated."""
-        need = rows * length + 1  # the last target is looked at, not used up
-        have = sum(len(ids) for _, ids, _ in self._buffer) - self._offset
-        while have < need:
-            if not self._draw():
-                return None
-            have += len(self._buffer[-1][1])
-        ids = np.concatenate([np.asarray(ids, np.int32) for _, ids, _ in self._buffer])[self._offset :][:need]
-        said = np.concatenate([np.asarray(said, bool) for _, _, said in self._buffer])[self._offset :][:need]
-        lengths = [len(ids) for _, ids, _ in self._buffer]
-        document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[self._offset :][:need]
-        self._offset += rows * length
-        while self._offset >= len(self._buffer[0][1]):
-            self._offset -= len(self._buffer.pop(0)[1])
-        learnt = said[1:] & (document[1:] == document[:-1])  # nothing predicts the start of another document
-        segments = document[:-1].reshape(rows, length)
-        return {
-            "tokens": ids[:-1].reshape(rows, length),
-            "targets": ids[1:].reshape(rows, length),
-            "weights": learnt.reshape(rows, length).astype(np.float32),
-            "segments": segments - segments[:, :1] + 1,
-        }
-
-    def _next_whole(self, rows: int, length: int) -> Batch | None:
-        """Packs whole conversations, each into the fullest row that takes it, until one fits in no row.
-
-        That one starts the next batch. A conversation longer than a row is cut to it.
+        Raises UsageError for data that cannot be used and OSError for data that cannot be read; the stream is then of
+        no further use, and a cursor taken before goes on.
         """
-        batch = {key: np.zeros((rows, length), np.int32) for key in ("tokens", "targets", "segments")}
-        batch["weights"] = np.zeros((rows, length), np.float32)
-        used, count = np.zeros(rows, int), np.zeros(rows, int)
-        while self._buffer or self._draw():
-            _, ids, said = self._buffer[0]
-            n = min(len(ids) - 1, length)
-            fitting = np.flatnonzero(used + n <= length)
-            if not len(fitting):
-                break
-            row = fitting[np.argmax(used[fitting])]
-            span = (row, slice(used[row], used[row] + n))
-            used[row] += n
-            count[row] += 1
-            batch["tokens"][span], batch["targets"][span] = ids[:n], ids[1 : n + 1]
-            batch["weights"][span], batch["segments"][span] = said[1 : n + 1], count[row]
-            self._buffer.pop(0)
-        return batch if used.any() else None
+        host, hosts = self._share
+        readers = self._facts["readers"]
+        each = rows // readers
+        if each * readers != rows:
+            raise ValueError(f"{rows} rows cannot be shared by {readers} readers")
+        run = self._workers.map if len(self._lanes) > 1 else map
+        parts = list(run(lambda lane: lane.next(each, length, step), self._lanes))
+        if any(part is None for part in parts):
+            return None
+        first = host * rows // hosts - self._first * each
+        own = slice(first, first + (host + 1) * rows // hosts - host * rows // hosts)
+        return {key: np.concatenate([part[key] for part in parts])[own] for key in parts[0]}
 
-    def _position(self) -> dict:
-        return {"drawn": list(self._drawn), "tokens": list(self._tokens)}
-
-    def _draw(self) -> bool:
-        """Buffers the next document that has tokens; False when the sources are exhausted."""
-        for _ in range(1_000_000):
-            left = [self._endless or n < len(d) for n, d in zip(self._drawn, self._documents)]
-            if not any(left):
-                return False
-            behind = self._weights * (sum(self._tokens) + 1) - self._tokens
-            source = int(np.argmax(np.where(left, behind, -np.inf)))
-            before, document = self._position(), self._documents[source][self._drawn[source]]
-            ids, said = _encode(self._tokenizer, document, self._chats, self._names[source])
-            self._drawn[source] += 1
-            self._tokens[source] += len(ids)
-            if ids:
-                self._buffer.append((before, ids, said))
-                return True
-        raise UsageError(f"source {self._names[source]}: a million documents in a row without any text")
+    def close(self) -> None:
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, document: dict, chats: bool, name: str) -> tuple[list[int], list[bool]]:
-    """Ids of a document between BOS and EOS, and which of them carry weight as targets.
-
-    In SFT (`chats`) only what the assistant says; in pretraining everything. A document without text has no ids.
-    """
-    if "messages" in document:
-        ids, said = chat.encode(tokenizer, document["messages"])
-        said = said if chats else [True] * len(ids)
-    elif chats:
-        raise UsageError(f"source {name}: a record has no messages, so SFT has no assistant turn to learn from")
-    else:
-        ids = tokenizer.encode(document["text"]) if document["text"].strip() else []
-        said = [True] * len(ids)
-    return ([tokenizer.bos, *ids, tokenizer.eos], [False, *said, not chats]) if ids else ([], [])
+def merge(cursors: Sequence[dict]) -> dict:
+    """The global cursor from those of all hosts."""
+    lanes = {name: lane for cursor in cursors for name, lane in cursor["lanes"].items()}
+    return cursors[0] | {"lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
 
 
-def chain_sha256(previous: str, batch: Batch) -> str:
+def data_sha256(cursor: dict) -> str:
     """Hash of every batch so far: two runs that agree here have trained on the same tokens in the same order."""
-    digest = hashlib.sha256(previous.encode())
-    for key in sorted(batch):
-        digest.update(batch[key].tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(lane["sha256"] for lane in cursor["lanes"].values()).encode()).hexdigest()
+
+
+def summary(cursor: dict) -> list[dict]:
+    """What the run has read of each source so far, as far as it is used up."""
+    lanes = cursor["lanes"].values()
+
+    def of_source(i: int) -> dict:
+        counted = {key: sum(lane[key][i] for lane in lanes) for key in packing.COUNTS}
+        read = {key: sum(lane["readers"][i][key] for lane in lanes) for key in ("skipped", "empty")}
+        return counted | read | {"epochs": min(lane["readers"][i]["epoch"] for lane in lanes)}
+
+    return [{"source": name} | of_source(i) for i, name in enumerate(cursor["sources"])]
+
+
+class _Batches(grain.IterDataset):
+    """The stream as grain sees it; the state of its iterator is the cursor, as JSON text that costs nothing to copy."""
+
+    def __init__(self, stream: Stream, steps: range, shape_at: Callable, place: Callable):
+        super().__init__()
+        self._iterator = _Iterator(stream, steps, shape_at, place)
+
+    def __iter__(self):
+        return self._iterator
+
+
+class _Iterator(grain.DatasetIterator):
+    def __init__(self, stream: Stream, steps: range, shape_at: Callable, place: Callable):
+        super().__init__()
+        self._stream, self._steps, self._shape_at, self._place = stream, iter(steps), shape_at, place
+
+    def __next__(self):
+        step = next(self._steps)
+        return self._place(step, self._stream.next(*self._shape_at(step)))
+
+    def get_state(self):
+        return {"json": json.dumps(self._stream.cursor())}
+
+    def set_state(self, state):
+        raise NotImplementedError("open the stream with the cursor instead")
+
+
+def feed(stream: Stream, steps: range, shape_at: Callable, place: Callable) -> Iterator[tuple]:
+    """(place(step, batch), the cursor after it) for each step, prepared by a thread AHEAD of its use.
+
+    `shape_at(step)` gives the arguments of `Stream.next`; `place` may put the batch on a device.
+    """
+    batches = _Batches(stream, steps, shape_at, place)
+    ahead = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD))
+    try:
+        for batch in ahead:
+            yield batch, json.loads(ahead.get_state()["json"])
+    finally:
+        ahead.close()
+        stream.close()
+
+
+def _check_cursor(cursor: dict, facts: dict, p: PhaseConfig) -> None:
+    check_sources(cursor, p)
+    for name, was, now in zip(facts["sources"], cursor["fingerprints"], facts["fingerprints"]):
+        if was != now:
+            raise UsageError(
+                f"source {name} has changed since the run stopped (its files' names or sizes), so there is no going on "
+                "in the middle of it; put it back, or use a new --workdir"
+            )
+    if cursor["readers"] != facts["readers"]:
+        raise UsageError(
+            f"the run began with readers={cursor['readers']} and the config now gives {facts['readers']}; "
+            f"set readers={cursor['readers']} to go on"
+        )
+
+
+def _open(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool) -> list[Source]:
+    opened = [sources.open_source(config, chats) for config in configs]
+    for config, source in zip(configs, opened):
+        if getattr(source, "tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+            raise UsageError(
+                f"source {config.spec} was written with another tokenizer; name that one as tokenizer.path, or write "
+                "it again with scripts/tokenize.py"
+            )
+        if getattr(source, "chats", chats) != chats:
+            needs = "with --chats" if chats else "without --chats"
+            raise UsageError(f"source {config.spec} must be written {needs} to be used here (scripts/tokenize.py)")
+    return opened
+
+
+def _read(configs, used: list[tuple[int, Source, Part]], tokenizer, seed, chats, max_skipped, note) -> Stream:
+    """A stream that ends, of the sources `used`: (index in configs, source, part)."""
+    readers = [
+        Reader(source, part, Limit(configs[i].spec, max_skipped, note), chats, seed + i, (0, 1), None)
+        for i, source, part in used
+    ]
+    weights = [configs[i].weight[0][1] or 1.0 for i, _, _ in used]
+    shares = tuple(w / sum(weights) for w in weights)
+    facts = {"sources": [configs[i].spec for i, _, _ in used], "fingerprints": [], "readers": 1}
+    return Stream([Lane(readers, tokenizer, chats, lambda step: shares, None, "")], facts, (0, 1))
+
+
+def _count(source: Source, most: int) -> int:
+    """How many rows a source has, counted up to `most`."""
+    count = 0
+    for block in range(source.blocks):
+        try:
+            for _ in source.rows(block):
+                count += 1
+                if count >= most:
+                    return count
+        except BadRecord:
+            continue
+    return count
+
+
+def _is_small(source: Source, readers: int) -> bool:
+    return source.blocks < SHARED_FROM * readers and _count(source, SHARED_FROM * readers) < SHARED_FROM * readers
+
+
+def _period(source: Source, fraction: float) -> int:
+    """Every so many rows one is held out; the first is, so a source needs two."""
+    return round(1 / fraction) if fraction and _count(source, 2) > 1 else 0

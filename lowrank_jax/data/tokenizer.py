@@ -1,19 +1,22 @@
-"""SentencePiece BPE with byte fallback: text -> ids -> exactly the same text.
+"""Text to ids and back to exactly the same text: SentencePiece (trained here, or loaded) and Hugging Face tokenizers.
 
 What it takes for ids to round-trip, and for user text to stay text:
-- identity normalisation, no dummy prefix, no whitespace removal;
-- a line feed is a piece of its own, so a text may be encoded line by line: the same ids, several times faster than
-  as one string;
+- a SentencePiece model has identity normalisation, no dummy prefix and no whitespace removal; a line feed is a piece
+  of its own, so a text may be encoded line by line: the same ids, faster than as one string;
 - chat tags are control symbols, which no text can ever encode to: only `special` yields their ids;
 - a literal U+2581, SentencePiece's own mark for a space, is encoded as its three UTF-8 bytes.
 """
 
+import hashlib
 import io
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece as spm
+import tokenizers
 
 from lowrank_jax.config import UsageError
 
@@ -22,6 +25,7 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
 LONGEST_LINE = 1 << 16  # characters of a line that a tokenizer learns from in one piece
 MODEL_FILE, TEMPLATE_FILE = "sentencepiece.model", "chat_template.jinja"
+JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # ChatML, the chat template of every new tokenizer. What stands inside {% generation %} carries weight: the answer and
 # the tag that ends it. The blank line after it is the line feed that ends the turn: the first one after a block tag is
 # trimmed.
@@ -39,22 +43,64 @@ FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, l
 
 
 class Tokenizer:
-    """Encodes and decodes with a SentencePiece model (its serialised bytes)."""
+    """What every tokenizer has; see `load` and `train`.
+
+    `vocab_size`, `bos`, `eos` (ids), `names` (bos_token, eos_token, ...: what chat templates call them), `specials`
+    (id of every control symbol by its name), `chat_template`, and `sha256`, which tells tokenizers apart.
+    """
+
+    vocab_size: int
+    bos: int
+    eos: int
+    names: dict[str, str]
+    specials: dict[str, int]
+    chat_template: str
+    sha256: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone: no BOS, no EOS, and never a control symbol. A lone surrogate is read as a ?."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; control symbols leave nothing behind."""
+        raise NotImplementedError
+
+    def byte_lengths(self) -> np.ndarray:
+        """[V] UTF-8 bytes that each id stands for (0 for control symbols): the denominator of bits per byte."""
+        raise NotImplementedError
+
+    def save(self, folder: str) -> None:
+        """Writes everything that `load` needs to give the same tokenizer."""
+        raise NotImplementedError
+
+    def special(self, piece: str) -> int:
+        """Id of a control symbol; raises UsageError where the tokenizer has none of that name."""
+        if piece not in self.specials:
+            raise UsageError(f"the tokenizer has no control symbol {piece}; train one with scripts/train_tokenizer.py")
+        return self.specials[piece]
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model (its serialised bytes)."""
 
     def __init__(self, model: bytes, chat_template: str = CHATML):
         self.model, self.chat_template = model, chat_template
         self._sp = spm.SentencePieceProcessor()
         self._sp.LoadFromSerializedProto(model)  # unlike the constructor, this refuses an empty model
-        self.vocab_size: int = self._sp.get_piece_size()
+        self.vocab_size = self._sp.get_piece_size()
+        pieces = range(self.vocab_size)
+        self.specials = {self._sp.id_to_piece(i): i for i in pieces if self._sp.is_control(i)}
         self.bos, self.eos = self.special(BOS), self.special(EOS)
+        self.names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+        self.sha256 = hashlib.sha256(model).hexdigest()
         self._line_feed = self._sp.piece_to_id("\n")
         self._space_mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: no BOS, no EOS, and never a control symbol. A lone surrogate is read as a ?."""
         text = text.encode("utf-8", "replace").decode("utf-8")
         lines = [line.split(SPACE_MARK) for line in text.split("\n")]
-        encoded = iter(self._sp.encode([part for line in lines for part in line]))
+        # One thread: starting more takes 0.1 ms, as long as a page of text does, and readers have threads of their own.
+        encoded = iter(self._sp.encode([part for line in lines for part in line], num_threads=1))
         ids = []
         for i, line in enumerate(lines):
             for j in range(len(line)):
@@ -63,26 +109,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control symbols leave nothing behind."""
         return self._sp.decode([int(i) for i in ids])
 
-    def special(self, piece: str) -> int:
-        """Id of a control symbol; raises UsageError where the model has none of that name."""
-        i = self._sp.piece_to_id(piece)
-        if self._sp.id_to_piece(i) != piece or not self._sp.is_control(i):
-            raise UsageError(f"the tokenizer has no control symbol {piece}; train one with scripts/train_tokenizer.py")
-        return i
-
     def byte_lengths(self) -> np.ndarray:
-        """[V] UTF-8 bytes that each id stands for (0 for control symbols): the denominator of bits per byte."""
         return np.asarray([self._byte_length(i) for i in range(self.vocab_size)], np.int32)
 
     def save(self, folder: str) -> None:
-        os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, MODEL_FILE), "wb") as f:
-            f.write(self.model)
-        with open(os.path.join(folder, TEMPLATE_FILE), "w", encoding="utf-8") as f:
-            f.write(self.chat_template)
+        _write(folder, {MODEL_FILE: self.model, TEMPLATE_FILE: self.chat_template.encode()})
 
     def _byte_length(self, i: int) -> int:
         if self._sp.is_control(i) or self._sp.is_unknown(i):
@@ -90,26 +123,137 @@ class Tokenizer:
         return 1 if self._sp.is_byte(i) else len(self._sp.id_to_piece(i).replace(SPACE_MARK, " ").encode())
 
 
+class HuggingFace(Tokenizer):
+    """The contents of a tokenizer.json, and of the tokenizer_config.json beside it.
+
+    Without a chat template it gets ChatML, and the tags of that as new control symbols.
+    """
+
+    def __init__(self, text: str, config: dict, chat_template: str | None):
+        self._tok = tokenizers.Tokenizer.from_str(text)
+        self._tok.no_truncation()
+        self._tok.no_padding()
+        self.chat_template = chat_template or CHATML
+        if not chat_template:
+            tags = [tokenizers.AddedToken(tag, special=True, normalized=False) for tag in (TURN_START, TURN_END)]
+            self._tok.add_special_tokens(tags)
+        added = self._tok.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self._plain = {i: token.content for i, token in added.items() if not token.special}
+        self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values()) + 1
+        named = {key: value for key, value in config.items() if key.endswith("_token") and value}
+        named = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+        self.names = {key: value for key, value in named.items() if value in self.specials}
+        if "eos_token" not in self.names:
+            raise UsageError(f"{CONFIG_FILE} must name an eos_token that tokenizer.json has as a special token")
+        self.names.setdefault("bos_token", self.names["eos_token"])  # what GPT-2 and Qwen put between documents
+        self.bos, self.eos = self.special(self.names["bos_token"]), self.special(self.names["eos_token"])
+        self._json = self._tok.to_str()
+        self._tok.encode_special_tokens = True  # text that looks like a special token is text
+        self.sha256 = hashlib.sha256(self._json.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return self._tok.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tok.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def byte_lengths(self) -> np.ndarray:
+        in_bytes = '"ByteLevel"' in json.dumps(json.loads(self._json)["decoder"])  # a character of a piece is a byte
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for piece, i in self._tok.get_vocab(with_added_tokens=True).items():
+            if i in self._plain or not in_bytes:
+                is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
+                lengths[i] = 1 if is_byte else len(piece.replace(SPACE_MARK, " ").encode())
+            else:
+                lengths[i] = len(piece)
+        lengths[list(self.specials.values())] = 0
+        return lengths
+
+    def save(self, folder: str) -> None:
+        names = json.dumps(self.names, indent=2).encode()
+        files = {JSON_FILE: self._json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()}
+        _write(folder, files)
+
+
 def load(path: str) -> Tokenizer:
-    """A tokenizer from a SentencePiece model file, or with its chat template from a folder that `save` wrote."""
-    file, template = path, CHATML
-    if os.path.isdir(path):
-        file, home = os.path.join(path, MODEL_FILE), os.path.join(path, TEMPLATE_FILE)
-        if os.path.isfile(home):
-            with open(home, encoding="utf-8") as f:
-                template = f.read()
+    """The tokenizer in a folder that `save` wrote, a SentencePiece model, a tokenizer.json (or a folder with one), or of
+    that name on the Hugging Face hub. Raises UsageError where there is none, or text does not survive it.
+    """
     try:
-        with open(file, "rb") as f:
-            tokenizer = Tokenizer(f.read(), template)
+        tokenizer = _load(path)
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
-    except RuntimeError:
-        raise UsageError(f"tokenizer {path}: not a SentencePiece model") from None
-    for tag in (TURN_START, TURN_END):
-        tokenizer.special(tag)
+    except UsageError as e:
+        raise UsageError(f"tokenizer {path}: {e}") from None
+    except Exception:  # `tokenizers` raises nothing more precise
+        what = JSON_FILE if _is_json(path) else "SentencePiece model"
+        raise UsageError(f"tokenizer {path}: not a {what}") from None
     if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
         raise UsageError(f"tokenizer {path}: text does not survive it; train one with scripts/train_tokenizer.py")
     return tokenizer
+
+
+def _load(path: str) -> Tokenizer:
+    if (
+        not os.path.exists(path)
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+        and not path.endswith((".model", ".json"))
+    ):
+        path = _download(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    template = _read(os.path.join(folder, TEMPLATE_FILE))
+    if not _is_json(path):
+        with open(os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path, "rb") as f:
+            model = f.read()
+        tokenizer = SentencePiece(model, template if template and os.path.isdir(path) else CHATML)
+        for tag in (TURN_START, TURN_END) if tokenizer.chat_template == CHATML else ():
+            tokenizer.special(tag)
+        return tokenizer
+    config = {}
+    for name in (NAMES_FILE, CONFIG_FILE):
+        config |= json.loads(_read(os.path.join(folder, name)) or "{}")
+    inside = config.get("chat_template")
+    if isinstance(inside, list):  # several, by name
+        inside = next(
+            (t["template"] for t in inside if t.get("name") == "default"), inside[0]["template"] if inside else None
+        )
+    text = _read(os.path.join(path, JSON_FILE) if os.path.isdir(path) else path)
+    return HuggingFace(text, config, template or inside)
+
+
+def _is_json(path: str) -> bool:
+    return path.endswith(".json") or os.path.isfile(os.path.join(path, JSON_FILE))
+
+
+def _download(name: str) -> str:
+    """The folder where the hub's files of a tokenizer are kept."""
+    try:
+        import huggingface_hub
+
+        wanted = [JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE]
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+    except Exception as e:  # of the network, of the hub, or no such package
+        reason = " ".join(str(e).split())[:200]
+        raise UsageError(f"no such file, and the Hugging Face hub did not give one of that name: {reason}") from None
+    if not os.path.isfile(os.path.join(folder, JSON_FILE)):
+        raise UsageError(f"the Hugging Face hub has no {JSON_FILE} of that name")
+    return folder
+
+
+def _read(path: str) -> str | None:
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def _write(folder: str, files: dict[str, bytes]) -> None:
+    os.makedirs(folder, exist_ok=True)
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(content)
 
 
 def _lines(texts: Iterable[str], mistakes: list[Exception]):
@@ -159,4 +303,4 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             raise mistakes[0] from None
         reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
-    return Tokenizer(model.getvalue())
+    return SentencePiece(model.getvalue())

@@ -1,0 +1,185 @@
+"""One raw record (a JSON object, a row of a table) -> one document, or BadRecord with the reason.
+
+| shape | keys |
+|---|---|
+| text | the text key |
+| messages | the messages key: a list of role and content, or of from and value (ShareGPT) |
+| conversations | the same under that name |
+| a pair | prompt + response or completion, instruction (+ input) + output or response, question + answer or response |
+
+A text or messages key may be a path, as in `meta.body`. A value of null is a key that is not there, because a table has
+every column in every row.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+Document = dict[str, Any]
+"""{"text": str}, {"messages": [{"role": str, "content": str}]}, or what was tokenised before:
+{"ids": int32 array from BOS to EOS, "said": bool array, whether a token carries weight as a target}."""
+
+PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+)
+SYSTEM, INPUT = ("system", "system_prompt"), ("input", "context")  # what may stand beside a pair
+KEYS = ("conversations", *dict.fromkeys(key for pair in PAIRS for key in pair), *SYSTEM, *INPUT)
+"""All that a shape may need beside the text key and the messages key."""
+
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+SHOWN_KEYS, SHOWN_LETTERS = 8, 30
+
+
+class BadRecord(Exception):
+    """A record that cannot be used, or from `rows` that the rest of its block cannot.
+
+    `where` is cheap; `exact()`, if there is one, may scan a file to give its name and line.
+    """
+
+    def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason, self.exact = where, reason, exact
+
+
+def document(
+    record, text_key: str, messages_key: str, chats: bool, where: str, names: Iterable[str] | None = None
+) -> Document:
+    """What a record says: with `chats` a conversation in any shape before the text, else the text before a pair.
+
+    `names` are the keys that the record really has, where not all of them were read. Raises BadRecord.
+    """
+    try:
+        if not isinstance(record, dict):
+            raise _Wrong(f"a record must be an object, not {_kind(record)}")
+        messages = _get(record, messages_key)
+        text = _get(record, text_key)
+        if messages is not None:
+            return _conversation(_messages(messages, repr(messages_key)), repr(messages_key))
+        if text is not None and not chats:
+            return {"text": _text(text, repr(text_key))}
+        found = _shape(record)
+        if found is not None:
+            return found
+        if text is not None:
+            return {"text": _text(text, repr(text_key))}
+        raise _Wrong(f"neither {messages_key!r} nor {text_key!r} in it{_listed(record if names is None else names)}")
+    except _Wrong as e:
+        raise BadRecord(where, str(e)) from None
+
+
+def roots(text_key: str, messages_key: str) -> set[str]:
+    """The top-level keys that `document` may look at."""
+    return {part for key in (text_key, messages_key) for part in (key, key.split(".")[0])} | set(KEYS)
+
+
+class _Wrong(Exception):
+    pass
+
+
+def _shape(record: dict) -> Document | None:
+    """A conversation that does not stand under the messages key."""
+    if record.get("conversations") is not None:
+        return _conversation(_messages(record["conversations"], "'conversations'"), "'conversations'")
+    for asked, answered in PAIRS:
+        if record.get(asked) is not None and record.get(answered) is not None:
+            prompt, answer = record[asked], record[answered]
+            system = next((record[key] for key in SYSTEM if record.get(key)), None)
+            turns = [] if system is None else [{"role": "system", "content": _text(system, "'system'")}]
+            if isinstance(prompt, (str, bytes)) and asked == "instruction":
+                more = [_text(record[key], repr(key)) for key in INPUT if record.get(key)]
+                prompt = "\n\n".join([_text(prompt, repr(asked)), *(text for text in more if text.strip())])
+            turns += _side(prompt, "user", repr(asked)) + _side(answer, "assistant", repr(answered))
+            return _conversation(turns, repr(answered))
+    return None
+
+
+def _side(value, role: str, key: str) -> list[dict]:
+    """Half of a pair: a text, or messages."""
+    if isinstance(value, (str, bytes)):
+        return [{"role": role, "content": _text(value, key)}]
+    return _messages(value, key)
+
+
+def _conversation(messages: list[dict], key: str) -> Document:
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise _Wrong(f"{key} has no assistant turn that says something, so there is nothing to learn from it")
+    return {"messages": messages}
+
+
+def _messages(value, key: str) -> list[dict]:
+    """Messages from a list of dicts or, as `datasets` and TFDS give a sequence of structs, a dict of lists."""
+    if isinstance(value, dict):
+        columns = {name: _list(column) for name, column in value.items()}
+        if not columns or None in columns.values() or len({len(c) for c in columns.values()}) > 1:
+            raise _Wrong(f"{key} must be a list of messages{_listed(value)}")
+        value = [dict(zip(columns, turn)) for turn in zip(*columns.values())]
+    turns = _list(value)
+    if turns is None:
+        raise _Wrong(f"{key} must be a list of messages, not {_kind(value)}")
+    if not turns:
+        raise _Wrong(f"{key} is empty")
+    return [_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _message(turn, key: str) -> dict:
+    if not isinstance(turn, dict):
+        raise _Wrong(f"{key} must be an object with a 'role' and a 'content', not {_kind(turn)}")
+    who, what = ("from", "value") if turn.get("role") is None and turn.get("from") is not None else ("role", "content")
+    role, content = turn.get(who), turn.get(what)
+    if role is None or content is None:
+        raise _Wrong(f"{key} must have a {who!r} and a {what!r}{_listed(k for k in turn if turn[k] is not None)}")
+    role = _text(role, f"{key}.{who}")
+    parts = _list(content)
+    if parts is not None:
+        content = "".join(_part(part, f"{key}.{what}") for part in parts)
+    extra = {k: _text(v, f"{key}.{k}") for k, v in turn.items() if k not in (who, what) and isinstance(v, str)}
+    return extra | {"role": ROLES.get(role, role), "content": _text(content, f"{key}.{what}")}
+
+
+def _part(part, key: str) -> str:
+    if not isinstance(part, dict) or part.get("text") is None or part.get("type", "text") not in ("text", b"text"):
+        raise _Wrong(f"{key} has a part that is not text")
+    return _text(part["text"], key)
+
+
+def _list(value) -> list | None:
+    """A list from a list, a tuple or an array of one dimension or more; else None."""
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0):
+        value = value.tolist()
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def _get(record: dict, key: str):
+    """The value under a key of that name or, where there is none, at the end of the path a.b.c; None without either."""
+    if key in record:
+        return record[key]
+    for part in key.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def _text(value, key: str) -> str:
+    """Half of a surrogate pair, which JSON can escape and UTF-8 cannot say, becomes a question mark."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise _Wrong(f"{key} is not UTF-8 text at byte {e.start}") from None
+    if not isinstance(value, str):
+        raise _Wrong(f"{key} must be text, not {_kind(value)}")
+    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _kind(value) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _listed(names: Iterable) -> str:
+    names = [str(name) for name in names]
+    shown = [name if len(name) <= SHOWN_LETTERS else name[:SHOWN_LETTERS] + "..." for name in names[:SHOWN_KEYS]]
+    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+    return f"; it has {', '.join(shown)}{more}" if names else "; it has no keys"
