@@ -66,8 +66,8 @@ def groups() -> dict:
 def phase(**changes) -> dict:
     """The keys of a phase; `pretrain` and `sft` have the same."""
     return {
-        # "kind:location, kind:location@weight, ...", where kind is text, json, parquet, hf, tfds, arrayrecord or builtin
-        # (docs/custom_dataset.md). Weights are shares of the tokens, 1 unless given; @0:0.7/1000:0.3 changes with the
+        # "kind:location, kind:location@weight, ...": text, json, parquet, hf, tfds, arrayrecord or builtin, see
+        # docs/custom_dataset.md. Weights are shares of the tokens, 1 unless given; @0:0.7/1000:0.3 changes with the
         # step of the phase. Or a list (on the command line, as JSON text) of {"spec": "json:my/*.jsonl", "weight": 2.0,
         # "text_key": "body", "messages_key": "turns", "split": "train"}.
         "sources": "builtin:quickstart",

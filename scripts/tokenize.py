@@ -1,4 +1,4 @@
-"""Encodes sources once, in parallel, into shards that `arrayrecord:DIR` reads several times faster than text.
+"""Tokenises sources once, in parallel, into shards that `arrayrecord:DIR` reads many times faster than text.
 
     python scripts/tokenize.py --tokenizer=runs/mine/tokenizer --sources="json:my/*.jsonl" --out=my_tokens
 
@@ -8,140 +8,163 @@ A run that uses them names the same tokenizer: --config.tokenizer.path=runs/mine
 import os
 import sys
 
-# Python put this folder in front of its own modules, one of which is called tokenize too.
-sys.path[0] = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+# Python puts this folder first on the path, where this file would hide the standard library's `tokenize`: from itself,
+# and from every other script here. The former takes its folder off the path; the latter are handed the real module.
+sys.path[:] = [p for p in sys.path if os.path.abspath(p) != os.path.dirname(os.path.abspath(__file__))]
+if __name__ == "tokenize":
+    del sys.modules["tokenize"]
+    import tokenize  # noqa: F401
+else:
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+    import contextlib
+    import json
+    import multiprocessing
+    import shutil
+    import signal
+    import tempfile
+    import threading
+    import time
+    from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+    from concurrent.futures.process import BrokenProcessPool
 
-import json
-import multiprocessing
-import shutil
-import time
-from concurrent.futures import ProcessPoolExecutor, wait
+    from tqdm import tqdm
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
+    from lowrank_jax import cli
+    from lowrank_jax.config import RunFailure, UsageError, read_sources
+    from lowrank_jax.data import packing, sources, tables, tokenizer
+    from lowrank_jax.data.reader import Limit, Reader, describe
+    from lowrank_jax.data.stream import ONCE
 
-from lowrank_jax import cli
-from lowrank_jax.config import SourceConfig, UsageError, read_sources
-from lowrank_jax.data import packing, sources, tables, tokenizer
-from lowrank_jax.data.reader import Limit, Reader
-from lowrank_jax.data.stream import ONCE
-
-OPTIONS = f"group_size:{tables.RUN},uncompressed"  # a run of records, as they are read; ids hardly compress
-TOLD = 5
-
-_progress = None  # documents done by each shard, shared with the process that shows them
-
-
-def _start(progress) -> None:
-    global _progress
-    _progress = progress
-
-
-def write_shard(
-    tokenizer_path: str,
-    configs: tuple[SourceConfig, ...],
-    chats: bool,
-    max_skipped: int,
-    share: tuple[int, int],
-    path: str,
-) -> dict:
-    """Writes one share of all documents; returns what it counted. The share's documents do not depend on the others."""
-    tok = tokenizer.load(tokenizer_path)
-    dtype = tables.token_dtype(tok.vocab_size)
-    counts, told = {"documents": 0, "tokens": 0, "skipped": 0}, []
-    note = lambda event, **facts: told.append(f"{event}: {facts.get('where', facts['source'])}: {facts['reason']}")
-    writer = ArrayRecordWriter(path, OPTIONS)
-    for config in configs:
-        limit = Limit(config.spec, max_skipped, note)
-        reader = Reader(sources.open_source(config, chats), ONCE, limit, chats, 0, share, None)
-        while (document := reader.next()) is not None:
-            ids, said = packing.encode_document(tok, document, chats)
-            writer.write(tables.encode(ids, said, dtype))
-            counts["documents"] += 1
-            counts["tokens"] += len(ids)
-            _progress[share[0]] = counts["documents"]
-        counts["skipped"] += limit.skipped
-    writer.close()
-    return counts | {"told": told}
+BLOCKS, FEWEST, MOST = 4, 8, 64  # unless --shards says how many: a shard for 4 blocks, within these limits
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--tokenizer", required=True, help="a run's tokenizer folder, a SentencePiece model, a tokenizer.json"
+    flag = parser.add_argument
+    flag("--tokenizer", required=True, help="a run's tokenizer folder, a SentencePiece model, a tokenizer.json")
+    flag("--sources", required=True, help="what to read, such as text:my/*.txt,json:more.jsonl")
+    flag("--out", required=True, help="a folder to make")
+    flag("--chats", action="store_true", help="for SFT: only what the assistant says carries weight")
+    flag("--shards", type=int, default=0, help="files to write (default: by the size of the sources)")
+    flag(
+        "--workers", type=int, default=0, help="processes (default: one a core); what is written does not depend on it"
     )
-    parser.add_argument("--sources", required=True, help="what to encode, such as text:my/*.txt,json:more.jsonl")
-    parser.add_argument("--out", required=True, help="a folder to make")
-    parser.add_argument("--chats", action="store_true", help="for SFT: only what the assistant says carries weight")
-    parser.add_argument("--shards", type=int, default=16, help="files to write")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes; what is written does not depend on it"
-    )
-    parser.add_argument("--max_skipped", type=int, default=100, help="records of a source that may be unusable")
+    flag("--max_skipped", type=int, default=100, help="records of a source that may be unusable")
     args = parser.parse_args(argv)
-    if args.shards < 1 or args.workers < 1 or args.max_skipped < 0:
-        raise UsageError("--shards and --workers must be at least 1, --max_skipped at least 0")
-    if os.path.exists(args.out):
+    if min(args.shards, args.workers, args.max_skipped) < 0:
+        raise UsageError("--shards, --workers and --max_skipped must not be negative")
+    out, started = os.path.abspath(args.out), time.monotonic()
+    if os.path.exists(out):
         raise UsageError(f"--out={args.out} exists already; name a folder that does not")
-    tok, configs = tokenizer.load(args.tokenizer), read_sources(args.sources, "--sources")
-    for config in configs:
-        sources.open_source(config, args.chats)
-    started, partial = time.monotonic(), f"{args.out.rstrip('/')}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
+    learnt, configs = tokenizer.load(args.tokenizer), read_sources(args.sources, "--sources")
+    blocks = sum(source.blocks for source in _open(configs, args.chats))
+    shards = args.shards or min(max(blocks // BLOCKS, FEWEST), MOST)
+    workers = min(args.workers or len(os.sched_getaffinity(0)), shards)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=os.path.basename(out) + ".partial-", dir=os.path.dirname(out))
     try:
-        done = _in_parallel(args, configs, partial)
-        totals = {key: sum(counts[key] for counts in done) for key in ("documents", "tokens", "skipped")}
-        told = [line for counts in done for line in counts["told"]]
+        job = (args.tokenizer, configs, args.chats, args.max_skipped, shards, folder)
+        parts = _run(workers, job, blocks)
+        totals = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "skipped")}
+        last = next((part["last"] for part in parts if part["last"]), "")
         if totals["skipped"] > args.max_skipped * len(configs):
-            raise UsageError(
-                f"{totals['skipped']} records cannot be used, and --max_skipped={args.max_skipped}; {told[0]}"
-            )
+            raise UsageError(f"{last}; {totals['skipped']} such records, and --max_skipped={args.max_skipped}")
         if not totals["documents"]:
-            raise UsageError(f"there is no text in {args.sources}" + (f"; {told[0]}" if told else ""))
-        facts = {
-            "format": tables.FORMAT,
-            "tokenizer_sha256": tok.sha256,
-            "vocab_size": tok.vocab_size,
-            "chats": args.chats,
-        }
-        facts |= totals | {"shards": args.shards, "dtype": tables.token_dtype(tok.vocab_size).str}
-        with open(os.path.join(partial, tables.META), "w", encoding="utf-8") as f:
-            f.write(json.dumps(facts, indent=2) + "\n")
-        os.rename(partial, args.out)
+            raise UsageError(f"there is no text in {args.sources}" + (f"; for one, {last}" if last else ""))
+        facts = {"format": tables.FORMAT, "tokenizer_sha256": learnt.sha256, "vocab_size": learnt.vocab_size}
+        facts |= {"chats": args.chats, **totals, "shards": shards}
+        records = {os.path.basename(_path("", i, shards)): part["documents"] for i, part in enumerate(parts)}
+        with open(os.path.join(folder, tables.META), "w", encoding="utf-8") as f:
+            f.write(json.dumps(facts | {"records": records}, indent=1) + "\n")
+        os.umask(mask := os.umask(0))
+        os.chmod(folder, 0o777 & ~mask)  # mkdtemp's is for its owner only
+        os.rename(folder, out)  # whole or not at all
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    seconds = time.monotonic() - started
-    for line in told[:TOLD]:
-        print(line, file=sys.stderr)
+    if totals["skipped"]:
+        print(
+            f"skipped {totals['skipped']:,} records that cannot be used; for one, {last}", file=sys.stderr, flush=True
+        )
+    size, seconds = sum(entry.stat().st_size for entry in os.scandir(out)), time.monotonic() - started
     print(
-        f"{args.out}: {totals['documents']:,} documents, {totals['tokens']:,} tokens, {totals['skipped']} records "
-        f"skipped, {totals['tokens'] / seconds / 1e6:.2f} million tokens/s",
+        f"{totals['documents']:,} documents, {totals['tokens']:,} tokens in {shards} shards of {out}: "
+        f"{size / 1e6:,.1f} MB, {totals['tokens'] / seconds:,.0f} tokens/s",
         flush=True,
     )
-    return facts | {"out": args.out, "seconds": seconds}
+    return facts | {"out": args.out, "bytes": size, "seconds": seconds}
 
 
-def _in_parallel(args, configs: tuple[SourceConfig, ...], folder: str) -> list[dict]:
-    spawn = multiprocessing.get_context("spawn")  # JAX and the readers have threads, which a fork would not survive
-    progress = spawn.Array("q", args.shards)
-    paths = [os.path.join(folder, f"part-{i:05d}-of-{args.shards:05d}.array_record") for i in range(args.shards)]
-    with ProcessPoolExecutor(min(args.workers, args.shards), spawn, _start, (progress,)) as pool:
-        facts = (args.tokenizer, configs, args.chats, args.max_skipped)
-        running = [pool.submit(write_shard, *facts, (i, args.shards), path) for i, path in enumerate(paths)]
-        with tqdm(total=args.shards, unit="shard", disable=not sys.stderr.isatty()) as bar:
-            while True:
-                done, waiting = wait(running, timeout=0.5)
-                bar.n = len(done)
-                bar.set_postfix_str(f"{np.sum(progress[:]):,} documents")
-                failed = next((f for f in done if f.exception()), None)
-                if failed:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise failed.exception()
-                if not waiting:
-                    return [f.result() for f in running]
+def _run(workers: int, job: tuple, blocks: int) -> list[dict]:
+    """What each shard holds, after `workers` processes have written them all."""
+    spawn, shards = multiprocessing.get_context("spawn"), job[-2]  # a fork would not survive the readers' threads
+    os.environ["PYTHONSAFEPATH"] = "1"  # or a process that starts in scripts/ would find this file as `tokenize` again
+    done = spawn.Array("d", shards, lock=False)  # how much of each shard is written, from 0 to 1
+    pool = ProcessPoolExecutor(workers, spawn, _start, (job, done))
+    try:
+        running = [pool.submit(_write, shard) for shard in range(shards)]
+        with tqdm(total=blocks, unit="block", disable=None) as bar:
+            waiting = set(running)
+            while waiting:
+                ended, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+                for future in ended:
+                    future.result()
+                bar.update(round(sum(done) / shards * blocks) - bar.n)
+        return [future.result() for future in running]
+    except BrokenProcessPool:
+        raise RunFailure("a worker process died, perhaps for lack of memory; try fewer --workers") from None
+    finally:
+        children = multiprocessing.active_children()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in children:
+            process.terminate()
+        for process in children:
+            process.join()
+
+
+def _start(job: tuple, done) -> None:
+    """Prepares a worker process: opens what all of its shards need."""
+    global _job, _done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers,
+    parent = multiprocessing.parent_process()  # and where that was killed they end themselves
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    path, configs, chats, *rest = job
+    _job, _done = (tokenizer.load(path), configs, _open(configs, chats), chats, *rest), done
+
+
+def _write(shard: int) -> dict:
+    """Writes one shard, its part of every source in turn, which depends on the number of shards alone; counts it."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    learnt, configs, opened, chats, max_skipped, shards, folder = _job
+    counts, last = {"documents": 0, "tokens": 0, "skipped": 0}, ""
+    with contextlib.closing(ArrayRecordWriter(_path(folder, shard, shards), tables.WRITER_OPTIONS)) as writer:
+        for i, (config, source) in enumerate(zip(configs, opened)):
+            limit = Limit(config.spec, max_skipped, lambda *_, **__: None)
+            reader = Reader(source, ONCE, limit, chats, 0, (shard, shards), None)
+            while (document := reader.next()) is not None:
+                ids, said = packing.encode_document(learnt, document, chats)
+                writer.write(tables.encode_record(ids, said))
+                counts["documents"] += 1
+                counts["tokens"] += len(ids)
+                _done[shard] = (i + reader.cursor()["block"] / source.blocks) / len(opened)
+            counts["skipped"] += limit.skipped
+            last = last or (describe(limit.last) if limit.last else "")
+    _done[shard] = 1.0
+    return counts | {"last": last}
+
+
+def _open(configs, chats: bool) -> list:
+    opened = [sources.open_source(config, chats) for config in configs]
+    for config, source in zip(configs, opened):
+        if hasattr(source, "tokenizer_sha256"):
+            raise UsageError(f"source {config.spec} is tokenised already")
+    return opened
+
+
+def _path(folder: str, shard: int, shards: int) -> str:
+    return os.path.join(folder, f"part-{shard:05d}-of-{shards:05d}{tables.SUFFIX}")
 
 
 if __name__ == "__main__":

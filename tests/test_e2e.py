@@ -282,6 +282,7 @@ def test_a_folder_that_holds_another_run_is_refused(data, reference, changes, na
     assert (reference / "config.json").read_text() == before
 
 
+NO_SKIP = {"sft__max_skipped": 0}
 BAD = {
     "unknown key": ({"model__dd": 3}, ["dd"]),
     "plan out of order": ({"pretrain__grow_plan": "16,64,32"}, ["pretrain.grow_plan", "16,64,32"]),
@@ -289,13 +290,13 @@ BAD = {
     "missing file": ({"pretrain__sources": "text:/nowhere/*.txt"}, ["/nowhere/*.txt", "no such file"]),
     "empty corpus": ({"pretrain__sources": "text:{data}/empty.txt"}, ["empty.txt", "no text"]),
     "blank corpus": ({"pretrain__sources": "text:{data}/blank.txt"}, ["blank.txt", "no text"]),
-    "no assistant": ({"sft__sources": "json:{data}/monologue.jsonl"}, ["monologue.jsonl", "record 2", "assistant"]),
+    "no assistant": ({"sft__sources": "json:{data}/monologue.jsonl", **NO_SKIP}, ["monologue.jsonl", "record 2", "assistant"]),
     "broken json": ({"sft__sources": "json:{data}/broken.jsonl"}, ["broken.jsonl", "record 1"]),
     "text in sft": ({"sft__sources": "json:{data}/notes.jsonl"}, ["notes.jsonl", "messages"]),
     "not a number": ({"pretrain__steps": "many"}, ["steps"]),
     "tiny vocabulary": ({"tokenizer__vocab_size": 257}, ["vocab_size=257"]),
     "huge vocabulary": ({"tokenizer__vocab_size": 50000}, ["vocab_size=50000"]),
-    "late mistake": ({"sft__sources": "json:{data}/late.jsonl"}, ["late.jsonl", "record 301", "assistant"]),
+    "late mistake": ({"sft__sources": "json:{data}/late.jsonl", **NO_SKIP}, ["late.jsonl", "record 301", "assistant"]),
     "block too short": ({"sft__block": 2, "sft__tokens_per_step": 256}, ["sft.block"]),
     "kind": ({"pretrain__sources": "ftp:x"}, ["ftp"]),
     "tokens per step": ({"pretrain__tokens_per_step": 250}, ["tokens_per_step=250"]),

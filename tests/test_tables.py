@@ -154,6 +154,21 @@ def test_an_io_error_is_no_damage(tmp_path, monkeypatch):
         documents(source, 0)
 
 
+def test_a_large_row_group_is_never_held_whole(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", {"text": [os.urandom(2000).hex() for _ in range(30_000)]}, 30_000)
+    reader = (
+        "import resource, sys; from lowrank_jax.data import tables\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "source = tables.Parquet([sys.argv[1]], 'text', 'messages', False); next(source.rows(0)); before = peak()\n"
+        "print(sum(1 for _ in source.rows(0, 1)), peak() - before, before)"
+    )
+    argv = [sys.executable, "-c", reader, path]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=ROOT)
+    count, grown, before = map(int, done.stdout.split())  # the last two in KiB
+    assert count == 29_999 and os.path.getsize(path) > 55e6
+    assert before < 150_000 and grown < 20_000
+
+
 def test_threads_share_a_source(tmp_path):
     source = parquet(write_parquet(tmp_path / "a.parquet", {"text": [str(i) for i in range(2000)]}, 250))
     whole, mistakes = [documents(source, b) for b in range(8)], []
@@ -404,7 +419,7 @@ def write_shards(folder, counts=(130, 0, 64), **changes) -> str:
     folder.mkdir()
     names, at = [f"part-{i}.array_record" for i in range(len(counts))], 0
     for name, count in zip(names, counts):
-        writer = ArrayRecordWriter(str(folder / name), f"group_size:{tables.RUN}")
+        writer = ArrayRecordWriter(str(folder / name), tables.WRITER_OPTIONS)
         for _ in range(count):
             ids = np.arange(at, at + 5)
             writer.write(tables.encode_record(ids, np.arange(5) % 2 == at % 2))

@@ -43,7 +43,7 @@ DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 def find(spec: str, pattern: str) -> list[str]:
-    """The files that a glob names, sorted, here or in a bucket (gs://, s3://); raises UsageError where there are none."""
+    """The files that a glob names, here or in a bucket (gs://, s3://), sorted. Raises UsageError for none."""
     if _is_remote(pattern):
         system, inner = fsspec.core.url_to_fs(pattern)
         paths = sorted(system.unstrip_protocol(p) for p in system.glob(inner) if system.isfile(p))
@@ -178,7 +178,11 @@ class JsonFiles(_Files):
             return
         with _compression(path)(path) as f:
             number = 0
-            for raw, _ in _lines(lambda n: _undamaged(f.readline, n, path, f"record {number + 1}")):
+
+            def readline(n: int) -> bytes:
+                return _undamaged(f.readline, n, path, f"record {number + 1}")
+
+            for raw, _ in _lines(readline):
                 number += 1
                 line = raw if number > 1 else raw.removeprefix(BOM)
                 if line.strip():

@@ -61,7 +61,7 @@ class Part(NamedTuple):
 
 
 class Reader:
-    """The documents of a source that fall to the `share[0]`-th of `share[1]` readers; with a `cursor`, the rest of them."""
+    """What falls to the `share[0]`-th of `share[1]` readers of a source; with a `cursor`, the rest of that."""
 
     def __init__(
         self, source: Source, part: Part, limit: Limit, chats: bool, seed: int, share: tuple[int, int], cursor
@@ -80,7 +80,7 @@ class Reader:
         return self._part.endless
 
     def cursor(self) -> dict:
-        """Where the next document is: epoch, place in the epoch's order of blocks, row; how much of the window is spent."""
+        """Where the window begins (epoch, place in its order of blocks, row), and how much of it is spent."""
         if self._window is not None and self._taken == len(self._window):
             return self._next | {"taken": 0}
         return self._at | {"taken": self._taken}

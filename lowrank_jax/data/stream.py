@@ -28,7 +28,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 
 AHEAD = 2  # batches that are on the device before they are used
 ONCE = Part(period=0, held_out=False, shuffled=False, endless=False)
-CHECKED = 200  # documents of each source that are encoded before anything else is done
+READ, ENCODED = 2000, 200  # documents of each source that are looked at before anything else is done
 SHARED_FROM = 8  # documents for each reader: a source with fewer is too small to be shared
 
 
@@ -98,15 +98,17 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
         limit = Limit(config.spec, p.max_skipped, _ignore)
         reader = Reader(source, ONCE, limit, chats, 0, (0, 1), None)
         found = learnt = 0
-        while found < CHECKED and (document := reader.next()) is not None:
-            _, said = packing.encode_document(tokenizer, document, chats)
-            found, learnt = found + 1, learnt + said[1 : p.block + 1].any()
+        while found < READ and (document := reader.next()) is not None:
+            found += 1
+            if found <= ENCODED:
+                _, said = packing.encode_document(tokenizer, document, chats)
+                learnt += said[1 : p.block + 1].any()
         if not found:
             why = f"; the last record that could not be used: {describe(limit.last)}" if limit.last else ""
             raise UsageError(f"source {config.spec}: there is no text in it{why}")
         if not learnt:
             raise UsageError(
-                f"source {config.spec}: in none of its first {found} conversations does the assistant speak within "
+                f"source {config.spec}: in none of its first {min(found, ENCODED)} conversations does the assistant speak within "
                 f"the first {p.block} tokens; raise config.sft.block"
             )
 

@@ -31,6 +31,7 @@ OPENERS = 16  # threads that read the footers of many files
 LEFT = 8  # interrupted reads that are kept open, see `Resumed`
 FEW_SHARDS = 256  # fewer Hugging Face shards than this are split further: it costs a request for each
 META, FORMAT, SUFFIX = "meta.json", 1, ".array_record"
+WRITER_OPTIONS = f"group_size:{RUN},uncompressed"  # records are read a block at a time; ids hardly compress
 
 
 class Resumed:
@@ -95,7 +96,8 @@ class Parquet(Resumed):
             footer = self._footer(path)
             wanted = [name for name in footer.schema.to_arrow_schema().names if name in self._columns]
             with _open(path) as f:
-                table = pq.ParquetFile(f, metadata=footer, buffer_size=PARQUET_BUFFER, page_checksum_verification=True)
+                options = {"buffer_size": PARQUET_BUFFER, "pre_buffer": False, "page_checksum_verification": True}
+                table = pq.ParquetFile(f, metadata=footer, **options)
                 for batch in table.iter_batches(RUN, [group], wanted, use_threads=False):
                     for i in range(max(0, start - at), batch.num_rows):
                         yield path, block, at + i, batch, i

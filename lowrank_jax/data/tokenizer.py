@@ -196,11 +196,8 @@ def load(path: str) -> Tokenizer:
 
 
 def _load(path: str) -> Tokenizer:
-    if (
-        not os.path.exists(path)
-        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
-        and not path.endswith((".model", ".json"))
-    ):
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.endswith((".model", ".json"))
+    if named and not os.path.exists(path):
         path = _download(path)
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     template = _read(os.path.join(folder, TEMPLATE_FILE))
