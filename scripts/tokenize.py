@@ -33,6 +33,7 @@ else:
     from lowrank_jax.config import RunFailure, UsageError, read_sources
     from lowrank_jax.data import packing, sources, tables, tokenizer
     from lowrank_jax.data.reader import Limit, Reader, describe
+    from lowrank_jax.data.records import BadRecord
     from lowrank_jax.data.stream import ONCE
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # unless --shards says how many: a shard for 4 blocks, within these limits
@@ -144,7 +145,11 @@ def _write(shard: int) -> dict:
             limit = Limit(config.spec, max_skipped, lambda *_, **__: None)
             reader = Reader(source, ONCE, limit, chats, 0, (shard, shards), None)
             while (document := reader.next()) is not None:
-                ids, said = packing.encode_document(learnt, document, chats)
+                try:
+                    ids, said = packing.encode_document(learnt, document, chats)
+                except UsageError as e:  # the chat template does not take it
+                    limit.skip(BadRecord(f"source {config.spec}", str(e)))
+                    continue
                 writer.write(tables.encode_record(ids, said))
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)

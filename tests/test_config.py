@@ -59,10 +59,49 @@ def test_values_from_the_command_line_equal_values_from_python():
 
 def test_sources_may_be_one_string_or_a_list_of_dicts():
     sources = RunConfig.from_dict(changed({"pretrain.sources": "text:a.txt, json:b.jsonl"})).pretrain.sources
-    assert [(s.spec, s.weight) for s in sources] == [("text:a.txt", 1.0), ("json:b.jsonl", 1.0)]
+    assert [(s.spec, s.weight) for s in sources] == [("text:a.txt", ((0, 1.0),)), ("json:b.jsonl", ((0, 1.0),))]
     mixed = ["text:a.txt", {"spec": "json:b.jsonl", "weight": 3, "text_key": "body"}]
     sources = RunConfig.from_dict(changed({"pretrain.sources": mixed})).pretrain.sources
-    assert [(s.spec, s.weight, s.text_key) for s in sources] == [("text:a.txt", 1, "text"), ("json:b.jsonl", 3, "body")]
+    facts = [(s.spec, s.weight[0][1], s.text_key, s.split) for s in sources]
+    assert facts == [("text:a.txt", 1, "text", "train"), ("json:b.jsonl", 3, "body", "train")]
+    assert RunConfig.from_dict(changed({"pretrain.sources": json.dumps(mixed)})).pretrain.sources == sources
+
+
+@pytest.mark.parametrize(
+    "weight", ["0:0.7/100:0.3", {0: 0.7, 100: 0.3}, [[0, 0.7], [100, 0.3]], ((0, "0.7"), ("100", 0.3))]
+)
+def test_a_weight_may_change_with_the_step(weight):
+    (source,) = RunConfig.from_dict(
+        changed({"pretrain.sources": [{"spec": "text:a", "weight": weight}]})
+    ).pretrain.sources
+    assert source.weight == ((0, 0.7), (100, 0.3))
+    if isinstance(weight, str):
+        assert RunConfig.from_dict(changed({"pretrain.sources": f"text:a@{weight}"})).pretrain.sources == (source,)
+
+
+WEIGHTS = {
+    "0": "above 0",
+    "-1": "negative",
+    "10:1": "rise from 0",
+    "0:1/0:2": "rise from 0",
+    "0:1/5:1/3:1": "rise from 0",
+}
+WEIGHTS |= {"0:0/9:0": "above 0", "0:x": "a number", "0:1:2": "pairs of a step and a number", "x:1": "a whole number"}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_weight_that_cannot_be_is_refused(weight):
+    sources = [{"spec": "text:a", "weight": weight}, "text:b"]
+    assert WEIGHTS[weight] in rejection({"pretrain.sources": sources})
+
+
+def test_weights_that_are_all_zero_at_some_step_are_refused():
+    sources = "text:a@0:1/50:0, text:b@0:0/20:1/70:0"
+    assert "config.pretrain.sources: from step 70 on every weight is 0" in rejection({"pretrain.sources": sources})
+
+
+def test_readers_must_divide_the_rows_of_every_length():
+    assert "config.pretrain.readers=5 must divide the 48 rows of 1024 tokens" in rejection({"pretrain.readers": 5})
 
 
 def test_a_growth_plan_that_is_not_in_use_is_not_checked():

@@ -290,7 +290,10 @@ BAD = {
     "missing file": ({"pretrain__sources": "text:/nowhere/*.txt"}, ["/nowhere/*.txt", "no such file"]),
     "empty corpus": ({"pretrain__sources": "text:{data}/empty.txt"}, ["empty.txt", "no text"]),
     "blank corpus": ({"pretrain__sources": "text:{data}/blank.txt"}, ["blank.txt", "no text"]),
-    "no assistant": ({"sft__sources": "json:{data}/monologue.jsonl", **NO_SKIP}, ["monologue.jsonl", "record 2", "assistant"]),
+    "no assistant": (
+        {"sft__sources": "json:{data}/monologue.jsonl", **NO_SKIP},
+        ["monologue.jsonl", "record 2", "assistant"],
+    ),
     "broken json": ({"sft__sources": "json:{data}/broken.jsonl"}, ["broken.jsonl", "record 1"]),
     "text in sft": ({"sft__sources": "json:{data}/notes.jsonl"}, ["notes.jsonl", "messages"]),
     "not a number": ({"pretrain__steps": "many"}, ["steps"]),

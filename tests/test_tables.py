@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import tables
+from lowrank_jax.data import files, tables
 from lowrank_jax.data.records import BadRecord
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,7 +62,7 @@ def assert_goes_on(source) -> None:
                     break
             at[size] = len(parts[size])
     assert parts == {7: whole, 13: whole}
-    assert len(source._left) <= tables.LEFT
+    assert len(source._left) <= files.LEFT
 
 
 # ------------------------------------------------------------------------------------------------------------ parquet
@@ -149,7 +149,7 @@ def test_an_io_error_is_no_damage(tmp_path, monkeypatch):
     def fail(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(tables, "_open", fail)
+    monkeypatch.setattr(files, "open_file", fail)
     with pytest.raises(OSError, match="Input/output error"):
         documents(source, 0)
 
@@ -157,8 +157,8 @@ def test_an_io_error_is_no_damage(tmp_path, monkeypatch):
 def test_a_large_row_group_is_never_held_whole(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": [os.urandom(2000).hex() for _ in range(30_000)]}, 30_000)
     reader = (
-        "import resource, sys; from lowrank_jax.data import tables\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import re, sys; from lowrank_jax.data import files, tables\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
         "source = tables.Parquet([sys.argv[1]], 'text', 'messages', False); next(source.rows(0)); before = peak()\n"
         "print(sum(1 for _ in source.rows(0, 1)), peak() - before, before)"
     )
@@ -351,7 +351,7 @@ Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 READER = """
 import json, sys
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import tables
+from lowrank_jax.data import files, tables
 
 out = {}
 source = tables.TFDS("tiny:1.0.0", "train", "none", "messages", True)
@@ -492,3 +492,21 @@ def test_a_damaged_block_is_one_bad_record(tmp_path):
             assert "part-0.array_record, record" in str(e)
             bad += 1
     assert 1 <= bad <= 2
+
+
+def test_files_that_can_be_read_from_the_middle_are(tmp_path):
+    """Of a hub dataset or a folder: JSON lines in blocks of bytes, Parquet by row groups, anything else by shards."""
+    rows = [{"text": f"row {i}"} for i in range(300)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, kind in (("json", files.JsonFiles), ("parquet", tables.Parquet), ("csv", tables.HuggingFace)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "json":
+            (folder / "train.jsonl").write_text(lines)
+        elif name == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=100)
+        else:
+            (folder / "train.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(300)))
+        found = tables.hugging_face(str(folder), "", "train", "text", "messages", False)
+        assert isinstance(found, kind) and (found.blocks > 1 or name == "csv")
+        assert [found.document(row) for block in range(found.blocks) for row in found.rows(block)] == rows

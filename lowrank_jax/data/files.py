@@ -6,6 +6,8 @@ there, as Hadoop's input splits do. A compressed file, or one JSON array, can on
 
 import bisect
 import bz2
+import collections
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -30,6 +32,7 @@ SMALLEST, TEXT_BLOCK, JSON_BLOCK, BLOCKS = 2 << 10, 64 << 10, 128 << 10, 200
 REMOTE_BLOCK = 4 << 20  # a read from a bucket takes as long as a megabyte does
 LONGEST_LINE = 64 << 20  # what one record may hold in memory
 LARGEST_ARRAY = 1 << 30
+LEFT = 16  # interrupted reads that are kept open, see `Resumed`
 READ = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -64,10 +67,37 @@ def fingerprint(paths: list[str]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-class _Files:
+class Resumed:
+    """`rows` on top of `_read(block, start)`: whoever left off at a row finds the read still open there.
+
+    A reader takes a large block in many small parts. To find the start of each part in a compressed or row-wise file
+    would mean to read it from its beginning each time. Rows do not depend on this: it only saves the way there.
+    """
+
+    _read: Callable[[int, int], Iterator]
+
+    def __init__(self):
+        self._left = collections.OrderedDict()
+
+    def rows(self, block: int, start: int = 0) -> Iterator:
+        rows, at = self._left.pop((block, start), None) or self._read(block, start), start
+        try:
+            for row in rows:
+                at += 1
+                yield row
+        except GeneratorExit:
+            self._left[block, at] = rows
+            with contextlib.suppress(KeyError):  # other threads may make room too
+                while len(self._left) > LEFT:
+                    self._left.popitem(last=False)
+            raise
+
+
+class _Files(Resumed):
     """Numbers the blocks of several files; what a block holds is up to `_plain` and `_packed`."""
 
     def __init__(self, paths: list[str], largest: int):
+        super().__init__()
         sizes = [_size(p) for p in paths]
         largest = REMOTE_BLOCK if any(map(_is_remote, paths)) else largest
         self.size = min(max(sum(sizes) // BLOCKS, SMALLEST), largest)
@@ -75,7 +105,7 @@ class _Files:
         self._paths, self._firsts = paths, [0, *itertools.accumulate(counts)]
         self.blocks, self.fingerprint = self._firsts[-1], fingerprint(paths)
 
-    def rows(self, block: int, start: int = 0) -> Iterator:
+    def _read(self, block: int, start: int) -> Iterator:
         file = bisect.bisect_right(self._firsts, block) - 1
         path = self._paths[file]
         rows = self._whole(path) if self._is_whole(path) else self._part(path, block - self._firsts[file])

@@ -68,7 +68,7 @@ def open_source(source: SourceConfig, chats: bool = False) -> Source:
         return Builtin(location)
     if kind == "hf":
         name, _, config = location.partition(":")
-        return tables.HuggingFace(name, config, source.split, *keys)
+        return tables.hugging_face(name, config, source.split, *keys)
     if kind == "tfds":
         return tables.TFDS(location, source.split, *keys)
     if kind not in KINDS:

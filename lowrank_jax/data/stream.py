@@ -108,8 +108,8 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
             raise UsageError(f"source {config.spec}: there is no text in it{why}")
         if not learnt:
             raise UsageError(
-                f"source {config.spec}: in none of its first {min(found, ENCODED)} conversations does the assistant speak within "
-                f"the first {p.block} tokens; raise config.sft.block"
+                f"source {config.spec}: in none of its first {min(found, ENCODED)} conversations does the assistant "
+                f"speak within the first {p.block} tokens; raise config.sft.block"
             )
 
 

@@ -4,7 +4,6 @@ Each is a `sources.Source`. The libraries are imported where they are used, beca
 """
 
 import bisect
-import collections
 import contextlib
 import functools
 import glob
@@ -14,50 +13,23 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import records
+from lowrank_jax.data import files, records
+from lowrank_jax.data.files import Resumed
 from lowrank_jax.data.records import BadRecord, Document
 
 RUN = 64  # records of TFDS or ArrayRecord in a block, and rows of Parquet that are decoded together
 PARQUET_BUFFER = 1 << 20  # bytes of a column that are read at a time, instead of a whole row group of it
 OPENERS = 16  # threads that read the footers of many files
-LEFT = 8  # interrupted reads that are kept open, see `Resumed`
 FEW_SHARDS = 256  # fewer Hugging Face shards than this are split further: it costs a request for each
 META, FORMAT, SUFFIX = "meta.json", 1, ".array_record"
 WRITER_OPTIONS = f"group_size:{RUN},uncompressed"  # records are read a block at a time; ids hardly compress
-
-
-class Resumed:
-    """`rows` on top of `_read(block, start)`: whoever left off at a row finds the read still open there.
-
-    A reader takes a large block in many small parts. To find the start of each part in a compressed or row-wise file
-    would mean to read it from its beginning each time. Rows do not depend on this: it only saves the way there.
-    """
-
-    _read: Callable[[int, int], Iterator]
-
-    def __init__(self):
-        self._left = collections.OrderedDict()
-
-    def rows(self, block: int, start: int = 0) -> Iterator:
-        rows, at = self._left.pop((block, start), None) or self._read(block, start), start
-        try:
-            for row in rows:
-                at += 1
-                yield row
-        except GeneratorExit:
-            self._left[block, at] = rows
-            with contextlib.suppress(KeyError):  # other threads may make room too
-                while len(self._left) > LEFT:
-                    self._left.popitem(last=False)
-            raise
 
 
 # ------------------------------------------------------------------------------------------------------------ Parquet
@@ -95,7 +67,7 @@ class Parquet(Resumed):
         try:
             footer = self._footer(path)
             wanted = [name for name in footer.schema.to_arrow_schema().names if name in self._columns]
-            with _open(path) as f:
+            with files.open_file(path) as f:
                 options = {"buffer_size": PARQUET_BUFFER, "pre_buffer": False, "page_checksum_verification": True}
                 table = pq.ParquetFile(f, metadata=footer, **options)
                 for batch in table.iter_batches(RUN, [group], wanted, use_threads=False):
@@ -115,7 +87,7 @@ def _group(group: int) -> str:
 def _parquet_footer(path: str):
     import pyarrow.parquet as pq
 
-    with _open(path) as f:
+    with files.open_file(path) as f:
         return pq.read_metadata(f)
 
 
@@ -124,7 +96,7 @@ def _parquet_facts(path: str) -> tuple[int, int, int]:
     import pyarrow as pa
 
     try:
-        with _open(path) as f:
+        with files.open_file(path) as f:
             size = f.seek(0, io.SEEK_END)
         footer = _parquet_footer(path)
         return size, footer.num_row_groups, footer.num_rows
@@ -188,14 +160,15 @@ class HuggingFace(Resumed):
             self._names = data.column_names
             wanted = [n for n in self._names or () if n in records.roots(text_key, messages_key)]
             self._data = data.select_columns(wanted) if wanted else data  # images in the others are not decoded
-            files = list(map(str, (builder.config.data_files or {}).get(split, [])))
-            facts = [(os.path.basename(f), _size(f)) for f in files] or [builder.hash]
+            self.format = type(builder).__module__.rsplit(".", 1)[-1]
+            self.paths = list(map(str, (builder.config.data_files or {}).get(split, [])))
+            facts = files.fingerprint(self.paths) if self.paths else builder.hash
         except UsageError:
             raise
         except Exception as e:  # whatever a library and a network can come up with
             raise UsageError(f"source hf:{name}: cannot be opened: {_line(e)}") from None
         self.blocks = self._data.num_shards
-        self.fingerprint = _fingerprint([config, split, self.blocks, *facts])
+        self.fingerprint = _fingerprint([config, split, self.blocks, facts])
 
     def document(self, row: tuple[int, int, dict]) -> Document:
         block, at, record = row
@@ -214,6 +187,17 @@ class HuggingFace(Resumed):
             if isinstance(e, OSError):
                 raise
             raise OSError(f"hf:{self._name}: {_line(e)}") from e
+
+
+def hugging_face(name: str, config: str, split: str, text_key: str, messages_key: str, chats: bool):
+    """The split of a dataset; where its files can be read from the middle, through a reader that does.
+
+    `datasets` reads a shard from its start: 4 GB into a file of JSON lines that takes as long as reading 4 GB.
+    """
+    keys = (text_key, messages_key, chats)
+    found = HuggingFace(name, config, split, *keys)
+    readers = {"json": files.JsonFiles, "parquet": Parquet}
+    return readers[found.format](found.paths, *keys) if found.format in readers and found.paths else found
 
 
 def _hf_builder(datasets, path: str, config: str):
@@ -394,15 +378,6 @@ def _import(module: str, packages: str) -> Any:
 
 def _fingerprint(facts: list) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _open(path: str):
-    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")
-
-
-def _size(path: str) -> int:
-    system, inner = fsspec.core.url_to_fs(path)
-    return system.size(inner)
 
 
 def _line(e: BaseException) -> str:

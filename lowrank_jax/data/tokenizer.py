@@ -178,7 +178,7 @@ class HuggingFace(Tokenizer):
 
 
 def load(path: str) -> Tokenizer:
-    """The tokenizer in a folder that `save` wrote, a SentencePiece model, a tokenizer.json (or a folder with one), or of
+    """The tokenizer in a folder that `save` wrote, a SentencePiece model, a tokenizer.json, a folder with one, or of
     that name on the Hugging Face hub. Raises UsageError where there is none, or text does not survive it.
     """
     try:
