@@ -1,11 +1,14 @@
 """How fast data arrives, what it holds in memory, and what a resume costs: ours beside Hugging Face `datasets`.
 
-    python scripts/bench_data.py            # writes a 5 GB file, and deletes it; about 10 minutes on 2 cores
-    python scripts/bench_data.py --gb=0.1   # the same in little
+    python scripts/bench_data.py                      # writes 5 GB, and deletes them; about 20 minutes on 2 cores
+    python scripts/bench_data.py --gb=0.1 --kills=3   # the same in little
 
 Both sides do the same job in the same run: read the same file, encode with the same tokenizer, put BOS and EOS around
-each document, cut the stream into rows of 1,024 tokens. Rates are per second of processor time over all threads
-(per core), so that a busy machine distorts them less. Every measurement has a process of its own.
+each document, cut the stream into rows of 1,024 tokens. Ours also makes segments and weights, hashes every batch, and
+can stop anywhere. Every measurement has a process of its own; "a core" is a process held on one.
+
+Last, a run of the trainer that reads every kind of source is killed again and again at random moments (SIGKILL), and
+its data_sha256 compared with that of a run that nothing interrupted.
 """
 
 import argparse
@@ -30,10 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=5.0, help="size of the generated file")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is measured")
+    parser.add_argument("--kills", type=int, default=30, help="how often the trainer is killed")
     parser.add_argument("--folder", default=None, help="where to put the file (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results = bench(folder, args.gb, args.seconds)
+        results["kills"] = in_process("kills", folder, args.kills)
     print(table(results))
     print(json.dumps(results))
 
@@ -46,7 +51,9 @@ def bench(folder: str, gb: float, seconds: float) -> dict:
     step = in_process("step", folder)
     results = {"gb": gb, "quickstart_step": step}
     for name in ("tokenizer", "text", "text_hf", "tokens", "tokens_hf"):
-        results[name] = in_process(name, folder, seconds)
+        results[name] = in_process(name, folder, seconds, 1)
+        if name in ("text", "tokens"):
+            results[name]["all_cores"] = in_process(name, folder, seconds, 0)["tokens_per_s"]
         tell(f"{name}: {results[name]}")
     for name in ("memory", "memory_hf"):
         results[name] = {"small": in_process(name, folder, small), "big": in_process(name, folder, big)}
@@ -65,7 +72,7 @@ def in_process(name: str, *args):
 
 
 def table(r: dict) -> str:
-    rate = lambda x: f"{x['per_core'] / 1e6:.2f} Mtok/s a core"
+    rate = lambda x: f"{x['tokens_per_s'] / 1e6:.2f} Mtok/s a core"
     step = r["quickstart_step"]["tokens_per_s"]
     memory = lambda x: f"{x['small']['peak_mb']:.0f} / {x['big']['peak_mb']:.0f} MB"
     growth = lambda x: f"{x['big']['growth_mb']:.0f} MB"
@@ -74,7 +81,12 @@ def table(r: dict) -> str:
         ("pre-tokenised (arrayrecord / arrow)", rate(r["tokens"]), rate(r["tokens_hf"])),
         ("text, encoded on the fly", rate(r["text"]), rate(r["text_hf"])),
         ("the tokenizer alone", rate(r["tokenizer"]), ""),
-        ("text over tokenizer alone", f"{r['text']['per_core'] / r['tokenizer']['per_core']:.2f}", ""),
+        (
+            "text with all cores, over the tokenizer on one",
+            f"{r['text']['all_cores'] / r['tokenizer']['tokens_per_s']:.2f}",
+            "",
+        ),
+        ("text on one core, over the same", f"{r['text']['tokens_per_s'] / r['tokenizer']['tokens_per_s']:.2f}", ""),
         ("quickstart's step", f"{step / 1e6:.4f} Mtok/s", ""),
         ("pre-tokenised over the step", f"{r['tokens']['tokens_per_s'] / step:.0f}", ""),
         ("text over the step", f"{r['text']['tokens_per_s'] / step:.0f}", ""),
@@ -82,6 +94,8 @@ def table(r: dict) -> str:
         ("growth over the big file", growth(r["memory"]), growth(r["memory_hf"])),
         (f"resume to first batch, at 0 / {0.8 * r['gb']:g} GB", resume(r["resume"]), resume(r["resume_hf"])),
     ]
+    k = r["kills"]
+    rows.append((f"runs equal after {k['kills']} kills, {k['steps']} steps", str(k["equal"]), ""))
     lines = ["| | lowrank_jax | datasets |", "|---|---|---|"]
     return "\n".join(lines + [f"| {what} | {ours} | {theirs} |" for what, ours, theirs in rows])
 
@@ -149,17 +163,14 @@ def _ours(folder: str, spec: str, cursor=None):
     return stream.open_phase(phase, tokenizer.load(f"{folder}/tokenizer"), 0, chats=False, cursor=cursor)
 
 
-def _rate(batches, seconds: float) -> dict:
+def _rate(batches, seconds: str) -> dict:
     """Tokens a second that an iterator of batches gives, after the first ten."""
     for _ in range(10):
         next(batches)
-    tokens, started, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - started < seconds:
+    tokens, started = 0, time.perf_counter()
+    while time.perf_counter() - started < float(seconds):
         tokens += next(batches)["tokens"].size
-    return {
-        "tokens_per_s": tokens / (time.perf_counter() - started),
-        "per_core": tokens / (time.process_time() - cpu),
-    }
+    return {"tokens_per_s": tokens / (time.perf_counter() - started)}
 
 
 def _batches(documents):
@@ -167,18 +178,26 @@ def _batches(documents):
         yield documents.next(ROWS, LENGTH)
 
 
-def text(folder: str, seconds: str) -> dict:
-    return _rate(_batches(_ours(folder, f"json:{folder}/big.jsonl")), float(seconds))
+def _hold(cores: str) -> None:
+    if int(cores):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
 
 
-def tokens(folder: str, seconds: str) -> dict:
-    return _rate(_batches(_ours(folder, f"arrayrecord:{folder}/tokens")), float(seconds))
+def text(folder: str, seconds: str, cores: str) -> dict:
+    _hold(cores)
+    return _rate(_batches(_ours(folder, f"json:{folder}/big.jsonl")), seconds)
 
 
-def tokenizer(folder: str, seconds: str) -> dict:
+def tokens(folder: str, seconds: str, cores: str) -> dict:
+    _hold(cores)
+    return _rate(_batches(_ours(folder, f"arrayrecord:{folder}/tokens")), seconds)
+
+
+def tokenizer(folder: str, seconds: str, cores: str) -> dict:
     """The tokenizer on the same documents, already in memory, and nothing else."""
     from lowrank_jax.data import tokenizer as tokenizer_module
 
+    _hold(cores)
     tok = tokenizer_module.load(f"{folder}/tokenizer")
     with open(f"{folder}/shards.jsonl") as f:
         texts = [json.loads(line)["text"] for line, _ in zip(f, range(20_000))]
@@ -189,7 +208,7 @@ def tokenizer(folder: str, seconds: str) -> dict:
             for t in texts:
                 yield {"tokens": np.empty(len(tok.encode(t)) + 2)}
 
-    return _rate(encode(), float(seconds))
+    return _rate(encode(), seconds)
 
 
 def _hf_rows(examples):
@@ -212,21 +231,24 @@ def _hf_stream(path: str):
     return datasets.load_dataset("json", data_files=path, split="train", streaming=True)
 
 
-def text_hf(folder: str, seconds: str) -> dict:
+def text_hf(folder: str, seconds: str, cores: str) -> dict:
     from lowrank_jax.data import tokenizer as tokenizer_module
 
+    _hold(cores)
     tok = tokenizer_module.load(f"{folder}/tokenizer")
     encode = lambda rows: {"ids": [[tok.bos, *tok.encode(t), tok.eos] for t in rows["text"]]}
     encoded = _hf_stream(f"{folder}/big.jsonl").map(encode, batched=True, remove_columns=["id", "text"])
-    return _rate(_hf_rows(encoded.shuffle(seed=0, buffer_size=1000)), float(seconds))
+    return _rate(_hf_rows(encoded.shuffle(seed=0, buffer_size=1000)), seconds)
 
 
-def tokens_hf(folder: str, seconds: str) -> dict:
+def tokens_hf(folder: str, seconds: str, cores: str) -> dict:
     """An Arrow dataset of ids on disk, shuffled, as `datasets` stores what `map` has encoded."""
     import datasets
 
     from lowrank_jax.data import tokenizer as tokenizer_module
 
+    _hold(cores)
+    datasets.disable_progress_bars()
     tok = tokenizer_module.load(f"{folder}/tokenizer")
     if not os.path.isdir(f"{folder}/arrow"):
         rows = _hf_stream(f"{folder}/shards.jsonl").take(20_000)
@@ -237,7 +259,7 @@ def tokens_hf(folder: str, seconds: str) -> dict:
         for epoch in range(1_000_000):
             yield from datasets.load_from_disk(f"{folder}/arrow").shuffle(seed=epoch)
 
-    return _rate(_hf_rows(epochs()), float(seconds))
+    return _rate(_hf_rows(epochs()), seconds)
 
 
 def _peak_mb() -> float:
@@ -315,6 +337,105 @@ def resume_hf(folder: str, share: str) -> dict:
     stream.load_state_dict(state)
     next(_hf_rows({"ids": [tok.bos, *tok.encode(row["text"]), tok.eos]} for row in stream))
     return {"seconds": time.perf_counter() - started}
+
+
+TINY = """model.d=16 model.layers=1 model.heads=2 model.rank=2 pretrain.steps=300 pretrain.tokens_per_step=1024
+pretrain.microbatch_tokens=0 pretrain.block=32 pretrain.grow_plan=32,64,128 pretrain.grow_every_steps=90
+pretrain.eval_tokens=1024 pretrain.sample= sft.steps=150 sft.tokens_per_step=1024 sft.microbatch_tokens=0 sft.block=64
+sft.auto_grow=True sft.grow_plan=64,128 sft.grow_every_steps=60 sft.eval_tokens=1024 sft.sample= every.log=1
+every.eval=100000 every.save=7"""
+TFDS = """import pathlib, sys
+import tensorflow_datasets as tfds
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = pathlib.Path(sys.argv[1])
+    def _info(self):
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+    def _split_generators(self, manager):
+        return {"train": ((i, {"text": text}) for i, text in enumerate(open(sys.argv[2]).read().split("\\n\\n")))}
+    def _generate_examples(self):
+        pass
+Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+
+
+def kills(folder: str, count: str) -> dict:
+    """Kills a run of the trainer at random moments until it is through, and compares it with one left alone."""
+    args = ["--config=configs/quickstart.py", f"--config.tokenizer.path={folder}/tokenizer"]
+    args += [f"--config.{setting}" for setting in TINY.split()]
+    args += [f"--config.{phase}.sources={json.dumps(specs)}" for phase, specs in _every_kind(folder).items()]
+    env = os.environ | {"TFDS_DATA_DIR": f"{folder}/kinds", "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def start(workdir: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "lowrank_jax.main", *args, f"--workdir={workdir}"]
+        return subprocess.Popen(command, env=env, cwd=sys.path[0], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def events(workdir: str) -> list[dict]:
+        path = pathlib.Path(workdir, "events.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    assert start(f"{folder}/alone").wait() == 0
+    draw, done, workdir, struck = random.Random(0), 0, f"{folder}/killed", []
+    pace = 450 / (int(count) or 1)  # steps between two kills
+    while True:
+        process, before = start(workdir), len(events(workdir))
+        while process.poll() is None and not any(e["event"] == "stage" for e in events(workdir)[before:]):
+            time.sleep(0.05)
+        target = min(max((e["step"] for e in events(workdir)), default=0) + draw.uniform(0, 2 * pace), 448)
+        metrics = pathlib.Path(workdir, "metrics.jsonl")
+        while done < int(count) and process.poll() is None:
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= target:
+                break
+            time.sleep(0.002)
+        if done < int(count) and process.poll() is None:
+            time.sleep(draw.uniform(0, 0.05))
+            process.kill()
+            done += 1
+            struck.append(json.loads(metrics.read_text().splitlines()[-1])["step"])
+        if process.wait() == 0:
+            break
+    one, other = events(f"{folder}/alone")[-1], events(workdir)[-1]
+    keys = ("data_sha256", "params_sha256", "step")
+    equal = all(one[key] == other[key] for key in keys)
+    read = [source for e in events(workdir) if e["event"] == "data" for source in e["sources"]]
+    return {"kills": done, "steps": one["step"], "equal": equal, "killed_at": struck, "read": read}
+
+
+def _every_kind(folder: str) -> dict[str, list[dict]]:
+    """Small sources of every kind, of which a run reads several epochs."""
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    from lowrank_jax.data import builtin
+
+    home = pathlib.Path(folder, "kinds")
+    home.mkdir()
+    texts = [document["text"][:700] for document in builtin.load("plays")[:480]]
+    lines = lambda some: "".join(json.dumps({"text": text}) + "\n" for text in some)
+    (home / "a.txt").write_text("\n\n".join(texts[:80]))
+    (home / "b.jsonl").write_text(lines(texts[80:160]))
+    (home / "c.jsonl.gz").write_bytes(gzip.compress(lines(texts[160:240]).encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[240:320]}), home / "d.parquet", row_group_size=10)
+    (home / "csv").mkdir()
+    (home / "csv" / "train.csv").write_text(
+        "text\n" + "".join(json.dumps(t.replace('"', "")) + "\n" for t in texts[320:400])
+    )
+    (home / "e.txt").write_text("\n\n".join(text.replace("\n\n", "\n") for text in texts[400:]))
+    (home / "tiny").mkdir()
+    subprocess.run([sys.executable, "-c", TFDS, str(home), str(home / "e.txt")], check=True, stdout=subprocess.DEVNULL)
+    script = str(pathlib.Path(__file__).with_name("tokenize.py"))
+    tokenize = [sys.executable, script, f"--tokenizer={folder}/tokenizer", f"--sources=json:{home}/b.jsonl"]
+    subprocess.run([*tokenize, f"--out={home}/tokens", "--shards=3"], check=True, stdout=subprocess.DEVNULL)
+    chats = [{"spec": "builtin:smalltalk"}, {"spec": f"json:{home}/chats.jsonl", "weight": "0:1/70:0.2"}]
+    (home / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in builtin.load("chitchat")[:100]))
+    specs = ["text:{}/a.txt", "json:{}/b.jsonl", "json:{}/c.jsonl.gz", "parquet:{}/d.parquet", "hf:{}/csv", "tfds:tiny"]
+    prose = [{"spec": spec.format(home)} for spec in (*specs, "arrayrecord:{}/tokens", "builtin:bible")]
+    prose[0]["weight"] = "0:1/120:0.1"
+    return {"pretrain": prose, "sft": chats}
 
 
 if __name__ == "__main__":

@@ -33,14 +33,16 @@ def encode_document(tokenizer: Tokenizer, document: Document, chats: bool) -> tu
     """
     if "ids" in document:
         return document["ids"], document["said"]
+    said = True
     if "messages" in document:
-        ids, said = chat.encode(tokenizer, document["messages"])
-        said = said if chats else [True] * len(ids)
+        ids, said_in_chat = chat.encode(tokenizer, document["messages"])
+        said = said_in_chat if chats else True
     else:
         ids = tokenizer.encode(document["text"])
-        said = [True] * len(ids)
-    ids = np.asarray([tokenizer.bos, *ids, tokenizer.eos], np.int32)
-    return ids, np.asarray([False, *said, not chats], bool)
+    whole, learnt = np.empty(len(ids) + 2, np.int32), np.empty(len(ids) + 2, bool)
+    whole[0], whole[1:-1], whole[-1] = tokenizer.bos, ids, tokenizer.eos
+    learnt[0], learnt[1:-1], learnt[-1] = False, said, not chats
+    return whole, learnt
 
 
 class Lane:

@@ -98,15 +98,19 @@ class SentencePiece(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        lines = [line.split(SPACE_MARK) for line in text.split("\n")]
-        # One thread: starting more takes 0.1 ms, as long as a page of text does, and readers have threads of their own.
-        encoded = iter(self._sp.encode([part for line in lines for part in line], num_threads=1))
-        ids = []
-        for i, line in enumerate(lines):
-            for j in range(len(line)):
-                ids += self._space_mark if j else [self._line_feed] if i else []
-                ids += next(encoded)
+        first, *rest = text.split(SPACE_MARK)
+        ids = self._encode_lines(first)
+        for part in rest:
+            ids += self._space_mark + self._encode_lines(part)
         return ids
+
+    def _encode_lines(self, text: str) -> list[int]:
+        ids = []
+        # One thread: starting more takes 0.1 ms, as long as a page of text does, and readers have threads of their own.
+        for line in self._sp.encode(text.split("\n"), num_threads=1):
+            ids += line
+            ids.append(self._line_feed)
+        return ids[:-1]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
