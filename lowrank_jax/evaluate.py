@@ -21,9 +21,9 @@ from lowrank_jax.trained import open_run
 ROW_TOKENS = 8192  # tokens evaluated at a time
 
 
-def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int) -> list[stream.Batch]:
+def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note) -> list[stream.Batch]:
     """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
-    return _batches(stream.open_held_out(p, tokenizer, seed, chats), length, p.eval_tokens)
+    return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
 
 
 def evaluate(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:

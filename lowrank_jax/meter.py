@@ -18,6 +18,7 @@ class Meter:
     def __init__(self, config: RunConfig, folder: str, total: int, done: int):
         self.config, self.folder = config, folder
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stdout.isatty(), file=sys.stdout)
+        self.step = done
         self._pending, self._step_seconds, self._peak = None, None, precision.peak_flops()
         self.restart_clock()
 
@@ -40,7 +41,7 @@ class Meter:
     def add(self, stage: Stage, at: dict, metrics: dict) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the one before."""
         self.flush()
-        self._pending = (stage, at, metrics)
+        self.step, self._pending = at["step"], (stage, at, metrics)
 
     def flush(self) -> None:
         """Reads the pending step's metrics, which waits for it; raises RunFailure if its loss is not finite."""

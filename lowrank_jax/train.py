@@ -61,7 +61,7 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
         old, t = None, config.tokenizer
         tok = tokenizer.load(t.path) if t.path else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         config = config.with_vocab(tok.vocab_size)
-    for p in phases:
+    for p in phases:  # what is skipped is told when it is met in training
         stream.check(p, tok, chats=p is config.sft)
     if old is None:
         tok.save(home)  # before config.json: a folder with a config always has its tokenizer
@@ -136,7 +136,15 @@ def _enter_phase(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, m
     """
     phase, chats = getattr(config, stage.phase), stage.phase == "sft"
     starts, longest = at["step"] == stage.phase_start, stages.lengths(phase)[-1]
-    held_out, byte_lengths = evaluate.held_out(phase, tok, config.seed, chats, longest), tok.byte_lengths()
+    told = itertools.count()
+
+    def note(event: str, **facts) -> None:
+        workdir.log_event(folder, event, meter.step, **facts)
+        if (count := next(told)) < NOTES:
+            more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
+            meter.say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}")
+
+    held_out, byte_lengths = evaluate.held_out(phase, tok, config.seed, chats, longest, note), tok.byte_lengths()
 
     def evaluate_now(stage: Stage, params: dict, at_step: int) -> None:
         if held_out:
@@ -149,23 +157,15 @@ def _enter_phase(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, m
         state = state._replace(opt_state=step.fresh_optimizer(config, state.params))
         workdir.log_event(folder, "phase", at["step"], phase=stage.phase)
         evaluate_now(stage, state.params, at["step"])
-    return state, _feed(config, stage, tok, folder, meter, at, None if starts else at["cursor"]), evaluate_now
+    return state, _feed(config, stage, tok, meter, at, None if starts else at["cursor"], note), evaluate_now
 
 
-def _feed(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, meter: Meter, at: dict, cursor: dict | None):
+def _feed(config: RunConfig, stage: Stage, tok: Tokenizer, meter: Meter, at: dict, cursor: dict | None, note):
     """(batch on the device, cursor) of every step that the phase has left, prepared ahead in the background."""
     plan, phase, chats = stages.plan(config), getattr(config, stage.phase), stage.phase == "sft"
-    told, preparing = itertools.count(), at["step"]
-
-    def note(event: str, **facts) -> None:
-        workdir.log_event(folder, event, preparing, **facts)
-        if (count := next(told)) < NOTES:
-            more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
-            meter.say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}")
 
     def shape_at(at_step: int) -> tuple[int, int, int]:
-        nonlocal preparing
-        preparing, now = at_step, stages.stage_at(plan, at_step)
+        now = stages.stage_at(plan, at_step)
         return now.batch, now.seq_len, at_step - now.phase_start
 
     def place(at_step: int, batch: stream.Batch) -> dict:

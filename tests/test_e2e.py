@@ -2,6 +2,7 @@
 
 import atexit
 import fcntl
+import gzip
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ import tempfile
 import termios
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -280,6 +283,69 @@ def test_a_folder_that_holds_another_run_is_refused(data, reference, changes, na
     code, _, err = train(data, reference, **changes)
     assert_one_line(code, err, 2, *names)
     assert (reference / "config.json").read_text() == before
+
+
+@pytest.fixture(scope="session")
+def every_kind(data, tok, tmp_path_factory) -> dict:
+    """Settings of a run that mixes every kind of file, some of them with mistakes in them."""
+    home = tmp_path_factory.mktemp("kinds")
+    tok.save(home / "tokenizer")
+    notes = (data / "notes.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in notes]
+    broken = [*notes[:20], "{broken", '{"texts": "wrong key"}', '{"text": 7}', *notes[20:]]
+    (home / "b.jsonl").write_text("\n".join(broken))
+    packed = gzip.compress("\n".join(json.dumps({"text": os.urandom(9).hex()}) for _ in range(400)).encode())
+    (home / "c.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (home / "d.txt").write_bytes(b"plain text here. " * 500 + b"caf\xe9 " + b"and more of it. " * 500)
+    (home / "e.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), home / "f.parquet", row_group_size=9)
+    script = [sys.executable, ROOT / "scripts" / "tokenize.py", f"--tokenizer={home}/tokenizer", "--shards=2"]
+    subprocess.run([*script, f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"], check=True, capture_output=True)
+    specs = [f"{spec}{home}/{name}" for spec, name in (("json:", "c.jsonl.gz"), ("text:", "d.txt"), ("hf:", "e.csv"))]
+    specs += [{"spec": f"json:{home}/b.jsonl", "weight": "0:1/4:0.2"}, f"arrayrecord:{home}/g"]
+    specs += [{"spec": f"parquet:{home}/f.parquet", "text_key": "body"}, "builtin:bible"]
+    return {"tokenizer__path": home / "tokenizer", "pretrain__sources": json.dumps(specs), "every__save": 1}
+
+
+def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_three_times_in_a_row(data, every_kind, tmp_path):
+    code, _, err = train(data, tmp_path / "alone", **every_kind)
+    assert (
+        code == 0 and "the first row of sft, with marks around what is trained:\n" in err and "<|im_end|>]]" in err
+    ), err
+    for faults in ("kill@step=5", "kill@step=7,io@read=2000", "kill@step=12", "io@read=2000"):
+        code, _, err = train(data, tmp_path / "killed", faults=faults, **every_kind)
+        assert code == (-signal.SIGKILL if "kill" in faults else 0), err
+    assert same_end(tmp_path / "killed", tmp_path / "alone")
+    events = rows(tmp_path / "alone", "events.jsonl")
+    skipped = {
+        event["where"].split("/")[-1].split(",")[0]: event["reason"] for event in events if event["event"] == "skip"
+    }
+    assert set(skipped) == {"b.jsonl", "c.jsonl.gz", "d.txt"}
+    assert "cut short" in skipped["c.jsonl.gz"] and "not UTF-8" in skipped["d.txt"]
+    retries = [event for event in rows(tmp_path / "killed", "events.jsonl") if event["event"] == "retry"]
+    assert retries and "LOWRANK_FAULTS" in retries[0]["reason"]
+    read = next(event for event in events if event["event"] == "data")["sources"]
+    assert all(source["documents"] for source in read) and any(source["epochs"] for source in read)
+    assert sum(source["skipped"] for source in read) == 5
+
+
+def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data, tok, tmp_path, monkeypatch, capfd):
+    from lowrank_jax import cli, main
+    from lowrank_jax.data import files, reader, stream
+
+    monkeypatch.chdir(ROOT)
+    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (files, "LEFT", 0)):
+        monkeypatch.setattr(module, name, value)  # so that the mistake lies beyond what is read ahead
+    good = (data / "notes.jsonl").read_text()
+    (tmp_path / "late.jsonl").write_text(good * 9 + "{broken\n" + good * 9)
+    tok.save(tmp_path / "tokenizer")  # to learn one would be to read everything
+    changes = {"tokenizer__path": tmp_path / "tokenizer", "pretrain__sources": f"json:{tmp_path}/late.jsonl"}
+    changes |= {"pretrain__max_skipped": 0, "pretrain__steps": 999}
+    with pytest.raises(SystemExit) as exit:
+        cli.main(main.command, train_args(data, tmp_path / "run", **changes | {"every__save": 999}))
+    assert_one_line(exit.value.code, capfd.readouterr().err, 2, "late.jsonl, record 541", "not JSON")
+    event = rows(tmp_path / "run", "events.jsonl")[-1]
+    assert event["event"] == "save" and 0 < event["step"] < 999
 
 
 NO_SKIP = {"sft__max_skipped": 0}
