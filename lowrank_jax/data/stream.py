@@ -144,7 +144,8 @@ class Stream:
     def __init__(self, lanes: list[Lane], facts: dict, share: tuple[int, int]):
         self._lanes, self._facts, self._share = lanes, facts, share
         self._first = share[0] * facts["readers"] // share[1]
-        self._workers = ThreadPoolExecutor(max(1, min(len(lanes), len(os.sched_getaffinity(0)))), "reader")
+        threads = min(len(lanes), len(os.sched_getaffinity(0)))
+        self._workers = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
     def cursor(self) -> dict:
         """Where the next batch begins, as JSON values: this host's part of it, see `merge`."""
@@ -161,7 +162,7 @@ class Stream:
         each = rows // readers
         if each * readers != rows:
             raise ValueError(f"{rows} rows cannot be shared by {readers} readers")
-        run = self._workers.map if len(self._lanes) > 1 else map
+        run = self._workers.map if self._workers else map
         parts = list(run(lambda lane: lane.next(each, length, step), self._lanes))
         if any(part is None for part in parts):
             return None
@@ -170,7 +171,8 @@ class Stream:
         return {key: np.concatenate([part[key] for part in parts])[own] for key in parts[0]}
 
     def close(self) -> None:
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._workers:
+            self._workers.shutdown(wait=False, cancel_futures=True)
 
 
 def merge(cursors: Sequence[dict]) -> dict:
