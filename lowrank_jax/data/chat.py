@@ -62,8 +62,8 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
     """The template's text, with OPEN and CLOSE around what the assistant says and symbols in messages broken up."""
-    names = _guard_pattern(tuple(tokenizer.specials))
-    safe = [{k: _guard(v, names) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
+    specials = tuple(tokenizer.specials)
+    safe = [{k: _guard(v, specials) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
     if prompt or _HAS_GENERATION.search(tokenizer.chat_template):
         return _render(tokenizer, safe, prompt)
     return _mark_turns(tokenizer, safe)
@@ -99,14 +99,30 @@ def _render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
         raise UsageError(f"the chat template does not take a conversation: {' '.join(str(e).split())[:200]}") from None
 
 
-def _guard(text: str, names: re.Pattern) -> str:
-    return names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
+def _guard(text: str, specials: tuple[str, ...]) -> str:
+    """`text` with every symbol's name in it broken up, and one that it might complete with the template around it.
+
+    The latter only where there is one to complete: templates look at how a message begins, and trim it.
+    """
+    names, heads, tails = _guards(specials)
+    text = names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
+    longest = max(map(len, specials), default=0)
+    if any(text.rstrip()[-n:] in heads for n in range(1, longest)):
+        body = text.rstrip()
+        text = body + BREAK + text[len(body) :]
+    if any(text.lstrip()[:n] in tails for n in range(1, longest)):
+        body = text.lstrip()
+        text = text[: len(text) - len(body)] + BREAK + body
+    return text
 
 
 @functools.lru_cache
-def _guard_pattern(specials: tuple[str, ...]) -> re.Pattern:
-    """Matches the first character of every symbol's name, also of names that overlap."""
-    return re.compile(f"(?=(?:{_any_of(specials)})).", re.DOTALL)
+def _guards(specials: tuple[str, ...]) -> tuple[re.Pattern, frozenset, frozenset]:
+    """What matches the first character of every symbol's name, also of overlapping ones; beginnings and ends of names."""
+    names = re.compile(f"(?=(?:{_any_of(specials)})).", re.DOTALL)
+    heads = frozenset(name[:n] for name in specials for n in range(1, len(name)))
+    tails = frozenset(name[n:] for name in specials for n in range(1, len(name)))
+    return names, heads, tails
 
 
 @functools.lru_cache

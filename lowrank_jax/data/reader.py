@@ -126,15 +126,16 @@ class Reader:
                         size += _size(document)
                     if size >= enough:
                         return self._shuffled(window), at
-            except BadRecord as bad:  # the rest of the block cannot be read
-                self._skip(bad, at, counting)
+            except BadRecord as bad:  # the rest of the block cannot be read: one of the readers that share it says so
+                self._skip(bad, at, counting and not self._part.held_out and self._owns(at["row"]))
             at["block"], at["row"] = at["block"] + self._stride, 0
         return self._shuffled(window), at | {"epoch": at["epoch"] + 1, "block": self._first, "row": 0}
 
     def _takes(self, block: int, row: int) -> bool:
         held_out = self._part.period > 0 and (block + row) % self._part.period == 0
-        if held_out != self._part.held_out:
-            return False
+        return held_out == self._part.held_out and self._owns(row)
+
+    def _owns(self, row: int) -> bool:
         # Every row in turn, but not the same one each time around: a period of held-out rows would take it from one.
         return self._by_blocks or (row + row // self._readers) % self._readers == self._index
 

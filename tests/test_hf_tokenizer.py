@@ -1,0 +1,229 @@
+"""Hugging Face tokenizers: the same promises as SentencePiece keeps, and chat templates as they come with them."""
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from lowrank_jax.config import UsageError
+from lowrank_jax.data import chat, tokenizer
+from lowrank_jax.data.tokenizer import CHATML, TURN_END, TURN_START
+
+END, HEAD, TAIL, TURN = "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+OVERLAP = ("<s>", "s><", "[INST]")
+SPECIALS = (END, HEAD, TAIL, TURN, *OVERLAP)
+LLAMA = """{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+INST = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} \
+{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endif %}{% endfor %}"""
+TEXTS = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*SPECIALS, TURN_END, "<s><", " ", "\n"]))).map("".join)
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "ba ce?"},
+    {"role": "assistant", "content": "di fo."},
+    {"role": "user", "content": "gu"},
+    {"role": "assistant", "content": "ha je"},
+]
+
+
+def learn(kind: str) -> tokenizers.Tokenizer:
+    """A byte-level BPE, as GPT-2 has; a BPE with byte fallback, as Llama 2; or a lower-casing WordPiece."""
+    texts = ["the cat sat on the mat. ba ce di fo gu ha je\n"] * 5
+    if kind == "bytes":
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
+    elif kind == "fallback":
+        made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        made.normalizer = normalizers.Replace(" ", "\u2581")
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        made.decoder = decoders.Sequence(parts)
+        first = [*SPECIALS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=first)
+        made.train_from_iterator(texts, trainer)
+        facts = json.loads(made.to_str())
+        facts["added_tokens"] = [t for t in facts["added_tokens"] if t["content"] in SPECIALS]
+        return tokenizers.Tokenizer.from_str(json.dumps(facts))
+    else:
+        made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.normalizer = normalizers.BertNormalizer(lowercase=True)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=100, special_tokens=["[UNK]", END])
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+def write(folder, kind: str = "bytes", template: str = "", **config) -> str:
+    folder.mkdir(exist_ok=True)
+    learn(kind).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END} | config))
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["bytes", "fallback"])
+def tok(request, tmp_path_factory) -> tokenizer.Tokenizer:
+    return tokenizer.load(write(tmp_path_factory.mktemp("hf") / request.param, request.param, LLAMA))
+
+
+@given(TEXTS)
+def test_text_survives_and_never_becomes_a_special_token(tok, text):
+    text = text.replace("\u2581", "_")  # which a byte-fallback model takes for a space
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and not set(ids) & set(tok.specials.values())
+    assert tok.byte_lengths()[ids].sum() == len(text.encode())
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tok):
+    assert tok.decode(tok.encode("a\ud83d b")) == "a? b"
+
+
+def test_what_is_saved_is_the_same_tokenizer(tok, tmp_path):
+    tok.save(tmp_path)
+    again = tokenizer.load(str(tmp_path))
+    for fact in ("vocab_size", "bos", "eos", "names", "specials", "chat_template", "sha256"):
+        assert getattr(again, fact) == getattr(tok, fact)
+    assert again.encode("the cat sat") == tok.encode("the cat sat")
+    assert chat.encode(again, CHAT) == chat.encode(tok, CHAT)
+
+
+def test_without_a_template_there_is_chatml_and_its_tags_are_added(tmp_path):
+    tok = tokenizer.load(write(tmp_path / "a"))
+    assert tok.chat_template == CHATML and tok.bos == tok.eos == tok.special(END)
+    assert tok.vocab_size == learn("bytes").get_vocab_size() + 2
+    assert len(tok.byte_lengths()) == tok.vocab_size and tok.special(TURN_START) == tok.vocab_size - 2
+    tok.save(tmp_path / "b")
+    assert tokenizer.load(str(tmp_path / "b")).vocab_size == tok.vocab_size
+    assert tok.sha256 != tokenizer.load(write(tmp_path / "c", template=LLAMA)).sha256
+
+
+def test_a_template_is_found_wherever_it_is_kept(tmp_path):
+    inside = write(tmp_path / "a", chat_template=LLAMA)
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": LLAMA}]
+    for folder in (inside, write(tmp_path / "b", chat_template=named), write(tmp_path / "c", "bytes", LLAMA)):
+        assert tokenizer.load(folder).chat_template == LLAMA
+    assert tokenizer.load(write(tmp_path / "d", "bytes", LLAMA, chat_template="x")).chat_template == LLAMA
+    assert tokenizer.load(f"{inside}/tokenizer.json").chat_template == LLAMA
+
+
+def test_the_names_of_special_tokens_may_be_in_a_file_of_their_own(tmp_path):
+    folder = write(tmp_path / "a", eos_token=None)
+    with pytest.raises(UsageError, match="tokenizer_config.json must name an eos_token"):
+        tokenizer.load(folder)
+    (tmp_path / "a" / "tokenizer_config.json").unlink()
+    names = {"eos_token": {"content": END}, "bos_token": {"content": "<s>"}}
+    (tmp_path / "a" / "special_tokens_map.json").write_text(json.dumps(names))
+    tok = tokenizer.load(folder)
+    assert (tok.eos, tok.bos) == (tok.special(END), tok.special("<s>"))
+
+
+def test_a_tokenizer_that_changes_text_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="^tokenizer .*: text does not survive it"):
+        tokenizer.load(write(tmp_path / "a", "wordpiece"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}'])
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}: not a tokenizer.json$"):
+        tokenizer.load(str(tmp_path))
+
+
+def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(monkeypatch):
+    import huggingface_hub
+
+    def away(*_, **__):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", away)
+    with pytest.raises(
+        UsageError, match="^tokenizer no/such: no such file, and the .* hub did not give .*: no network at all$"
+    ):
+        tokenizer.load("no/such")
+
+
+# ------------------------------------------------------------------------------------------------------ chat templates
+
+
+def spelled(tok, ids: list[int]) -> list[str]:
+    names = {i: name for name, i in tok.specials.items()}
+    return [names.get(i) or tok.decode([i]) for i in ids]
+
+
+def trained(tok, messages: list[dict]) -> str:
+    ids, said = chat.encode(tok, messages)
+    return "".join(piece for piece, learnt in zip(spelled(tok, ids), said) if learnt)
+
+
+def test_a_template_without_generation_trains_the_answers_and_their_ends(tok):
+    assert trained(tok, CHAT) == f"di fo.{TURN}ha je{TURN}"
+    ids, _ = chat.encode(tok, CHAT)
+    assert spelled(tok, ids)[0] == HEAD and set(chat.stop_ids(tok)) == {tok.eos, tok.special(TURN)}
+    prompt, _ = chat.encode(tok, CHAT[:2], prompt=True)
+    assert ids[: len(prompt)] == prompt
+
+
+def with_template(tok, template: str) -> tokenizer.Tokenizer:
+    return tokenizer.HuggingFace(tok._json, {"eos_token": END, "bos_token": "<s>"}, template)
+
+
+def test_the_symbol_behind_an_answer_is_trained_also_where_the_template_leaves_it_out(tok):
+    inst = with_template(tok, INST)
+    assert trained(inst, CHAT[1:]) == f"di fo.{END}ha je{END}"
+    ids, _ = chat.encode(inst, CHAT[1:])
+    assert "<s>" not in spelled(inst, ids)[:1], "the caller puts BOS in front"
+    assert chat.stop_ids(inst) == [inst.eos]
+
+
+def test_marked_and_unmarked_templates_train_the_same(tok):
+    marked = LLAMA.replace(
+        "{{ m.content | trim }}<|eot_id|>",
+        "{%- if m.role == 'assistant' -%}{% generation %}X{% endgeneration %}{% else %}X{% endif %}",
+    )
+    marked = marked.replace("<|end_header_id|>\n\n{%- if", "<|end_header_id|>{{ '\\n\\n' }}{%- if").replace(
+        "X", "{{ m.content | trim }}<|eot_id|>"
+    )
+    assert chat.encode(with_template(tok, marked), CHAT) == chat.encode(with_template(tok, LLAMA), CHAT)
+
+
+@given(TEXTS, TEXTS, TEXTS)
+def test_no_message_adds_a_special_token(tok, asked, answered, role):
+    messages = [{"role": f"u{role}", "content": asked}, {"role": "assistant", "content": f"a{answered}"}]
+    ids, _ = chat.encode(tok, messages)
+    assert [i for i in spelled(tok, ids) if i in tok.specials] == [HEAD, TAIL, TURN] * 2
+
+
+def test_a_template_that_forgets_earlier_turns_is_refused(tok):
+    forgets = LLAMA.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
+    with pytest.raises(UsageError, match="put {% generation %} and {% endgeneration %} around"):
+        chat.encode(with_template(tok, forgets), CHAT)
+
+
+BAD = {"{{ raise_exception('roles must alternate') }}": "refuses a conversation: roles must alternate"}
+BAD |= {"{% for %}": "does not take", "{{ a.b.c }}": "'a' is undefined", "{{ messages[99].content }}": "does not take"}
+BAD |= {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "does not take", "{{ messages.append(1) }}": "does not take"}
+
+
+@pytest.mark.parametrize("template", BAD)
+def test_a_template_that_fails_is_one_line(tok, template):
+    with pytest.raises(UsageError, match="^the chat template ") as e:
+        chat.encode(with_template(tok, template), CHAT)
+    assert BAD[template] in str(e.value) and "\n" not in str(e.value)
+
+
+def test_templates_see_a_fixed_date_and_plain_json(tok):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages | tojson }}{{ messages[1].name }}"
+    text = chat.render(
+        with_template(tok, template), [CHAT[0], {"role": "user", "content": "<b>\u00e9</b>", "name": END}], True
+    )
+    assert text.startswith('26 Jul 2024 [{"') and "<b>\u00e9</b>" in text and END not in text
+    assert END in text.replace(chat.BREAK, "")
