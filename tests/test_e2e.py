@@ -296,14 +296,12 @@ def every_kind(data, tok, tmp_path_factory) -> dict:
     (home / "b.jsonl").write_text("\n".join(broken))
     packed = gzip.compress("\n".join(json.dumps({"text": os.urandom(9).hex()}) for _ in range(400)).encode())
     (home / "c.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    (home / "d.txt").write_bytes(b"plain text here. " * 2500 + b"caf\xe9 " + b"and more of it. " * 2500)
+    (home / "d.txt").write_bytes(b"plain text here. " * 2300 + b"caf\xe9 " + b"and more of it. " * 2500)
     (home / "e.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts[:33]))
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), home / "f.parquet", row_group_size=9)
     script = [sys.executable, ROOT / "scripts" / "tokenize.py", f"--tokenizer={home}/tokenizer", "--shards=2"]
     subprocess.run([*script, f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"], check=True, capture_output=True)
-    specs = [
-        f"{spec}{home}/{name}" for spec, name in (("json:", "c.jsonl.gz"), ("text:", "d.txt@0.5"), ("hf:", "e.csv"))
-    ]
+    specs = [f"{spec}{home}/{name}" for spec, name in (("json:", "c.jsonl.gz"), ("text:", "d.txt@3"), ("hf:", "e.csv@4"))]
     specs += [{"spec": f"json:{home}/b.jsonl", "weight": "0:1/4:0.2"}, f"arrayrecord:{home}/g"]
     specs += [{"spec": f"parquet:{home}/f.parquet", "text_key": "body"}, "builtin:smalltalk"]
     return {
@@ -319,7 +317,12 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_three_times_in_a_row(
     assert (
         code == 0 and "the first row of sft, with marks around what is trained:\n" in err and "<|im_end|>]]" in err
     ), err
-    for faults in ("kill@step=6", "kill@step=40,io@read=2000", "kill@step=63", "io@read=2000"):
+    for faults in (
+        "kill@step=6",
+        "kill@step=40,io@read=1200,io@read=1400,io@read=1600",
+        "kill@step=63",
+        "io@read=1200,io@read=1400,io@read=1600",
+    ):
         code, _, err = train(data, tmp_path / "killed", faults=faults, **every_kind)
         assert code == (-signal.SIGKILL if "kill" in faults else 0), err
     assert same_end(tmp_path / "killed", tmp_path / "alone")

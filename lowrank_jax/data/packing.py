@@ -68,7 +68,9 @@ class Lane:
     def cursor(self) -> dict:
         """Where the next row begins, as JSON values."""
         at = self._window_at if self._packed else self._buffer[0][0] if self._buffer else self._position(self._drawn_at)
-        return at | {"offset": self._offset, "packed": [list(p) for p in self._packed], "sha256": self._sha256}
+        drawn = {key: list(values) for key, values in self._counts.items()} if self._packed else None  # for `summary`
+        packed = [list(p) for p in self._packed]
+        return at | {"offset": self._offset, "packed": packed, "drawn": drawn, "sha256": self._sha256}
 
     def next(self, rows: int, length: int, step: int) -> Batch | None:
         """The next rows, or None where the sources are exhausted."""

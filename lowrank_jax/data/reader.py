@@ -72,7 +72,15 @@ class Reader:
         self._first, self._stride = share if self._by_blocks else (0, 1)
         order = grain.MapDataset.range(source.blocks)
         self._order = order.seed(seed).shuffle().repeat() if part.shuffled else order.repeat()
-        self._at = cursor or {"epoch": 0, "block": self._first, "row": 0, "taken": 0, "skipped": 0, "empty": 0}
+        self._at = cursor or {
+            "epoch": 0,
+            "block": self._first,
+            "row": 0,
+            "taken": 0,
+            "skipped": 0,
+            "empty": 0,
+            "met": [0, 0],
+        }
         self._taken, self._window, self._next, self.exhausted = self._at["taken"], None, None, source.blocks == 0
 
     @property
@@ -80,10 +88,16 @@ class Reader:
         return self._part.endless
 
     def cursor(self) -> dict:
-        """Where the window begins (epoch, place in its order of blocks, row), and how much of it is spent."""
-        if self._window is not None and self._taken == len(self._window):
-            return self._next | {"taken": 0}
-        return self._at | {"taken": self._taken}
+        """Where the window begins (epoch, place in its order of blocks, row), and how much of it is spent.
+
+        Skipped and empty records are counted up to there; `met` are those of the window itself.
+        """
+        if self._window is None:
+            return self._at | {"taken": self._taken}
+        met = [self._next[key] - self._at[key] for key in ("skipped", "empty")]
+        if self._taken == len(self._window):
+            return self._next | {"taken": 0, "met": [0, 0]}
+        return self._at | {"taken": self._taken, "met": met}
 
     def next(self) -> Document | None:
         """The next document; None at the end, or where an epoch has no document for this reader."""

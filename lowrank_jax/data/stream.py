@@ -187,13 +187,14 @@ def data_sha256(cursor: dict) -> str:
 
 
 def summary(cursor: dict) -> list[dict]:
-    """What the run has read of each source so far, as far as it is used up."""
+    """What a phase has read of each source so far."""
     lanes = cursor["lanes"].values()
 
     def of_source(i: int) -> dict:
-        counted = {key: sum(lane[key][i] for lane in lanes) for key in packing.COUNTS}
-        read = {key: sum(lane["readers"][i][key] for lane in lanes) for key in ("skipped", "empty")}
-        return counted | read | {"epochs": min(lane["readers"][i]["epoch"] for lane in lanes)}
+        counted = {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in packing.COUNTS}
+        readers = [lane["readers"][i] for lane in lanes]
+        met = {key: sum(r[key] + r["met"][k] for r in readers) for k, key in enumerate(("skipped", "empty"))}
+        return counted | met | {"epochs": min(lane["readers"][i]["epoch"] for lane in lanes)}
 
     return [{"source": name} | of_source(i) for i, name in enumerate(cursor["sources"])]
 
