@@ -118,7 +118,7 @@ def _guard(text: str, specials: tuple[str, ...]) -> str:
 
 @functools.lru_cache
 def _guards(specials: tuple[str, ...]) -> tuple[re.Pattern, frozenset, frozenset]:
-    """What matches the first character of any symbol's name, also of overlapping ones; beginnings and ends of names."""
+    """What matches the first character of a symbol's name, also of overlapping ones; the names' beginnings and ends."""
     names = re.compile(f"(?=(?:{_any_of(specials)})).", re.DOTALL)
     heads = frozenset(name[:n] for name in specials for n in range(1, len(name)))
     tails = frozenset(name[n:] for name in specials for n in range(1, len(name)))
