@@ -290,6 +290,22 @@ def test_readers_share_an_epoch_without_overlap(large, tok, open_stream):
         assert sum(map(len, firsts)) >= documents and set().union(*firsts) == {f"{begins}{i}" for i in range(documents)}
 
 
+def test_a_reader_without_a_document_stays_without_one_after_a_resume(make, tmp_path, open_stream):
+    """Which reader a block falls to changes with the epoch; a reader without one goes on with the other source."""
+    rows = [{"text": make.prose(20, i) if i in (5, 17) else " " * 1500} for i in range(90)]
+    sparse = make.write_jsonl(tmp_path / "sparse.jsonl", rows)
+    full = make.write_jsonl(tmp_path / "full.jsonl", [{"text": make.prose(20, 500 + i)} for i in range(90)])
+    batches, cursors = [], []
+    documents = open_stream([sparse, full], **SHARED)
+    assert documents.cursor()["readers"] == 8
+    for step in range(20):
+        cursors.append(json.dumps(documents.cursor()))
+        batches.append(documents.next(16, 64, step))
+    for stop in range(20):
+        resumed = open_stream([sparse, full], cursor=json.loads(cursors[stop]), **SHARED)
+        assert same([resumed.next(16, 64, step) for step in range(stop, 20)], batches[stop:])
+
+
 def test_a_small_source_has_one_reader(corpus, open_stream):
     assert open_stream(corpus["many"], **SHARED).cursor()["readers"] == 1
 

@@ -202,9 +202,10 @@ class JsonFiles(_Files):
 
     def _whole(self, path: str) -> Iterator[tuple]:
         if path in self._arrays:
-            if self._parsed[0] != path:
-                self._parsed = (path, _array(path))
-            yield from ((path, i, record, 0) for i, record in enumerate(self._parsed[1], 1))
+            parsed = self._parsed  # another reader's thread may put another file there at any moment
+            if parsed[0] != path:
+                parsed = self._parsed = (path, _array(path))
+            yield from ((path, i, record, 0) for i, record in enumerate(parsed[1], 1))
             return
         with _compression(path)(path) as f:
             number = 0

@@ -94,9 +94,9 @@ class Reader:
         """
         if self._window is None:
             return self._at | {"taken": self._taken}
-        met = [self._next[key] - self._at[key] for key in ("skipped", "empty")]
-        if self._taken == len(self._window):
+        if self._taken == len(self._window) and not self.exhausted:  # a resume is to find out the same
             return self._next | {"taken": 0, "met": [0, 0]}
+        met = [self._next[key] - self._at[key] for key in ("skipped", "empty")]
         return self._at | {"taken": self._taken, "met": met}
 
     def next(self) -> Document | None:
