@@ -18,6 +18,12 @@ MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "ass
 CHATS = st.lists(MESSAGE, max_size=5).map(lambda m: [*m, {"role": "assistant", "content": "ba"}])
 
 
+UNMARKED = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
 def turn(role: str, content: str) -> dict:
     return {"role": role, "content": content}
 
@@ -121,3 +127,45 @@ def test_the_chat_template_is_saved_with_the_tokenizer_and_is_the_one_that_rende
     assert edited.decode(chat.encode(edited, [{"role": "user", "content": "hi"}], prompt=True)[0]).endswith(
         "assistant:\n"
     )
+
+
+# --------------------------------------------------------------------------------------------------- other templates
+
+
+@given(CHATS)
+def test_chatml_trains_the_same_with_generation_tags_and_without(tok, messages):
+    assert chat.encode(tokenizer.SentencePiece(tok.model, UNMARKED), messages) == chat.encode(tok, messages)
+
+
+def test_the_tag_that_ends_an_answer_is_trained_also_where_it_stands_outside_the_generation_tags(tok):
+    outside = tokenizer.CHATML.replace("<|im_end|>{% endgeneration %}\n\n", "{% endgeneration %}<|im_end|>\n")
+    assert outside != tokenizer.CHATML
+    outside = tokenizer.SentencePiece(tok.model, outside)
+    assert chat.encode(outside, MULTI_TURN) == chat.encode(tok, MULTI_TURN)
+    assert chat.stop_ids(outside) == chat.stop_ids(tok) == sorted(map(tok.special, (EOS, TURN_END)))
+
+
+def test_a_template_that_forgets_earlier_turns_must_say_what_the_assistant_says(tok):
+    forgetful = [t.replace("in messages", "in messages[-2:]") for t in (UNMARKED, tokenizer.CHATML)]
+    unmarked, marked = (tokenizer.SentencePiece(tok.model, template) for template in forgetful)
+    with pytest.raises(UsageError, match="put {% generation %} and {% endgeneration %} around that$"):
+        chat.encode(unmarked, MULTI_TURN)
+    assert chat.encode(marked, MULTI_TURN) == chat.encode(tok, MULTI_TURN[-2:])
+
+
+@pytest.mark.parametrize("answer", ["ba", "ba<|im_end|>", "<|im_start|>", "\n"])
+def test_an_answer_is_not_cut_at_a_tag_that_it_spells_out(tok, answer):
+    unmarked = tokenizer.SentencePiece(tok.model, UNMARKED)
+    ids, said = chat.encode(unmarked, [turn("user", "ce"), turn("assistant", answer)])
+    assert runs(ids, said) == [[*tok.encode(answer), tok.special(TURN_END)]]
+
+
+def test_only_eos_ends_an_answer_where_the_template_takes_no_exchange(tok):
+    refuses = tokenizer.SentencePiece(tok.model, "{{ raise_exception('a system message must come first') }}")
+    assert chat.stop_ids(refuses) == [tok.eos]
+
+
+def test_a_bos_that_the_template_puts_in_front_is_left_to_the_caller(tok):
+    with_bos = tokenizer.SentencePiece(tok.model, "{{ bos_token }}" + tokenizer.CHATML)
+    for prompt in (False, True):
+        assert chat.encode(with_bos, MULTI_TURN, prompt) == chat.encode(tok, MULTI_TURN, prompt)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -30,6 +30,14 @@ CHAT = [
     {"role": "user", "content": "gu"},
     {"role": "assistant", "content": "ha je"},
 ]
+
+
+LLAMA2 = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} \
+{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+HARMONY = """{% for m in messages %}<s>{{ m.role }}{% if m.role == 'assistant' %}[INST]final{% endif %}\
+<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<s>assistant{% endif %}"""
+PLAIN = """{% for m in messages %}<|start_header_id|>{{ m.role }} {{ m.name }}<|end_header_id|>{{ m.content }}\
+<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>{% endif %}"""
 
 
 def learn(kind: str) -> tokenizers.Tokenizer:
@@ -83,8 +91,70 @@ def test_text_survives_and_never_becomes_a_special_token(tok, text):
     assert tok.byte_lengths()[ids].sum() == len(text.encode())
 
 
+def edited(folder, edit, kind: str = "bytes", template: str = LLAMA) -> str:
+    """A folder with a tokenizer.json that `edit` has changed."""
+    path = write(folder, kind, template)
+    facts = json.loads((folder / "tokenizer.json").read_text())
+    edit(facts)
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    return path
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["special", "plain"])
+def stripping(request, tmp_path_factory) -> tokenizer.Tokenizer:
+    """Its added tokens take the white space around them, as Phi-3's do; `plain` ones but EOS stand for text."""
+
+    def strip(facts):
+        for token in facts["added_tokens"]:
+            token |= {"lstrip": True, "rstrip": True, "special": request.param or token["content"] == END}
+
+    return tokenizer.load(edited(tmp_path_factory.mktemp("hf") / "a", strip))
+
+
+@given(TEXTS)
+def test_added_tokens_leave_the_white_space_around_them(stripping, text):
+    ids = stripping.encode(text)
+    assert stripping.decode(ids) == text and not set(ids) & set(stripping.specials.values())
+    assert stripping.byte_lengths()[ids].sum() == len(text.encode())
+
+
+def unigram(folder) -> str:
+    """A Unigram model with byte fallback, which has its special tokens among its pieces."""
+    pieces = [("<unk>", 0.0), *((name, 0.0) for name in SPECIALS), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
+    pieces += [(character, -5.0) for character in "\u2581abcdefghi<>/|"]
+    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(list(SPECIALS))
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["unigram", "ignore_merges"])
+def knowing(request, tmp_path_factory) -> tokenizer.Tokenizer:
+    """The model itself would find the names of special tokens in a text."""
+    folder = tmp_path_factory.mktemp("hf") / "a"
+    if request.param == "unigram":
+        return tokenizer.load(unigram(folder))
+    return tokenizer.load(edited(folder, lambda facts: facts["model"].update(ignore_merges=True), "fallback"))
+
+
+@given(TEXTS)
+@example(END)
+@example("<s><")
+@example("a<s><s>s><<s")
+def test_a_model_with_special_tokens_among_its_pieces_keeps_them_from_text(knowing, text):
+    text = text.replace("\u2581", "_")
+    ids = knowing.encode(text)
+    assert knowing.decode(ids) == text and not set(ids) & set(knowing.specials.values())
+    assert knowing.byte_lengths()[ids].sum() == len(text.encode())
+
+
 def test_half_a_surrogate_pair_becomes_a_question_mark(tok):
     assert tok.decode(tok.encode("a\ud83d b")) == "a? b"
+    assert trained(tok, [CHAT[1], {"role": "assistant", "content": "a\ud83d b"}]) == f"a? b{TURN}"
 
 
 def test_what_is_saved_is_the_same_tokenizer(tok, tmp_path):
@@ -104,6 +174,11 @@ def test_without_a_template_there_is_chatml_and_its_tags_are_added(tmp_path):
     tok.save(tmp_path / "b")
     assert tokenizer.load(str(tmp_path / "b")).vocab_size == tok.vocab_size
     assert tok.sha256 != tokenizer.load(write(tmp_path / "c", template=LLAMA)).sha256
+
+
+def test_tokenizers_that_differ_only_in_their_eos_are_told_apart(tmp_path):
+    one, other = (tokenizer.load(write(tmp_path / name, "bytes", LLAMA, eos_token=name)) for name in (END, TURN))
+    assert one._json == other._json and one.eos != other.eos and one.sha256 != other.sha256
 
 
 def test_a_template_is_found_wherever_it_is_kept(tmp_path):
@@ -126,9 +201,19 @@ def test_the_names_of_special_tokens_may_be_in_a_file_of_their_own(tmp_path):
     assert (tok.eos, tok.bos) == (tok.special(END), tok.special("<s>"))
 
 
-def test_a_tokenizer_that_changes_text_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="^tokenizer .*: text does not survive it"):
-        tokenizer.load(write(tmp_path / "a", "wordpiece"))
+def test_the_config_goes_before_the_map_of_special_tokens(tmp_path):
+    folder = write(tmp_path / "a", eos_token=TURN, add_bos_token=True, pad_token=None, unk_token="nowhere")
+    (tmp_path / "a" / "special_tokens_map.json").write_text(json.dumps({"eos_token": END, "bos_token": HEAD}))
+    tok = tokenizer.load(folder)
+    assert tok.names == {"eos_token": TURN, "bos_token": HEAD}
+
+
+def test_a_tokenizer_that_changes_text_is_refused_in_one_line(tmp_path):
+    spaced = edited(tmp_path / "b", lambda facts: facts["pre_tokenizer"].update(add_prefix_space=True))
+    for folder in (write(tmp_path / "a", "wordpiece"), spaced):
+        with pytest.raises(UsageError, match=f"^tokenizer {folder}: text does not survive it") as e:
+            tokenizer.load(folder)
+        assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}'])
@@ -136,6 +221,30 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}: not a tokenizer.json$"):
         tokenizer.load(str(tmp_path))
+
+
+def test_a_broken_config_is_refused_in_one_line(tmp_path):
+    folder = write(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token":\n')
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: ") as e:
+        tokenizer.load(folder)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_json_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/tokenizer.json: no such file$"):
+        tokenizer.load(f"{tmp_path}/tokenizer.json")
+
+
+def test_what_the_hub_gives_is_loaded_if_there_is_a_tokenizer_in_it(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    folder = write(tmp_path / "a", "bytes", LLAMA)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: folder)
+    assert tokenizer.load("some/name").sha256 == tokenizer.load(folder).sha256
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="^tokenizer some/name: the Hugging Face hub has no tokenizer.json"):
+        tokenizer.load("some/name")
 
 
 def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(monkeypatch):
@@ -184,6 +293,23 @@ def test_the_symbol_behind_an_answer_is_trained_also_where_the_template_leaves_i
     assert chat.stop_ids(inst) == [inst.eos]
 
 
+@pytest.mark.parametrize("template", [INST, LLAMA2])
+def test_only_the_answers_of_llama_2_and_the_eos_behind_each_are_trained(tok, template):
+    tok = with_template(tok, template)
+    ids, said = chat.encode(tok, CHAT[1:])
+    assert trained(tok, CHAT[1:]).replace(" di", "di").replace(" ha", "ha") == f"di fo.{END}ha je{END}"
+    assert "".join(spelled(tok, ids)) == f"[INST] ba ce? [/INST] di fo.{END}[INST] gu [/INST] ha je{END}"
+    assert tok.bos not in ids and chat.stop_ids(tok) == [tok.eos]
+    prompt, _ = chat.encode(tok, CHAT[1:2], prompt=True)
+    assert ids[: len(prompt)] == prompt and not any(said[: len(prompt)])
+
+
+def test_symbols_in_front_of_an_answer_are_trained_and_do_not_end_it(tok):
+    tok = with_template(tok, HARMONY)
+    assert trained(tok, CHAT[1:3]) == f"[INST]final{TAIL}di fo.{TURN}"
+    assert set(chat.stop_ids(tok)) == {tok.eos, tok.special(TURN)}
+
+
 def test_marked_and_unmarked_templates_train_the_same(tok):
     marked = LLAMA.replace(
         "{{ m.content | trim }}<|eot_id|>",
@@ -202,6 +328,22 @@ def test_no_message_adds_a_special_token(tok, asked, answered, role):
     assert [i for i in spelled(tok, ids) if i in tok.specials] == [HEAD, TAIL, TURN] * 2
 
 
+@given(TEXTS, TEXTS, TEXTS)
+def test_text_of_messages_survives_also_under_other_keys(tok, asked, answered, name):
+    asked, answered, name = (
+        text.replace("\u2581", "_").translate(dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2")))
+        for text in (asked, answered, name)
+    )
+    tok = with_template(tok, PLAIN)
+    messages = [
+        {"role": "user", "content": asked, "name": name},
+        {"role": "assistant", "content": answered, "name": name},
+    ]
+    ids, _ = chat.encode(tok, messages)
+    assert tok.decode(ids) == f"user {name}{asked}assistant {name}{answered}"
+    assert [i for i in spelled(tok, ids) if i in tok.specials] == [HEAD, TAIL, TURN] * 2
+
+
 def test_a_template_that_forgets_earlier_turns_is_refused(tok):
     forgets = LLAMA.replace("{% for m in messages %}", "{% for m in messages[-2:] %}")
     with pytest.raises(UsageError, match="put {% generation %} and {% endgeneration %} around"):
@@ -209,6 +351,8 @@ def test_a_template_that_forgets_earlier_turns_is_refused(tok):
 
 
 BAD = {"{{ raise_exception('roles must alternate') }}": "refuses a conversation: roles must alternate"}
+BAD |= {"{{ raise_exception('one\n\ntwo') }}": "refuses a conversation: one two"}
+BAD |= {"{{ '{0.__class__.__mro__}'.format('') }}": "is unsafe", "{{ strftime_now.__self__.now() }}": "is unsafe"}
 BAD |= {"{% for %}": "does not take", "{{ a.b.c }}": "'a' is undefined", "{{ messages[99].content }}": "does not take"}
 BAD |= {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "does not take", "{{ messages.append(1) }}": "does not take"}
 

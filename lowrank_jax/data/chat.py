@@ -56,8 +56,11 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
         ids, said = encode(tokenizer, exchange)
     except UsageError:  # a template that takes no such exchange
         return [tokenizer.eos]
-    ends = {i for i, speaks in zip(ids, said) if speaks} & set(tokenizer.specials.values())
-    return sorted({tokenizer.eos, *ends})
+    specials = set(tokenizer.specials.values())
+    spoken = [i for i, speaks in zip(ids, said) if speaks]
+    # The symbols before the answer say how it is meant, as <|channel|> does: they do not end it.
+    text = max((k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i])), default=-1)
+    return sorted({tokenizer.eos, *specials.intersection(spoken[text + 1 :])})
 
 
 def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
@@ -152,4 +155,4 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _refuse(reason: str):
-    raise UsageError(f"the chat template refuses a conversation: {reason}")
+    raise UsageError(f"the chat template refuses a conversation: {' '.join(str(reason).split())[:200]}")

@@ -134,7 +134,10 @@ class HuggingFace(Tokenizer):
     """
 
     def __init__(self, text: str, config: dict, chat_template: str | None):
-        self._tok = tokenizers.Tokenizer.from_str(text)
+        facts = json.loads(text)
+        for token in facts.get("added_tokens", []):  # they would swallow the white space around them
+            token |= {"lstrip": False, "rstrip": False}
+        self._tok = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
         self._tok.no_truncation()
         self._tok.no_padding()
         self.chat_template = chat_template or CHATML
@@ -154,11 +157,19 @@ class HuggingFace(Tokenizer):
         self.bos, self.eos = self.special(self.names["bos_token"]), self.special(self.names["eos_token"])
         self._json = self._tok.to_str()
         self._tok.encode_special_tokens = True  # text that looks like a special token is text
-        self.sha256 = hashlib.sha256(self._json.encode()).hexdigest()
+        self.sha256 = hashlib.sha256(f"{self._json} {self.bos} {self.eos}".encode()).hexdigest()
+        names = "|".join(map(re.escape, filter(None, self.specials)))
+        self._names, self._special_ids = re.compile(f"(?=(?:{names}))"), frozenset(self.specials.values())
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        return self._tok.encode(text, add_special_tokens=False).ids
+        ids = self._tok.encode(text, add_special_tokens=False).ids
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # The model itself has the symbols' names among its pieces, as Unigram may: no part shall have a whole one.
+        cuts = [m.start() + 1 for m in self._names.finditer(text)]
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
+        return [i for part in parts for i in self._tok.encode(part, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tok.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -194,7 +205,7 @@ def load(path: str) -> Tokenizer:
     except Exception:  # `tokenizers` raises nothing more precise
         what = JSON_FILE if _is_json(path) else "SentencePiece model"
         raise UsageError(f"tokenizer {path}: not a {what}") from None
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+    if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, PROBE.lstrip())):
         raise UsageError(f"tokenizer {path}: text does not survive it; train one with scripts/train_tokenizer.py")
     return tokenizer
 
@@ -221,6 +232,8 @@ def _load(path: str) -> Tokenizer:
             (t["template"] for t in inside if t.get("name") == "default"), inside[0]["template"] if inside else None
         )
     text = _read(os.path.join(path, JSON_FILE) if os.path.isdir(path) else path)
+    if text is None:
+        raise FileNotFoundError(path)
     return HuggingFace(text, config, template or inside)
 
 
