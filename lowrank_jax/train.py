@@ -21,6 +21,7 @@ from lowrank_jax.stages import Stage
 from lowrank_jax.trained import Trained
 
 SAMPLE_TOKENS = 120
+SHOWN_TOKENS = 300  # of the first row of SFT
 NOTES = 5  # skips and retries that are told on the terminal; the ledger has them all
 START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None}
 
@@ -171,9 +172,8 @@ def _feed(config: RunConfig, stage: Stage, tok: Tokenizer, meter: Meter, at: dic
     def place(at_step: int, batch: stream.Batch) -> dict:
         if chats and at_step == stage.phase_start:
             marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
-            meter.say(
-                f"the first row of {stage.phase}, with marks around what is trained:\n{packing.show(batch, tok, marks)}"
-            )
+            shown = packing.show(batch, tok, marks, SHOWN_TOKENS)
+            meter.say(f"how {stage.phase} begins, with marks around what is trained:\n{shown}")
         if faults.due("nan", "step", at_step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")
         return step.to_device(batch, stages.stage_at(plan, at_step))

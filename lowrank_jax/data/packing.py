@@ -226,10 +226,10 @@ class Lane:
             raise UsageError(f"a whole epoch of every source held no document to train on{why}")
 
 
-def show(batch: Batch, tokenizer: Tokenizer, marks: tuple[str, str]) -> str:
-    """The first row of a batch as text, with `marks` around what is trained."""
+def show(batch: Batch, tokenizer: Tokenizer, marks: tuple[str, str], tokens: int) -> str:
+    """The first `tokens` of a batch's first row as text, with `marks` around what is trained."""
     names = {i: name for name, i in tokenizer.specials.items()}
-    row = {key: array[0] for key, array in batch.items()}
+    row = {key: array[0][:tokens] for key, array in batch.items()}
     used = int((row["segments"] > 0).sum())
     ids, learnt = [row["tokens"][0], *row["targets"][:used]], [False, *(row["weights"][:used] > 0)]
     text, start = "", 0
