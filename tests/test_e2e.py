@@ -316,9 +316,7 @@ def every_kind(data, tok, tmp_path_factory) -> dict:
 
 def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_three_times_in_a_row(data, every_kind, tmp_path):
     code, _, err = train(data, tmp_path / "alone", **every_kind)
-    assert (
-        code == 0 and "how sft begins, with marks around what is trained:\n" in err and "<|im_end|>]]" in err
-    ), err
+    assert code == 0 and "how sft begins, with marks around what is trained:\n" in err and "<|im_end|>]]" in err, err
     flaky = ",".join(f"io@read={n}" for n in range(400, 4000, 400))
     for faults in ("kill@step=6", f"kill@step=40,{flaky}", "kill@step=63", flaky):
         code, _, err = train(data, tmp_path / "killed", faults=faults, **every_kind)
