@@ -8,12 +8,24 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     # type_safe is off because sources may be text or a list; lowrank_jax/config.py checks every key and type.
-    return ConfigDict({"seed": 0, "precision": "auto"} | groups(), type_safe=False)
+    return ConfigDict(run() | groups(), type_safe=False)
+
+
+def run() -> dict:
+    return {
+        "seed": 0,
+        # fp32 | bf16 | fp16 (with a dynamic loss scale) | fp8 (the MLP's and other wide matmuls; the rest is bf16) |
+        # auto, which is bf16 on an accelerator and fp32 on a CPU. Weights and optimizer state are always kept in fp32.
+        "precision": "auto",
+        "memory_gb": 0.0,  # GiB of a device that training may use; 0: 90% of what the device has
+        "init_from": "",  # a run's folder to take the first weights (and the tokenizer) from, also a shallower one's
+        "track": "tensorboard",  # any of tensorboard, wandb, mlflow; empty: none
+        "profile": 0,  # steps to trace with jax.profiler once training is under way, into FOLDER/profile; 0: off
+    }
 
 
 def groups() -> dict:
     return {
-        # precision: auto is bf16 on an accelerator and fp32 on a CPU; or fp32, bf16. Weights are always kept in fp32.
         "model": {
             "vocab": 0,  # 0: the tokenizer's size
             "d": 512,  # width
@@ -32,7 +44,9 @@ def groups() -> dict:
             # One compiled block for all layers, so that compile time does not grow with depth. False unrolls them: the
             # quickstart's step runs 1.1 times as fast on a CPU (scripts/bench_step.py ... model.scan=True).
             "scan": True,
-            "remat": False,  # recompute each block in the backward pass: less memory, a third more work
+            # Recompute each block in the backward pass: less memory, a third more work. Done anyway where not even one
+            # row fits without it.
+            "remat": False,
         },
         "optim": {
             "name": "muon",  # muon (matrices; AdamW for the rest) | adamw
@@ -40,6 +54,14 @@ def groups() -> dict:
             "beta2": 0.95,
             "weight_decay": 0.1,  # on the blocks' matrices
             "clip": 1.0,  # gradient norm; 0: off
+            "z_loss": 0.0,  # weight of the mean squared log of the softmax's normaliser, such as 1e-4
+            "label_smoothing": 0.0,  # share of the target that is spread over the vocabulary
+            # Decay of an average of the weights over the steps of a phase, such as 0.999: that average is what is
+            # evaluated, used, and trained on from in the next phase. 0: off
+            "ema": 0.0,
+            # An update whose loss or gradient norm is not finite is skipped, and so is one whose loss or log gradient
+            # norm lies this many running deviations above the running mean; 0: only the former.
+            "skip_sigma": 8.0,
         },
         "tokenizer": {
             "path": "",  # a SentencePiece model, or a run's tokenizer folder; empty: learn one from the sources
@@ -59,6 +81,7 @@ def groups() -> dict:
             "save": 1000,  # steps; also at the end of a phase
             "save_minutes": 15.0,  # and at least this often; 0: off
             "keep": 3,  # newest checkpoints to keep
+            "fp8_check": 100,  # steps; the loss is computed in bf16 too, and fp8 given up where they disagree
         },
     }
 
@@ -68,19 +91,25 @@ def phase(**changes) -> dict:
     return {
         # "kind:location, kind:location@weight, ...": text, json, parquet, hf, tfds, arrayrecord or builtin, see
         # docs/custom_dataset.md. Weights are shares of the tokens, 1 unless given; @0:0.7/1000:0.3 changes with the
-        # step of the phase. Or a list (on the command line, as JSON text) of {"spec": "json:my/*.jsonl", "weight": 2.0,
-        # "text_key": "body", "messages_key": "turns", "split": "train"}.
+        # step of the phase. Or a list (on the command line, as JSON text) of {"spec": "json:my/*.jsonl",
+        # "weight": 2.0, "text_key": "body", "messages_key": "turns", "split": "train"}.
         "sources": "builtin:quickstart",
         "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
         "tokens_per_param": 25.0,
         "tokens_per_step": 49_152,  # 3 x 2^14: divisible by 256, 512, 768, 1024, 1536, 2048, ...
-        "microbatch_tokens": 0,  # most tokens at a time (but a whole row); the rest is accumulated. 0: all at once
+        # Most tokens at a time (but a whole row); the rest is accumulated. 0: as many as fit into memory. Lowered
+        # where even these do not fit.
+        "microbatch_tokens": 0,
         "block": 1024,  # sequence length, or with auto_grow the first one
         "auto_grow": False,
         "grow_plan": "",  # rising lengths, such as 256,512,1024
         "grow_every_steps": 1000,  # steps at each length; the last one keeps the rest
         "lr": 1e-2,  # peak
-        "schedule": "wsd",  # wsd (warmup, stable, linear decay) | cosine
+        "lr_core": 0.0,  # peak of the blocks' weights; 0: lr
+        "lr_head": 0.0,  # peak of the embedding (the head, too) and the last norm; 0: lr
+        # Weights that stay as they are, as a regular expression of their paths, such as "embed|norm" or "^blocks".
+        "freeze": "",
+        "schedule": "wsd",  # wsd (warmup, stable, linear decay) | cosine | linear
         "warmup": 0.02,  # share of the phase's steps
         "cooldown": 0.3,  # share of the phase's steps (wsd)
         "lr_end": 0.0,  # where the schedule ends, as a share of lr

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lowrank_jax import faults, workdir
+from lowrank_jax.cli import say
 from lowrank_jax.config import RunFailure, UsageError
 
 # Orbax narrates every opened folder, and repeats through asyncio each failed part of a write; we report it in one line.
@@ -109,9 +110,11 @@ class Checkpoints:
             except Exception as e:  # what orbax raises for a truncated array has no narrower class
                 broken.append((step, " ".join(str(e).split())[:200]))
                 continue
-            for failed, reason in broken if delete_broken else []:
-                workdir.log_event(self.folder, "restore_failed", failed, reason=reason)
-                self._manager.delete(failed)
+            for failed, reason in broken:
+                say(f"warning: the checkpoint of step {failed} is damaged ({reason}); using step {step}")
+                if delete_broken:
+                    workdir.log_event(self.folder, "restore_failed", failed, reason=reason)
+                    self._manager.delete(failed)
             return restored.state, progress
         if broken:
             raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")

@@ -6,13 +6,17 @@ knows them, and it hands on a frozen RunConfig.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
+import platform
 import signal
 import sys
 
 from absl import flags
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 
@@ -61,10 +65,36 @@ def read_config(config_args: list[str]) -> RunConfig:
     return RunConfig.from_dict(config)
 
 
+def say(line: str) -> None:
+    """A line for the person who watches; stdout stays for results, the progress bar and --json."""
+    with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop
+        tqdm.write(line, file=sys.stderr)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a place, or none by being empty."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax  # here, so that --help and a mistake in a flag do not wait for it
+
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lowrank_jax", _machine()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _machine() -> str:
+    """Names this kind of CPU: a program made for one with more instructions ends with a signal on another."""
+    flags = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        flags = next((line for line in f if line.startswith(("flags", "Features"))), "")
+    return f"xla-{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
 def main(command, argv: list[str] | None = None) -> None:
     """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        use_compilation_cache()
         result = command(argv)
         if result is not None and "--json" in argv:
             print(json.dumps(result), flush=True)
@@ -77,6 +107,12 @@ def main(command, argv: list[str] | None = None) -> None:
         _fail(e, 1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except SystemExit as e:
+        if isinstance(e.code, int) and e.code > 128:  # a compilation may be under way, and would hold up the exit
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(e.code)
+        raise
 
 
 def _fail(e: Exception, status: int):

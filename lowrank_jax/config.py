@@ -89,6 +89,9 @@ class PhaseConfig:
     grow_plan: tuple[int, ...]
     grow_every_steps: int
     lr: float
+    lr_core: float
+    lr_head: float
+    freeze: str
     schedule: str
     warmup: float
     cooldown: float
@@ -107,6 +110,10 @@ class OptimConfig:
     beta2: float
     weight_decay: float
     clip: float
+    z_loss: float
+    label_smoothing: float
+    ema: float
+    skip_sigma: float
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,17 @@ class EveryConfig:
     save: int
     save_minutes: float
     keep: int
+    fp8_check: int
 
 
 @dataclass(frozen=True)
 class RunConfig:
     seed: int
     precision: str
+    memory_gb: float
+    init_from: str
+    track: tuple[str, ...]
+    profile: int
     model: ModelConfig
     optim: OptimConfig
     tokenizer: TokenizerConfig
@@ -160,6 +172,9 @@ class RunConfig:
 # ---------------------------------------------------------------------------------------- plain values to dataclasses
 
 
+_LISTS = {tuple[int, ...]: "256,512,1024", tuple[float, ...]: "1,1,3,3", tuple[str, ...]: "tensorboard,wandb"}
+
+
 def _build(cls, values, path: str):
     if not isinstance(values, dict):
         raise UsageError(f"{path} must be a group of keys, not {values!r}")
@@ -184,7 +199,7 @@ def _convert(hint, value, path: str):
     if typing.get_origin(hint) is tuple:
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
-            raise UsageError(f"{path}={value!r} must be a list of numbers, such as 256,512,1024")
+            raise UsageError(f"{path}={value!r} must be a list, such as {_LISTS[hint]}")
         return tuple(_convert(typing.get_args(hint)[0], item, path) for item in items if item != "")
     if hint is bool and isinstance(value, bool):
         return value
@@ -279,7 +294,7 @@ def _check_phase(p: PhaseConfig, name: str) -> None:
     _require(len(p.sources) > 0, f"{path}.sources is empty; name at least one, such as text:my/*.txt")
     for key in ("tokens_per_step", "block", "lr"):
         _require(getattr(p, key) > 0, f"{path}.{key}={getattr(p, key)} must be above 0")
-    for key in ("microbatch_tokens", "tokens_per_param"):
+    for key in ("microbatch_tokens", "tokens_per_param", "lr_core", "lr_head"):
         _require(getattr(p, key) >= 0, f"{path}.{key}={getattr(p, key)} must not be negative")
     _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param must not both be 0")
     for key in ("warmup", "cooldown", "lr_end"):
@@ -292,7 +307,11 @@ def _check_phase(p: PhaseConfig, name: str) -> None:
         some = any([w for step, w in source.weight if step <= first][-1] > 0 for source in p.sources)
         _require(some, f"{path}.sources: from step {first} on every weight is 0")
     _require(p.eval_tokens > 0, f"{path}.eval_tokens={p.eval_tokens} must be above 0")
-    _one_of(p.schedule, ("wsd", "cosine"), f"{path}.schedule")
+    _one_of(p.schedule, ("wsd", "cosine", "linear"), f"{path}.schedule")
+    try:
+        re.compile(p.freeze)
+    except re.error as e:
+        raise UsageError(f"{path}.freeze={p.freeze!r} is not a regular expression: {e}") from None
     if p.auto_grow:
         _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty though {path}.auto_grow is True")
         rising = all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:]))
@@ -319,15 +338,19 @@ def _check_phase(p: PhaseConfig, name: str) -> None:
 
 
 def _check_rest(c: RunConfig) -> None:
-    _one_of(c.precision, ("auto", "fp32", "bf16"), "config.precision")
+    _one_of(c.precision, ("auto", "fp32", "bf16", "fp16", "fp8"), "config.precision")
+    _require(c.memory_gb >= 0, f"config.memory_gb={c.memory_gb} must not be negative")
+    _require(c.profile >= 0, f"config.profile={c.profile} must not be negative")
+    for name in c.track:
+        _one_of(name, ("tensorboard", "wandb", "mlflow"), "config.track")
     _one_of(c.optim.name, ("muon", "adamw"), "config.optim.name")
-    for key in ("beta1", "beta2"):
+    for key in ("beta1", "beta2", "label_smoothing", "ema"):
         _require(0 <= getattr(c.optim, key) < 1, f"config.optim.{key}={getattr(c.optim, key)} must be in [0, 1)")
-    for key in ("weight_decay", "clip"):
+    for key in ("weight_decay", "clip", "z_loss", "skip_sigma"):
         _require(getattr(c.optim, key) >= 0, f"config.optim.{key} must not be negative")
     _require(c.seed >= 0, f"config.seed={c.seed} must not be negative")
     _require(c.tokenizer.path != "" or c.tokenizer.vocab_size > 0, "config.tokenizer needs a path or a vocab_size")
     _require(c.tokenizer.train_bytes > 0, "config.tokenizer.train_bytes must be above 0")
-    for key in ("log", "eval", "save", "keep"):
+    for key in ("log", "eval", "save", "keep", "fp8_check"):
         _require(getattr(c.every, key) >= 1, f"config.every.{key}={getattr(c.every, key)} must be at least 1")
     _require(c.every.save_minutes >= 0, "config.every.save_minutes must not be negative")

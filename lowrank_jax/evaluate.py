@@ -8,6 +8,7 @@ context for them.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -16,19 +17,38 @@ from lowrank_jax import cli, loss, model, precision, stages
 from lowrank_jax.config import PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.interrupt import Interrupted
 from lowrank_jax.trained import open_run
 
 ROW_TOKENS = 8192  # tokens evaluated at a time
 
 
-def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note) -> list[stream.Batch]:
-    """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
-    return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
+def held_out(
+    p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note, at_a_time: int = ROW_TOKENS
+) -> list[stream.Batch]:
+    """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row.
+
+    A batch has at most `at_a_time` tokens, or one row.
+    """
+    return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens, at_a_time)
 
 
-def evaluate(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:
-    """{loss (nats a token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`."""
-    nats = sum(float(_loss_sum(config, params, batch)) for batch in batches)
+def evaluate(
+    config: RunConfig,
+    params: dict,
+    batches: list[stream.Batch],
+    byte_lengths: np.ndarray,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """{loss (nats a token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`.
+
+    Raises Interrupted between two batches once `stop()` says so.
+    """
+    nats = 0.0
+    for batch in batches:
+        if stop():
+            raise Interrupted
+        nats += float(_loss_sum(config, params, batch))
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     size = sum(float((byte_lengths[batch["targets"]] * batch["weights"]).sum()) for batch in batches)
     mean = nats / max(tokens, 1)
@@ -39,13 +59,13 @@ def evaluate(config: RunConfig, params: dict, batches: list[stream.Batch], byte_
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array:
-    dtype = precision.compute_dtype(config.precision)
+    dtype = precision.policy(config.precision).dtype
     x_BTD, _ = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
     return loss.cross_entropy_sum(model.logits(config.model, params, x_BTD), batch["targets"], batch["weights"])
 
 
-def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
-    batches, rows = [], max(1, min(tokens, ROW_TOKENS) // length)
+def _batches(documents: stream.Stream, length: int, tokens: int, at_a_time: int = ROW_TOKENS) -> list[stream.Batch]:
+    batches, rows = [], max(1, min(tokens, ROW_TOKENS, at_a_time) // length)
     while len(batches) * rows * length < tokens:
         batch = documents.next(rows, length)
         if batch is None and not batches and rows > 1:

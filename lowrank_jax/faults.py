@@ -6,6 +6,8 @@
 | kill@save=N | SIGKILL while this process writes its N-th checkpoint |
 | term@step=N | SIGTERM before the N-th update |
 | nan@step=N | the N-th update sees NaN losses |
+| oom@step=N | the N-th update finds no memory, once: its state is lost, as where a donated buffer is |
+| fp8@step=N | the look at bf16 before the N-th update finds fp8 to be off |
 | io@read=N | reading the N-th record that this process reads fails with an I/O error, once |
 """
 
@@ -14,12 +16,16 @@ import os
 import re
 import signal
 
+import jax
+
 from lowrank_jax.config import UsageError
 
 VARIABLE = "LOWRANK_FAULTS"
-_KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("io", "read")}
+_KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("oom", "step"), ("fp8", "step")}
+_KNOWN |= {("io", "read")}
 
 _reads = itertools.count(1)
+_struck: set[tuple[str, str, int]] = set()
 
 
 def check() -> None:
@@ -38,6 +44,15 @@ def strike(place: str, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if due("term", place, count):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_out_of_memory(step: int, state) -> None:
+    """Loses the arrays of `state` and raises what a device without memory does, if that was asked for at this step."""
+    fault = ("oom", "step", step)
+    if due(*fault) and fault not in _struck:
+        _struck.add(fault)
+        jax.tree.map(lambda x: x.delete(), state)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory, as LOWRANK_FAULTS asked for")
 
 
 def strike_read() -> None:

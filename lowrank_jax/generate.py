@@ -92,7 +92,7 @@ class Model:
 
     def __init__(self, trained: Trained):
         self.config, self.tokenizer, self.params, self.progress = trained
-        self._dtype = precision.compute_dtype(self.config.precision)
+        self._dtype = precision.policy(self.config.precision).dtype
         self._stop_ids = chat.stop_ids(self.tokenizer)
         self._compiled: set[tuple] = set()
 

@@ -3,18 +3,17 @@
 python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-from lowrank_jax import cli, plan, train, workdir
+import functools
+
+from lowrank_jax import cli, interrupt, train
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder; if it holds a run, that run goes on")
-    with train.signals() as received:
+    with interrupt.signals() as received:
         args, config = parser.parse_with_config(argv)
-        held = workdir.holds_run(args.workdir)
-        vocab = workdir.read_config(args.workdir).model.vocab if held else plan.vocab(config)
-        print(plan.table(plan.describe(config.with_vocab(vocab))), flush=True)
-        finish = train.run(config, args.workdir, received)
+        finish = train.run(config, args.workdir, received, show=functools.partial(print, flush=True))
     print(f"done: step {finish['step']}, {finish['tokens']:,} tokens; report: {args.workdir}/report.html", flush=True)
     return finish
 

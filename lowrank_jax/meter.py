@@ -1,15 +1,18 @@
 """What a run tells as it goes: rows of metrics.jsonl, a progress bar on a terminal, a line for each milestone."""
 
-import contextlib
 import math
 import sys
 import time
 
 from tqdm import tqdm
 
-from lowrank_jax import costs, precision, workdir
+from lowrank_jax import costs, devices, track, workdir
+from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig, RunFailure
+from lowrank_jax.fit import Fit
 from lowrank_jax.stages import Stage
+
+MOST_IN_A_ROW = 20  # refused updates, after which a run is not going to recover by itself
 
 
 class Meter:
@@ -18,25 +21,20 @@ class Meter:
     def __init__(self, config: RunConfig, folder: str, total: int, done: int):
         self.config, self.folder = config, folder
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stdout.isatty(), file=sys.stdout)
+        self.trackers = track.open_trackers(config.track, folder, config.to_dict(), done)
         self.step = done
-        self._pending, self._step_seconds, self._peak = None, None, precision.peak_flops()
+        self._pending, self._step_seconds, self._switching = None, None, None
+        self._peak = devices.peak_flops()
         self.restart_clock()
 
     def close(self) -> None:
         self.bar.close()
-
-    def say(self, line: str) -> None:
-        """A line for the person who watches; stdout stays for the progress bar and --json."""
-        with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop training
-            tqdm.write(line, file=sys.stderr)
+        for tracker in self.trackers:
+            tracker.close()
 
     def restart_clock(self) -> None:
         """Leaves whatever was not training out of tokens/s."""
         self._clock, self._tokens, self._flops = time.monotonic(), 0, 0.0
-
-    def in_steps(self, seconds: float) -> float | None:
-        """How many steps could have been taken in this time; None before the first."""
-        return round(seconds / self._step_seconds, 2) if self._step_seconds else None
 
     def add(self, stage: Stage, at: dict, metrics: dict) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the one before."""
@@ -44,35 +42,76 @@ class Meter:
         self.step, self._pending = at["step"], (stage, at, metrics)
 
     def flush(self) -> None:
-        """Reads the pending step's metrics, which waits for it; raises RunFailure if its loss is not finite."""
+        """Reads the pending step's metrics, which waits for it; raises RunFailure after too many refused updates."""
         if self._pending is None:
             return
         stage, at, metrics = self._pending
         self._pending = None
-        loss, lr, grad_norm = (float(metrics[key]) for key in ("loss", "lr", "grad_norm"))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            workdir.log_event(self.folder, "nan", at["step"], loss=str(loss), grad_norm=str(grad_norm))
-            raise RunFailure(
-                f"the loss is {loss} and the gradient norm {grad_norm} at step {at['step']}; "
-                "the newest checkpoint is from before it: lower the learning rate and run again"
-            )
+        values = {name: float(x) for name, x in metrics.items()}
+        if not values["ok"]:
+            self._refused(stage, at, values)
         self._tokens += stage.tokens_per_step
         self._flops += costs.train_flops_per_token(self.config.model, stage.seq_len) * stage.tokens_per_step
         seconds = max(time.monotonic() - self._clock, 1e-9)
         speed = self._tokens / seconds
         self._step_seconds = stage.tokens_per_step / speed
         self.bar.update(1)
-        self.bar.set_postfix_str(f"{stage.name} loss {loss:.3f} {speed:,.0f} tokens/s", refresh=False)
+        self.bar.set_postfix_str(f"{stage.name} loss {values['loss']:.3f} {speed:,.0f} tokens/s", refresh=False)
         if at["step"] % self.config.every.log == 0 or at["step"] == stage.phase_start + stage.phase_steps:
             row = {"step": at["step"], "phase": stage.phase, "stage": stage.name, "seq_len": stage.seq_len}
-            row |= {"batch": stage.batch, "tokens": at["tokens"], "loss": loss, "lr": lr, "grad_norm": grad_norm}
+            row |= {"batch": stage.batch, "tokens": at["tokens"]}
+            row |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
             row |= {"tokens_per_s": round(speed, 1), "mfu": self._flops / seconds / self._peak if self._peak else None}
-            workdir.append(self.folder, "metrics.jsonl", row)
+            row |= {"skipped": int(values["refused"])}
+            row |= {"loss_scale": values["scale"]} if stage.precision == "fp16" else {}
+            self._write(row)
             self.restart_clock()
+
+    def _refused(self, stage: Stage, at: dict, values: dict) -> None:
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        facts = {"loss": _finite(values["loss"]), "grad_norm": _finite(values["grad_norm"])}
+        facts |= {"reason": "spike" if finite else "not finite", "in_a_row": int(values["in_a_row"])}
+        workdir.log_event(self.folder, "skip", at["step"], **facts)
+        say(f"step {at['step']}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
+        # Where fp8 is the cause, the next look at bf16 finds that out.
+        most = MOST_IN_A_ROW + (self.config.every.fp8_check if stage.precision == "fp8" else 0)
+        if values["in_a_row"] >= most:
+            raise RunFailure(
+                f"{most} updates in a row were refused, up to step {at['step']}: the loss is {values['loss']} and the "
+                f"gradient norm {values['grad_norm']}; the weights are as they were: lower the learning rate, or raise "
+                "config.optim.skip_sigma, and run again"
+            )
+
+    def begin_switch(self) -> None:
+        """The last step of one program is done, and the next one's is still to come."""
+        self.flush()
+        self._switching = time.monotonic(), self._step_seconds
+
+    def end_switch(self, found: Fit) -> None:
+        """The first step is done: what it took longer than a step did before is what the switch cost."""
+        self.flush()
+        began, ordinary = self._switching
+        seconds = time.monotonic() - began
+        stall = max(seconds - ordinary, 0.0) if ordinary else seconds
+        s = found.stage
+        facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": s.microbatch, "precision": s.precision}
+        facts |= {"compile_seconds": round(found.seconds, 3), "stall_seconds": round(stall, 3)}
+        facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
+        workdir.log_event(self.folder, "stage", self.step - 1, **facts)
+        say(f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens a step, {s.microbatch} rows at a time")
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
         row = {"step": at_step, "phase": stage.phase, "stage": stage.name, "split": stage.phase}
         row |= {"eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"], "eval_tokens": result["tokens"]}
+        self._write(row)
+        say(f"step {at_step}: held-out {stage.phase} {result['bits_per_byte']:.3f} bits per byte")
+
+    def _write(self, row: dict) -> None:
         workdir.append(self.folder, "metrics.jsonl", row)
-        self.say(f"step {at_step}: held-out {stage.phase} {result['bits_per_byte']:.3f} bits per byte")
-        self.restart_clock()
+        for tracker in self.trackers:
+            tracker.log(row["step"], track.values(row))
+
+
+def _finite(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None

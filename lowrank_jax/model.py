@@ -8,6 +8,7 @@ F mlp, V vocabulary, N layers. A name ends in its shape: `x_BTD`. Weights are [i
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,12 @@ class Linear(nnx.Module):
 
     down ~ N(0, 1/d_in) and up ~ N(0, 1/rank), so that the product has the variance of a dense fan-in init; `zero`
     starts the map at zero through its last factor. Without `has_down` only `up` is here, for a latent made elsewhere.
+    `matmul` multiplies by every weight of it, see `precision.Policy`.
     """
 
-    def __init__(self, rngs: nnx.Rngs, d_in: int, d_out: int, rank: int = 0, zero: bool = False, has_down: bool = True):
+    def __init__(self, matmul: Callable, rngs: nnx.Rngs, d_in: int, d_out: int, rank=0, zero=False, has_down=True):
+        self.matmul = matmul
+
         def normal(rows, columns, std):
             return nnx.Param(std * jax.random.normal(rngs.params(), (rows, columns)))
 
@@ -52,7 +56,15 @@ class Linear(nnx.Module):
         self.up = normal(rank, d_out, 0.0 if zero else rank**-0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.down[...] @ self.up[...] if hasattr(self, "up") else x @ self.kernel[...]
+        return self.expand(self.reduce(x)) if hasattr(self, "up") else self.matmul(x, self.kernel[...])
+
+    def reduce(self, x: jax.Array) -> jax.Array:
+        """[..., d_in] to the latent [..., rank]."""
+        return self.matmul(x, self.down[...])
+
+    def expand(self, c: jax.Array) -> jax.Array:
+        """The latent [..., rank] to [..., d_out]."""
+        return self.matmul(c, self.up[...])
 
 
 class Embedding(nnx.Module):
@@ -80,21 +92,21 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Low-rank Q, K, V and O. Only the latents c_K and c_V (one, when shared) are ever cached."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
         self.c = c
         rank_q, rank_k, rank_v, rank_o = c.ranks
-        self.q = Linear(rngs, c.d, c.d, rank_q)
-        self.k = Linear(rngs, c.d, c.d, rank_k)
-        self.v = Linear(rngs, c.d, c.d, rank_v, has_down=not c.shared_kv)
-        self.o = Linear(rngs, c.d, c.d, rank_o, zero=True)
+        self.q = Linear(matmul, rngs, c.d, c.d, rank_q)
+        self.k = Linear(matmul, rngs, c.d, c.d, rank_k)
+        self.v = Linear(matmul, rngs, c.d, c.d, rank_v, has_down=not c.shared_kv)
+        self.o = Linear(matmul, rngs, c.d, c.d, rank_o, zero=True)
 
     def _latent(self, x: jax.Array, linear: Linear) -> jax.Array:
         """The latent, normalised where the config says so. No gain: `up` would absorb it."""
-        c = x @ linear.down[...]
+        c = linear.reduce(x)
         return rms_norm(c) if self.c.latent_norm else c
 
     def _heads(self, c: jax.Array, linear: Linear) -> jax.Array:
-        return (c @ linear.up[...]).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
+        return linear.expand(c).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
 
     def _up_RHK(self, linear: Linear) -> jax.Array:
         return linear.up[...].reshape(-1, self.c.heads, self.c.head_dim)
@@ -139,19 +151,19 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (arXiv 2002.05202): (silu(x W_gate) * x W_up) W_out."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.gate = Linear(rngs, c.d, c.hidden, c.mlp_rank)
-        self.up = Linear(rngs, c.d, c.hidden, c.mlp_rank)
-        self.out = Linear(rngs, c.hidden, c.d, c.mlp_rank, zero=True)
+    def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
+        self.gate = Linear(matmul, rngs, c.d, c.hidden, c.mlp_rank)
+        self.up = Linear(matmul, rngs, c.d, c.hidden, c.mlp_rank)
+        self.out = Linear(matmul, rngs, c.hidden, c.d, c.mlp_rank, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nnx.Module):
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm, self.attention = Norm(c.d), Attention(c, rngs)
-        self.mlp_norm, self.mlp = Norm(c.d), MLP(c, rngs)
+    def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
+        self.attention_norm, self.attention = Norm(c.d), Attention(c, matmul, rngs)
+        self.mlp_norm, self.mlp = Norm(c.d), MLP(c, matmul, rngs)
 
     def __call__(self, x_BTD, segments_BT):
         out, latents = self.attention(self.attention_norm(x_BTD), segments_BT)
@@ -170,15 +182,22 @@ def init(c: ModelConfig, key: jax.Array) -> dict:
     weights = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
     return {
         "embed": weights(Embedding(c, nnx.Rngs(embed_key))),
-        "blocks": jax.vmap(lambda k: weights(Block(c, nnx.Rngs(k))))(jax.random.split(blocks_key, c.layers)),
+        "blocks": jax.vmap(lambda k: weights(Block(c, jnp.matmul, nnx.Rngs(k))))(
+            jax.random.split(blocks_key, c.layers)
+        ),
         "norm": weights(Norm(c.d)),
     }
 
 
-def features(c: ModelConfig, params: dict, tokens_BT, segments_BT=None, dtype=jnp.float32) -> tuple[jax.Array, dict]:
-    """The normalised last hidden state [B, T, D] and every layer's cache latents {name: [N, B, T, R]}, in `dtype`."""
+def features(
+    c: ModelConfig, params: dict, tokens_BT, segments_BT=None, dtype=jnp.float32, matmul: Callable = jnp.matmul
+) -> tuple[jax.Array, dict]:
+    """The normalised last hidden state [B, T, D] and every layer's cache latents {name: [N, B, T, R]}, in `dtype`.
+
+    `matmul` multiplies activations by the blocks' weights.
+    """
     params = _cast(params, dtype)
-    block = lambda x_BTD, weights: _block(c, weights)(x_BTD, segments_BT)
+    block = lambda x_BTD, weights: _block(c, weights, matmul)(x_BTD, segments_BT)
     x_BTD = _embedding(c, params)(tokens_BT)
     x_BTD, latents = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
     return _final_norm(c, params)(x_BTD), latents
@@ -230,8 +249,8 @@ def _embedding(c: ModelConfig, params: dict) -> Embedding:
     return _bind(lambda: Embedding(c, nnx.Rngs(0)), params["embed"])
 
 
-def _block(c: ModelConfig, weights: dict) -> Block:
-    return _bind(lambda: Block(c, nnx.Rngs(0)), weights)
+def _block(c: ModelConfig, weights: dict, matmul: Callable = jnp.matmul) -> Block:
+    return _bind(lambda: Block(c, matmul, nnx.Rngs(0)), weights)
 
 
 def _final_norm(c: ModelConfig, params: dict) -> Norm:

@@ -4,11 +4,13 @@ Muon for the blocks' matrices with AdamW (with Nesterov momentum) for embedding 
 Weight decay acts on the blocks' matrices alone.
 """
 
+import re
+
 import jax
 import optax
 from optax import contrib
 
-from lowrank_jax.config import OptimConfig
+from lowrank_jax.config import OptimConfig, PhaseConfig, UsageError
 
 # Moonlight (arXiv 2502.16982, section 2.2): with updates scaled to 0.2 sqrt(max(rows, columns)) their size matches
 # AdamW's, so that one learning rate serves both.
@@ -33,8 +35,30 @@ def make(c: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(), rule)
 
 
-def global_norm(tree) -> jax.Array:
-    return optax.tree.norm(tree)
+def rates(p: PhaseConfig, params: dict) -> dict:
+    """For each parameter, its learning rate as a multiple of the phase's: 0 where `freeze` matches its path.
+
+    Raises UsageError where `freeze` matches nothing or everything.
+    """
+
+    def rate(path, _) -> float:
+        if p.freeze and re.search(p.freeze, path_name(path)):
+            return 0.0
+        return ((p.lr_core if path[0].key == "blocks" else p.lr_head) or p.lr) / p.lr
+
+    by_path = jax.tree_util.tree_map_with_path(rate, params)
+    frozen = jax.tree.leaves(jax.tree.map(lambda r: r == 0, by_path))
+    if p.freeze and not any(frozen):
+        names = ", ".join(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+        raise UsageError(f"freeze={p.freeze!r} matches none of the weights, which are {names}")
+    if all(frozen):
+        raise UsageError(f"freeze={p.freeze!r} matches every weight: nothing would be trained")
+    return by_path
+
+
+def path_name(path: tuple) -> str:
+    """A parameter's place in the tree as text, such as blocks/attention/q/down."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _matrices(params: dict) -> dict:

@@ -3,24 +3,24 @@
 python -m lowrank_jax.plan --config=configs/custom.py [--json]
 """
 
-from lowrank_jax import cli, costs, precision, stages
+from collections.abc import Sequence
+
+from lowrank_jax import cli, costs, devices, fit, precision, stages
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import tokenizer
+from lowrank_jax.fit import Fit
 
 
-def describe(config: RunConfig) -> dict:
-    """The plan as JSON values; what only a compiler for a real device can tell is None."""
+def describe(config: RunConfig, fits: Sequence[Fit] = (), topology: str | None = None) -> dict:
+    """The plan as JSON values; what only a compiler can tell is None for stages of which `fits` has nothing."""
     m, counts, dense = config.model, costs.parameters(config.model), costs.dense_parameters(config.model)
-    dtype = precision.compute_dtype(config.precision)
-    unknown = dict.fromkeys(
-        ["peak_bytes_per_device", "device_bytes", "fits", "f8_matmuls", "collective_bytes", "est_step_seconds"]
-    )
+    dtype, fitted = precision.policy(config.precision).dtype, {found.stage.name: found for found in fits}
     return {
         "params": counts
         | {f"{name}_dense": count for name, count in dense.items()}
         | {"attention_reduction": 1 - counts["attention"] / dense["attention"]},
         "kv_bytes_per_token": costs.kv_bytes_per_token(m, dtype.itemsize) | {"dtype": dtype.name},
-        "topology": None,
+        "topology": topology,
         "stages": [
             {
                 "name": s.name,
@@ -28,27 +28,40 @@ def describe(config: RunConfig) -> dict:
                 "start": s.start,
                 "seq_len": s.seq_len,
                 "batch": s.batch,
-                "microbatch": s.microbatch,
+                "microbatch": fitted[s.name].stage.microbatch if s.name in fitted else s.microbatch,
                 "steps": s.steps,
                 "tokens": s.steps * s.tokens_per_step,
                 "flops_per_step": costs.train_flops_per_token(m, s.seq_len) * s.tokens_per_step,
                 "attention_kernel": "reference" if m.attention == "reference" else "chunked",
             }
-            | unknown
+            | _compiled(fitted.get(s.name))
             for s in stages.plan(config)
         ],
         "never_reached": _never_reached(config),
     }
 
 
+def _compiled(found: Fit | None) -> dict:
+    """What the compiler says of a stage; `device_bytes` is what it may use."""
+    facts = dict.fromkeys(["remat", "peak_bytes_per_device", "device_bytes", "fits", "f8_matmuls", "compile_seconds"])
+    facts |= dict.fromkeys(["collective_bytes", "est_step_seconds"])
+    if found:
+        facts |= {"remat": found.stage.remat, "peak_bytes_per_device": found.need, "device_bytes": found.limit}
+        facts |= {"fits": found.fits, "compile_seconds": round(found.seconds, 2)}
+    if found and found.program:
+        facts["f8_matmuls"] = devices.f8_matmuls(found.program.as_text())
+    return facts
+
+
 def table(plan: dict) -> str:
     """The plan for a reader."""
-    p, kv = plan["params"], plan["kv_bytes_per_token"]
+    p, kv, known = plan["params"], plan["kv_bytes_per_token"], any(s["device_bytes"] for s in plan["stages"])
     lines = [f"{'stage':16}{'steps':>9}{'length':>8}{'batch':>7}{'micro':>7}{'tokens':>17}{'TFLOP/step':>12}"]
+    lines[0] += f"{'memory':>18}" if known else ""
     for s in plan["stages"]:
         lines.append(
             f"{s['name']:16}{s['steps']:9,}{s['seq_len']:8,}{s['batch']:7,}{s['microbatch']:7,}{s['tokens']:17,}"
-            f"{s['flops_per_step'] / 1e12:12,.2f}"
+            f"{s['flops_per_step'] / 1e12:12,.2f}{_memory(s)}"
         )
     if plan["never_reached"]:
         lines.append(f"never reached in so few steps: lengths {', '.join(map(str, plan['never_reached']))}")
@@ -62,6 +75,16 @@ def table(plan: dict) -> str:
         f"dense keys and values: {kv['dense']:,} bytes ({kv['dense'] / kv['latent']:.1f} times as much)",
     ]
     return "\n".join(lines)
+
+
+def _memory(s: dict) -> str:
+    if not s["device_bytes"]:
+        return ""
+    need = f"{s['peak_bytes_per_device'] / 2**30:.2f}" if s["peak_bytes_per_device"] else "?"
+    of = f"{need} of {s['device_bytes'] / 2**30:.1f}"
+    extra = (" rematerialised" if s["remat"] else "") + ("" if s["fits"] else " DOES NOT FIT")
+    extra += f" {s['f8_matmuls']} f8 matmuls" if s["f8_matmuls"] else ""
+    return f"{of:>14} GiB{extra}"
 
 
 def vocab(config: RunConfig) -> int:
@@ -81,8 +104,14 @@ def _never_reached(config: RunConfig) -> list[int]:
 
 
 def command(argv: list[str]) -> dict:
-    args, config = cli.Parser(__doc__).parse_with_config(argv)
-    plan = describe(resolve_vocab(config))
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--topology", default="", help=f"compile every stage for it: {devices.TOPOLOGIES}")
+    args, config = parser.parse_with_config(argv)
+    config, fits = resolve_vocab(config), []
+    if args.topology:
+        device = devices.topology(args.topology)
+        fits = [fit.fit(config, stage, device) for stage in stages.plan(config)]
+    plan = describe(config, fits, args.topology or None)
     print(table(plan), flush=True)
     return plan
 

@@ -1,27 +1,79 @@
-"""Numerical policy: weights and optimizer state are always fp32; this chooses what the matmuls run in."""
+"""Numerical policies: weights and optimizer state are always fp32; a policy chooses what the matmuls run in.
+
+fp8 here is stateless (the current maximum of each tensor is its scale), so nothing of it is in a checkpoint. Its
+matmuls hand float8 arrays to `dot_general` and scale the result: the other way, rounding to float8 and back before a
+bf16 matmul, is a pattern that XLA removes without a word, rounding included (tests/test_fp8.py reads the program).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 matrix peaks in FLOP/s per chip, as published by the makers; keys are found inside device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
+# The smallest dimension of a weight whose matmul is worth float8. Below about 300 (an H100's 989 TFLOP/s over its 3.35
+# TB/s) a bf16 matmul waits for memory and not for the tensor cores; the nearest width that models have is 256.
+FP8_WIDTH = 256
+
+FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision for values, more range for gradients
 
 
-def compute_dtype(precision: str) -> jnp.dtype:
+class Policy(NamedTuple):
+    """`dtype` is what a model computes in; `matmul` multiplies activations [..., K] by a block's weight [K, N]."""
+
+    name: str
+    dtype: jnp.dtype
+    matmul: Callable
+
+
+def policy(precision: str) -> Policy:
     """`auto` is bf16 on an accelerator and fp32 on a CPU, where bf16 matmuls are slower and no smaller."""
     if precision == "auto":
         precision = "fp32" if jax.default_backend() == "cpu" else "bf16"
-    return jnp.dtype({"fp32": jnp.float32, "bf16": jnp.bfloat16}[precision])
+    dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16, "fp8": jnp.bfloat16}[precision]
+    return Policy(precision, jnp.dtype(dtype), fp8_where_wide if precision == "fp8" else jnp.matmul)
 
 
-def peak_flops() -> float | None:
-    """bf16 peak of the first device, or None where the chip is not in the table (a CPU, for one)."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+def fp8_where_wide(x: jax.Array, w: jax.Array) -> jax.Array:
+    return fp8_matmul(x, w) if min(w.shape) >= FP8_WIDTH else x @ w
+
+
+@jax.custom_vjp
+def fp8_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., K] @ w [K, N] in x.dtype, with both rounded to e4m3; gradients multiply e5m2 by e4m3.
+
+    The recipe of Micikevicius et al. (arXiv 2209.05433, section 3) with per-tensor current scaling.
+    """
+    return _forward(x, w)[0]
+
+
+def _forward(x, w):
+    (x8, x_scale), (w8, w_scale) = _quantize(x, FORWARD), _quantize(w, FORWARD)
+    y = _scaled_dot(x8, w8, ((x.ndim - 1,), (0,)), x_scale * w_scale, x.dtype)
+    return y, (x8, x_scale, w8, w_scale)
+
+
+def _backward(saved, g):
+    (x8, x_scale, w8, w_scale), (g8, g_scale) = saved, _quantize(g, BACKWARD)
+    rows, highest = tuple(range(g.ndim - 1)), jax.lax.Precision.HIGHEST  # no short accumulators for gradients
+    dx = _scaled_dot(g8, w8, ((g.ndim - 1,), (1,)), g_scale * w_scale, g.dtype, highest)
+    return dx, _scaled_dot(x8, g8, (rows, rows), x_scale * g_scale, g.dtype, highest)
+
+
+fp8_matmul.defvjp(_forward, _backward)
+
+
+def _quantize(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """(x / scale rounded to `dtype`, scale): the largest value of x becomes the largest of `dtype`.
+
+    The floor keeps a tensor of zeros finite; NaN and infinity go through to the scale, and so to the loss, for the
+    guard to see. The clip is against rounding up: e4m3fn has no infinity, what is too large becomes NaN.
+    """
+    most, x = float(jnp.finfo(dtype).max), x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / most
+    return jnp.clip(x / scale, -most, most).astype(dtype), scale
+
+
+def _scaled_dot(a, b, contract, scale, dtype, precision=None) -> jax.Array:
+    y = jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
+    return y * scale.astype(dtype)

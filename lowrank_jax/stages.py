@@ -20,7 +20,10 @@ MOST_READERS = 8
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of steps with one batch shape: `batch` rows of `seq_len` tokens, `microbatch` rows at a time."""
+    """A run of steps with one compiled program: `batch` rows of `seq_len` tokens, `microbatch` rows at a time.
+
+    `microbatch`, `remat` and `precision` are what the config asks for; `fit` replaces what the device has no room for.
+    """
 
     name: str
     phase: str
@@ -31,6 +34,8 @@ class Stage:
     microbatch: int
     phase_start: int
     phase_steps: int
+    remat: bool
+    precision: str
 
     @property
     def end(self) -> int:
@@ -52,10 +57,9 @@ def plan(config: RunConfig) -> tuple[Stage, ...]:
             here = steps - done if last else min(p.grow_every_steps, steps - done)
             if here > 0:
                 batch = p.tokens_per_step // seq_len
-                micro = _microbatch(batch, seq_len, p.microbatch_tokens)
-                stages.append(
-                    Stage(f"{phase}-{seq_len}", phase, start + done, here, seq_len, batch, micro, start, steps)
-                )
+                micro = divisor(batch, p.microbatch_tokens // seq_len if p.microbatch_tokens else batch)
+                shape = (f"{phase}-{seq_len}", phase, start + done, here, seq_len, batch, micro, start, steps)
+                stages.append(Stage(*shape, config.model.remat, config.precision))
                 done += here
         start += steps
     return tuple(stages)
@@ -86,11 +90,29 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     return stages[bisect.bisect_right([s.start for s in stages], step) - 1]
 
 
+def milestones(stages: tuple[Stage, ...], every_eval: int, done: int) -> list[tuple[str, str, int]]:
+    """What is due after `done` updates, in order, as (kind, phase, done).
+
+    `eval` is a look at a phase's held-out text: where the phase starts, every so many steps, and at its end. `end` is
+    the end of a phase.
+    """
+    due, end = [], stages[-1].end
+    if done > 0:
+        last = stage_at(stages, done - 1)
+        ends = done == last.phase_start + last.phase_steps
+        due += [("eval", last.phase, done)] if ends or done % every_eval == 0 else []
+        due += [("end", last.phase, done)] if ends else []
+    if done < end and (first := stage_at(stages, done)).phase_start == done:
+        due.append(("eval", first.phase, done))
+    return due
+
+
 def learning_rate(p: PhaseConfig, stage: Stage, step):
-    """Learning rate at a global step (Python int or traced): warmup, then WSD or cosine, over the stage's phase.
+    """Learning rate at a global step (Python int or traced): warmup, then a schedule over the stage's phase.
 
     WSD (warmup, stable, decay: arXiv 2404.06395) holds the peak and falls linearly over the last `cooldown` share of
-    the phase; cosine falls from the end of the warmup. Both would reach `lr_end` x `lr` one step after the last.
+    the phase; cosine and linear fall from the end of the warmup. All would reach `lr_end` x `lr` one step after the
+    last.
     """
     k = jnp.asarray(step - stage.phase_start, jnp.float32)
     n = stage.phase_steps
@@ -102,7 +124,9 @@ def learning_rate(p: PhaseConfig, stage: Stage, step):
         shape = p.lr_end + (1 - p.lr_end) * left
     else:
         left = jnp.clip((n - k) / max(n - warm, 1), 0.0, 1.0)
-        shape = p.lr_end + (1 - p.lr_end) * jnp.sin(0.5 * jnp.pi * left) ** 2  # (1 + cos)/2, without its cancellation
+        if p.schedule == "cosine":
+            left = jnp.sin(0.5 * jnp.pi * left) ** 2  # (1 + cos)/2, without its cancellation
+        shape = p.lr_end + (1 - p.lr_end) * left
     return p.lr * up * shape
 
 
@@ -112,9 +136,15 @@ def _phase_steps(config: RunConfig, p: PhaseConfig, phase: str) -> int:
     return max(1, round(costs.parameters(config.model)["total"] * p.tokens_per_param / p.tokens_per_step))
 
 
-def _microbatch(batch: int, seq_len: int, microbatch_tokens: int) -> int:
-    """The largest divisor of the batch whose tokens stay within `microbatch_tokens` (0: the whole batch)."""
-    if microbatch_tokens == 0:
-        return batch
-    rows = max(1, min(batch, microbatch_tokens // seq_len))
-    return next(r for r in range(rows, 0, -1) if batch % r == 0)
+def divisor(batch: int, most: int) -> int:
+    """The largest divisor of `batch` that is at most `most` (but at least 1)."""
+    return next(rows for rows in range(max(1, min(batch, most)), 0, -1) if batch % rows == 0)
+
+
+def average_decay(ema: float, stage: Stage, step):
+    """Decay of the moving average of the weights at a global step: grows to `ema` over the phase's first steps.
+
+    (1 + k) / (10 + k), so that what the phase began with does not stay in the average for 1 / (1 - ema) steps.
+    """
+    k = jnp.asarray(step - stage.phase_start, jnp.float32)
+    return jnp.minimum(ema, (1 + k) / (10 + k))

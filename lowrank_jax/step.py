@@ -1,78 +1,146 @@
-"""One update: loss and gradients over the microbatches, clipped, and applied at the step's learning rate."""
+"""One update: loss and gradients over the microbatches, clipped, judged, and applied at the step's learning rate."""
 
-import time
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from lowrank_jax import loss, model, optim, precision, stages
+from lowrank_jax import guard, loss, model, optim, precision, stages
 from lowrank_jax.config import RunConfig
+from lowrank_jax.guard import Guard
 from lowrank_jax.stages import Stage
+
+BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step: fp32 parameters, optimizer state, updates done so far."""
+    """All that training carries from step to step: fp32 parameters, optimizer state, updates done so far.
+
+    `average` is the moving average of the parameters, or an empty tuple where the config has none.
+    """
 
     params: dict
     opt_state: tuple
     step: jax.Array
+    average: dict | tuple
+    guard: Guard
+
+    @property
+    def weights(self) -> dict:
+        """What the model is, for whoever uses it."""
+        return self.average or self.params
 
 
-def init_state(config: RunConfig) -> TrainState:
-    params = jax.jit(lambda key: model.init(config.model, key))(jax.random.key(config.seed))
-    return TrainState(params, fresh_optimizer(config, params), jnp.zeros((), jnp.int32))
+def init_params(config: RunConfig) -> dict:
+    return jax.jit(lambda key: model.init(config.model, key))(jax.random.key(config.seed))
 
 
-def fresh_optimizer(config: RunConfig, params: dict) -> tuple:
-    return jax.jit(optim.make(config.optim).init)(params)
+def first_state(config: RunConfig, params: dict, step: int = 0) -> TrainState:
+    """The state at the start of a phase: these parameters, and no memory of any earlier step."""
+
+    def start(params):
+        scaled = precision.policy(config.precision).name == "fp16"
+        average = jax.tree.map(jnp.copy, params) if config.optim.ema else ()
+        opt_state = optim.make(config.optim).init(params)
+        return TrainState(params, opt_state, jnp.asarray(step, jnp.int32), average, guard.start(scaled))
+
+    return jax.jit(start)(params)
 
 
-def abstract_state(config: RunConfig) -> TrainState:
-    """The shapes, dtypes and device of a state, for a checkpoint to be restored onto."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.eval_shape(lambda: init_state(config))
+def abstract_state(config: RunConfig, device: jax.Device | None = None) -> TrainState:
+    """The shapes, dtypes and device of a state, for a checkpoint to be restored onto or a step to be compiled for."""
+    here = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+    shapes = jax.eval_shape(lambda: first_state(config, init_params(config)))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 
 
 def train_step(config: RunConfig, stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    """One update from a batch whose arrays are [microbatches, rows, length].
+    """One update from a batch whose arrays are [batch, seq_len], unless the guard refuses it.
+
+    The loss in the metrics is the cross-entropy alone.
+    """
+    o, phase = config.optim, getattr(config, stage.phase)
+    rates = optim.rates(phase, state.params)
+    mean_loss, grads = _loss_and_gradient(config, stage, rates, state.params, batch, state.guard.scale)
+    grad_norm = optax.tree.norm(grads)
+    is_fp16 = precision.policy(stage.precision).name == "fp16"
+    ok, after = guard.judge(state.guard, mean_loss, grad_norm, o.skip_sigma, is_fp16)
+    lr = stages.learning_rate(phase, stage, state.step)
+    updates, opt_state = optim.make(o).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u, rate: p + lr * rate * u if rate else p, state.params, updates, rates)
+    average = ()
+    if o.ema:
+        kept = stages.average_decay(o.ema, stage, state.step)
+        average = optax.incremental_update(params, state.average, 1 - kept)
+    new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
+    params, opt_state, average = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+    metrics = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "ok": ok, "scale": state.guard.scale}
+    metrics |= {"refused": after.refused, "in_a_row": after.in_a_row}
+    return TrainState(params, opt_state, state.step + 1, average, after), metrics
+
+
+def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dict, batch: dict, scale):
+    """The mean cross-entropy per trained token and the gradient of the objective, `stage.microbatch` rows at a time.
 
     Losses and token counts are summed over the microbatches and divided once, so that every token weighs the same
-    however the batch is cut.
+    however the batch is cut. Frozen weights have a gradient of zero, which is never computed. What is differentiated is
+    already divided by the token count, and multiplied by `scale`: fp16 has no room for sums over thousands of tokens.
     """
-    dtype = precision.compute_dtype(config.precision)
+    o, policy = config.optim, precision.policy(stage.precision)
+    c = dataclasses.replace(config.model, remat=stage.remat)
+    count = jnp.maximum(batch["weights"].sum(), 1.0)
 
-    def loss_sum(params, micro):
-        x_BTD, _ = model.features(config.model, params, micro["tokens"], micro["segments"], dtype)
-        logits_BTV = model.logits(config.model, params, x_BTD)
-        return loss.cross_entropy_sum(logits_BTV, micro["targets"], micro["weights"])
+    def sums(params, micro):
+        params = jax.tree.map(lambda p, rate: p if rate else jax.lax.stop_gradient(p), params, rates)
+        x_BTD, _ = model.features(c, params, micro["tokens"], micro["segments"], policy.dtype, policy.matmul)
+        logits_BTV = model.logits(c, params, x_BTD)
+        objective, nats = loss.objective_sum(
+            logits_BTV, micro["targets"], micro["weights"], o.label_smoothing, o.z_loss
+        )
+        return objective * (scale / count), nats
 
     def accumulate(total, micro):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(state.params, micro)), None
+        (_, nats), grads = jax.value_and_grad(sums, has_aux=True)(params, micro)
+        return jax.tree.map(jnp.add, total, (nats, grads)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-    (total_loss, grads), _ = jax.lax.scan(accumulate, zero, batch)
-    count = jnp.maximum(batch["weights"].sum(), 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = optim.make(config.optim).update(grads, state.opt_state, state.params)
-    lr = stages.learning_rate(getattr(config, stage.phase), stage, state.step)
-    params = jax.tree.map(lambda p, u: p + lr * u, state.params, updates)
-    metrics = {"loss": total_loss / count, "lr": lr, "grad_norm": optim.global_norm(grads)}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    micros = jax.tree.map(lambda x: x.reshape(-1, stage.microbatch, stage.seq_len), batch)
+    (nats, grads), _ = jax.lax.scan(accumulate, zero, micros)
+    return nats / count, jax.tree.map(lambda g: g / scale, grads)
 
 
-def compile_step(config: RunConfig, stage: Stage, state: TrainState):
-    """`train_step` compiled for the stage's batch shape, which consumes its state; and the seconds that took."""
-    shape = (stage.batch // stage.microbatch, stage.microbatch, stage.seq_len)
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in kinds.items()}
+def lower(config: RunConfig, stage: Stage, device: jax.Device | None = None) -> jax.stages.Lowered:
+    """`train_step` for the stage's batch shape and a device, here or described: `.compile()` takes (state, batch).
+
+    The compiled step consumes its state.
+    """
     run = jax.jit(lambda state, batch: train_step(config, stage, state, batch), donate_argnums=0)
-    started = time.monotonic()
-    compiled = run.lower(state, batch).compile()
-    return compiled, time.monotonic() - started
+    return run.lower(abstract_state(config, device), _abstract_batch(stage, device))
 
 
-def to_device(batch: dict, stage: Stage) -> dict:
-    """A host batch [rows, length] as the [microbatches, rows, length] that the compiled step takes."""
-    return jax.device_put({k: x.reshape(-1, stage.microbatch, stage.seq_len) for k, x in batch.items()})
+def lower_disagreement(config: RunConfig, stage: Stage, device: jax.Device | None = None) -> jax.stages.Lowered:
+    """`disagreement` likewise: `.compile()` takes (params, batch)."""
+    run = jax.jit(lambda params, batch: disagreement(config, stage, params, batch))
+    return run.lower(abstract_state(config, device).params, _abstract_batch(stage, device))
+
+
+def _abstract_batch(stage: Stage, device: jax.Device | None) -> dict:
+    here, shape = jax.sharding.SingleDeviceSharding(device or jax.devices()[0]), (stage.batch, stage.seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=here) for name, dtype in BATCH.items()}
+
+
+def disagreement(config: RunConfig, stage: Stage, params: dict, batch: dict) -> dict:
+    """How far the stage's precision is from bf16 on a batch's first microbatch.
+
+    {loss: relative difference, gradient: norm of the difference over the norm of bf16's}.
+    """
+    micro = jax.tree.map(lambda x: x[: stage.microbatch], batch)
+    rates = optim.rates(getattr(config, stage.phase), params)
+    exact = dataclasses.replace(stage, precision="bf16")
+    (ours, grads), (theirs, their_grads) = (
+        _loss_and_gradient(config, s, rates, params, micro, jnp.float32(1)) for s in (stage, exact)
+    )
+    apart = optax.tree.norm(optax.tree.sub(grads, their_grads)) / jnp.maximum(optax.tree.norm(their_grads), 1e-30)
+    return {"loss": jnp.abs(ours - theirs) / jnp.maximum(jnp.abs(theirs), 1e-30), "gradient": apart}

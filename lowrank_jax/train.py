@@ -1,47 +1,95 @@
-"""The training loop: stages, steps, evaluation, checkpoints, and how a run ends or goes on."""
+"""The training loop: stages, steps, evaluation, checkpoints, and how a run ends, goes on or recovers."""
 
 import contextlib
-import itertools
+import dataclasses
+import gc
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from lowrank_jax import evaluate, faults, generate, report, stages, step, workdir
+from lowrank_jax import faults, fit, optim, phase, plan, report, stages, step, track, trained, warmstart, workdir
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
-from lowrank_jax.config import RunConfig, UsageError
-from lowrank_jax.data import packing, stream, tokenizer
+from lowrank_jax.cli import say
+from lowrank_jax.config import RunConfig, RunFailure, UsageError
+from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.interrupt import Interrupted
 from lowrank_jax.meter import Meter
+from lowrank_jax.programs import Programs
 from lowrank_jax.stages import Stage
-from lowrank_jax.trained import Trained
 
-SAMPLE_TOKENS = 120
-SHOWN_TOKENS = 300  # of the first row of SFT
-NOTES = 5  # skips and retries that are told on the terminal; the ledger has them all
-START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None}
+# `precision` is what the run has fallen back to: empty is the config's.
+START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None, "precision": ""}
+# Where fp8 is given up: how far the loss and the gradient of a microbatch may be from bf16's.
+FP8_LOSS, FP8_GRADIENT = 0.02, 0.5
 
 
-def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
+class Run(NamedTuple):
+    """What stays the same while a process trains."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    folder: str
+    plan: tuple[Stage, ...]
+    programs: Programs
+    saved: Checkpoints
+    received: Sequence[int]
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self.received)
+
+
+class OutOfMemory(Exception):
+    """A step found no memory. What was learnt from it is in the ledger and in the programs; the state is lost."""
+
+
+def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Callable[[str], None] = print) -> dict:
     """Trains every phase of `config` in `folder`, or goes on from its newest checkpoint; returns the finish event.
 
-    Once a signal's number is in `received` (see `signals`), the state is saved and SystemExit(128 + number) raised.
-    Raises UsageError for a config or data that cannot work, and RunFailure for a run that must stop (a loss that is not
-    finite, a disk that is full).
+    `show` gets the plan's table once the memory gate has chosen. Once a signal's number is in `received` (see
+    `interrupt.signals`), the state is saved and SystemExit(128 + number) raised. Raises UsageError for a config or data
+    that cannot work, and RunFailure for a run that must stop (no finite loss, a full disk, no memory).
     """
     faults.check()
+    track.check(config.track)
     with workdir.lock(folder):
         config, tok, old = _prepare(config, folder)
+        whole_plan, newest = stages.plan(config), workdir.newest_checkpoint(folder)
+        programs = Programs(
+            config,
+            fit.remembered(workdir.read_rows(folder, "events.jsonl"), jax.local_devices()[0]),
+            lambda: bool(received),
+        )
+        fits = ()
+        with contextlib.suppress(Interrupted):  # the loop saves and leaves
+            fits = programs.fit_all(tuple(s for s in whole_plan if s.end > (newest or 0)))
+        show(plan.table(plan.describe(config, fits)))
+        if newest is None:
+            programs.held = step.first_state(config, _first_params(config, tok)), START
+        if old is None:
+            tok.save(workdir.tokenizer_folder(folder))  # before config.json: where that is, the tokenizer is too
         with Checkpoints(folder, config.every.keep) as saved:
-            state, at = _restore(config, folder, saved)
+            r = Run(config, tok, folder, whole_plan, programs, saved, received)
+            state, at = _restore(r)
             workdir.write_config(folder, config)  # only now is it certain that it can go on here
             changed = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
             workdir.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed)
-            finish = _train(config, tok, folder, saved, received, state, at)
+            for found in fits:
+                _log_compile(folder, found)
+            while True:
+                with contextlib.suppress(OutOfMemory):
+                    finish = _train(r, state, at)
+                    break
+                del state
+                gc.collect()  # the failed step's frames hold on to arrays
+                state, at = _restore(r)
         report.write(folder)
         return finish
 
@@ -49,9 +97,8 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
 def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunConfig | None]:
     """The resolved config, the tokenizer (learnt for a new run) and the config that the folder's run had, if any."""
     phases = [config.pretrain] + ([config.sft] if config.sft.steps else [])
-    home = workdir.tokenizer_folder(folder)
     if workdir.holds_run(folder):
-        old, tok = workdir.read_config(folder), tokenizer.load(home)
+        old, tok = workdir.read_config(folder), tokenizer.load(workdir.tokenizer_folder(folder))
         config = config.with_vocab(tok.vocab_size)
         workdir.check_same_run(folder, old, config)
     else:
@@ -60,171 +107,228 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
                 f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
             )
         old, t = None, config.tokenizer
-        tok = tokenizer.load(t.path) if t.path else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        home = t.path or (config.init_from and workdir.tokenizer_folder(config.init_from))
+        tok = tokenizer.load(home) if home else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         config = config.with_vocab(tok.vocab_size)
-    for p in phases:  # what is skipped is told when it is met in training
-        stream.check(p, tok, chats=p is config.sft)
-    if old is None:
-        tok.save(home)  # before config.json: a folder with a config always has its tokenizer
+    shapes = step.abstract_state(config).params
+    for p in phases:
+        optim.rates(p, shapes)
+        stream.check(p, tok, chats=p is config.sft)  # what is skipped is told when it is met in training
     return config, tok, old
 
 
-def _train(config: RunConfig, tok: Tokenizer, folder: str, saved: Checkpoints, received, state, at) -> dict:
-    """The loop itself, from the state and progress that `_restore` gave; returns the facts of the finish event."""
-    plan, phase, stage, last_save = stages.plan(config), None, None, time.monotonic()
-    meter = Meter(config, folder, total=plan[-1].end, done=at["step"])
+def _first_params(config: RunConfig, tok: Tokenizer) -> dict:
+    """The weights that a new run starts with: random ones, or as many as fit from the run `init_from`."""
+    params = step.init_params(config)
+    if not config.init_from:
+        return params
+    source = trained.open_run(config.init_from)
+    taken = warmstart.take(params, source.params, same_tokens=source.tokenizer.sha256 == tok.sha256)
+    say(f"first weights from step {source.progress['step']} of {config.init_from}\n{warmstart.describe(taken)}")
+    for key in ("heads", "latent_norm"):  # no shape shows these
+        there, here = getattr(source.config.model, key), getattr(config.model, key)
+        if there != here:
+            say(f"  {key} is {there} there and {here} here: the same weights compute something else")
+    return jax.device_put(taken.params)
 
-    def save() -> None:
-        meter.flush()  # every loss up to here is known to be finite
-        if saved.save(at["step"], state, at):
-            workdir.log_event(folder, "save", at["step"], data_sha256=at["data_sha256"])
 
-    with contextlib.closing(meter), contextlib.ExitStack() as feeds:
-        while at["step"] < plan[-1].end:
-            now = stages.stage_at(plan, at["step"])
-            if received:  # looked at after everything that takes long
-                save()
-                _leave(folder, saved, meter, at["step"], received[0])
-            if now.phase != phase:
-                state, batches, evaluate_now = _enter_phase(config, now, tok, folder, meter, state, at)
-                feeds.enter_context(contextlib.closing(batches))
-                phase = now.phase
-                continue
-            if now != stage:
-                stage, compiled = now, _compile(config, now, state, at["step"], folder, meter)
-                continue
+def _train(r: Run, state: step.TrainState, at: dict) -> dict:
+    """Trains to the end from the state and progress that `_restore` gave; returns the facts of the finish event.
 
-            faults.strike("step", at["step"] + 1)
-            try:
-                batch, cursor = next(batches)
-            except (UsageError, OSError):  # data that cannot be used or read: what was learnt so far is kept
-                save()
+    Raises OutOfMemory where it is to go on from `_restore` again.
+    """
+    with contextlib.closing(Meter(r.config, r.folder, r.plan[-1].end, at["step"])) as meter:
+        try:
+            state, at = _loop(r, meter, state, at)
+        except jax.errors.JaxRuntimeError as e:
+            if not (fit.is_out_of_memory(e) and r.programs.running):
                 raise
-            at = {
-                "step": at["step"] + 1,
-                "phase": stage.phase,
-                "tokens": at["tokens"] + stage.tokens_per_step,
-                "data_sha256": stream.data_sha256(cursor),
-                "cursor": cursor,
-            }
-            state, metrics = compiled(state, batch)
-            meter.add(stage, at, metrics)
+            _learn(r, meter.step, str(e))
+            raise OutOfMemory from None
+    r.saved.wait()
+    hashes = {"data_sha256": at["data_sha256"], "params_sha256": tree_sha256(state.weights)}
+    workdir.log_event(r.folder, "finish", at["step"], tokens=at["tokens"], **hashes)
+    return {"workdir": r.folder, "step": at["step"], "tokens": at["tokens"], **hashes}
 
-            ends_phase = at["step"] == stage.phase_start + stage.phase_steps
-            if ends_phase or at["step"] % config.every.eval == 0:
-                evaluate_now(stage, state.params, at["step"])
+
+def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.TrainState, dict]:
+    """Step by step to the end of the plan.
+
+    What is done is told by `at` and the run's files alone, so that it makes no difference which process did it.
+    """
+    phase_name, running, done, last_save = None, None, workdir.milestones(r.folder), time.monotonic()
+    measures = {}
+    with contextlib.ExitStack() as feeds:
+        while True:
+            if r.stopping:  # looked at after everything that takes long
+                _save(r, meter, state, at)
+                _leave(r, at["step"])
+            due = [m for m in stages.milestones(r.plan, r.config.every.eval, at["step"]) if m not in done]
+            if due:
+                done.add(due[0])
+                _reach(r, due[0], state, at, meter, measures)
+                continue
+            if at["step"] == r.plan[-1].end:
+                return state, at
+            stage = stages.stage_at(r.plan, at["step"])
+            try:
+                if stage.phase != phase_name:
+                    state, batches = _enter(r, stage, state, at, meter)
+                    feeds.enter_context(contextlib.closing(batches))
+                    phase_name = stage.phase
+                if (asked := _as_run(stage, at)) != running:
+                    _switch(r, asked, state, at, meter)
+                    running = asked
+                faults.strike("step", at["step"] + 1)
+                batch, cursor = next(batches)
+                if _fp8_is_off(r, state, batch, at, meter):
+                    at = at | {"precision": "bf16"}
+                    running = _as_run(stage, at)
+                    _switch(r, running, state, at, meter)
+            except Interrupted:
+                continue
+            except (UsageError, OSError):  # data that cannot be used or read: what was learnt so far is kept
+                _save(r, meter, state, at)
+                raise
+            at = _after(at, stage, cursor)
+            faults.run_out_of_memory(at["step"], state)
+            state, metrics = r.programs.running.step(state, batch)
+            meter.add(r.programs.running.stage, at, metrics)
+            if r.programs.held:  # that was the program's first step
+                meter.end_switch(r.programs.running.fit)
+                r.programs.held = None
             minutes = (time.monotonic() - last_save) / 60
-            timely = config.every.save_minutes and minutes >= config.every.save_minutes
-            if ends_phase:
-                workdir.log_event(folder, "data", at["step"], sources=stream.summary(cursor))
-                _show_sample(Trained(config, tok, state.params, at), folder, meter)
-            if ends_phase or timely or at["step"] % config.every.save == 0:
-                save()
-                meter.restart_clock()
+            timely = r.config.every.save_minutes and minutes >= r.config.every.save_minutes
+            ends_phase = at["step"] == stage.phase_start + stage.phase_steps
+            if timely or ends_phase or at["step"] % r.config.every.save == 0:
+                _save(r, meter, state, at)
                 last_save = time.monotonic()
 
-    saved.wait()
-    hashes = {"data_sha256": at["data_sha256"], "params_sha256": tree_sha256(state.params)}
-    workdir.log_event(folder, "finish", at["step"], tokens=at["tokens"], **hashes)
-    return {"workdir": folder, "step": at["step"], "tokens": at["tokens"], **hashes}
+
+def _after(at: dict, stage: Stage, cursor: dict) -> dict:
+    """The progress after one more update."""
+    done = {"step": at["step"] + 1, "tokens": at["tokens"] + stage.tokens_per_step, "phase": stage.phase}
+    return at | done | {"data_sha256": stream.data_sha256(cursor), "cursor": cursor}
 
 
-def _enter_phase(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, meter: Meter, state, at: dict):
-    """What a phase trains and is measured with: (state, the feed of batches, evaluation).
+def _enter(r: Run, stage: Stage, state: step.TrainState, at: dict, meter: Meter):
+    """(state, feed of batches) of the phase that trains now; where it starts, the optimizer has no memory."""
+    if at["step"] == stage.phase_start:
+        state = step.first_state(r.config, state.weights, at["step"])
+        workdir.log_event(r.folder, "phase", at["step"], phase=stage.phase)
+        if r.config.init_from and at["step"] == 0:
+            _save(r, meter, state, at)  # from here on the run does not need the other one
+    return state, phase.feed(r.config, stage, r.tokenizer, r.folder, at, lambda: meter.step)
 
-    Where the phase starts, the optimizer begins without memory of the one before, and the model is evaluated first.
-    Every evaluation reads the same held-out text at the phase's longest length, so that its numbers can be compared.
+
+def _switch(r: Run, asked: Stage, state: step.TrainState, at: dict, meter: Meter) -> None:
+    """Makes the stage's program the one that runs; until its first step is done, a copy of the state is held.
+
+    (A program meets its true need of memory in its first step, which has consumed the state when it fails.)
     """
-    phase, chats = getattr(config, stage.phase), stage.phase == "sft"
-    starts, longest = at["step"] == stage.phase_start, stages.lengths(phase)[-1]
-    told = itertools.count()
-
-    def note(event: str, **facts) -> None:
-        workdir.log_event(folder, event, meter.step, **facts)
-        if (count := next(told)) < NOTES:
-            more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
-            meter.say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}")
-
-    held_out, byte_lengths = evaluate.held_out(phase, tok, config.seed, chats, longest, note), tok.byte_lengths()
-
-    def evaluate_now(stage: Stage, params: dict, at_step: int) -> None:
-        if held_out:
-            meter.flush()
-            meter.log_eval(stage, at_step, evaluate.evaluate(config, params, held_out, byte_lengths))
-
-    if not held_out:
-        meter.say(f"the held-out part of {stage.phase} has no row of {longest} tokens: no evaluation")
-    if starts:
-        state = state._replace(opt_state=step.fresh_optimizer(config, state.params))
-        workdir.log_event(folder, "phase", at["step"], phase=stage.phase)
-        evaluate_now(stage, state.params, at["step"])
-    return state, _feed(config, stage, tok, meter, at, None if starts else at["cursor"], note), evaluate_now
+    meter.begin_switch()
+    following = next((s for s in r.plan if s.start == asked.end), None)
+    r.programs.run(asked, following and _as_run(following, at))
+    r.programs.held = jax.tree.map(np.array, state), at
+    meter.restart_clock()
 
 
-def _feed(config: RunConfig, stage: Stage, tok: Tokenizer, meter: Meter, at: dict, cursor: dict | None, note):
-    """(batch on the device, cursor) of every step that the phase has left, prepared ahead in the background."""
-    plan, phase, chats = stages.plan(config), getattr(config, stage.phase), stage.phase == "sft"
-
-    def shape_at(at_step: int) -> tuple[int, int, int]:
-        now = stages.stage_at(plan, at_step)
-        return now.batch, now.seq_len, at_step - now.phase_start
-
-    def place(at_step: int, batch: stream.Batch) -> dict:
-        if chats and at_step == stage.phase_start:
-            marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
-            shown = packing.show(batch, tok, marks, SHOWN_TOKENS)
-            meter.say(f"how {stage.phase} begins, with marks around what is trained:\n{shown}")
-        if faults.due("nan", "step", at_step + 1):
-            batch["weights"] = batch["weights"] * np.float32("nan")
-        return step.to_device(batch, stages.stage_at(plan, at_step))
-
-    share = (jax.process_index(), jax.process_count())
-    documents = stream.open_phase(phase, tok, config.seed, chats, cursor, share, note, at["data_sha256"])
-    return stream.feed(documents, range(at["step"], stage.phase_start + stage.phase_steps), shape_at, place)
+def _reach(r: Run, milestone: tuple[str, str, int], state: step.TrainState, at: dict, meter: Meter, measures) -> None:
+    """An evaluation, or the end of a phase. An evaluation that a signal breaks off is made after the resume."""
+    kind, name, at_step = milestone
+    meter.flush()
+    stage = next(s for s in reversed(r.plan) if s.phase == name and s.start <= at_step)
+    if kind == "end":
+        phase.show_end(trained.Trained(r.config, r.tokenizer, state.weights, at), stage, r.folder)
+    else:
+        if name not in measures:
+            rows = min(s.microbatch * s.seq_len for s in map(r.programs.chosen, r.plan) if s.phase == name)
+            measures[name] = phase.measure(r.config, name, r.tokenizer, r.folder, rows)
+        if measures[name]:
+            with contextlib.suppress(Interrupted):
+                meter.log_eval(stage, at_step, measures[name](state.weights, stop=lambda: r.stopping))
+    meter.restart_clock()
 
 
-def _show_sample(trained: Trained, folder: str, meter: Meter) -> None:
-    """What the model makes of the phase's sample prompt, for the terminal and the report."""
-    at, prompt = trained.progress, getattr(trained.config, trained.progress["phase"]).sample
-    if not prompt:
-        return
-    model = generate.Model(trained)
-    ids = model.prompt(prompt, is_chat=at["phase"] == "sft")
-    (new,) = model.generate([ids], SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
-    text = trained.tokenizer.decode(new)
-    workdir.log_event(folder, "sample", at["step"], phase=at["phase"], prompt=prompt, text=text)
-    meter.say(
-        f"step {at['step']}: a sample after {at['phase']}\n  {prompt.strip()} | {text.strip()}".replace("\n", "\n  ")
-    )
+def _as_run(stage: Stage, at: dict) -> Stage:
+    """The stage in the precision that the run has fallen back to, if it has."""
+    return dataclasses.replace(stage, precision=at["precision"] or stage.precision)
 
 
-def _leave(folder: str, saved: Checkpoints, meter: Meter, at_step: int, number: int) -> None:
+def _fp8_is_off(r: Run, state: step.TrainState, batch: dict, at: dict, meter: Meter) -> bool:
+    """Whether fp8 is no longer to be trusted, by a look at bf16 on the same weights and data now and then."""
+    if not r.programs.running.check or at["step"] % r.config.every.fp8_check:
+        return False
+    apart = {name: float(x) for name, x in r.programs.running.check(state.params, batch).items()}
+    if faults.due("fp8", "step", at["step"] + 1):
+        apart["loss"] = float("nan")
+    ok = apart["loss"] <= FP8_LOSS and apart["gradient"] <= FP8_GRADIENT  # not so for NaN
+    facts = {name: f"{value:.4f}" for name, value in apart.items()}
+    workdir.log_event(r.folder, "fp8_check" if ok else "fallback", at["step"], off_by=facts)
+    if not ok:
+        say(f"step {at['step']}: fp8 is off from bf16 by {facts}: going on in bf16")
+    meter.restart_clock()
+    return not ok
+
+
+def _save(r: Run, meter: Meter, state: step.TrainState, at: dict) -> None:
+    meter.flush()  # every loss up to here is known
+    started = time.monotonic()
+    if r.saved.save(at["step"], state, at):
+        blocked = round(time.monotonic() - started, 3)
+        workdir.log_event(r.folder, "save", at["step"], data_sha256=at["data_sha256"], blocked_seconds=blocked)
+    meter.restart_clock()
+
+
+def _leave(r: Run, at_step: int) -> None:
     """Ends the process after a signal, once its state is on disk."""
-    saved.wait()
-    workdir.log_event(folder, "preempt", at_step, signal=number)
-    meter.say(f"{signal.Signals(number).name}: saved at step {at_step}; run the same command again to go on")
+    r.saved.wait()
+    number = r.received[0]
+    workdir.log_event(r.folder, "preempt", at_step, signal=number)
+    say(f"{signal.Signals(number).name}: saved at step {at_step}; run the same command again to go on")
     sys.exit(128 + number)
 
 
-def _restore(config: RunConfig, folder: str, saved: Checkpoints) -> tuple[step.TrainState, dict]:
-    """The newest checkpoint as (state, progress), or a new state; the folder's metrics are cut to match."""
-    plan = stages.plan(config)
-    restored = saved.restore(step.abstract_state(config), delete_broken=True)
-    state, meta = restored or (step.init_state(config), START)
-    at = {key: meta[key] for key in START}
-    if at["step"] > plan[-1].end or _phase_done(plan, at["step"]) != at["phase"]:
-        here = _phase_done(plan, at["step"]) if at["step"] <= plan[-1].end else "already ended"
+def _learn(r: Run, at_step: int, error: str) -> None:
+    """Puts it into the ledger that a step ran out of memory, and what is done about it from now on.
+
+    Raises RunFailure where nothing can be.
+    """
+    stage, learnt = r.programs.running.stage, r.programs.shrink()
+    facts = {"stage": stage.name, "reason": error.splitlines()[0][:300], "device": r.programs.device.device_kind}
+    if learnt is None:
+        workdir.log_event(r.folder, "oom", at_step, **facts)
+        raise RunFailure(
+            f"out of memory at step {at_step + 1}, in {stage.name} with one row of {stage.seq_len} tokens at a time, "
+            "rematerialised; make the model or the length smaller"
+        )
+    workdir.log_event(r.folder, "oom", at_step, **facts, **learnt._asdict())
+    remat = ", rematerialised" if learnt.remat else ""
+    say(f"out of memory at step {at_step + 1}: going on with {learnt.microbatch_tokens} tokens at a time{remat}")
+
+
+def _restore(r: Run) -> tuple[step.TrainState, dict]:
+    """The newest state there is, held in memory or saved, as (state, progress); the metrics are cut to match."""
+    held, r.programs.held = r.programs.held, None
+    restored = held or r.saved.restore(step.abstract_state(r.config), delete_broken=True)
+    if restored is None:
+        restored = step.first_state(r.config, _first_params(r.config, r.tokenizer)), START
+    state, at = restored
+    at = {key: at[key] for key in START}
+    if at["step"] > r.plan[-1].end or _phase_done(r.plan, at["step"]) != at["phase"]:
+        here = _phase_done(r.plan, at["step"]) if at["step"] <= r.plan[-1].end else "already ended"
         raise UsageError(
-            f"{folder} was saved at step {at['step']} in {at['phase']}, where this config has {here}; "
+            f"{r.folder} was saved at step {at['step']} in {at['phase']}, where this config has {here}; "
             "steps that are done cannot be changed"
         )
-    next_stage = stages.stage_at(plan, at["step"])
+    next_stage = stages.stage_at(r.plan, at["step"])
     if at["step"] > next_stage.phase_start:
-        stream.check_sources(at["cursor"], getattr(config, next_stage.phase))
-    workdir.rewind_metrics(folder, at["step"], next_stage.phase if at["step"] == next_stage.phase_start else None)
-    if restored:
-        workdir.log_event(folder, "restore", at["step"], data_sha256=at["data_sha256"])
-    return state, at
+        stream.check_sources(at["cursor"], getattr(r.config, next_stage.phase))
+    workdir.rewind_metrics(r.folder, at["step"])
+    if not (held and at["step"] == 0):
+        source = "memory" if held else "checkpoint"
+        workdir.log_event(r.folder, "restore", at["step"], data_sha256=at["data_sha256"], source=source)
+    return jax.device_put(state), at
 
 
 def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
@@ -232,39 +336,8 @@ def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
     return stages.stage_at(plan, max(done - 1, 0)).phase
 
 
-def _compile(config: RunConfig, stage: Stage, state, at_step: int, folder: str, meter: Meter):
-    meter.flush()
-    compiled, seconds = step.compile_step(config, stage, state)
-    stall = {"stall_seconds": round(seconds, 3), "stall_steps": meter.in_steps(seconds)}
-    workdir.log_event(folder, "stage", at_step, stage=stage.name, compile_seconds=round(seconds, 3), **stall)
-    meter.say(
-        f"step {at_step}: {stage.name}, {stage.batch} x {stage.seq_len} tokens a step (compiled in {seconds:.1f} s)"
-    )
-    meter.restart_clock()
-    return compiled
-
-
-@contextlib.contextmanager
-def signals():
-    """Collects SIGTERM and SIGINT, to be acted on between two steps; a second SIGINT ends the process at once.
-
-    Entered first of all: the KeyboardInterrupt that Python raises by itself is lost when it strikes in a callback of
-    the garbage collector, of which JAX has one.
-    """
-    received: list[int] = []
-
-    def note(number, _):
-        name = signal.Signals(number).name
-        if signal.SIGINT in received and number == signal.SIGINT:
-            os._exit(128 + number)
-        if number not in received:
-            again = "; once more to quit at once" if number == signal.SIGINT else ""
-            os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _log_compile(folder: str, found: fit.Fit) -> None:
+    s = found.stage
+    chosen = {"stage": s.name, "microbatch": s.microbatch, "remat": s.remat, "precision": s.precision}
+    memory = {"peak_bytes": found.need, "device_bytes": found.limit}
+    workdir.log_event(folder, "compile", s.start, **chosen, seconds=round(found.seconds, 3), **memory)

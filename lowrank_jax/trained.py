@@ -24,4 +24,4 @@ def open_run(folder: str) -> Trained:
     if restored is None:
         raise UsageError(f"--workdir={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
     state, progress = restored
-    return Trained(config, tokenizer.load(workdir.tokenizer_folder(folder)), state.params, progress)
+    return Trained(config, tokenizer.load(workdir.tokenizer_folder(folder)), state.weights, progress)

@@ -31,6 +31,7 @@ IDENTITY = (
     "tokenizer.path",
     "tokenizer.vocab_size",
     "optim.name",
+    "optim.ema",
     "pretrain.eval_fraction",
     "sft.eval_fraction",
 )
@@ -133,14 +134,24 @@ def read_rows(folder: str, name: str) -> list[dict]:
     return rows
 
 
-def rewind_metrics(folder: str, step: int, starting_phase: str | None) -> None:
-    """Drops the metrics of what is about to be done again after `step` updates.
-
-    That is every later step and, where a phase starts here, the evaluation that it starts with.
-    """
-    done = lambda row: row["step"] < step or (row["step"] == step and row["phase"] != starting_phase)
-    rows = [row for row in read_rows(folder, "metrics.jsonl") if done(row)]
+def rewind_metrics(folder: str, step: int) -> None:
+    """Drops the metrics of every step after the first `step` updates: they are about to be done again."""
+    rows = [row for row in read_rows(folder, "metrics.jsonl") if row["step"] <= step]
     write_text(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def milestones(folder: str) -> set[tuple[str, str, int]]:
+    """The evaluations and phases that are behind the run, in the form of `stages.milestones`."""
+    evals = {("eval", row["phase"], row["step"]) for row in read_rows(folder, "metrics.jsonl") if "split" in row}
+    ends = (event for event in read_rows(folder, "events.jsonl") if event["event"] == "data")
+    return evals | {("end", event["phase"], event["step"]) for event in ends}
+
+
+def newest_checkpoint(folder: str) -> int | None:
+    """The step of the newest checkpoint, whole or not, without opening it."""
+    path = os.path.join(folder, "checkpoints")
+    steps = [int(name) for name in os.listdir(path) if name.isdigit()] if os.path.isdir(path) else []
+    return max(steps, default=None)
 
 
 def _flatten(value, prefix: str = "") -> dict:

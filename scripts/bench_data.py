@@ -141,9 +141,9 @@ def step(folder: str) -> dict:
     config = config.with_vocab(tok.vocab_size)
     stage = stages.plan(config)[0]
     documents = stream.open_phase(config.pretrain, tok, 0, chats=False)
-    state = step_module.init_state(config)
-    run, _ = step_module.compile_step(config, stage, state)
-    batches = [step_module.to_device(documents.next(stage.batch, stage.seq_len), stage) for _ in range(13)]
+    state = step_module.first_state(config, step_module.init_params(config))
+    run = step_module.lower(config, stage).compile()
+    batches = [jax.device_put(documents.next(stage.batch, stage.seq_len)) for _ in range(13)]
     for i, batch in enumerate(batches):
         if i == 3:
             jax.block_until_ready(state)

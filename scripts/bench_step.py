@@ -12,6 +12,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+import jax
 import numpy as np
 
 from lowrank_jax import cli, plan, stages, step
@@ -23,9 +24,10 @@ def prepare(config, seq_len: int):
     rng, shape = np.random.default_rng(0), (stage.batch, stage.seq_len)
     tokens = rng.integers(0, config.model.vocab, shape, np.int32)
     ones = {"weights": np.ones(shape, np.float32), "segments": np.ones(shape, np.int32)}
-    batch = step.to_device({"tokens": tokens, "targets": tokens} | ones, stage)
-    state = step.init_state(config)
-    compiled, seconds = step.compile_step(config, stage, state)
+    batch = jax.device_put({"tokens": tokens, "targets": tokens} | ones)
+    state, started = step.first_state(config, step.init_params(config)), time.perf_counter()
+    compiled = step.lower(config, stage).compile()
+    seconds = time.perf_counter() - started
 
     def run():
         nonlocal state

@@ -26,7 +26,7 @@ def template(make):
 @pytest.fixture(scope="module")
 def states(make) -> list:
     """Three states that differ in every number, as after three updates."""
-    first = step.init_state(make.run_config())
+    first = step.first_state(make.run_config(), step.init_params(make.run_config()))
     noise = lambda x, n: (x + n * (1 + np.arange(x.size).reshape(x.shape))).astype(x.dtype)
     return [jax.tree.map(lambda x, n=n: jnp.asarray(noise(np.asarray(x), n)), first) for n in range(3)]
 
@@ -79,7 +79,7 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_with_its_progress(run, sta
 
 def test_the_other_optimizer_survives_with_its_named_tuples_too(make, tmp_path):
     config = make.run_config(optim__name="adamw", model__layers=1)
-    state = step.init_state(config)
+    state = step.first_state(config, step.init_params(config))
     with Checkpoints(str(tmp_path)) as saved:
         saved.save(5, state, {})
     restored, _ = restore(str(tmp_path), step.abstract_state(config))

@@ -205,7 +205,7 @@ def test_a_missing_key_is_named():
         ({"pretrain.lr": 0}, "config.pretrain.lr=0"),
         ({"pretrain.warmup": 0.8}, "config.pretrain.warmup + config.pretrain.cooldown"),
         ({"pretrain.lr_end": 1.5}, "config.pretrain.lr_end=1.5"),
-        ({"pretrain.schedule": "linear"}, "config.pretrain.schedule='linear'"),
+        ({"pretrain.schedule": "steps"}, "config.pretrain.schedule='steps'"),
         ({"pretrain.eval_fraction": 0.9}, "config.pretrain.eval_fraction=0.9"),
         ({"precision": "int4"}, "config.precision='int4'"),
         ({"optim.name": "sgd"}, "config.optim.name='sgd'"),

@@ -202,12 +202,28 @@ def test_a_signal_at_any_moment_saves_and_exits_with_its_number(data, reference,
     assert same_end(tmp_path / "run", reference)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(data, reference, tmp_path):
-    code, _, err = train(data, tmp_path / "run", faults="nan@step=7")
-    assert_one_line(code, err, 1, "nan", "step 7")
-    assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == 6
-    assert train(data, tmp_path / "run")[0] == 0
-    assert same_end(tmp_path / "run", reference)
+def test_a_loss_that_is_not_finite_costs_one_update_also_in_a_run_that_is_killed(data, tmp_path):
+    code, _, err = train(data, tmp_path / "alone", faults="nan@step=7")
+    assert code == 0 and "step 7: skipped an update" in err, err
+    (skip,) = [e for e in rows(tmp_path / "alone", "events.jsonl") if e["event"] == "skip"]
+    assert (skip["step"], skip["reason"], skip["loss"]) == (7, "not finite", None)
+    losses = {
+        row["step"]: (row["loss"], row["skipped"]) for row in rows(tmp_path / "alone", "metrics.jsonl") if "lr" in row
+    }
+    assert losses[7] == (None, 1) and all(loss is not None for step, (loss, _) in losses.items() if step != 7)
+    assert losses[6][1] == 0 and losses[9][1] == 1
+    for fault in ("kill@step=8", "kill@step=7"):
+        assert train(data, tmp_path / "killed", faults=f"nan@step=7,{fault}")[0] == -signal.SIGKILL
+    assert train(data, tmp_path / "killed", faults="nan@step=7")[0] == 0
+    assert same_end(tmp_path / "killed", tmp_path / "alone")
+
+
+def test_losses_that_stay_not_finite_stop_the_run_with_its_last_good_weights(data, tmp_path):
+    faults = ",".join(f"nan@step={n}" for n in range(11, 40))
+    code, _, err = train(data, tmp_path / "run", faults=faults, sft__steps=40)
+    assert_one_line(code, err, 1, "20 updates in a row", "step 30")
+    code, out, err = train(data, tmp_path / "run", sft__steps=40)  # the data was at fault: on from the last checkpoint
+    assert code == 0 and last_json(out)["step"] == TINY["pretrain.steps"] + 40, err
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_loses_nothing(data, reference, tmp_path):

@@ -11,9 +11,11 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "lowrank_jax"
 FLOORS = [
     ["main"],
     ["train"],
-    ["evaluate", "generate", "report"],
+    ["phase", "report"],
+    ["evaluate", "generate"],
     ["plan"],
-    ["trained"],
+    ["programs", "meter", "trained", "warmstart"],
+    ["fit"],
     ["step"],
     ["checkpoint"],
     ["data.stream"],
@@ -25,16 +27,22 @@ FLOORS = [
     ["data.tokenizer", "data.builtin", "data.records"],
     ["model"],
     ["attention"],
-    ["loss", "optim", "meter"],
+    ["loss", "optim", "guard"],
     ["stages"],
-    ["costs", "precision"],
-    ["workdir", "faults", "cli"],
+    ["costs", "precision", "devices", "track"],
+    ["workdir", "faults", "cli", "interrupt"],
     ["config"],
 ]
 FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 # Packages that one file alone may import.
 KEEPERS = {"orbax": "checkpoint", "flax": "model", "ml_collections": "cli", "sentencepiece": "data.tokenizer"}
-KEEPERS |= {"tokenizers": "data.tokenizer", "pyarrow": "data.tables"}
+KEEPERS |= {
+    "tokenizers": "data.tokenizer",
+    "pyarrow": "data.tables",
+    "tensorboardX": "track",
+    "wandb": "track",
+    "mlflow": "track",
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -1,0 +1,268 @@
+"""What is known of devices: their peak, their memory, and the ones that can be compiled for without having them.
+
+A described device is one that only its compiler knows: a program can be compiled for it, and its memory and its matmuls
+read from the result, but nothing runs. Its compiler comes in packages of its own (`pip install "jax[cuda12]"` or
+`"jax[tpu]"`). They may also be in the folder `aot` of the environment, which nothing but `topology` looks into: where
+there is no GPU, the CUDA package in the environment itself makes every program that uses JAX print that it found none.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from lowrank_jax.config import UsageError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """Of one JAX device: dense bf16 matrix peak in FLOP/s (fp16 for a V100, which has no bf16), and bytes of HBM."""
+
+    peak_flops: float
+    memory: int
+
+
+# As published by the makers (Google's Cloud TPU pages, in GiB; NVIDIA's data sheets, in GB). The first key found inside
+# device_kind counts. A TPU7x chip (2307 TFLOP/s, 192 GiB) is two devices. An A100 has 40 or 80 GB, a V100 16 or 32: the
+# smaller is here, and a real one says itself. Of the 16, 95 and 32 GiB of a v5e, v5p and v6e a program can have 15.75,
+# 95.73 and 31.24 (the compiler, libtpu 0.0.52, says so when one is too large).
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * GIB),
+    "TPU v5 lite": Chip(197e12, 16 * GIB),
+    "TPU v5e": Chip(197e12, 16 * GIB),
+    "TPU v5": Chip(459e12, 95 * GIB),
+    "TPU v6 lite": Chip(918e12, 32 * GIB),
+    "TPU v6e": Chip(918e12, 32 * GIB),
+    "TPU7x": Chip(2307e12 / 2, 96 * GIB),
+    "H100 PCIe": Chip(756e12, 80 * 10**9),
+    "H100": Chip(989e12, 80 * 10**9),
+    "A100": Chip(312e12, 40 * 10**9),
+    "V100": Chip(125e12, 16 * 10**9),
+}
+
+
+def chip(device: jax.Device) -> Chip | None:
+    return next((chip for name, chip in CHIPS.items() if name in device.device_kind), None)
+
+
+def peak_flops(device: jax.Device | None = None) -> float | None:
+    """bf16 peak of a device (the first one), or None where the chip is not in the table (a CPU, for one)."""
+    known = chip(device or jax.devices()[0])
+    return known.peak_flops if known else None
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_bytes(device: jax.Device) -> int:
+    """What a device can give to training: the same number whenever it is asked on the same machine."""
+    if device.platform == "cpu":
+        return host_memory()
+    try:
+        stats = device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # a described device has none
+        stats = {}
+    known = chip(device)
+    if "bytes_limit" not in stats and known is None:
+        raise UsageError(f"the memory of a {device.device_kind!r} is not known; set config.memory_gb")
+    return stats["bytes_limit"] if "bytes_limit" in stats else known.memory
+
+
+def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
+    """The machine's memory, or the limit of the process's control group where that is lower.
+
+    All of it and not what is free just now: a run that is resumed must come to the same stages.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *cgroup_limits(root)])
+
+
+def cgroup_limits(root: pathlib.Path) -> list[int]:
+    """Memory limits of the process's control groups, versions 1 and 2, and of the groups that these are in.
+
+    In a container the path to the group may be the host's, and only its end is there to read: a folder that does not
+    exist has no limit.
+    """
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:  # no Linux
+        return []
+    limits = []
+    for _, controllers, path in groups:
+        if controllers == "":
+            mount, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = pathlib.PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file; `max`, which is no limit
+                limits.append(int((mount / folder / name).read_text()))
+    return limits
+
+
+# -------------------------------------------------------------------------------------------------- described devices
+
+
+# What XLA asks of a GPU, for an H100 SXM: NVIDIA's H100 data sheet (132 multiprocessors at up to 1.98 GHz, 50 MB of L2,
+# 80 GB at 3.35 TB/s) and the table of compute capability 9.0 in its CUDA programming guide. The description is what
+# device_kind says. Without the version of CUDA, XLA takes it to be 0.0, which has no float8 matmul in cuBLASLt.
+H100 = """
+device_description_str: "NVIDIA H100 80GB HBM3"
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 9 }
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3350000000000
+  device_memory_size: 80000000000
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_block: 49152
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+
+CUDA = dict(platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100)
+TPU = dict(platform="tpu", chips_per_host_bounds=[1, 1, 1])  # a host has 2x2 chips otherwise, and no fewer
+TOPOLOGIES = {
+    "h100:1": CUDA,
+    "v5e:1x1": TPU | {"topology_name": "v5e:1x1"},
+    "v5p:1x1x1": TPU | {"topology_name": "v5p:1x1x1"},
+    "v6e:1x1": TPU | {"topology_name": "v6e:1x1"},
+}
+CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+AOT = pathlib.Path(sys.prefix, "aot")
+
+
+def topology(name: str) -> jax.Device:
+    """The device to compile for: `cpu` is this machine's, the others are described. Raises UsageError with one line."""
+    if name == "cpu":
+        return jax.local_devices(backend="cpu")[0]
+    _check_name(name)
+    if AOT.is_dir() and str(AOT) not in sys.path:
+        sys.path.append(str(AOT))
+    extra, modules = ("cuda12", CUDA_PLUGINS) if TOPOLOGIES[name] is CUDA else ("tpu", ("libtpu",))
+    install = f'pip install "jax[{extra}]"'
+    installed = [module for module in modules if _is_installed(module)]
+    if not installed:
+        raise UsageError(f"topology {name}: its compiler is not installed; {install}")
+    # libtpu otherwise asks the network what it runs on, and refuses a second process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        with _quiet(), _on_cpu():
+            device = _describe(TOPOLOGIES[name], installed[0])
+            _try_compiler(device)
+    except (RuntimeError, NotImplementedError, ImportError) as e:
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UsageError(f"topology {name}: its compiler does not work ({reason:.200}); {install}") from None
+    return device
+
+
+def _check_name(name: str) -> None:
+    if name in TOPOLOGIES:
+        return
+    chip, _, grid = name.partition(":")
+    one = next((known for known in TOPOLOGIES if known.split(":")[0] == chip), None)
+    if one and re.fullmatch(r"\d+(x\d+)*", grid) and math.prod(map(int, grid.split("x"))) > 1:
+        raise UsageError(f"topology {name} has more than one device, and training uses one; use {one}")
+    raise UsageError(f"topology {name!r} is not known; use one of cpu, {', '.join(TOPOLOGIES)}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it would be in
+        return False
+
+
+def _describe(description: dict, module: str) -> jax.Device:
+    try:
+        return topologies.get_topology_desc(**description).devices[0]
+    except NotImplementedError:
+        # JAX starts its plugins once, and drops the CUDA one where there is no driver and JAX_PLATFORMS is not cpu.
+        importlib.import_module(module).initialize()
+        return topologies.get_topology_desc(**description).devices[0]
+
+
+def _try_compiler(device: jax.Device) -> None:
+    """Compiles a tanh (0.1 s), as CUDA needs more than its plugin: ptxas, and a library for such functions."""
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    jax.jit(jnp.tanh).lower(x).compile()
+
+
+@contextlib.contextmanager
+def _on_cpu() -> Iterator[None]:
+    """With JAX_PLATFORMS=cpu, the compilers do not look for their hardware."""
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without stderr: the compilers report there that the hardware is missing (8 lines for CUDA), whatever log level is
+    set. What goes wrong comes as an exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+# ------------------------------------------------------------------------------------------------- compiled programs
+
+
+_OPERAND = re.compile(r"(?:(\w+)\[[^\]]*\](?:\{[^}]*\})? )?%([\w.\-]+)")
+
+
+def f8_matmuls(compiled_text: str) -> int:
+    """Matmuls that multiply float8 by float8 in a compiled program's text (`Compiled.as_text`); a loop's count once.
+
+    They are dots (on their own or inside a Triton fusion), cuBLASLt calls on a GPU, and convolutions on a TPU.
+    """
+    count, types = 0, {}
+    for line in compiled_text.splitlines():
+        if not line.startswith(" "):
+            types = {}  # names are of one computation
+        made = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\w+)\[", line)
+        if made:
+            types[made[1]] = made[2]
+        call = re.search(r" (dot|scaled-dot|convolution|custom-call)\(", line)
+        if not call or (call[1] == "custom-call" and 'target="__cublas$lt$matmul$f8' not in line):
+            continue
+        operands = list(_OPERAND.finditer(line, call.end()))[:2]
+        count += len(operands) == 2 and all((o[1] or types.get(o[2], "")).startswith("f8") for o in operands)
+    return count

@@ -1,0 +1,35 @@
+"""SIGTERM and SIGINT: noted at once, acted on where nothing can be lost."""
+
+import contextlib
+import os
+import signal
+
+
+class Interrupted(Exception):
+    """A signal came while something took long: whoever worked gives up, and the loop saves and leaves."""
+
+
+@contextlib.contextmanager
+def signals():
+    """Collects the numbers of SIGTERM and SIGINT; a second SIGINT ends the process at once.
+
+    Entered first of all: the KeyboardInterrupt that Python raises by itself is lost when it strikes in a callback of
+    the garbage collector, of which JAX has one.
+    """
+    received: list[int] = []
+
+    def note(number, _):
+        name = signal.Signals(number).name
+        if signal.SIGINT in received and number == signal.SIGINT:
+            os._exit(128 + number)
+        if number not in received:
+            again = "; once more to quit at once" if number == signal.SIGINT else ""
+            os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""The compiled step of each stage: all tried for memory before step 1, then the next made while one trains."""
+
+from collections.abc import Callable
+from multiprocessing.pool import AsyncResult, ThreadPool
+from typing import NamedTuple
+
+import jax
+
+from lowrank_jax import fit, precision, step
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.fit import Fit, Learnt
+from lowrank_jax.interrupt import Interrupted
+from lowrank_jax.stages import Stage
+
+COMPILERS = 2  # at a time: XLA itself uses several threads for a large program
+LOOK_SECONDS = 0.1  # between two looks at whether a signal has come
+
+
+class Program(NamedTuple):
+    """A stage as it runs: `step(state, batch)`, and for fp8 `check(params, batch)`, see `step.disagreement`."""
+
+    fit: Fit
+    check: jax.stages.Compiled | None
+
+    @property
+    def stage(self) -> Stage:
+        return self.fit.stage
+
+    @property
+    def step(self) -> jax.stages.Compiled:
+        return self.fit.program
+
+
+class Programs:
+    """Compiles stages in threads that end with the process, as a compilation cannot be stopped.
+
+    Stages are named as the plan has them; what comes back is the stage as it fits. `running` is the program in use, and
+    `held` a copy of (state, progress) from before its first step, until that is done.
+    """
+
+    running: Program | None = None
+    held: tuple | None = None
+
+    def __init__(self, config: RunConfig, learnt: Learnt, stop: Callable[[], bool]):
+        self.config, self.device = config, jax.local_devices()[0]
+        self._learnt, self._stop, self._pool = learnt, stop, ThreadPool(COMPILERS)
+        self._made: dict[Stage, AsyncResult] = {}
+        self._chosen: dict[Stage, Stage] = {}
+
+    def fit_all(self, plan: tuple[Stage, ...]) -> list[Fit]:
+        """Compiles every stage; raises UsageError in one line for one that cannot fit, Interrupted for a signal.
+
+        Two of the programs are kept. (A loaded program takes device memory; the compilation cache has the others.)
+        """
+        for stage in plan:
+            self._prepare(stage)
+        fits = [self._get(stage).fit._replace(program=None) for stage in plan]
+        for found in fits:
+            if not found.fits:
+                raise UsageError(fit.refusal(found))
+        self._keep(plan[:2])
+        return fits
+
+    def run(self, stage: Stage, following: Stage | None) -> None:
+        """Makes a stage's program the one that runs, waited for if need be, and begins with the one that follows.
+
+        Raises Interrupted where a signal comes first.
+        """
+        self._keep((stage, following))
+        self.running = self._get(stage)
+        if following:
+            self._prepare(following)
+
+    def chosen(self, stage: Stage) -> Stage:
+        """The stage as it fits, as far as that is known."""
+        return fit.restrict(self._chosen.get(stage, stage), self._learnt)
+
+    def shrink(self) -> Learnt | None:
+        """Lets fewer rows through the device at a time, from now on and in all stages, as the running one met its end.
+
+        None where it was already one row at a time, rematerialised.
+        """
+        ran = self.running.stage
+        smaller = fit.shrink(ran, ran.microbatch // 2)
+        self.running, self._made = None, {}
+        if smaller is None:
+            return None
+        self._learnt = Learnt(smaller.microbatch * smaller.seq_len, smaller.remat or self._learnt.remat)
+        return self._learnt
+
+    def _prepare(self, stage: Stage) -> None:
+        if stage not in self._made:
+            self._made[stage] = self._pool.apply_async(self._make, (stage,))
+
+    def _get(self, stage: Stage) -> Program:
+        self._prepare(stage)
+        while not self._made[stage].ready():
+            if self._stop():
+                raise Interrupted
+            self._made[stage].wait(LOOK_SECONDS)
+        return self._made[stage].get()
+
+    def _keep(self, kept: tuple[Stage | None, ...]) -> None:
+        self._made = {stage: made for stage, made in self._made.items() if stage in kept}
+
+    def _make(self, stage: Stage) -> Program:
+        found, check = fit.fit(self.config, stage, self.device, self._learnt), None
+        self._chosen[stage] = found.stage
+        if precision.policy(stage.precision).name == "fp8" and found.fits:
+            check = step.lower_disagreement(self.config, found.stage, self.device).compile()
+        return Program(found, check)

@@ -1,0 +1,201 @@
+"""A run's metric rows, copied to TensorBoard, Weights & Biases or MLflow as they are logged.
+
+metrics.jsonl stays the record; a tracker only shows it. Each has a thread of its own, so that neither a slow network
+nor a full disk holds up training: what fails is told in one line and left behind.
+
+tensorboard   FOLDER/tensorboard
+wandb         the project WANDB_PROJECT or else lowrank_jax; FOLDER/wandb until it is sent
+mlflow        the experiment MLFLOW_EXPERIMENT_NAME or else lowrank_jax, at MLFLOW_TRACKING_URI or else FOLDER/mlflow.db
+
+A resumed run goes on in the same W&B or MLflow run, whose name is kept in FOLDER/wandb.id or FOLDER/mlflow.id. What it
+repeats TensorBoard shows once; the others keep both, which are equal unless the config was changed.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import math
+import os
+import queue
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from lowrank_jax import workdir
+from lowrank_jax.cli import say
+from lowrank_jax.config import UsageError
+
+PROJECT = "lowrank_jax"
+PATIENCE = 15.0  # seconds that the end of a run waits for rows to be sent: a preempted machine has about 30 left
+SETTING_CHARACTERS = 250  # of a setting's value in MLflow, whose servers refuse long ones
+SETTINGS_AT_ONCE = 100  # MLflow's most
+
+Write = Callable[[int, dict[str, float]], None]
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises UsageError where a named tracker's package is not installed."""
+    for name in names:
+        missing = [package for module, package in _needs(name).items() if not _installed(module)]
+        if missing:
+            raise UsageError(f"config.track: {name} needs packages that are missing: pip install {' '.join(missing)}")
+
+
+def values(row: dict) -> dict[str, float]:
+    """The finite numbers of a row of metrics.jsonl by the names they are shown under, such as train/loss."""
+    group = f"eval_{row['split']}" if "split" in row else "train"
+    numbers = {key.removeprefix("eval_"): v for key, v in row.items() if key != "step" and isinstance(v, (int, float))}
+    return {f"{group}/{key}": float(v) for key, v in numbers.items() if math.isfinite(v)}
+
+
+def open_trackers(names: tuple[str, ...], folder: str, settings: dict, step: int) -> list["Tracker"]:
+    """A tracker for each name; `settings` is the run's config, `step` the step that it starts or goes on from."""
+    return [Tracker(name, _OPEN[name](folder, settings, step)) for name in names]
+
+
+class Tracker:
+    """Rows on their way to one service. `log` and `close` never raise, and only `close` waits."""
+
+    def __init__(self, name: str, service: contextlib.AbstractContextManager[Write]):
+        self._name, self._rows = name, queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, args=(service,), name=f"track-{name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self._thread.is_alive():  # else nobody would ever take them
+            self._rows.put((step, values))
+
+    def close(self) -> None:
+        self._rows.put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            say(f"{self._name}: not everything was sent within {PATIENCE:.0f} s; metrics.jsonl has it all")
+
+    def _send(self, service: contextlib.AbstractContextManager[Write]) -> None:
+        try:
+            with service as write:
+                for step, values in iter(self._rows.get, None):
+                    write(step, values)
+        except Exception as e:  # whatever a service can fail with is no reason to stop training
+            reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            say(f"{self._name} is left out from here on ({reason}); metrics.jsonl has every row")
+
+
+# --------------------------------------------------------------------------------------------------------- services
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: str, settings: dict, step: int) -> Iterator[Write]:
+    # Not SummaryWriter: when a disk is full its thread dies silently, and the tenth row after that waits forever.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    home = os.path.join(folder, "tensorboard")
+    os.makedirs(home, exist_ok=True)
+    writer = EventsWriter(os.path.join(home, "events"), f".{time.time_ns()}")  # its own clock has seconds only
+
+    def put(step: int, **content) -> None:
+        writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        writer.flush()
+
+    put(step + 1, session_log=SessionLog(status=SessionLog.START))  # what was shown from there on is forgotten
+    scalar = lambda item: Summary.Value(tag=item[0], simple_value=item[1])
+    yield lambda step, values: put(step, summary=Summary(value=map(scalar, values.items())))
+    writer.close()
+
+
+@contextlib.contextmanager
+def _wandb(folder: str, settings: dict, step: int) -> Iterator[Write]:
+    import wandb
+
+    path, name = os.path.join(folder, "wandb.id"), _name(folder)
+    if not os.path.isfile(path):  # random, since a name that was deleted cannot be used again
+        workdir.write_text(path, f"{re.sub('[^A-Za-z0-9_-]', '-', name)[:40]}-{secrets.token_hex(4)}")
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=name,
+        dir=folder,
+        id=_read(path),
+        resume="allow",
+        config=settings,
+        allow_val_change=True,
+        settings=wandb.Settings(
+            silent=True,
+            console="off",  # it would wrap stdout, where the progress bar is
+            init_timeout=30,
+            finish_timeout=PATIENCE - 5,  # without one the process could not end before the network is back
+            finish_timeout_raises=True,
+        ),
+    )
+    if not run.offline:
+        say(f"wandb: {run.url}")
+    run.define_metric("*", step_metric="step")  # its own steps only rise: what a resumed run repeats would be lost
+    yield lambda step, values: run.log({"step": step} | values)
+    run.finish()
+
+
+@contextlib.contextmanager
+def _mlflow(folder: str, settings: dict, step: int) -> Iterator[Write]:
+    import mlflow
+    from mlflow.entities import Metric, Param
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
+    path, local = os.path.join(folder, "mlflow.id"), os.path.join(os.path.abspath(folder), "mlflow.db")
+    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}")
+    try:
+        run = _read(path)
+        client.update_run(run, status="RUNNING")
+    except (OSError, mlflow.MlflowException):  # a new run, or another server than before
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = client.get_experiment_by_name(project)
+        number = experiment.experiment_id if experiment else client.create_experiment(project)
+        run = client.create_run(number, run_name=_name(folder)).info.run_id
+        workdir.write_text(path, run)
+        params = [Param(key, str(value)[:SETTING_CHARACTERS]) for key, value in _flatten(settings).items()]
+        for start in range(0, len(params), SETTINGS_AT_ONCE):
+            client.log_batch(run, params=params[start : start + SETTINGS_AT_ONCE])
+
+    def write(step: int, values: dict[str, float]) -> None:
+        now = int(time.time() * 1000)
+        client.log_batch(run, metrics=[Metric(key, value, now, step) for key, value in values.items()])
+
+    yield write
+    client.set_terminated(run)
+
+
+_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _needs(name: str) -> dict[str, str]:
+    """The modules that a tracker imports, and the packages they come with."""
+    if name == "mlflow":
+        local = {} if os.environ.get("MLFLOW_TRACKING_URI") else {"sqlalchemy": "sqlalchemy", "alembic": "alembic"}
+        return {"mlflow": "mlflow-skinny"} | local
+    module = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
+    return {module: module}
+
+
+def _installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a mere folder of that name, such as ./wandb, has no origin
+
+
+def _name(folder: str) -> str:
+    return os.path.basename(os.path.abspath(folder))
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8") as f:
+        return f.read().strip()
+
+
+def _flatten(value, prefix: str = "") -> dict:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key in value for k, v in _flatten(value[key], f"{prefix}.{key}" if prefix else key).items()}

@@ -1,0 +1,82 @@
+"""Which updates are refused, and how fp16's loss scale moves."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from lowrank_jax import guard
+
+judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
+
+
+def after(losses, norms=None, sigmas=8.0, scaled=False, g=None):
+    """(verdicts, the guard) after a sequence of losses and gradient norms (1 unless given)."""
+    g, verdicts = g or guard.start(scaled), []
+    for loss, norm in zip(losses, norms or [1.0] * len(losses)):
+        ok, g = judge(g, np.float32(loss), np.float32(norm), sigmas, scaled)
+        verdicts.append(bool(ok))
+    return verdicts, g
+
+
+def noisy(n: int, seed: int = 0) -> list[float]:
+    return (3 + 0.05 * np.random.default_rng(seed).standard_normal(n)).tolist()
+
+
+def test_ordinary_noise_is_never_refused():
+    norms = np.exp(0.2 * np.random.default_rng(1).standard_normal(2000)).tolist()
+    verdicts, g = after(noisy(2000), norms)
+    assert all(verdicts) and g.refused == 0 and g.count == 2000
+    np.testing.assert_allclose(g.mean[0], 3, atol=0.03)
+    np.testing.assert_allclose(np.sqrt(g.variance), [0.05, 0.2], rtol=0.4)
+
+
+@pytest.mark.parametrize("loss, norm", [(9.0, 1.0), (3.0, 100.0)])
+def test_a_spike_of_loss_or_gradient_is_refused_and_forgotten(loss, norm):
+    _, g = after(noisy(200))
+    verdicts, spiked = after([loss, *noisy(20, seed=2)], [norm, *[1.0] * 20], g=g)
+    assert verdicts == [False] + [True] * 20
+    assert spiked.refused == 1 and spiked.in_a_row == 0
+    np.testing.assert_allclose(spiked.mean, g.mean, atol=0.1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused_and_teaches_nothing(bad):
+    _, g = after(noisy(100))
+    for loss, norm in ((bad, 1.0), (3.0, bad)):
+        (ok,), refused = after([loss], [norm], g=g)
+        assert not ok and refused.refused == 1 and refused.in_a_row == 1
+        for name in ("mean", "variance", "count", "scale"):
+            np.testing.assert_array_equal(getattr(refused, name), getattr(g, name))
+    assert after([bad], sigmas=0.0)[0] == [False]  # also with the bound off, and at the first step
+    assert after([3.0, 1e9, 3.0], sigmas=0.0)[0] == [True] * 3
+
+
+def test_the_first_steps_and_a_falling_loss_are_not_spikes():
+    assert all(after([9.0, 8.0, 11.0, 7.0] * 12)[0])
+    assert all(after(np.linspace(9, 3, 500).tolist())[0])
+
+
+def test_a_level_that_stays_is_accepted_within_a_few_steps():
+    _, g = after(noisy(300))
+    verdicts, _ = after([6.0] * 30, g=g)
+    assert not verdicts[0] and all(verdicts[15:])
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_grows_after_many_steps_without():
+    verdicts, g = after([np.inf, np.inf, 3.0], scaled=True)
+    assert verdicts == [False, False, True] and g.scale == guard.FIRST_SCALE / 4
+    assert g.refused == 2 and g.in_a_row == 0
+    patient = g._replace(since_overflow=np.int32(guard.SCALE_PATIENCE - 1))
+    _, grown = after([3.0], scaled=True, g=patient)
+    assert grown.scale == guard.FIRST_SCALE / 2 and grown.since_overflow == 0
+
+
+def test_an_overflow_that_no_scale_cures_counts():
+    _, g = after([np.nan] * 20, scaled=True)
+    assert g.scale == 1 and g.in_a_row == 20 - 15  # 2^15 is halved fifteen times
+
+
+def test_without_fp16_the_scale_is_one_for_ever():
+    assert after([np.inf, *noisy(5)])[1].scale == 1

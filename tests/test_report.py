@@ -1,0 +1,167 @@
+"""The report: what a reader finds on the page and in the picture, also of runs that are young, old or in trouble."""
+
+import base64
+import json
+import re
+
+import pytest
+
+from lowrank_jax import plan, report, workdir
+from lowrank_jax.config import UsageError
+
+STAGES = {"pretrain-16": (0, 16), "pretrain-32": (3, 32), "sft-32": (6, 32)}  # first step and length
+
+
+def train_row(step: int, stage: str, **changes) -> dict:
+    row = {"step": step, "phase": stage.split("-")[0], "stage": stage, "seq_len": STAGES[stage][1]}
+    row |= {"batch": 256 // STAGES[stage][1], "tokens": 256 * step, "loss": 8.0 - step, "lr": 0.01, "grad_norm": 1.0}
+    return row | {"tokens_per_s": 512.0, "mfu": None} | changes
+
+
+def eval_row(step: int, split: str, bits: float) -> dict:
+    row = {"step": step, "phase": split, "stage": f"{split}-32", "split": split, "eval_loss": 2 * bits}
+    return row | {"bits_per_byte": bits, "eval_tokens": 100}
+
+
+TRAIN = [train_row(step, "pretrain-16" if step <= 3 else "pretrain-32") for step in range(1, 7)]
+TRAIN += [train_row(step, "sft-32") for step in range(7, 9)]
+EVALS = [eval_row(0, "pretrain", 4.0), eval_row(6, "pretrain", 2.0), eval_row(6, "sft", 3.0), eval_row(8, "sft", 2.5)]
+EVENTS = [{"event": "start", "step": 0, "resumes": False, "changed": []}]
+EVENTS += [
+    {"event": "stage", "step": start, "stage": name, "compile_seconds": 7.25, "stall_seconds": 0.5, "stall_steps": 3.25}
+    for name, (start, _) in STAGES.items()
+]
+EVENTS += [{"event": "sample", "step": 6, "phase": "pretrain", "prompt": "<b>O", "text": "Romeo & Juliet"}]
+EVENTS += [{"event": "finish", "step": 8, "tokens": 2048, "params_sha256": "ab" * 32}]
+
+
+@pytest.fixture
+def folder(tmp_path, make):
+    """A folder of a run of three stages, without rows or events yet."""
+    changes = {"auto_grow": True, "grow_plan": "16,32", "grow_every_steps": 3, "block": 16, "steps": 6}
+    changes |= {"sources": "text:x", "tokens_per_step": 256}
+    changes = {f"pretrain__{key}": value for key, value in changes.items()}
+    sft = {"sft__steps": 2, "sft__block": 32, "sft__tokens_per_step": 256, "sft__sources": "json:x"}
+    workdir.write_config(str(tmp_path), make.run_config(**changes, **sft))
+    return tmp_path
+
+
+def page_of(folder, rows: list[dict], events: list[dict]) -> str:
+    for row in rows:
+        workdir.append(str(folder), "metrics.jsonl", row)
+    for event in events:
+        workdir.append(str(folder), "events.jsonl", {"time": 1.7e9} | event)
+    report.write(str(folder))
+    return (folder / "report.html").read_text()
+
+
+def section(page: str, title: str) -> str:
+    """The text of a section, with one blank for each tag."""
+    (found,) = [part for part in page.split("<h2>")[1:] if part.startswith(title)]
+    return " ".join(re.sub("<[^>]*>", " ", found).split())
+
+
+def test_the_page_stands_alone_and_holds_the_picture(folder):
+    page = page_of(folder, TRAIN + EVALS, EVENTS)
+    (image,) = re.findall('src="data:image/png;base64,([^"]*)"', page)
+    assert base64.b64decode(image) == (folder / "loss.png").read_bytes()
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    assert 'name="viewport"' in page and page.count("src=") == 1
+
+
+def test_the_page_tells_the_run(folder):
+    page = page_of(folder, TRAIN + EVALS, EVENTS)
+    head = " ".join(re.sub("<[^>]*>", " ", page.split("<h2>")[0]).split())
+    assert "state finished steps 8 tokens 2.05k last loss 0.000" in head
+    assert "pretrain 2 4.000 2.000 2.000 50.0% sft 2 3.000 2.500 2.500 16.7%" in section(page, "Held-out text")
+    assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
+    assert "&lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
+    config = workdir.read_config(str(folder))
+    assert plan.table(plan.describe(config)).splitlines()[0].split()[0] in section(page, "Plan")
+    assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
+    assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
+
+
+def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder):
+    skipped = {"event": "skip", "step": 5, "loss": 90.0, "grad_norm": 1.0, "reason": "spike"}
+    stages = plan.describe(workdir.read_config(str(folder)))["stages"]
+    rows = [row | {"loss": None} if row["step"] == 5 else row for row in TRAIN] + EVALS
+    figure = report._figure(rows, EVENTS + [skipped], stages)
+    loss, bits, length, speed, rate = figure.axes
+    lines = {line.get_label(): line for line in loss.lines}
+    assert list(lines["pretrain"].get_xdata()) == [256 * step for step in (1, 2, 3, 4, 6)]
+    assert list(lines["pretrain"].get_ydata()) == [7, 6, 5, 4, 2]
+    assert list(lines["sft, held out"].get_xdata()) == [6 * 256, 8 * 256]
+    assert list(lines["skipped update"].get_xdata()) == [5 * 256]
+    assert list(bits.lines[0].get_ydata()) == [4, 2]
+    assert list(length.lines[0].get_ydata()) == [16] * 3 + [32] * 5
+    assert {text.get_text().strip(): text.xy[0] for text in loss.texts} == {
+        name: 256 * start for name, (start, _) in STAGES.items()
+    }
+    assert rate.get_xlabel() == "tokens" and all(axes.get_shared_x_axes().joined(axes, loss) for axes in figure.axes)
+
+
+def test_long_lines_are_drawn_as_means_over_the_whole_run(folder):
+    rows = [train_row(step, "pretrain-32", loss=step % 2) for step in range(1, 5001)]
+    figure = report._figure(rows, [], plan.describe(workdir.read_config(str(folder)))["stages"])
+    every, means = figure.axes[0].lines[:2]
+    assert len(every.get_xdata()) == 5000 and len(means.get_xdata()) == report.POINTS
+    assert all(abs(y - 0.5) < 0.05 for y in means.get_ydata())
+
+
+def test_what_saving_cost_is_set_against_the_time_of_the_steps(folder):
+    saves = [{"event": "save", "step": step, "data_sha256": "0", "blocked_seconds": 0.05} for step in (6, 8)]
+    page = page_of(folder, TRAIN + EVALS, EVENTS + saves)  # 8 steps of 256 tokens at 512 a second
+    assert "2 saves held up training for 0.1 s in all, 2.50% of the 4 s" in section(page, "Stage switches")
+
+
+def test_saves_of_which_the_time_is_not_known_are_left_out_of_it(folder):
+    page = page_of(folder, TRAIN, [{"event": "save", "step": 8, "data_sha256": "0"}])
+    assert "held up" not in page and "save 1 8" in section(page, "Events")
+
+
+def test_trouble_is_told_with_its_facts_and_a_flood_of_one_kind_hides_no_other(folder):
+    skip = {"event": "skip", "step": 1, "source": "s", "reason": "x" * 999}
+    flood = [skip | {"where": f"record {n}"} for n in range(99)]
+    trouble = [
+        {"event": "oom", "step": 2, "microbatch_tokens": 128, "remat": False, "reason": "RESOURCE_EXHAUSTED"},
+        {"event": "restore_failed", "step": 4, "reason": "checksum differs"},
+        {"event": "fallback", "step": 5, "off_by": {"loss": 0.5}},
+        {"event": "preempt", "step": 6, "signal": 15},
+        {"event": "compile", "step": 0, "stage": "sft-32", "peak_bytes": 3 * 2**30, "device_bytes": None},
+    ]
+    page = page_of(folder, TRAIN, EVENTS[:-1] + trouble[:1] + flood + trouble[1:])
+    assert "skip 99 1" in section(page, "Events")
+    told = section(page, "Out of the ordinary")
+    assert told.count("record") == report.EACH and "record 98" in told and "x" * 161 not in told
+    for facts in ("microbatch_tokens 128, remat False", "checksum differs", "{&quot;loss&quot;: 0.5}", "signal 15"):
+        assert facts in told
+    assert "peak_bytes 3.00 GiB, device_bytes –" in section(page, "Latest events")
+    assert "3.00 GiB" in section(page, "Stage switches")
+    assert "stopped by a signal" in page
+
+
+@pytest.mark.parametrize(
+    "rows, events",
+    [
+        (EVALS[:1], []),
+        (TRAIN[:1], EVENTS[:1]),
+        ([train_row(1, "pretrain-16", loss=None, grad_norm=None)], [{"event": "stage", "step": 0, "stage": "gone-7"}]),
+        (TRAIN, [{"event": "something new", "step": 3}, {"event": "restore", "step": 3}]),
+    ],
+)
+def test_a_young_old_or_unknown_run_still_has_a_report(folder, rows, events):
+    page = page_of(folder, rows, events)
+    assert "not finished" in page and (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_without_metrics_is_refused_in_one_line(folder):
+    with pytest.raises(UsageError, match="no metrics yet"):
+        report.write(str(folder))
+
+
+def test_the_command_prints_the_page(folder, capsys):
+    page_of(folder, TRAIN, EVENTS)
+    paths = report.command([f"--workdir={folder}"])
+    assert capsys.readouterr().out.strip() == paths["report"] == str(folder / "report.html")
+    assert json.dumps(paths)
