@@ -24,6 +24,7 @@ from jax.experimental import topologies
 from lowrank_jax.config import UsageError
 
 GIB = 2**30
+GPU_SHARE = 0.75  # of a GPU's memory: what JAX takes for itself unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 
 class Chip(NamedTuple):
@@ -76,7 +77,9 @@ def memory_bytes(device: jax.Device) -> int:
     known = chip(device)
     if "bytes_limit" not in stats and known is None:
         raise UsageError(f"the memory of a {device.device_kind!r} is not known; set config.memory_gb")
-    return stats["bytes_limit"] if "bytes_limit" in stats else known.memory
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return int(GPU_SHARE * known.memory) if device.platform in ("gpu", "cuda") else known.memory
 
 
 def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
@@ -148,24 +151,28 @@ gpu_device_info {
 
 CUDA = dict(platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100)
 TPU = dict(platform="tpu", chips_per_host_bounds=[1, 1, 1])  # a host has 2x2 chips otherwise, and no fewer
-TOPOLOGIES = {
+DESCRIBED = {
     "h100:1": CUDA,
     "v5e:1x1": TPU | {"topology_name": "v5e:1x1"},
     "v5p:1x1x1": TPU | {"topology_name": "v5p:1x1x1"},
     "v6e:1x1": TPU | {"topology_name": "v6e:1x1"},
 }
+TOPOLOGIES = ("cpu", *DESCRIBED)
 CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 AOT = pathlib.Path(sys.prefix, "aot")
 
 
 def topology(name: str) -> jax.Device:
-    """The device to compile for: `cpu` is this machine's, the others are described. Raises UsageError with one line."""
+    """The device to compile for: `cpu` is this machine's, the others are described. Raises UsageError with one line.
+
+    A process that asks for a described device before it has used one of its own computes on its CPU from then on.
+    """
     if name == "cpu":
         return jax.local_devices(backend="cpu")[0]
     _check_name(name)
     if AOT.is_dir() and str(AOT) not in sys.path:
         sys.path.append(str(AOT))
-    extra, modules = ("cuda12", CUDA_PLUGINS) if TOPOLOGIES[name] is CUDA else ("tpu", ("libtpu",))
+    extra, modules = ("cuda12", CUDA_PLUGINS) if DESCRIBED[name] is CUDA else ("tpu", ("libtpu",))
     install = f'pip install "jax[{extra}]"'
     installed = [module for module in modules if _is_installed(module)]
     if not installed:
@@ -175,7 +182,7 @@ def topology(name: str) -> jax.Device:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         with _quiet(), _on_cpu():
-            device = _describe(TOPOLOGIES[name], installed[0])
+            device = _describe(DESCRIBED[name], installed[0])
             _try_compiler(device)
     except (RuntimeError, NotImplementedError, ImportError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
@@ -184,13 +191,13 @@ def topology(name: str) -> jax.Device:
 
 
 def _check_name(name: str) -> None:
-    if name in TOPOLOGIES:
+    if name in DESCRIBED:
         return
-    chip, _, grid = name.partition(":")
-    one = next((known for known in TOPOLOGIES if known.split(":")[0] == chip), None)
+    kind, _, grid = name.partition(":")
+    one = next((known for known in DESCRIBED if known.split(":")[0] == kind), None)
     if one and re.fullmatch(r"\d+(x\d+)*", grid) and math.prod(map(int, grid.split("x"))) > 1:
         raise UsageError(f"topology {name} has more than one device, and training uses one; use {one}")
-    raise UsageError(f"topology {name!r} is not known; use one of cpu, {', '.join(TOPOLOGIES)}")
+    raise UsageError(f"topology {name!r} is not known; use one of {', '.join(TOPOLOGIES)}")
 
 
 def _is_installed(module: str) -> bool:
@@ -228,8 +235,10 @@ def _on_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without stderr: the compilers report there that the hardware is missing (8 lines for CUDA), whatever log level is
-    set. What goes wrong comes as an exception."""
+    """Without stderr, where the compilers report that their hardware is missing (8 lines for CUDA), at any log level.
+
+    What goes wrong comes as an exception.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -251,7 +260,8 @@ _OPERAND = re.compile(r"(?:(\w+)\[[^\]]*\](?:\{[^}]*\})? )?%([\w.\-]+)")
 def f8_matmuls(compiled_text: str) -> int:
     """Matmuls that multiply float8 by float8 in a compiled program's text (`Compiled.as_text`); a loop's count once.
 
-    They are dots (on their own or inside a Triton fusion), cuBLASLt calls on a GPU, and convolutions on a TPU.
+    They are dots (on their own or inside a Triton fusion), cuBLASLt calls on a GPU, and convolutions on a TPU. XLA may
+    have made one of two that share an operand, such as a SwiGLU's gate and up.
     """
     count, types = 0, {}
     for line in compiled_text.splitlines():

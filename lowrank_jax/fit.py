@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from lowrank_jax import devices, stages, step
+from lowrank_jax import devices, precision, stages, step
 from lowrank_jax.config import RunConfig
 from lowrank_jax.stages import Stage
 
@@ -50,7 +50,8 @@ def limit_bytes(config: RunConfig, device: jax.Device) -> int:
 
 def fit(config: RunConfig, stage: Stage, device: jax.Device, learnt: Learnt = NOTHING) -> Fit:
     """The stage with the most rows at a time that fit, up to what it asks for; rematerialised if not even one does."""
-    stage, limit, seconds = restrict(stage, learnt), limit_bytes(config, device), 0.0
+    stage = dataclasses.replace(restrict(stage, learnt), precision=precision.resolve(stage.precision, device.platform))
+    limit, seconds = limit_bytes(config, device), 0.0
     while True:
         started, program, need, fixed = time.monotonic(), None, None, 0
         try:

@@ -37,7 +37,9 @@ def measure(config: RunConfig, name: str, tok: Tokenizer, folder: str, rows_toke
     return functools.partial(evaluate.evaluate, config, batches=held_out, byte_lengths=tok.byte_lengths())
 
 
-def feed(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, at: dict, step_now: Callable[[], int]):
+def feed(
+    config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, at: dict, step_now: Callable[[], int]
+) -> stream.Feed:
     """(batch on the device, cursor) of every step that the stage's phase has left, prepared ahead in the background."""
     plan, name, chats = stages.plan(config), stage.phase, stage.phase == "sft"
     phase, starts, end = getattr(config, name), at["step"] == stage.phase_start, stage.phase_start + stage.phase_steps
@@ -58,7 +60,7 @@ def feed(config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, at: dict,
     share, cursor = (jax.process_index(), jax.process_count()), None if starts else at["cursor"]
     note = note_to(folder, step_now)
     documents = stream.open_phase(phase, tok, config.seed, chats, cursor, share, note, at["data_sha256"])
-    return stream.feed(documents, range(at["step"], end), shape_at, place)
+    return stream.Feed(documents, range(at["step"], end), shape_at, place)
 
 
 def note_to(folder: str, step_now: Callable[[], int]) -> Callable:

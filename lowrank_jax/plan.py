@@ -5,6 +5,8 @@ python -m lowrank_jax.plan --config=configs/custom.py [--json]
 
 from collections.abc import Sequence
 
+import jax
+
 from lowrank_jax import cli, costs, devices, fit, precision, stages
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import tokenizer
@@ -110,6 +112,7 @@ def command(argv: list[str]) -> dict:
     config, fits = resolve_vocab(config), []
     if args.topology:
         device = devices.topology(args.topology)
+        jax.config.update("jax_enable_compilation_cache", args.topology == "cpu")  # it has no room for described ones
         fits = [fit.fit(config, stage, device) for stage in stages.plan(config)]
     plan = describe(config, fits, args.topology or None)
     print(table(plan), flush=True)

@@ -26,10 +26,18 @@ class Policy(NamedTuple):
     matmul: Callable
 
 
+def resolve(precision: str, platform: str | None = None) -> str:
+    """`auto` is bf16 on an accelerator and fp32 on a CPU, where bf16 matmuls are slower and no smaller.
+
+    Without a `platform` it is that of JAX's first device.
+    """
+    if precision != "auto":
+        return precision
+    return "fp32" if (platform or jax.default_backend()) == "cpu" else "bf16"
+
+
 def policy(precision: str) -> Policy:
-    """`auto` is bf16 on an accelerator and fp32 on a CPU, where bf16 matmuls are slower and no smaller."""
-    if precision == "auto":
-        precision = "fp32" if jax.default_backend() == "cpu" else "bf16"
+    precision = resolve(precision)
     dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16, "fp8": jnp.bfloat16}[precision]
     return Policy(precision, jnp.dtype(dtype), fp8_where_wide if precision == "fp8" else jnp.matmul)
 

@@ -163,6 +163,11 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
             if r.stopping:  # looked at after everything that takes long
                 _save(r, meter, state, at)
                 _leave(r, at["step"])
+            stage = stages.stage_at(r.plan, at["step"])
+            if stage.phase != phase_name and at["step"] < r.plan[-1].end:
+                state, batches = _enter(r, stage, state, at, meter)  # reads ahead while the old phase is evaluated
+                feeds.enter_context(contextlib.closing(batches))
+                phase_name = stage.phase
             due = [m for m in stages.milestones(r.plan, r.config.every.eval, at["step"]) if m not in done]
             if due:
                 done.add(due[0])
@@ -170,12 +175,7 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
                 continue
             if at["step"] == r.plan[-1].end:
                 return state, at
-            stage = stages.stage_at(r.plan, at["step"])
             try:
-                if stage.phase != phase_name:
-                    state, batches = _enter(r, stage, state, at, meter)
-                    feeds.enter_context(contextlib.closing(batches))
-                    phase_name = stage.phase
                 if (asked := _as_run(stage, at)) != running:
                     _switch(r, asked, state, at, meter)
                     running = asked

@@ -28,7 +28,12 @@ install_requirements() {
   fi
   if ! cmp -s "$1" "$stamp"; then
     echo "== installing $1"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    local options=()
+    if [ "$1" = requirements-aot.txt ]; then # kept apart: see the file
+      options=(--no-deps --target .venv/aot)
+      rm -rf .venv/aot
+    fi
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check ${options[@]+"${options[@]}"} -r "$1"
     cp "$1" "$stamp"
   fi
 }

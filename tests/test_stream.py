@@ -337,7 +337,7 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
         for start, end in ((0, stop), (stop, 20)):
             shape_at = lambda step: (*GROWS[step], step)
             documents = open_stream(large, cursor=cursor, **SHARED)
-            with contextlib.closing(stream.feed(documents, range(start, 20), shape_at, lambda step, b: b)) as feed:
+            with contextlib.closing(stream.Feed(documents, range(start, 20), shape_at, lambda step, b: b)) as feed:
                 for batch, after in itertools.islice(feed, end - start):
                     got.append(batch)
                     cursor = after
@@ -347,7 +347,7 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
 def test_the_feed_works_ahead_and_places_every_batch(large, open_stream):
     placed = []
     documents = open_stream(large, **SHARED)
-    feed = stream.feed(
+    feed = stream.Feed(
         documents, range(20), lambda step: (16, 64, step), lambda step, batch: placed.append(step) or step
     )
     with contextlib.closing(feed):
@@ -363,7 +363,7 @@ def test_a_mistake_in_the_data_reaches_who_asks_for_the_batch(make, tmp_path, op
     rows = [{"text": make.prose(40, i)} for i in range(9)] + [{"texts": 0}]
     documents = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=0)
     with pytest.raises(UsageError, match="a.jsonl, record 10"):
-        list(stream.feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch))
+        list(stream.Feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch))
 
 
 # ----------------------------------------------------------------------------------------- seeds, mixing, the split

@@ -226,19 +226,26 @@ class _Iterator(grain.DatasetIterator):
         raise NotImplementedError("open the stream with the cursor instead")
 
 
-def feed(stream: Stream, steps: range, shape_at: Callable, place: Callable) -> Iterator[tuple]:
-    """(place(step, batch), the cursor after it) for each step, prepared by a thread AHEAD of its use.
+class Feed:
+    """(place(step, batch), the cursor after it) for each step, prepared by a thread AHEAD of its use, from now on.
 
     `shape_at(step)` gives the arguments of `Stream.next`; `place` may put the batch on a device.
     """
-    batches = _Batches(stream, steps, shape_at, place)
-    ahead = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD))
-    try:
-        for batch in ahead:
-            yield batch, json.loads(ahead.get_state()["json"])
-    finally:
-        ahead.close()
-        stream.close()
+
+    def __init__(self, stream: Stream, steps: range, shape_at: Callable, place: Callable):
+        self._stream, batches = stream, _Batches(stream, steps, shape_at, place)
+        self._ahead = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD))
+        self._ahead.start_prefetch()
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> tuple:
+        return next(self._ahead), json.loads(self._ahead.get_state()["json"])
+
+    def close(self) -> None:
+        self._ahead.close()
+        self._stream.close()
 
 
 def _check_cursor(cursor: dict, facts: dict, p: PhaseConfig) -> None:
