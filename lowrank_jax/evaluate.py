@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from lowrank_jax import cli, loss, model, precision, stages
+from lowrank_jax import cli, faults, loss, model, precision, stages
 from lowrank_jax.config import PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ def evaluate(
     """
     nats = 0.0
     for batch in batches:
+        faults.strike_evaluation()
         if stop():
             raise Interrupted
         nats += float(_loss_sum(config, params, batch))

@@ -5,6 +5,8 @@
 | kill@step=N | SIGKILL before the N-th update (from 1) of the whole run |
 | kill@save=N | SIGKILL while this process writes its N-th checkpoint |
 | term@step=N | SIGTERM before the N-th update |
+| term@save=N | SIGTERM while this process writes its N-th checkpoint |
+| term@eval=N | SIGTERM before the N-th batch that this process evaluates |
 | nan@step=N | the N-th update sees NaN losses |
 | oom@step=N | the N-th update finds no memory, once: its state is lost, as where a donated buffer is |
 | fp8@step=N | the look at bf16 before the N-th update finds fp8 to be off |
@@ -22,9 +24,9 @@ from lowrank_jax.config import UsageError
 
 VARIABLE = "LOWRANK_FAULTS"
 _KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("oom", "step"), ("fp8", "step")}
-_KNOWN |= {("io", "read")}
+_KNOWN |= {("term", "save"), ("term", "eval"), ("io", "read")}
 
-_reads = itertools.count(1)
+_reads, _evaluated = itertools.count(1), itertools.count(1)
 _struck: set[tuple[str, str, int]] = set()
 
 
@@ -44,6 +46,11 @@ def strike(place: str, count: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if due("term", place, count):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def strike_evaluation() -> None:
+    """`strike` before a batch is evaluated."""
+    strike("eval", next(_evaluated))
 
 
 def run_out_of_memory(step: int, state) -> None:

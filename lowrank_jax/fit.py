@@ -8,6 +8,8 @@ import time
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lowrank_jax import devices, precision, stages, step
 from lowrank_jax.config import RunConfig
@@ -91,6 +93,15 @@ def remembered(events: list[dict], device: jax.Device) -> Learnt:
     ooms = [e for e in events if e["event"] == "oom" and e["device"] == device.device_kind and "remat" in e]
     bounds = [e["microbatch_tokens"] for e in ooms]
     return Learnt(min(bounds, default=0), any(e["remat"] for e in ooms))
+
+
+def agree(learnt: Learnt | None) -> Learnt | None:
+    """What all processes do after one or more of them ran out of memory: the least of what each can do."""
+    if jax.process_count() == 1:
+        return learnt
+    mine = np.array([learnt.microbatch_tokens, not learnt.remat] if learnt else [-1, 0])
+    tokens, no_remat = multihost_utils.process_allgather(mine).min(axis=0).tolist()
+    return None if tokens < 0 else Learnt(tokens, not no_remat)
 
 
 def is_out_of_memory(e: BaseException) -> bool:

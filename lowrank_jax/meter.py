@@ -1,9 +1,11 @@
 """What a run tells as it goes: rows of metrics.jsonl, a progress bar on a terminal, a line for each milestone."""
 
 import math
+import os
 import sys
 import time
 
+import jax
 from tqdm import tqdm
 
 from lowrank_jax import costs, devices, track, workdir
@@ -12,6 +14,7 @@ from lowrank_jax.config import RunConfig, RunFailure
 from lowrank_jax.fit import Fit
 from lowrank_jax.stages import Stage
 
+TRACE_AFTER = 10  # steps of a process, which then runs as it will
 MOST_IN_A_ROW = 20  # refused updates, after which a run is not going to recover by itself
 
 
@@ -24,10 +27,12 @@ class Meter:
         self.trackers = track.open_trackers(config.track, folder, config.to_dict(), done)
         self.step = done
         self._pending, self._step_seconds, self._switching = None, None, None
-        self._peak = devices.peak_flops()
+        self._peak, self._dispatched = devices.peak_flops(), 0
         self.restart_clock()
 
     def close(self) -> None:
+        if TRACE_AFTER <= self._dispatched < TRACE_AFTER + self.config.profile:
+            jax.profiler.stop_trace()
         self.bar.close()
         for tracker in self.trackers:
             tracker.close()
@@ -40,6 +45,13 @@ class Meter:
         """Takes the metrics of the step just dispatched, and reads those of the one before."""
         self.flush()
         self.step, self._pending = at["step"], (stage, at, metrics)
+        self._dispatched += 1
+        if self.config.profile and self._dispatched == TRACE_AFTER:
+            jax.profiler.start_trace(os.path.join(self.folder, "profile"))
+        if self.config.profile and self._dispatched == TRACE_AFTER + self.config.profile:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            say(f"step {self.step}: traced {self.config.profile} steps into {self.folder}/profile")
 
     def flush(self) -> None:
         """Reads the pending step's metrics, which waits for it; raises RunFailure after too many refused updates."""

@@ -82,11 +82,9 @@ class Programs:
         """
         ran = self.running.stage
         smaller = fit.shrink(ran, ran.microbatch // 2)
-        self.running, self._made = None, {}
-        if smaller is None:
-            return None
-        self._learnt = Learnt(smaller.microbatch * smaller.seq_len, smaller.remat or self._learnt.remat)
-        return self._learnt
+        learnt = fit.agree(smaller and Learnt(smaller.microbatch * smaller.seq_len, smaller.remat))
+        self.running, self._made, self._learnt = None, {}, learnt or self._learnt
+        return learnt
 
     def _prepare(self, stage: Stage) -> None:
         if stage not in self._made:

@@ -141,8 +141,10 @@ def _train(r: Run, state: step.TrainState, at: dict) -> dict:
         try:
             state, at = _loop(r, meter, state, at)
         except jax.errors.JaxRuntimeError as e:
-            if not (fit.is_out_of_memory(e) and r.programs.running):
+            if not fit.is_out_of_memory(e):
                 raise
+            if not r.programs.running:
+                raise RunFailure(f"out of memory before the first step: {str(e).splitlines()[0]:.200}") from None
             _learn(r, meter.step, str(e))
             raise OutOfMemory from None
     r.saved.wait()

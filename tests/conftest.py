@@ -2,10 +2,12 @@
 
 import copy
 import json
+import pathlib
 import random
 import types
 
 import pytest
+import runs
 from hypothesis import settings
 
 from configs import default
@@ -69,3 +71,26 @@ def tok() -> tokenizer.Tokenizer:
 def make():
     """The helpers of this file, for tests to call."""
     return types.SimpleNamespace(prose=prose, chat=chat, write_jsonl=write_jsonl, run_config=run_config, phase=phase)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("data")
+    sentence = lambda i, n: " ".join(runs.WORDS[(i * 7 + j * j) % len(runs.WORDS)] for j in range(n)).capitalize() + "."
+    for name in "ab":
+        paragraphs = [" ".join(sentence(i + j + ord(name), 9) for j in range(6)) for i in range(40)]
+        (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
+    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": sentence(i, 20)}) + "\n" for i in range(60)))
+    turn = lambda i: [{"role": "user", "content": sentence(i, 4)}, {"role": "assistant", "content": sentence(i + 3, 5)}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turn(i)}) + "\n" for i in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(data, tmp_path_factory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "reference"
+    code, out, err = runs.train(data, workdir)
+    assert code == 0, err
+    assert runs.last_json(out)["step"] == runs.STEPS and "\r" not in out
+    return workdir

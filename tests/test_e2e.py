@@ -1,136 +1,22 @@
 """The commands as real processes: train, kill, resume, generate, evaluate, report, and every bad input's one line."""
 
-import atexit
 import fcntl
 import gzip
 import json
 import os
-import pathlib
 import pty
 import resource
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import time
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
-WORDS = "the cat sat on a mat while two dogs ran over some hills and then slept under old trees".split()
-TINY = {
-    "model.d": 32,
-    "model.layers": 2,
-    "model.heads": 2,
-    "model.rank": 4,
-    "tokenizer.vocab_size": 400,
-    "pretrain.steps": 9,
-    "pretrain.tokens_per_step": 256,
-    "pretrain.microbatch_tokens": 128,
-    "pretrain.block": 16,
-    "pretrain.grow_plan": "16,32,64",
-    "pretrain.grow_every_steps": 3,
-    "pretrain.eval_fraction": 0.1,
-    "pretrain.eval_tokens": 256,
-    "pretrain.sample": "The cat",
-    "sft.steps": 4,
-    "sft.tokens_per_step": 256,
-    "sft.block": 64,
-    "sft.eval_fraction": 0.1,
-    "sft.eval_tokens": 128,
-    "every.log": 1,
-    "every.eval": 5,
-    "every.save": 2,
-}
-STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
-
-
-CACHE = tempfile.mkdtemp(
-    prefix="lowrank_jax_test_cache_"
-)  # of compiled programs: dozens of processes run the same ones
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
-
-def launch(module: str, *args: str, faults: str = "", **popen) -> subprocess.Popen:
-    cache = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu"} | cache
-    command = [sys.executable, "-m", f"lowrank_jax.{module}", *args]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
-
-
-def run(module: str, *args: str, faults: str = "", stdin: str | None = None):
-    process = launch(module, *args, faults=faults, stdin=subprocess.PIPE)
-    out, err = process.communicate(stdin, timeout=300)
-    return process.returncode, out, err
-
-
-def train_args(data: pathlib.Path, workdir, **changes) -> list[str]:
-    settings = {
-        "pretrain.sources": f"text:{data}/*.txt,json:{data}/notes.jsonl",
-        "sft.sources": f"json:{data}/chats.jsonl",
-    }
-    settings |= TINY | {key.replace("__", "."): value for key, value in changes.items()}
-    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    return ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
-
-
-def train(data, workdir, faults: str = "", **changes):
-    return run("main", "--json", *train_args(data, workdir, **changes), faults=faults)
-
-
-def last_json(out: str) -> dict:
-    return json.loads(out.strip().splitlines()[-1])
-
-
-def rows(workdir, name: str) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(workdir) / name).read_text().splitlines()]
-
-
-def assert_one_line(code: int, err: str, status: int, *names: str) -> None:
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == status and len(errors) == 1 and "Traceback" not in err, err
-    for name in names:
-        assert name in errors[0], errors[0]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("data")
-    sentence = lambda i, n: " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(n)).capitalize() + "."
-    for name in "ab":
-        paragraphs = [" ".join(sentence(i + j + ord(name), 9) for j in range(6)) for i in range(40)]
-        (folder / f"{name}.txt").write_text("\n\n".join(paragraphs))
-    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": sentence(i, 20)}) + "\n" for i in range(60)))
-    turn = lambda i: [{"role": "user", "content": sentence(i, 4)}, {"role": "assistant", "content": sentence(i + 3, 5)}]
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": turn(i)}) + "\n" for i in range(60)))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def reference(data, tmp_path_factory) -> pathlib.Path:
-    """A run that nothing interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "reference"
-    code, out, err = train(data, workdir)
-    assert code == 0, err
-    assert last_json(out)["step"] == STEPS and "\r" not in out
-    return workdir
-
-
-def same_end(workdir, reference) -> bool:
-    """Same weights, same data and, step by step, the same losses as the uninterrupted run."""
-    finish, expected = rows(workdir, "events.jsonl")[-1], rows(reference, "events.jsonl")[-1]
-    facts = lambda folder: [
-        (row["step"], row.get("loss"), row.get("eval_loss"), row.get("lr")) for row in rows(folder, "metrics.jsonl")
-    ]
-    assert facts(workdir) == facts(reference)
-    keys = ("event", "params_sha256", "data_sha256", "tokens")
-    return [finish[key] for key in keys] == [expected[key] for key in keys]
+from runs import ROOT, STEPS, TINY, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
 
 
 def test_a_run_leaves_everything_the_contract_names(reference):

@@ -194,7 +194,7 @@ def test_without_faults_nothing_is_due(monkeypatch, value):
 @pytest.mark.parametrize("item", ["oops", "kill@step", "kill@step=x", "kill@step=-1", "nan@save=1", "kill@read=1", " "])
 def test_an_unknown_fault_is_refused_with_the_known_ones(monkeypatch, item):
     monkeypatch.setenv(faults.VARIABLE, f"kill@step=1,{item}")
-    known = "fp8@step, io@read, kill@save, kill@step, nan@step, oom@step, term@step"
+    known = "fp8@step, io@read, kill@save, kill@step, nan@step, oom@step, term@eval, term@save, term@step"
     with pytest.raises(UsageError, match=f"unknown fault '{item}'; known: {known}"):
         faults.check()
 

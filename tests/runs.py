@@ -1,0 +1,99 @@
+"""The commands as real processes, for the tests that start them: a tiny run, its settings, and what it leaves."""
+
+import atexit
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+WORDS = "the cat sat on a mat while two dogs ran over some hills and then slept under old trees".split()
+TINY = {
+    "model.d": 32,
+    "model.layers": 2,
+    "model.heads": 2,
+    "model.rank": 4,
+    "tokenizer.vocab_size": 400,
+    "pretrain.steps": 9,
+    "pretrain.tokens_per_step": 256,
+    "pretrain.microbatch_tokens": 128,
+    "pretrain.block": 16,
+    "pretrain.grow_plan": "16,32,64",
+    "pretrain.grow_every_steps": 3,
+    "pretrain.eval_fraction": 0.1,
+    "pretrain.eval_tokens": 256,
+    "pretrain.sample": "The cat",
+    "sft.steps": 4,
+    "sft.tokens_per_step": 256,
+    "sft.block": 64,
+    "sft.eval_fraction": 0.1,
+    "sft.eval_tokens": 128,
+    "every.log": 1,
+    "every.eval": 5,
+    "every.save": 2,
+}
+STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
+
+
+CACHE = tempfile.mkdtemp(
+    prefix="lowrank_jax_test_cache_"
+)  # of compiled programs: dozens of processes run the same ones
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+
+
+def launch(module: str, *args: str, faults: str = "", **popen) -> subprocess.Popen:
+    cache = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling takes half the time
+    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu"} | cache | quick
+    command = [sys.executable, "-m", f"lowrank_jax.{module}", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+
+
+def run(module: str, *args: str, faults: str = "", stdin: str | None = None):
+    process = launch(module, *args, faults=faults, stdin=subprocess.PIPE)
+    out, err = process.communicate(stdin, timeout=300)
+    return process.returncode, out, err
+
+
+def train_args(data: pathlib.Path, workdir, **changes) -> list[str]:
+    settings = {
+        "pretrain.sources": f"text:{data}/*.txt,json:{data}/notes.jsonl",
+        "sft.sources": f"json:{data}/chats.jsonl",
+    }
+    settings |= TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["--config=configs/quickstart.py", f"--workdir={workdir}", *overrides]
+
+
+def train(data, workdir, faults: str = "", **changes):
+    return run("main", "--json", *train_args(data, workdir, **changes), faults=faults)
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def rows(workdir, name: str) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(workdir) / name).read_text().splitlines()]
+
+
+def assert_one_line(code: int, err: str, status: int, *names: str) -> None:
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == status and len(errors) == 1 and "Traceback" not in err, err
+    for name in names:
+        assert name in errors[0], errors[0]
+
+
+def same_end(workdir, reference) -> bool:
+    """Same weights, same data and, step by step, the same losses as the uninterrupted run."""
+    finish, expected = rows(workdir, "events.jsonl")[-1], rows(reference, "events.jsonl")[-1]
+    facts = lambda folder: [
+        (row["step"], row.get("loss"), row.get("eval_loss"), row.get("lr")) for row in rows(folder, "metrics.jsonl")
+    ]
+    assert facts(workdir) == facts(reference)
+    keys = ("event", "params_sha256", "data_sha256", "tokens")
+    return [finish[key] for key in keys] == [expected[key] for key in keys]

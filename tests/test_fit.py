@@ -1,0 +1,134 @@
+"""The memory gate: what the compiler says of a stage, how it is made to fit, and what running out of memory teaches."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import run_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_jax import fit, programs, stages, step
+from lowrank_jax.config import UsageError
+from lowrank_jax.fit import Learnt
+
+ROOT = pathlib.Path(__file__).parents[1]
+CPU = jax.devices("cpu")[0]
+
+
+def config_of(memory: int = 0, **changes):
+    sizes = {"model__d": 32, "model__layers": 3, "model__vocab": 300, "model__heads": 4, "optim__name": "adamw"}
+    sizes |= {"pretrain__tokens_per_step": 12 * 64, "pretrain__block": 64, "pretrain__steps": 5}
+    return run_config(**sizes | changes, memory_gb=memory / 2**30)
+
+
+def stage_of(config):
+    return stages.plan(config)[0]
+
+
+@functools.cache
+def found(memory: int = 0) -> fit.Fit:
+    config = config_of(memory)
+    return fit.fit(config, stage_of(config), CPU)
+
+
+@functools.cache
+def need(rows: int, remat: bool = False) -> int:
+    config = config_of()
+    stage = dataclasses.replace(stage_of(config), microbatch=rows, remat=remat)
+    return fit.fit(config, stage, CPU).need
+
+
+def test_with_room_the_stage_stays_as_it_was_asked_for():
+    assert found().fits and (found().stage.microbatch, found().stage.remat) == (12, False)
+    assert found().limit == pytest.approx(0.9 * fit.devices.memory_bytes(CPU))
+    sizes = [leaf.size * 4 for leaf in jax.tree.leaves(step.abstract_state(config_of()))]
+    assert need(12) > need(6) > need(4) > need(1) > sum(sizes) and need(1) > need(1, remat=True)
+
+
+@pytest.mark.parametrize("rows", [6, 1])
+def test_the_most_rows_that_fit_are_taken(rows):
+    at_limit, below = found(need(rows)), found(need(rows) - 1)
+    assert at_limit.fits and at_limit.stage.microbatch == rows and not at_limit.stage.remat
+    assert below.stage.microbatch < rows or below.stage.remat
+    assert at_limit.stage.batch == 12 and at_limit.program is not None
+
+
+def test_rematerialisation_comes_only_where_one_row_does_not_fit():
+    tight = found(need(1) - 1)
+    assert tight.fits and tight.stage.microbatch == 1 and tight.stage.remat
+
+
+def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
+    hopeless = found(need(1, remat=True) - 1)
+    assert not hopeless.fits and hopeless.stage.remat and hopeless.stage.microbatch == 1
+    line = fit.refusal(hopeless)
+    assert "pretrain-64" in line and "one row of 64 tokens" in line and line.count("GiB") == 2
+    config = config_of(need(1, remat=True) - 1)
+    with pytest.raises(UsageError, match="^stage pretrain-64 needs"):
+        programs.Programs(config, fit.NOTHING, lambda: False).fit_all(stages.plan(config))
+
+
+@given(batch=st.integers(1, 60), length=st.integers(1, 64), asked=st.integers(1, 60), halvings=st.integers(0, 12))
+def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(batch, length, asked, halvings):
+    stage = dataclasses.replace(stage_of(config_of()), batch=batch, seq_len=length)
+    stage = dataclasses.replace(stage, microbatch=stages.divisor(batch, asked))
+    for _ in range(halvings):
+        smaller = fit.shrink(stage, stage.microbatch // 2)
+        if smaller is None:
+            assert stage.microbatch == 1 and stage.remat
+            break
+        assert smaller.batch == batch and batch % smaller.microbatch == 0
+        assert smaller.microbatch <= max(stage.microbatch // 2, 1) and smaller.remat >= stage.remat
+        learnt = Learnt(smaller.microbatch * length, smaller.remat)
+        again = fit.restrict(stage, learnt)
+        assert again.microbatch == smaller.microbatch and again.remat == smaller.remat  # on resume, from the ledger
+        longer = fit.restrict(dataclasses.replace(stage, seq_len=2 * length), learnt)
+        assert longer.microbatch * 2 * length <= max(learnt.microbatch_tokens, 2 * length)
+        stage = smaller
+
+
+def test_the_ledger_remembers_the_least_for_this_kind_of_device_alone():
+    oom = lambda tokens, remat, device="cpu": {
+        "event": "oom", "device": device, "microbatch_tokens": tokens, "remat": remat
+    }  # fmt: skip
+    assert fit.remembered([], CPU) == fit.NOTHING
+    assert fit.remembered([oom(512, False), {"event": "save"}, oom(256, True), oom(8, True, "TPU v4")], CPU) == (
+        256,
+        True,
+    )
+    assert fit.remembered([oom(8, True, "TPU v4"), {"event": "oom", "device": "cpu"}], CPU) == fit.NOTHING
+
+
+def test_an_error_of_another_kind_is_not_a_lack_of_memory():
+    assert fit.is_out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"))
+    assert not fit.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+    assert not fit.is_out_of_memory(MemoryError("RESOURCE_EXHAUSTED"))
+
+
+AGREE = """
+import sys, jax
+index, address = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(address, 2, index)
+from lowrank_jax.fit import Learnt, agree
+print([agree(mine[index]) for mine in (
+    (Learnt(512, False), Learnt(256, False)), (Learnt(64, True), Learnt(512, False)), (None, Learnt(9, True)))])
+"""
+
+
+def test_two_processes_agree_on_the_least_that_either_can_do():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = lambda i: [sys.executable, "-c", AGREE, str(i), address]
+    both = [subprocess.Popen(command(i), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE) for i in range(2)]
+    answers = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]  # below what gloo says
+    expected = [Learnt(256, False), Learnt(64, True), None]
+    assert answers == [str(expected)] * 2

@@ -1,0 +1,202 @@
+"""What a run survives, as real processes: no memory, fp8 that is off, awkward signals; and other runs' weights."""
+
+import json
+import pathlib
+import shutil
+import signal
+import time
+
+import pytest
+from runs import STEPS, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
+
+HALF = {"pretrain__microbatch_tokens": 64, "sft__microbatch_tokens": 64}  # of the 128 tokens that the runs begin with
+
+
+def events(folder, *kinds: str) -> list[dict]:
+    return [event for event in rows(folder, "events.jsonl") if event["event"] in kinds]
+
+
+def finish(folder) -> dict:
+    (event,) = events(folder, "finish")
+    return event
+
+
+def losses(folder) -> list[tuple]:
+    return [(row["step"], row["loss"], row["lr"]) for row in rows(folder, "metrics.jsonl") if "lr" in row]
+
+
+# ----------------------------------------------------------------------------------------------------------- no memory
+
+
+@pytest.fixture(scope="module")
+def halved(data, tmp_path_factory):
+    """A function: the run that `steps` updates were made of 128 tokens at a time and the rest of 64, uninjured."""
+    folder, made = tmp_path_factory.mktemp("halved"), {}
+
+    def after(steps: int) -> pathlib.Path:
+        if steps not in made:
+            made[steps] = folder / str(steps)
+            if steps:
+                assert train(data, made[steps], faults=f"term@step={steps}")[0] == 143
+            code, _, err = train(data, made[steps], **HALF)
+            assert code == 0, err
+        return made[steps]
+
+    return after
+
+
+@pytest.mark.parametrize("step, restored, source", [(1, 0, None), (4, 3, "memory"), (6, 4, "checkpoint")])
+def test_running_out_of_memory_goes_on_with_half_as_much_at_a_time(
+    data, reference, halved, tmp_path, step, restored, source
+):
+    """At the first step of all, at the first of a stage, and in the middle of one."""
+    code, out, err = train(data, tmp_path / "run", faults=f"oom@step={step}")
+    assert code == 0 and f"out of memory at step {step}: going on with 64 tokens at a time" in err, err
+    (oom,) = events(tmp_path / "run", "oom")
+    assert (oom["step"], oom["microbatch_tokens"], oom["remat"]) == (step - 1, 64, False)
+    assert [(e["step"], e["source"]) for e in events(tmp_path / "run", "restore")] == (
+        [(restored, source)] if source else []
+    )
+    ended, whole = finish(tmp_path / "run"), finish(reference)
+    assert last_json(out)["step"] == STEPS and ended["data_sha256"] == whole["data_sha256"]
+    assert ended["tokens"] == whole["tokens"] and [s for s, *_ in losses(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert ended["params_sha256"] == finish(halved(restored))["params_sha256"] != whole["params_sha256"]
+    assert losses(tmp_path / "run") == losses(halved(restored))
+
+
+def test_a_resumed_run_remembers_what_it_learnt_and_ends_like_one_that_was_not_killed(data, halved, tmp_path):
+    faults = "oom@step=4,kill@step=5"
+    assert train(data, tmp_path / "run", faults=faults)[0] == -signal.SIGKILL  # with the newest checkpoint from before
+    assert train(data, tmp_path / "run", faults="kill@step=11")[0] == -signal.SIGKILL
+    assert train(data, tmp_path / "run")[0] == 0
+    at_once = [e["microbatch"] * e["seq_len"] for e in events(tmp_path / "run", "stage")]
+    assert at_once == [128, 64, 64, 64, 64, 64]  # stage, (out of memory), again, after the kill, and every later stage
+    # The kill lost step 4, which was made of 64 tokens at a time, and so it is again.
+    assert len(events(tmp_path / "run", "oom")) == 1
+    assert finish(tmp_path / "run")["data_sha256"] == finish(halved(2))["data_sha256"]
+
+
+def test_where_one_row_at_a_time_is_too_much_it_is_rematerialised_and_then_the_run_ends_in_one_line(data, tmp_path):
+    faults = ",".join(f"oom@step={n}" for n in (7, 8, 9))
+    code, _, err = train(data, tmp_path / "run", faults=faults)
+    assert_one_line(code, err, 1, "out of memory at step 9", "one row of 64 tokens")
+    assert [(e.get("microbatch_tokens"), e.get("remat")) for e in events(tmp_path / "run", "oom")] == [
+        (64, False), (64, True), (None, None)
+    ]  # fmt: skip
+    code, out, err = train(data, tmp_path / "run")
+    assert code == 0 and last_json(out)["step"] == STEPS, err
+    assert all(e["remat"] for e in events(tmp_path / "run", "compile")[-1:])
+
+
+def test_the_gate_chooses_what_fits_before_the_first_step_and_refuses_what_cannot(data, tmp_path):
+    args = [a for a in train_args(data, tmp_path / "run") if "workdir" not in a]
+    tokenizer = ["--config.tokenizer.vocab_size=400", "--config.model.vocab=400"]
+    code, out, err = run("plan", "--json", "--topology=cpu", *args, *tokenizer)
+    assert code == 0, err
+    whole = last_json(out)
+    assert whole["topology"] == "cpu" and all(s["fits"] and s["compile_seconds"] > 0 for s in whole["stages"])
+    needs = [s["peak_bytes_per_device"] for s in whole["stages"]]
+    assert [s["microbatch"] for s in whole["stages"]] == [8, 4, 2, 4] and max(needs) == needs[3]
+    limit = (max(needs) - 1) / 2**30
+    code, out, err = train(data, tmp_path / "run", memory_gb=limit, sft__steps=2)
+    assert code == 0, err
+    assert "rematerialised" not in out and f"of {limit:.1f} GiB" in out
+    chosen = {
+        e["stage"]: (e["microbatch"], e["peak_bytes"], e["device_bytes"]) for e in events(tmp_path / "run", "compile")
+    }
+    assert [rows for rows, *_ in chosen.values()] == [8, 4, 2, 2]
+    assert all(need <= most == int(limit * 2**30) for _, need, most in chosen.values())
+    assert finish(tmp_path / "run")["tokens"] == 11 * 256
+    code, _, err = train(data, tmp_path / "none", memory_gb=0.0001)
+    assert_one_line(code, err, 2, "stage pretrain-16 needs", "one row of 16 tokens", "config.memory_gb")
+    assert not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def test_fp8_that_is_off_is_given_up_for_bf16_also_in_a_run_that_is_killed(data, tmp_path):
+    settings = {"precision": "fp8", "every__fp8_check": 2, "optim__ema": 0.9}
+    code, _, err = train(data, tmp_path / "alone", faults="fp8@step=5", **settings)
+    assert code == 0 and "going on in bf16" in err, err
+    assert [e["step"] for e in events(tmp_path / "alone", "fp8_check", "fallback")] == [0, 2, 4]
+    (fallback,) = events(tmp_path / "alone", "fallback")
+    assert fallback["step"] == 4 and fallback["off_by"]["loss"] == "nan"
+    ran = [(e["step"], e["precision"]) for e in events(tmp_path / "alone", "stage")]
+    assert ran == [(0, "fp8"), (3, "fp8"), (4, "bf16"), (6, "bf16"), (9, "bf16")]
+    for fault in ("kill@step=6", "kill@step=5"):
+        assert train(data, tmp_path / "killed", faults=f"fp8@step=5,{fault}", **settings)[0] == -signal.SIGKILL
+    assert train(data, tmp_path / "killed", faults="fp8@step=5,kill@step=8", **settings)[0] == -signal.SIGKILL
+    assert train(data, tmp_path / "killed", **settings)[0] == 0  # what it fell back to is in the checkpoint
+    assert same_end(tmp_path / "killed", tmp_path / "alone")
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("fault", ["term@eval=1", "term@eval=4", "term@save=2"])
+def test_a_signal_during_an_evaluation_or_a_save_costs_nothing(data, reference, tmp_path, fault):
+    code, _, err = train(data, tmp_path / "run", faults=fault)
+    assert code == 143 and "saved at step" in err, err
+    (preempt,) = events(tmp_path / "run", "preempt")
+    assert (tmp_path / "run" / "checkpoints" / str(preempt["step"])).is_dir()
+    evaluated = [row["step"] for row in rows(tmp_path / "run", "metrics.jsonl") if "split" in row]
+    if "eval" in fault:
+        assert preempt["step"] not in evaluated
+    assert train(data, tmp_path / "run")[0] == 0
+    assert same_end(tmp_path / "run", reference)
+
+
+def test_a_signal_during_compilation_ends_the_process_at_once_and_it_starts_again(data, reference, tmp_path):
+    deep = {"model__layers": 24, "model__scan": False, "pretrain__steps": 1, "sft__steps": 0}  # compiles for minutes
+    process = launch("main", *train_args(data, tmp_path / "run", **deep))
+    while not (tmp_path / "run").exists():  # the lock: the folder is made before the gate
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(3)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and "saved at step 0" in err, err
+    assert time.monotonic() - asked < 30
+    assert events(tmp_path / "run", "preempt")[0]["step"] == 0
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(data, reference, tmp_path):
+    assert train(data, tmp_path / "run", faults="term@step=8")[0] == 143
+    newest = tmp_path / "run" / "checkpoints" / "7"
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    code, _, err = train(data, tmp_path / "run")
+    assert code == 0 and "warning: the checkpoint of step 7 is damaged" in err and "using step 6" in err, err
+    assert [e["step"] for e in events(tmp_path / "run", "restore_failed")] == [7]
+    assert same_end(tmp_path / "run", reference)
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+
+
+def test_a_deeper_run_begins_where_a_shallower_one_ended(data, reference, tmp_path):
+    changes = {"model__layers": 4, "init_from": reference, "pretrain__steps": 2, "sft__steps": 0, "every__save": 50}
+    code, _, err = train(data, tmp_path / "run", faults="kill@step=2", **changes)
+    assert code == -signal.SIGKILL and "2 layers became 4" in err and "took 15 of 15 arrays" in err, err
+    first = next(row for row in rows(tmp_path / "run", "metrics.jsonl") if "split" in row)
+    code, out, err = run("evaluate", "--json", f"--workdir={reference}", "--lengths=64")
+    assert code == 0, err
+    assert first["step"] == 0 and first["eval_loss"] == pytest.approx(last_json(out)["results"][0]["loss"], rel=1e-5)
+    gone = changes | {"init_from": tmp_path / "gone"}
+    code, _, err = train(data, tmp_path / "run", **gone)  # the start is saved: the other run is not needed any more
+    assert code == 0, err
+    code, _, err = train(data, tmp_path / "other", **gone)
+    assert_one_line(code, err, 2, "gone")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_is_traced_and_tracked_where_it_is_asked_to_be(data, reference, tmp_path):
+    assert list((reference / "tensorboard").glob("events.out.tfevents.*"))
+    shutil.copytree(reference, tmp_path / "run")
+    code, _, err = train(data, tmp_path / "run", sft__steps=20, profile=2, track="")
+    assert code == 0 and "traced 2 steps" in err, err
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "stall" in page and json.dumps(STEPS + 7) in page
