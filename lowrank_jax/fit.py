@@ -5,6 +5,7 @@ The global batch never changes: fewer rows at a time means more of them one afte
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -93,6 +94,22 @@ def remembered(events: list[dict], device: jax.Device) -> Learnt:
     ooms = [e for e in events if e["event"] == "oom" and e["device"] == device.device_kind and "remat" in e]
     bounds = [e["microbatch_tokens"] for e in ooms]
     return Learnt(min(bounds, default=0), any(e["remat"] for e in ooms))
+
+
+def known(events: list[dict], plan: Iterable[Stage], limit: int, device: jax.Device) -> dict[Stage, Fit]:
+    """What a run's ledger has of how its stages fit into that much memory of such a device: no need to ask again.
+
+    `need` is from before any of them ran out of memory.
+    """
+    learnt = remembered(events, device)
+    made = {e["stage"]: e for e in events if e["event"] == "compile"}
+    fits = {}
+    for stage in plan:
+        e = made.get(stage.name)
+        if e and (e["device"], e["device_bytes"]) == (device.device_kind, limit):
+            chosen = {key: e[key] for key in ("microbatch", "remat", "precision")}
+            fits[stage] = Fit(restrict(dataclasses.replace(stage, **chosen), learnt), e["peak_bytes"], limit, 0.0, None)
+    return fits
 
 
 def agree(learnt: Learnt | None) -> Learnt | None:

@@ -106,7 +106,8 @@ class Meter:
         seconds = time.monotonic() - began
         stall = max(seconds - ordinary, 0.0) if ordinary else seconds
         s = found.stage
-        facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": s.microbatch, "precision": s.precision}
+        facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": s.microbatch, "remat": s.remat}
+        facts |= {"precision": s.precision}
         facts |= {"compile_seconds": round(found.seconds, 3), "stall_seconds": round(stall, 3)}
         facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
         workdir.log_event(self.folder, "stage", self.step - 1, **facts)

@@ -1,7 +1,7 @@
 """The compiled step of each stage: all tried for memory before step 1, then the next made while one trains."""
 
 from collections.abc import Callable
-from multiprocessing.pool import AsyncResult, ThreadPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """Compiles stages in threads that end with the process, as a compilation cannot be stopped.
+    """Compiles stages in threads. A compilation cannot be stopped: a process that ends by itself waits for it.
 
     Stages are named as the plan has them; what comes back is the stage as it fits. `running` is the program in use, and
     `held` a copy of (state, progress) from before its first step, until that is done.
@@ -41,20 +41,22 @@ class Programs:
     running: Program | None = None
     held: tuple | None = None
 
-    def __init__(self, config: RunConfig, learnt: Learnt, stop: Callable[[], bool]):
-        self.config, self.device = config, jax.local_devices()[0]
-        self._learnt, self._stop, self._pool = learnt, stop, ThreadPool(COMPILERS)
-        self._made: dict[Stage, AsyncResult] = {}
+    def __init__(self, config: RunConfig, device: jax.Device, learnt: Learnt, stop: Callable[[], bool]):
+        self.config, self.device = config, device
+        self._learnt, self._stop, self._pool = learnt, stop, ThreadPoolExecutor(COMPILERS, "compiler")
+        self._made: dict[Stage, Future[Program]] = {}
         self._chosen: dict[Stage, Stage] = {}
 
-    def fit_all(self, plan: tuple[Stage, ...]) -> list[Fit]:
-        """Compiles every stage; raises UsageError in one line for one that cannot fit, Interrupted for a signal.
+    def fit_all(self, plan: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
+        """Compiles every stage that is not known; raises UsageError in one line for one that cannot fit.
 
         Two of the programs are kept. (A loaded program takes device memory; the compilation cache has the others.)
+        Raises Interrupted where a signal comes first.
         """
-        for stage in plan:
+        self._chosen = {stage: found.stage for stage, found in known.items()}
+        for stage in plan[:1] + tuple(stage for stage in plan[1:] if stage not in known):
             self._prepare(stage)
-        fits = [self._get(stage).fit._replace(program=None) for stage in plan]
+        fits = [known.get(stage) or self._get(stage).fit._replace(program=None) for stage in plan]
         for found in fits:
             if not found.fits:
                 raise UsageError(fit.refusal(found))
@@ -86,23 +88,28 @@ class Programs:
         self.running, self._made, self._learnt = None, {}, learnt or self._learnt
         return learnt
 
+    def close(self) -> None:
+        """Begins nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _prepare(self, stage: Stage) -> None:
         if stage not in self._made:
-            self._made[stage] = self._pool.apply_async(self._make, (stage,))
+            self._made[stage] = self._pool.submit(self._make, stage)
 
     def _get(self, stage: Stage) -> Program:
         self._prepare(stage)
-        while not self._made[stage].ready():
-            if self._stop():
-                raise Interrupted
-            self._made[stage].wait(LOOK_SECONDS)
-        return self._made[stage].get()
+        while True:
+            try:
+                return self._made[stage].result(LOOK_SECONDS)
+            except TimeoutError:
+                if self._stop():
+                    raise Interrupted from None
 
     def _keep(self, kept: tuple[Stage | None, ...]) -> None:
         self._made = {stage: made for stage, made in self._made.items() if stage in kept}
 
     def _make(self, stage: Stage) -> Program:
-        found, check = fit.fit(self.config, stage, self.device, self._learnt), None
+        found, check = fit.fit(self.config, self._chosen.get(stage, stage), self.device, self._learnt), None
         self._chosen[stage] = found.stage
         if precision.policy(stage.precision).name == "fp8" and found.fits:
             check = step.lower_disagreement(self.config, found.stage, self.device).compile()

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import gc
-import os
 import signal
 import sys
 import time
@@ -61,28 +60,20 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
     track.check(config.track)
     with workdir.lock(folder):
         config, tok, old = _prepare(config, folder)
-        whole_plan, newest = stages.plan(config), workdir.newest_checkpoint(folder)
-        programs = Programs(
-            config,
-            fit.remembered(workdir.read_rows(folder, "events.jsonl"), jax.local_devices()[0]),
-            lambda: bool(received),
-        )
-        fits = ()
-        with contextlib.suppress(Interrupted):  # the loop saves and leaves
-            fits = programs.fit_all(tuple(s for s in whole_plan if s.end > (newest or 0)))
+        programs, fits = _gate(config, folder, old, received)
         show(plan.table(plan.describe(config, fits)))
-        if newest is None:
+        if workdir.newest_checkpoint(folder) is None:
             programs.held = step.first_state(config, _first_params(config, tok)), START
         if old is None:
             tok.save(workdir.tokenizer_folder(folder))  # before config.json: where that is, the tokenizer is too
-        with Checkpoints(folder, config.every.keep) as saved:
-            r = Run(config, tok, folder, whole_plan, programs, saved, received)
+        with contextlib.closing(programs), Checkpoints(folder, config.every.keep) as saved:
+            r = Run(config, tok, folder, stages.plan(config), programs, saved, received)
             state, at = _restore(r)
             workdir.write_config(folder, config)  # only now is it certain that it can go on here
             changed = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
             workdir.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed)
-            for found in fits:
-                _log_compile(folder, found)
+            for found in (found for found in fits if found.seconds):
+                _log_compile(r, found)
             while True:
                 with contextlib.suppress(OutOfMemory):
                     finish = _train(r, state, at)
@@ -94,6 +85,22 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         return finish
 
 
+def _gate(config: RunConfig, folder: str, old: RunConfig | None, received: Sequence[int]):
+    """(programs, how every stage that is left fits into memory); a signal cuts it short, and the loop then leaves.
+
+    A resumed run with the same config and as much memory of the same device asks its ledger first.
+    """
+    ledger, device, whole_plan = workdir.read_rows(folder, "events.jsonl"), jax.local_devices()[0], stages.plan(config)
+    programs = Programs(config, device, fit.remembered(ledger, device), lambda: bool(received))
+    is_as_before = old is not None and not workdir.differences(old, config)
+    known = fit.known(ledger, whole_plan, fit.limit_bytes(config, device), device) if is_as_before else {}
+    left = tuple(s for s in whole_plan if s.end > (workdir.newest_checkpoint(folder) or 0))
+    try:
+        return programs, programs.fit_all(left, known)
+    except Interrupted:
+        return programs, []
+
+
 def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunConfig | None]:
     """The resolved config, the tokenizer (learnt for a new run) and the config that the folder's run had, if any."""
     phases = [config.pretrain] + ([config.sft] if config.sft.steps else [])
@@ -102,7 +109,7 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
         config = config.with_vocab(tok.vocab_size)
         workdir.check_same_run(folder, old, config)
     else:
-        if os.path.isdir(os.path.join(folder, "checkpoints")):
+        if workdir.newest_checkpoint(folder) is not None:
             raise UsageError(
                 f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
             )
@@ -338,8 +345,8 @@ def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
     return stages.stage_at(plan, max(done - 1, 0)).phase
 
 
-def _log_compile(folder: str, found: fit.Fit) -> None:
+def _log_compile(r: Run, found: fit.Fit) -> None:
     s = found.stage
     chosen = {"stage": s.name, "microbatch": s.microbatch, "remat": s.remat, "precision": s.precision}
-    memory = {"peak_bytes": found.need, "device_bytes": found.limit}
-    workdir.log_event(folder, "compile", s.start, **chosen, seconds=round(found.seconds, 3), **memory)
+    memory = {"peak_bytes": found.need, "device_bytes": found.limit, "device": r.programs.device.device_kind}
+    workdir.log_event(r.folder, "compile", s.start, **chosen, seconds=round(found.seconds, 3), **memory)

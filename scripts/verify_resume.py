@@ -3,49 +3,52 @@
     python scripts/verify_resume.py --folder=runs/verify     # 104 kills in 8 arms: 30 minutes on two cores
     python scripts/verify_resume.py --config=configs/quickstart.py --precisions=fp32 --optimizers=muon --kills=9
 
-Each arm (a precision and an optimizer) trains the config twice, in processes of their own: once left alone, and once
-killed at random moments, half by SIGKILL and half by SIGTERM, and started again until it is through. LOWRANK_FAULTS
-adds the moments that chance may miss: inside the first save, and before the first step of every further stage and of
-SFT. A run that is through before it was killed often enough is followed by another. Equal are the hashes of weights
-and data, the tokens, and every row of metrics.jsonl but its speed.
+Each arm (a precision and an optimizer) trains the config twice: once left alone, and once killed at random moments,
+half by SIGKILL and half by SIGTERM, and started again until it is through. LOWRANK_FAULTS adds the moments that chance
+may miss: inside the first save, and before the first step of every further stage and of SFT. A run that is through
+before it was killed often enough is followed by another. Compared are the hashes of the weights and of the data, the
+tokens, and every row of metrics.jsonl but for its speed.
 
-Without --config it is a tiny model on made-up text that fills several epochs, long rather than large. With --folder,
-arms that are done are not done again. Exit status 0: all arms are equal.
+Without --config it is a tiny model on made-up text that it reads several times. With --folder, arms that are done are
+not done again. Exit status 0: all arms are equal.
 
 Where a kill struck is read off the ledger, the metrics and unfinished checkpoints. It is sharpest with every.log=1, as
 in the tiny run; what cannot be told apart counts as `step`.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
 import contextlib
 import itertools
 import json
 import math
-import os
 import pathlib
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
 
 from lowrank_jax import cli, faults, stages, workdir
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
 pretrain.tokens_per_step=1024 pretrain.microbatch_tokens=512 pretrain.block=16 pretrain.auto_grow=True
 pretrain.grow_plan=16,32,64 pretrain.grow_every_steps=80 pretrain.eval_tokens=4096 sft.steps=80
-sft.tokens_per_step=1024 sft.block=64 sft.eval_tokens=4096 every.log=1 every.eval=20 every.save=7 every.fp8_check=30"""
+sft.tokens_per_step=1024 sft.block=64 sft.eval_tokens=4096 every.log=1 every.eval=20 every.save=17 every.fp8_check=30"""
 TINY_FP8 = "model.d=256 model.mlp=256"  # precision.FP8_WIDTH: narrower matmuls stay bf16
 PLACES = ("start-up", "step", "save", "stage switch", "phase switch", "evaluation")
-SIGNALS = {-signal.SIGKILL: "SIGKILL", 128 + signal.SIGTERM: "SIGTERM", -signal.SIGTERM: "SIGTERM"}
+KINDS = ("SIGKILL", "SIGTERM")
+KIND_OF = {-signal.SIGKILL: "SIGKILL", 128 + signal.SIGTERM: "SIGTERM", -signal.SIGTERM: "SIGTERM"}
 EARLY = 0.2  # share of the random kills that strike at any time since the launch, and not once training goes on
 NOT_COMPARED = ("tokens_per_s", "mfu")
 SAME = ("step", "tokens", "data_sha256", "params_sha256")
@@ -65,8 +68,9 @@ class Arm(NamedTuple):
         return self.folder / "alone"
 
 
-class Pace(NamedTuple):
-    """Seconds that a process takes to its first step, and that the run left alone trained."""
+@dataclass
+class Pace:
+    """Seconds that the latest process took to its first step, and that the run left alone trained."""
 
     start_up: float
     training: float
@@ -78,25 +82,27 @@ class Failure(Exception):
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE", help="a config; --config.group.key=value changes it, or the tiny run")
+    parser.add_argument("--config", metavar="FILE", help="a config; --config.group.key=value changes a key of it")
     parser.add_argument("--kills", type=int, default=100, help="how often processes are killed in all, at least")
     parser.add_argument("--precisions", default="fp32,bf16,fp16,fp8")
     parser.add_argument("--optimizers", default="adamw,muon")
     parser.add_argument("--folder", help="where to train; kept, and gone on from (default: a temporary folder)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args, changes = parser.parse_known_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of what ends the trainer, too
     if args.kills < 1:
         raise UsageError(f"--kills={args.kills} must be at least 1")
     folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="verify_resume_")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     rows = study(folder, args, changes)
-    result = {"equal": all(row["equal"] for row in rows), "kills": sum(len(row["struck"]) for row in rows), "arms": rows}
-    if result["equal"] and not args.folder:
-        shutil.rmtree(folder)
-    if not result["equal"]:
+    unequal = [row["arm"] for row in rows if not row["equal"]]
+    result = {"equal": not unequal, "kills": sum(len(row["struck"]) for row in rows), "arms": rows}
+    if unequal:
         if args.json:
             print(json.dumps(result), flush=True)
-        raise RunFailure(f"not equal: {', '.join(r['arm'] for r in rows if not r['equal'])}; the runs are in {folder}")
+        raise RunFailure(f"not equal: {', '.join(unequal)}; the runs are in {folder}")
+    if not args.folder:
+        shutil.rmtree(folder)
     return result
 
 
@@ -105,7 +111,7 @@ def study(folder: pathlib.Path, args, changes: list[str]) -> list[dict]:
     pairs = list(itertools.product(args.precisions.split(","), args.optimizers.split(",")))
     each = math.ceil(args.kills / len(pairs))
     arms = [arm_of(folder, args.config, changes, *pair) for pair in pairs]
-    print(line("arm", SIGNALS_SHOWN, PLACES, "repeated", "equal"), flush=True)
+    print(line("arm", KINDS, PLACES, "repeated", "equal"), flush=True)
     rows = []
     for arm in arms:
         asked = {"arm": arm.name, "config": arm.config, "seed": args.seed, "asked": each}
@@ -171,7 +177,7 @@ class Process:
     """The trainer, launched once on a run's folder."""
 
     def __init__(self, arm: Arm, home: pathlib.Path, fault: str = ""):
-        self.home, self.fault, self.launched = home, fault, time.monotonic()
+        self.arm, self.home, self.launched = arm, home, time.monotonic()
         self.partial, self.step = unfinished(home), last_step(home)  # as they are before
         ledger = home / "events.jsonl"
         self._offset = ledger.stat().st_size if ledger.exists() else 0
@@ -201,7 +207,7 @@ class Process:
         """Whether its first step is done."""
         return any(event["event"] == "stage" for event in self.events())
 
-    def ends_within(self, seconds: float) -> bool:
+    def ends_within(self, seconds: float | None) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(seconds)
         return self.popen.returncode is not None
@@ -234,7 +240,8 @@ def strike(process: Process, number: int, draw: random.Random, pace: Pace, secon
     if draw.random() < EARLY:
         gone = process.ends_within(draw.uniform(0, pace.start_up))
     else:
-        process.until_training(pace.start_up + PATIENCE)
+        took = process.until_training(pace.start_up + PATIENCE)
+        pace.start_up = took if process.trains() else pace.start_up
         gone = process.ends_within(draw.uniform(0, seconds))
     if gone:
         return "", set()
@@ -246,7 +253,7 @@ def strike(process: Process, number: int, draw: random.Random, pace: Pace, secon
     return where, {128 + number} if caught else {128 + number, -number}
 
 
-def ended(process: Process, seconds: float, allowed: set[int]) -> int:
+def ended(process: Process, seconds: float | None, allowed: set[int]) -> int:
     """Waits for the end of a process and checks that it is one of those that may be; its status."""
     if not process.ends_within(seconds):
         raise Failure(f"it has not ended after {seconds:.0f} s{process.tail()}")
@@ -269,8 +276,8 @@ def place(process: Process) -> str:
         return "save"
     config = workdir.read_config(str(process.home))
     step, plan = last_step(process.home), stages.plan(config)
-    evals = {m for m in stages.milestones(plan, config.every.eval, step) if m[0] == "eval"}
-    if evals - workdir.milestones(str(process.home)):
+    due = set(stages.milestones(plan, config.every.eval, step)) & evaluations(process.arm.alone)
+    if due - evaluations(process.home):
         return "evaluation"
     stage = stages.stage_at(plan, step)
     begun = any(event["event"] == "stage" and event["step"] == step for event in process.events())
@@ -281,10 +288,19 @@ def switch(stage: stages.Stage) -> str:
     return "phase switch" if stage.start == stage.phase_start else "stage switch"
 
 
-def unfinished(home: pathlib.Path) -> set[str]:
-    """Checkpoints that are being written, or were when their process was killed."""
-    folder = home / "checkpoints"
-    return {path.name for path in folder.iterdir() if not path.name.isdigit()} if folder.is_dir() else set()
+def unfinished(home: pathlib.Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when their process was killed, and since when."""
+    found = set()
+    for path in home.glob("checkpoints/*"):
+        with contextlib.suppress(FileNotFoundError):  # done by now
+            if not path.name.isdigit():
+                found.add((path.name, path.stat().st_ctime_ns))
+    return found
+
+
+def evaluations(home: pathlib.Path) -> set[tuple[str, str, int]]:
+    """Those that the run has made, as `stages.milestones` names them."""
+    return {milestone for milestone in workdir.milestones(str(home)) if milestone[0] == "eval"}
 
 
 def last_step(home: pathlib.Path) -> int:
@@ -316,14 +332,10 @@ def verify(arm: Arm, kills: int, draw: random.Random) -> dict:
 
 
 def train_alone(arm: Arm) -> Pace:
-    """Trains twice: the first process learns for all that follow how to compile."""
-    with Process(arm, arm.folder / "warm-up") as process:
-        process.until_training(math.inf)
-    if process.popen.returncode not in (0, -signal.SIGKILL):
-        raise Failure(f"exit status {process.popen.returncode}{process.tail()}")
+    """Trains to the end in one process, which compiles what the later ones find in the cache."""
     with Process(arm, arm.alone) as process:
         start_up = process.until_training(math.inf)
-        ended(process, math.inf, set())
+        ended(process, None, set())
     return Pace(start_up, time.monotonic() - process.launched - start_up)
 
 
@@ -339,26 +351,34 @@ def moments(arm: Arm, kills: int) -> list[tuple[int, str]]:
 
 def train_killed(arm: Arm, home: pathlib.Path, pace: Pace, pending, struck, kills: int, draw: random.Random) -> int:
     """Trains to the end in as many processes as it takes; adds to `struck`, takes from `pending`; steps done twice."""
-    repeated, total = 0, last_step(arm.alone)
-    while True:
-        fault = next((f for f in pending if f[0] >= (workdir.newest_checkpoint(str(home)) or 0)), None)
+    repeated, killed = 0, True
+    while killed:
+        newest = workdir.newest_checkpoint(str(home)) or 0
+        fault = next((f for f in pending if not f[0] or f[0] >= newest), None)
+        by_chance = kills - len(struck) > len(pending)
         with Process(arm, home, fault[1] if fault else "") as process:
-            left = kills - len(struck)
-            seconds = 2 * pace.training * max(1 - process.step / total, 0.05) / (left + 1)
-            where, allowed, number = "", set(), balance(struck, draw)
-            if left > len(pending):
-                where, allowed = strike(process, number, draw, pace, seconds)
-            by_fault = {-signal.SIGKILL if fault[1].startswith("kill") else 128 + signal.SIGTERM} if fault else set()
-            status = ended(process, pace.start_up + 10 * pace.training + PATIENCE, allowed | by_fault)
+            left = max(1 - process.step / last_step(arm.alone), 0.05) * pace.training
+            most = 2 * left / (kills - len(struck) + 1)
+            killed = end(process, balance(struck, draw) if by_chance else 0, fault, draw, pace, most)
+        if killed:
+            struck.append(killed)
+            pending[:] = [f for f in pending if f[1] != killed["by"]]
         repeated += sum(max(process.step - e["step"], 0) for e in process.events() if e["event"] == "start")
-        if status == 0:
-            return repeated
-        chance = status in allowed
-        if not chance:
-            pending.remove(fault)
-        facts = {"signal": SIGNALS[status], "where": where if chance else place_of(fault, home)}
-        facts |= {"step": last_step(home), "by": "chance" if chance else fault[1], "run": home.name}
-        struck.append(facts | {"seconds": round(time.monotonic() - process.launched, 2)})
+    return repeated
+
+
+def end(process: Process, number: int, fault: tuple[int, str] | None, draw, pace: Pace, most: float) -> dict:
+    """Waits for the end of a process, by signal `number` at a random moment if not 0; how it was killed, if it was."""
+    where, allowed = strike(process, number, draw, pace, most) if number else ("", set())
+    expected = {-signal.SIGKILL if fault[1].startswith("kill") else 128 + signal.SIGTERM} if fault else set()
+    status = ended(process, pace.start_up + 10 * pace.training + PATIENCE, allowed | expected)
+    if status == 0:
+        return {}
+    facts = {"signal": KIND_OF[status], "where": where, "by": "chance"}
+    if status not in allowed:
+        facts |= {"where": place_of(fault, process.home), "by": fault[1]}
+    seconds = round(time.monotonic() - process.launched, 2)
+    return facts | {"step": last_step(process.home), "run": process.home.name, "seconds": seconds}
 
 
 def balance(struck: list[dict], draw: random.Random) -> int:
@@ -411,11 +431,9 @@ def metrics(home: pathlib.Path) -> list:
 
 # --------------------------------------------------------------------------------------------------------------- table
 
-SIGNALS_SHOWN = ("SIGKILL", "SIGTERM")
 
-
-def line(name, signals, places, repeated, equal) -> str:
-    cells = [f"{name:12}", *(f"{x:>7}" for x in signals)]
+def line(name, kinds, places, repeated, equal) -> str:
+    cells = [f"{name:12}", *(f"{x:>7}" for x in kinds)]
     cells += [f"{x:>{max(len(place), 4)}}" for place, x in zip(PLACES, places)]
     return "  ".join([*cells, f"{repeated:>8}", str(equal)])
 
@@ -423,7 +441,7 @@ def line(name, signals, places, repeated, equal) -> str:
 def shown(row: dict) -> str:
     count = lambda key, names: [sum(kill[key] == name for kill in row["struck"]) for name in names]
     equal = "yes" if row["equal"] else "NO"
-    text = line(row["arm"], count("signal", SIGNALS_SHOWN), count("where", PLACES), row["repeated"], equal)
+    text = line(row["arm"], count("signal", KINDS), count("where", PLACES), row["repeated"], equal)
     if row["notes"]:
         text += f"\n  ({', '.join(row['notes'][:5])})"
     return text + (f"\n  {row['why']}" if row["why"] else "")

@@ -72,7 +72,7 @@ def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
     assert "pretrain-64" in line and "one row of 64 tokens" in line and line.count("GiB") == 2
     config = config_of(need(1, remat=True) - 1)
     with pytest.raises(UsageError, match="^stage pretrain-64 needs"):
-        programs.Programs(config, fit.NOTHING, lambda: False).fit_all(stages.plan(config))
+        programs.Programs(config, CPU, fit.NOTHING, lambda: False).fit_all(stages.plan(config), {})
 
 
 @given(batch=st.integers(1, 60), length=st.integers(1, 64), asked=st.integers(1, 60), halvings=st.integers(0, 12))
