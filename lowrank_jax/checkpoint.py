@@ -108,6 +108,8 @@ class Checkpoints:
                 if _sha256(restored.state, progress) != restored.meta["sha256"]:
                     raise ValueError("its contents do not match their SHA-256")
             except Exception as e:  # what orbax raises for a truncated array has no narrower class
+                if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):  # no fault of the checkpoint's
+                    raise
                 broken.append((step, " ".join(str(e).split())[:200]))
                 continue
             for failed, reason in broken:

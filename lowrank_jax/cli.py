@@ -91,7 +91,12 @@ def _machine() -> str:
 
 
 def main(command, argv: list[str] | None = None) -> None:
-    """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict."""
+    """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict.
+
+    As the main program (without `argv`) a failure ends the process at once: a compilation may be under way in a thread,
+    which nothing can stop, and would hold up the exit for minutes.
+    """
+    leave = sys.exit if argv is not None else _exit_at_once
     argv = sys.argv[1:] if argv is None else argv
     try:
         use_compilation_cache()
@@ -99,25 +104,34 @@ def main(command, argv: list[str] | None = None) -> None:
         if result is not None and "--json" in argv:
             print(json.dumps(result), flush=True)
     except UsageError as e:
-        _fail(e, 2)
+        _tell(str(e))
+        leave(2)
     except (RunFailure, OSError) as e:
         if isinstance(e, BrokenPipeError):  # the reader of our output went away: nothing to report to
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        _fail(e, 1)
+            leave(1)
+        _tell(str(e))
+        leave(1)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
     except SystemExit as e:
-        if isinstance(e.code, int) and e.code > 128:  # a compilation may be under way, and would hold up the exit
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(e.code)
-        raise
+        leave(e.code)
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        _tell(f"out of memory: {str(e).splitlines()[0][:300]}")
+        leave(1)
 
 
-def _fail(e: Exception, status: int):
-    print(f"error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
-    sys.exit(status)
+def _tell(error: str) -> None:
+    print(f"error: {' '.join(error.split())}", file=sys.stderr, flush=True)
+
+
+def _exit_at_once(status: int | None) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def _reason(e: Exception) -> str:

@@ -23,14 +23,16 @@ from lowrank_jax.trained import open_run
 ROW_TOKENS = 8192  # tokens evaluated at a time
 
 
-def held_out(
-    p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note, at_a_time: int = ROW_TOKENS
-) -> list[stream.Batch]:
-    """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row.
+def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note) -> list[stream.Batch]:
+    """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
+    return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
 
-    A batch has at most `at_a_time` tokens, or one row.
-    """
-    return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens, at_a_time)
+
+def split(batches: list[stream.Batch], rows: int) -> list[stream.Batch]:
+    """The same rows, at most so many in a batch."""
+    rows = stages.divisor(len(batches[0]["tokens"]), rows)
+    cut = lambda batch, at: {key: x[at : at + rows] for key, x in batch.items()}
+    return [cut(batch, at) for batch in batches for at in range(0, len(batch["tokens"]), rows)]
 
 
 def evaluate(
@@ -65,8 +67,8 @@ def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array
     return loss.cross_entropy_sum(model.logits(config.model, params, x_BTD), batch["targets"], batch["weights"])
 
 
-def _batches(documents: stream.Stream, length: int, tokens: int, at_a_time: int = ROW_TOKENS) -> list[stream.Batch]:
-    batches, rows = [], max(1, min(tokens, ROW_TOKENS, at_a_time) // length)
+def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
+    batches, rows = [], max(1, min(tokens, ROW_TOKENS) // length)
     while len(batches) * rows * length < tokens:
         batch = documents.next(rows, length)
         if batch is None and not batches and rows > 1:

@@ -4,6 +4,8 @@ The global batch never changes: fewer rows at a time means more of them one afte
 """
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -54,7 +56,7 @@ def limit_bytes(config: RunConfig, device: jax.Device) -> int:
 def fit(config: RunConfig, stage: Stage, device: jax.Device, learnt: Learnt = NOTHING) -> Fit:
     """The stage with the most rows at a time that fit, up to what it asks for; rematerialised if not even one does."""
     stage = dataclasses.replace(restrict(stage, learnt), precision=precision.resolve(stage.precision, device.platform))
-    limit, seconds = limit_bytes(config, device), 0.0
+    limit, seconds, most = limit_bytes(config, device), 0.0, stage.microbatch
     while True:
         started, program, need, fixed = time.monotonic(), None, None, 0
         try:
@@ -72,7 +74,7 @@ def fit(config: RunConfig, stage: Stage, device: jax.Device, learnt: Learnt = NO
         smaller = None if found.fits else shrink(stage, max(rows, 1))
         if smaller is None:
             return found
-        stage = smaller
+        stage = dataclasses.replace(smaller, microbatch=most) if smaller.remat and not stage.remat else smaller
 
 
 def restrict(stage: Stage, learnt: Learnt) -> Stage:
@@ -96,20 +98,25 @@ def remembered(events: list[dict], device: jax.Device) -> Learnt:
     return Learnt(min(bounds, default=0), any(e["remat"] for e in ooms))
 
 
-def known(events: list[dict], plan: Iterable[Stage], limit: int, device: jax.Device) -> dict[Stage, Fit]:
-    """What a run's ledger has of how its stages fit into that much memory of such a device: no need to ask again.
+def known(events: list[dict], config: RunConfig, plan: Iterable[Stage], device: jax.Device) -> dict[Stage, Fit]:
+    """What a run's ledger has of how the stages of this config fit into such a device: no need to ask again.
 
     `need` is from before any of them ran out of memory.
     """
-    learnt = remembered(events, device)
-    made = {e["stage"]: e for e in events if e["event"] == "compile"}
-    fits = {}
+    learnt, fits = remembered(events, device), {}
+    here = {"config": config_sha256(config), "device": device.device_kind, "device_bytes": limit_bytes(config, device)}
+    made = {e["stage"]: e for e in events if e["event"] == "compile" and here.items() <= e.items()}
     for stage in plan:
-        e = made.get(stage.name)
-        if e and (e["device"], e["device_bytes"]) == (device.device_kind, limit):
+        if e := made.get(stage.name):
             chosen = {key: e[key] for key in ("microbatch", "remat", "precision")}
-            fits[stage] = Fit(restrict(dataclasses.replace(stage, **chosen), learnt), e["peak_bytes"], limit, 0.0, None)
+            fits[stage] = Fit(
+                restrict(dataclasses.replace(stage, **chosen), learnt), e["peak_bytes"], e["device_bytes"], 0.0, None
+            )
     return fits
+
+
+def config_sha256(config: RunConfig) -> str:
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def agree(learnt: Learnt | None) -> Learnt | None:

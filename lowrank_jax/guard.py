@@ -23,9 +23,9 @@ FIRST_SCALE, SCALE_PATIENCE = 2.0**15, 1000
 
 
 class Guard(NamedTuple):
-    """Running statistics of (loss, log gradient norm) over `count` steps; updates refused so far and in a row; scale.
+    """Running statistics of (loss, log gradient norm) over `count` steps of the phase, and the loss scale.
 
-    An overflow that a smaller scale may cure counts as refused, but not as one in a row.
+    Updates refused in the phase and in a row are counted, the latter without overflows that a smaller scale may cure.
     """
 
     mean: jax.Array  # [2]

@@ -3,10 +3,24 @@
 import contextlib
 import os
 import signal
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
+
+LOOK_SECONDS = 0.1  # between two looks at whether a signal has come
 
 
 class Interrupted(Exception):
     """A signal came while something took long: whoever worked gives up, and the loop saves and leaves."""
+
+
+def wait(future: Future, stop: Callable[[], bool]):
+    """The future's result; raises Interrupted where `stop()` says so first."""
+    while not future.done():
+        if stop():
+            raise Interrupted
+        futures.wait([future], LOOK_SECONDS)
+    return future.result()
 
 
 @contextlib.contextmanager
@@ -22,10 +36,12 @@ def signals():
         name = signal.Signals(number).name
         if signal.SIGINT in received and number == signal.SIGINT:
             os._exit(128 + number)
-        if number not in received:
-            again = "; once more to quit at once" if number == signal.SIGINT else ""
-            os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
+        again = "; once more to quit at once" if number == signal.SIGINT else ""
+        is_new = number not in received
         received.append(number)
+        if is_new:
+            with contextlib.suppress(OSError):  # nobody reads any more
+                os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -21,20 +21,20 @@ SHOWN_TOKENS = 300  # of the first row of SFT
 NOTES = 5  # skips and retries that are told on the terminal; the ledger has them all
 
 
-def measure(config: RunConfig, name: str, tok: Tokenizer, folder: str, rows_tokens: int) -> Callable | None:
-    """`(params, stop) -> result` of `evaluate.evaluate` on the phase's held-out text, or None where there is none.
+def measure(config: RunConfig, last: Stage, tok: Tokenizer, folder: str) -> Callable | None:
+    """`(params, stop) -> result` of `evaluate.evaluate` on a phase's held-out text, or None where there is none.
 
-    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared. At most
-    `rows_tokens` go through the device at a time.
+    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared. As many
+    rows go through the device at a time as in `last`, the phase's last stage.
     """
-    phase = getattr(config, name)
+    phase, note = getattr(config, last.phase), note_to(folder, lambda: 0)
     longest = stages.lengths(phase)[-1]
-    note = note_to(folder, lambda: 0)
-    held_out = evaluate.held_out(phase, tok, config.seed, name == "sft", longest, note, rows_tokens)
+    held_out = evaluate.held_out(phase, tok, config.seed, last.phase == "sft", longest, note)
     if not held_out:
-        say(f"the held-out part of {name} has no row of {longest} tokens: no evaluation")
+        say(f"the held-out part of {last.phase} has no row of {longest} tokens: no evaluation")
         return None
-    return functools.partial(evaluate.evaluate, config, batches=held_out, byte_lengths=tok.byte_lengths())
+    parts = evaluate.split(held_out, max(1, last.microbatch * last.seq_len // longest))
+    return functools.partial(evaluate.evaluate, config, batches=parts, byte_lengths=tok.byte_lengths())
 
 
 def feed(

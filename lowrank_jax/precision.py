@@ -84,4 +84,4 @@ def _quantize(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 def _scaled_dot(a, b, contract, scale, dtype, precision=None) -> jax.Array:
     y = jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=dtype)
-    return y * scale.astype(dtype)
+    return (y.astype(jnp.float32) * scale).astype(dtype)

@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import jax
 
-from lowrank_jax import fit, precision, step
-from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax import fit, interrupt, precision, step
+from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.fit import Fit, Learnt
-from lowrank_jax.interrupt import Interrupted
 from lowrank_jax.stages import Stage
 
 COMPILERS = 2  # at a time: XLA itself uses several threads for a large program
-LOOK_SECONDS = 0.1  # between two looks at whether a signal has come
 
 
 class Program(NamedTuple):
@@ -70,6 +68,8 @@ class Programs:
         """
         self._keep((stage, following))
         self.running = self._get(stage)
+        if not self.running.fit.fits:  # one that the gate did not see, as where precision has changed
+            raise RunFailure(fit.refusal(self.running.fit))
         if following:
             self._prepare(following)
 
@@ -98,12 +98,7 @@ class Programs:
 
     def _get(self, stage: Stage) -> Program:
         self._prepare(stage)
-        while True:
-            try:
-                return self._made[stage].result(LOOK_SECONDS)
-            except TimeoutError:
-                if self._stop():
-                    raise Interrupted from None
+        return interrupt.wait(self._made[stage], self._stop)
 
     def _keep(self, kept: tuple[Stage | None, ...]) -> None:
         self._made = {stage: made for stage, made in self._made.items() if stage in kept}

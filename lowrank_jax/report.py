@@ -21,7 +21,7 @@ from lowrank_jax.config import UsageError
 
 COLORS = {"pretrain": "#1f5a94", "sft": "#b4531f"}
 POINTS = 300  # of a line: more of them are drawn faintly behind their means
-TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "preempt", "nan")  # told with their facts
+TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "preempt")  # told with their facts
 ROUTINE = ("save", "sample", "fp8_check")  # not told one by one
 EACH, LATEST = 10, 30  # events shown of each such kind, and of all others; events.jsonl has every one
 CHARACTERS = 160  # of one fact

@@ -38,7 +38,7 @@ def init_params(config: RunConfig) -> dict:
 
 
 def first_state(config: RunConfig, params: dict, step: int = 0) -> TrainState:
-    """The state at the start of a phase: these parameters, and no memory of any earlier step."""
+    """The state at the start of a phase, made of these parameters and no memory of any earlier step."""
 
     def start(params):
         scaled = precision.policy(config.precision).name == "fp16"
@@ -46,7 +46,7 @@ def first_state(config: RunConfig, params: dict, step: int = 0) -> TrainState:
         opt_state = optim.make(config.optim).init(params)
         return TrainState(params, opt_state, jnp.asarray(step, jnp.int32), average, guard.start(scaled))
 
-    return jax.jit(start)(params)
+    return jax.jit(start, donate_argnums=0)(params)
 
 
 def abstract_state(config: RunConfig, device: jax.Device | None = None) -> TrainState:
@@ -134,7 +134,8 @@ def _abstract_batch(stage: Stage, device: jax.Device | None) -> dict:
 def disagreement(config: RunConfig, stage: Stage, params: dict, batch: dict) -> dict:
     """How far the stage's precision is from bf16 on a batch's first microbatch.
 
-    {loss: relative difference, gradient: norm of the difference over the norm of bf16's}.
+    {loss: relative difference, gradient: norm of the difference over the norm of bf16's, known: whether bf16's are
+    finite}.
     """
     micro = jax.tree.map(lambda x: x[: stage.microbatch], batch)
     rates = optim.rates(getattr(config, stage.phase), params)
@@ -143,4 +144,5 @@ def disagreement(config: RunConfig, stage: Stage, params: dict, batch: dict) -> 
         _loss_and_gradient(config, s, rates, params, micro, jnp.float32(1)) for s in (stage, exact)
     )
     apart = optax.tree.norm(optax.tree.sub(grads, their_grads)) / jnp.maximum(optax.tree.norm(their_grads), 1e-30)
-    return {"loss": jnp.abs(ours - theirs) / jnp.maximum(jnp.abs(theirs), 1e-30), "gradient": apart}
+    off = jnp.abs(ours - theirs) / jnp.maximum(jnp.abs(theirs), 1e-30)
+    return {"loss": off, "gradient": apart, "known": jnp.isfinite(theirs) & jnp.isfinite(optax.tree.norm(their_grads))}

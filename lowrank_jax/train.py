@@ -60,7 +60,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
     track.check(config.track)
     with workdir.lock(folder):
         config, tok, old = _prepare(config, folder)
-        programs, fits = _gate(config, folder, old, received)
+        programs, fits = _gate(config, folder, received)
         show(plan.table(plan.describe(config, fits)))
         if workdir.newest_checkpoint(folder) is None:
             programs.held = step.first_state(config, _first_params(config, tok)), START
@@ -81,24 +81,26 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
                 del state
                 gc.collect()  # the failed step's frames hold on to arrays
                 state, at = _restore(r)
+                r.saved.save(at["step"], state, at)  # from here on fewer rows at a time, also if it is killed
         report.write(folder)
         return finish
 
 
-def _gate(config: RunConfig, folder: str, old: RunConfig | None, received: Sequence[int]):
-    """(programs, how every stage that is left fits into memory); a signal cuts it short, and the loop then leaves.
+def _gate(config: RunConfig, folder: str, received: Sequence[int]) -> tuple[Programs, list[fit.Fit]]:
+    """The programs, and how every stage that is left fits into memory: as the ledger has it, or found by compiling.
 
-    A resumed run with the same config and as much memory of the same device asks its ledger first.
+    A signal cuts it short, and the loop then leaves.
     """
     ledger, device, whole_plan = workdir.read_rows(folder, "events.jsonl"), jax.local_devices()[0], stages.plan(config)
     programs = Programs(config, device, fit.remembered(ledger, device), lambda: bool(received))
-    is_as_before = old is not None and not workdir.differences(old, config)
-    known = fit.known(ledger, whole_plan, fit.limit_bytes(config, device), device) if is_as_before else {}
-    left = tuple(s for s in whole_plan if s.end > (workdir.newest_checkpoint(folder) or 0))
+    left = tuple(s for s in whole_plan if s.end >= (workdir.newest_checkpoint(folder) or 0))
     try:
-        return programs, programs.fit_all(left, known)
+        return programs, programs.fit_all(left, fit.known(ledger, config, whole_plan, device))
     except Interrupted:
         return programs, []
+    except BaseException:
+        programs.close()
+        raise
 
 
 def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunConfig | None]:
@@ -174,6 +176,7 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
                 _leave(r, at["step"])
             stage = stages.stage_at(r.plan, at["step"])
             if stage.phase != phase_name and at["step"] < r.plan[-1].end:
+                feeds.close()
                 state, batches = _enter(r, stage, state, at, meter)  # reads ahead while the old phase is evaluated
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
@@ -189,7 +192,7 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
                     _switch(r, asked, state, at, meter)
                     running = asked
                 faults.strike("step", at["step"] + 1)
-                batch, cursor = next(batches)
+                batch, cursor = batches.take(lambda: r.stopping)
                 if _fp8_is_off(r, state, batch, at, meter):
                     at = at | {"precision": "bf16"}
                     running = _as_run(stage, at)
@@ -197,7 +200,8 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
             except Interrupted:
                 continue
             except (UsageError, OSError):  # data that cannot be used or read: what was learnt so far is kept
-                _save(r, meter, state, at)
+                with contextlib.suppress(RunFailure):
+                    _save(r, meter, state, at)
                 raise
             at = _after(at, stage, cursor)
             faults.run_out_of_memory(at["step"], state)
@@ -223,7 +227,8 @@ def _after(at: dict, stage: Stage, cursor: dict) -> dict:
 def _enter(r: Run, stage: Stage, state: step.TrainState, at: dict, meter: Meter):
     """(state, feed of batches) of the phase that trains now; where it starts, the optimizer has no memory."""
     if at["step"] == stage.phase_start:
-        state = step.first_state(r.config, state.weights, at["step"])
+        state, old = step.first_state(r.config, state.weights, at["step"]), state
+        jax.tree.map(lambda x: x.delete(), old)  # callers still hold it
         workdir.log_event(r.folder, "phase", at["step"], phase=stage.phase)
         if r.config.init_from and at["step"] == 0:
             _save(r, meter, state, at)  # from here on the run does not need the other one
@@ -251,8 +256,8 @@ def _reach(r: Run, milestone: tuple[str, str, int], state: step.TrainState, at: 
         phase.show_end(trained.Trained(r.config, r.tokenizer, state.weights, at), stage, r.folder)
     else:
         if name not in measures:
-            rows = min(s.microbatch * s.seq_len for s in map(r.programs.chosen, r.plan) if s.phase == name)
-            measures[name] = phase.measure(r.config, name, r.tokenizer, r.folder, rows)
+            longest = r.programs.chosen([s for s in r.plan if s.phase == name][-1])
+            measures[name] = phase.measure(r.config, longest, r.tokenizer, r.folder)
         if measures[name]:
             with contextlib.suppress(Interrupted):
                 meter.log_eval(stage, at_step, measures[name](state.weights, stop=lambda: r.stopping))
@@ -269,6 +274,8 @@ def _fp8_is_off(r: Run, state: step.TrainState, batch: dict, at: dict, meter: Me
     if not r.programs.running.check or at["step"] % r.config.every.fp8_check:
         return False
     apart = {name: float(x) for name, x in r.programs.running.check(state.params, batch).items()}
+    if not apart.pop("known"):  # bf16 makes nothing of this batch either
+        return False
     if faults.due("fp8", "step", at["step"] + 1):
         apart["loss"] = float("nan")
     ok = apart["loss"] <= FP8_LOSS and apart["gradient"] <= FP8_GRADIENT  # not so for NaN
@@ -335,7 +342,7 @@ def _restore(r: Run) -> tuple[step.TrainState, dict]:
         stream.check_sources(at["cursor"], getattr(r.config, next_stage.phase))
     workdir.rewind_metrics(r.folder, at["step"])
     if not (held and at["step"] == 0):
-        source = "memory" if held else "checkpoint"
+        source = "memory" if held else "checkpoint" if at["step"] else "start"
         workdir.log_event(r.folder, "restore", at["step"], data_sha256=at["data_sha256"], source=source)
     return jax.device_put(state), at
 
@@ -349,4 +356,5 @@ def _log_compile(r: Run, found: fit.Fit) -> None:
     s = found.stage
     chosen = {"stage": s.name, "microbatch": s.microbatch, "remat": s.remat, "precision": s.precision}
     memory = {"peak_bytes": found.need, "device_bytes": found.limit, "device": r.programs.device.device_kind}
+    memory |= {"config": fit.config_sha256(r.config)}
     workdir.log_event(r.folder, "compile", s.start, **chosen, seconds=round(found.seconds, 3), **memory)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 
-from lowrank_jax import stages
+from lowrank_jax import interrupt, stages
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
 from lowrank_jax.data import packing, sources
 from lowrank_jax.data.packing import Batch, Lane
@@ -236,16 +236,24 @@ class Feed:
         self._stream, batches = stream, _Batches(stream, steps, shape_at, place)
         self._ahead = iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD))
         self._ahead.start_prefetch()
+        self._taker, self._taking = ThreadPoolExecutor(1, "taker"), None
 
     def __iter__(self) -> "Feed":
         return self
 
     def __next__(self) -> tuple:
-        return next(self._ahead), json.loads(self._ahead.get_state()["json"])
+        return self.take()
+
+    def take(self, stop: Callable[[], bool] = lambda: False) -> tuple:
+        """The next one; raises Interrupted where `stop()` says so before it is there: a read may hang."""
+        self._taking = self._taker.submit(lambda: (next(self._ahead), json.loads(self._ahead.get_state()["json"])))
+        return interrupt.wait(self._taking, stop)
 
     def close(self) -> None:
-        self._ahead.close()
-        self._stream.close()
+        self._taker.shutdown(wait=False)
+        if not self._taking or self._taking.done():  # else something hangs, and so would this
+            self._ahead.close()
+            self._stream.close()
 
 
 def _check_cursor(cursor: dict, facts: dict, p: PhaseConfig) -> None:
