@@ -81,7 +81,7 @@ def groups() -> dict:
             "save": 1000,  # steps; also at the end of a phase
             "save_minutes": 15.0,  # and at least this often; 0: off
             "keep": 3,  # newest checkpoints to keep
-            "fp8_check": 100,  # steps; a loss and gradient are computed in bf16 too, and fp8 given up where they disagree
+            "fp8_check": 100,  # steps; loss and gradient are computed in bf16 too, and fp8 given up where they disagree
         },
     }
 

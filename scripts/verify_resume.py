@@ -111,7 +111,7 @@ def study(folder: pathlib.Path, args, changes: list[str]) -> list[dict]:
     pairs = list(itertools.product(args.precisions.split(","), args.optimizers.split(",")))
     each = math.ceil(args.kills / len(pairs))
     arms = [arm_of(folder, args.config, changes, *pair) for pair in pairs]
-    print(line("arm", KINDS, PLACES, "repeated", "equal"), flush=True)
+    print(line("arm", KINDS, PLACES, "resumed", "repeated", "equal"), flush=True)
     rows = []
     for arm in arms:
         asked = {"arm": arm.name, "config": arm.config, "seed": args.seed, "asked": each}
@@ -314,7 +314,7 @@ def verify(arm: Arm, kills: int, draw: random.Random) -> dict:
     """Trains the arm alone, then killed until there were `kills` kills; what became of it."""
     shutil.rmtree(arm.folder, ignore_errors=True)
     arm.folder.mkdir()
-    struck, repeated, runs, why, began = [], 0, 0, "", time.monotonic()
+    struck, repeated, resumed, runs, why, began = [], 0, 0, 0, "", time.monotonic()
     try:
         pace = train_alone(arm)
         pending = moments(arm, kills)
@@ -322,13 +322,20 @@ def verify(arm: Arm, kills: int, draw: random.Random) -> dict:
             runs += 1
             home = arm.folder / f"killed{runs}"
             repeated += train_killed(arm, home, pace, pending, struck, kills, draw)
+            resumed += resumes(home)
             why = difference(arm.alone, home)
             if not why:
                 shutil.rmtree(home / "checkpoints")
     except Failure as e:
         why = f"run {runs}: {e}" if runs else f"left alone: {e}"
-    facts = {"equal": not why, "why": why, "runs": runs, "repeated": repeated, "struck": struck}
-    return facts | {"seconds": round(time.monotonic() - began), "notes": notes(arm)}
+    told = notes(arm) + ([] if resumed else ["no kill was followed by a resume from a checkpoint: more --kills"])
+    facts = {"equal": not why, "why": why, "runs": runs, "resumed": resumed, "repeated": repeated, "struck": struck}
+    return facts | {"seconds": round(time.monotonic() - began), "notes": told}
+
+
+def resumes(home: pathlib.Path) -> int:
+    """How many processes went on from a checkpoint of training; the others began again."""
+    return sum(e["event"] == "start" and e["step"] > 0 for e in workdir.read_rows(str(home), "events.jsonl"))
 
 
 def train_alone(arm: Arm) -> Pace:
@@ -432,16 +439,17 @@ def metrics(home: pathlib.Path) -> list:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def line(name, kinds, places, repeated, equal) -> str:
+def line(name, kinds, places, resumed, repeated, equal) -> str:
     cells = [f"{name:12}", *(f"{x:>7}" for x in kinds)]
     cells += [f"{x:>{max(len(place), 4)}}" for place, x in zip(PLACES, places)]
-    return "  ".join([*cells, f"{repeated:>8}", str(equal)])
+    return "  ".join([*cells, f"{resumed:>7}", f"{repeated:>8}", equal])
 
 
 def shown(row: dict) -> str:
     count = lambda key, names: [sum(kill[key] == name for kill in row["struck"]) for name in names]
     equal = "yes" if row["equal"] else "NO"
-    text = line(row["arm"], count("signal", KINDS), count("where", PLACES), row["repeated"], equal)
+    kinds, places = count("signal", KINDS), count("where", PLACES)
+    text = line(row["arm"], kinds, places, row["resumed"], row["repeated"], equal)
     if row["notes"]:
         text += f"\n  ({', '.join(row['notes'][:5])})"
     return text + (f"\n  {row['why']}" if row["why"] else "")
@@ -450,7 +458,7 @@ def shown(row: dict) -> str:
 def total(rows: list[dict]) -> dict:
     struck = [kill for row in rows for kill in row["struck"]]
     facts = {"arm": "all", "equal": all(row["equal"] for row in rows), "why": "", "notes": [], "struck": struck}
-    return facts | {"repeated": sum(row["repeated"] for row in rows)}
+    return facts | {key: sum(row[key] for row in rows) for key in ("resumed", "repeated")}
 
 
 if __name__ == "__main__":
