@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 
 from absl import flags
 from ml_collections import config_flags
@@ -93,10 +94,10 @@ def _machine() -> str:
 def main(command, argv: list[str] | None = None) -> None:
     """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict.
 
-    As the main program (without `argv`) a failure ends the process at once: a compilation may be under way in a thread,
-    which nothing can stop, and would hold up the exit for minutes.
+    As the main program (without `argv`) it ends at once where compilations may be under way: nothing can stop them, and
+    they would hold up the exit for minutes.
     """
-    leave = sys.exit if argv is not None else _exit_at_once
+    leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
     try:
         use_compilation_cache()
@@ -127,7 +128,9 @@ def _tell(error: str) -> None:
     print(f"error: {' '.join(error.split())}", file=sys.stderr, flush=True)
 
 
-def _exit_at_once(status: int | None) -> None:
+def _leave(status: int | None) -> None:
+    if not any(thread.name.startswith("compiler") for thread in threading.enumerate()):  # see programs.py
+        sys.exit(status)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

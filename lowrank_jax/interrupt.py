@@ -14,12 +14,11 @@ class Interrupted(Exception):
     """A signal came while something took long: whoever worked gives up, and the loop saves and leaves."""
 
 
-def wait(future: Future, stop: Callable[[], bool]):
-    """The future's result; raises Interrupted where `stop()` says so first."""
-    while not future.done():
+def wait(future: Future, stop: Callable[[], bool], look: float = LOOK_SECONDS):
+    """The future's result; raises Interrupted where `stop()` says so at one of the looks every so many seconds."""
+    while not futures.wait([future], look).done:
         if stop():
             raise Interrupted
-        futures.wait([future], LOOK_SECONDS)
     return future.result()
 
 

@@ -26,6 +26,7 @@ from lowrank_jax.data.records import BadRecord
 from lowrank_jax.data.sources import Source
 from lowrank_jax.data.tokenizer import Tokenizer
 
+PATIENCE = 5.0  # seconds that a batch may take to come before a signal is more urgent
 AHEAD = 2  # batches that are on the device before they are used
 ONCE = Part(period=0, held_out=False, shuffled=False, endless=False)
 READ, ENCODED = 2000, 200  # documents of each source that are looked at before anything else is done
@@ -247,7 +248,7 @@ class Feed:
     def take(self, stop: Callable[[], bool] = lambda: False) -> tuple:
         """The next one; raises Interrupted where `stop()` says so before it is there: a read may hang."""
         self._taking = self._taker.submit(lambda: (next(self._ahead), json.loads(self._ahead.get_state()["json"])))
-        return interrupt.wait(self._taking, stop)
+        return interrupt.wait(self._taking, stop, PATIENCE)
 
     def close(self) -> None:
         self._taker.shutdown(wait=False)
