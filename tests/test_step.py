@@ -357,4 +357,5 @@ def test_accumulation_of_8_and_2_with_every_option_makes_the_loss_and_gradient_o
     assert compiled(cut)[0].microbatch == microbatch
     (ours, metrics), (theirs, its_metrics) = updated(cut, ragged_batch()), updated(whole, ragged_batch())
     close(metrics, its_metrics, rtol=1e-6)
+    close(ours.opt_state, theirs.opt_state, rtol=1e-4, atol=1e-7)  # the gradients, a tenth of them
     close((ours.params, ours.average), (theirs.params, theirs.average), atol=TINY_CHANGE)
