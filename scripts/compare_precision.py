@@ -124,8 +124,8 @@ def read(folder: str, steps: int) -> dict:
         "means": windows.mean(axis=1),
         "bits_per_byte": held[-1]["bits_per_byte"] if held else float("nan"),
         "checks": len(looks),
-        "loss_off": (min(off["loss"]), max(off["loss"])) if looks else None,
-        "gradient_off": (min(off["gradient"]), max(off["gradient"])) if looks else None,
+        "loss_off": _range(off["loss"]),
+        "gradient_off": _range(off["gradient"]),
         "fallbacks": len({e["step"] for e in events if e["event"] == "fallback"}),
         "skipped": train[-1]["skipped"],
         "data_sha256": next(e["data_sha256"] for e in reversed(events) if e["event"] == "finish"),
@@ -143,10 +143,16 @@ def compare(arms: dict[str, dict]) -> list[dict]:
         apart = np.nan_to_num(np.abs(means / first["means"] - 1), nan=np.inf)
         facts |= {"loss": _finite(means[-1]), "loss_ratio": _finite(means[-1] / first["means"][-1])}
         facts |= {"apart": _finite(apart.max()), "apart_at": int(apart.argmax()) + min(WINDOW, len(means))}
-        facts |= {"bits_ratio": _finite(facts["bits_per_byte"] / first["bits_per_byte"])}
-        far = max(apart.max(), abs(arm["bits_per_byte"] / first["bits_per_byte"] - 1))
-        results.append({"precision": name, **facts, "near": bool(far <= NEAR and not arm["fallbacks"])})
+        ratio = arm["bits_per_byte"] / first["bits_per_byte"]
+        facts |= {"bits_per_byte": _finite(arm["bits_per_byte"]), "bits_ratio": _finite(ratio)}
+        near = apart.max() <= NEAR and abs(ratio - 1) <= NEAR and not arm["fallbacks"]  # not so for NaN
+        results.append({"precision": name, **facts, "near": bool(near)})
     return results
+
+
+def _range(values: list[float]) -> tuple[float, float] | None:
+    finite = [x for x in values if math.isfinite(x)]
+    return (min(finite), max(finite)) if finite else None
 
 
 def _finite(x: float) -> float | None:
