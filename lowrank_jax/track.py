@@ -154,7 +154,7 @@ def _mlflow(folder: str, settings: dict, step: int) -> Iterator[Write]:
         number = experiment.experiment_id if experiment else client.create_experiment(project)
         run = client.create_run(number, run_name=_name(folder)).info.run_id
         workdir.write_text(path, run)
-        params = [Param(key, str(value)[:SETTING_CHARACTERS]) for key, value in _flatten(settings).items()]
+        params = [Param(key, str(value)[:SETTING_CHARACTERS]) for key, value in workdir.flatten(settings).items()]
         for start in range(0, len(params), SETTINGS_AT_ONCE):
             client.log_batch(run, params=params[start : start + SETTINGS_AT_ONCE])
 
@@ -193,9 +193,3 @@ def _name(folder: str) -> str:
 def _read(path: str) -> str:
     with open(path, encoding="utf-8") as f:
         return f.read().strip()
-
-
-def _flatten(value, prefix: str = "") -> dict:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {k: v for key in value for k, v in _flatten(value[key], f"{prefix}.{key}" if prefix else key).items()}

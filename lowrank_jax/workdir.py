@@ -95,7 +95,7 @@ def write_text(path: str, text: str) -> None:
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, object, object]]:
     """(key, old value, new value) of every setting that differs, by its dotted path."""
-    olds, news = _flatten(old.to_dict()), _flatten(new.to_dict())
+    olds, news = flatten(old.to_dict()), flatten(new.to_dict())
     return [(key, olds[key], news[key]) for key in olds if olds[key] != news[key]]
 
 
@@ -154,7 +154,8 @@ def newest_checkpoint(folder: str) -> int | None:
     return max(steps, default=None)
 
 
-def _flatten(value, prefix: str = "") -> dict:
+def flatten(value, prefix: str = "") -> dict:
+    """Nested groups as one dict of dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key in value for k, v in _flatten(value[key], f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key in value for k, v in flatten(value[key], f"{prefix}.{key}" if prefix else key).items()}
