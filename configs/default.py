@@ -31,7 +31,8 @@ def groups() -> dict:
             "d": 512,  # width
             "layers": 8,
             "heads": 16,  # must divide d
-            "rank": 64,  # mean rank R of Q, K, V, O; R = d/8 is 75% fewer attention parameters than dense
+            # Mean rank R of Q, K, V, O; R = d/8 is 75% fewer attention parameters than dense. 0: dense, without latents.
+            "rank": 64,
             # Shares of the 4R ranks for q, k, v, o. At d=256 a uniform split lost 0.014 bits per byte to q, k at R/2
             # and v, o at 3R/2 (one seed, 1M tokens).
             "rank_split": (1.0, 1.0, 3.0, 3.0),
@@ -40,13 +41,21 @@ def groups() -> dict:
             "mlp": 0,  # width of the SwiGLU; 0: 8/3 d, rounded up to a multiple of 64
             "mlp_rank": 0,  # factors the MLP's matrices too; 0: off
             "embed_rank": 0,  # factors the embedding and head; 0: off
-            "attention": "auto",  # reference | chunked; auto is chunked
+            # splash (TPU) | cudnn (GPU) | chunked | reference; auto is the platform's, and chunked where that cannot be
+            "attention": "auto",
             # One compiled block for all layers, so that compile time does not grow with depth. False unrolls them: the
             # quickstart's step runs 1.1 times as fast on a CPU (scripts/bench_step.py ... model.scan=True).
             "scan": True,
             # Recompute each block in the backward pass: less memory, a third more work. Done anyway where not even one
             # row fits without it.
             "remat": False,
+        },
+        # How many devices along each axis; their product is the number of devices, on one or many machines. Only memory
+        # and speed depend on it, and a run may go on with another.
+        "mesh": {
+            "data": 1,  # parts of a batch, each with weights of its own (such as hosts without a fast network)
+            "fsdp": 0,  # parts of a batch and of the weights; 0: as many as the rows of every stage can be shared among
+            "tensor": 0,  # parts of the heads and of the MLP's width; 0: what is left
         },
         "optim": {
             "name": "muon",  # muon (matrices; AdamW for the rest) | adamw
@@ -97,8 +106,8 @@ def phase(**changes) -> dict:
         "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
         "tokens_per_param": 25.0,
         "tokens_per_step": 49_152,  # 3 x 2^14: divisible by 256, 512, 768, 1024, 1536, 2048, ...
-        # Most tokens at a time (but a whole row); the rest is accumulated. 0: as many as fit into memory. Lowered
-        # where even these do not fit.
+        # Most tokens at a time on a device (but a whole row); the rest is accumulated. 0: as many as fit into memory.
+        # Lowered where even these do not fit.
         "microbatch_tokens": 0,
         "block": 1024,  # sequence length, or with auto_grow the first one
         "auto_grow": False,

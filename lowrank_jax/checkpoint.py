@@ -1,7 +1,8 @@
 """Checkpoints: model, optimizer, data cursor and bookkeeping in one atomic Orbax step, written in the background.
 
 Orbax notices a missing or truncated file but not a flipped byte (measured: it restores wrong values without a word),
-so every checkpoint carries a SHA-256 of its contents, and a restore that does not match falls back to the one before.
+so every checkpoint carries a checksum of its contents, and a restore that does not match falls back to the one before.
+What is saved knows nothing of the mesh: it is restored onto whatever `template` asks for.
 """
 
 import contextlib
@@ -12,10 +13,10 @@ import os
 
 import absl.logging
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from lowrank_jax import faults, workdir
+from lowrank_jax import faults, sharding, workdir
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunFailure, UsageError
 
@@ -29,12 +30,40 @@ def tree_sha256(tree) -> str:
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(sharding.fetch(leaf).tobytes())
     return digest.hexdigest()
 
 
-def _sha256(state, progress: dict) -> str:
-    return hashlib.sha256((tree_sha256(state) + json.dumps(progress, sort_keys=True)).encode()).hexdigest()
+def _checksum(state, progress: dict) -> str:
+    """Of all values: the same however the arrays are cut, and found where they are instead of on one host."""
+    sums = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(_sums(state))}
+    named = {name: sharding.fetch(x).tolist() for name, x in sorted(sums.items())}
+    return hashlib.sha256(json.dumps([named, progress], sort_keys=True).encode()).hexdigest()
+
+
+@jax.jit
+def _sums(state):
+    """Two sums of 32 bits over each array's values, each value mixed with its place.
+
+    Sums of whole numbers do not depend on their order. The mixing is the last part of MurmurHash3 (Appleby, 2011), so
+    that any change of one value changes them, and any other is missed once in 2^64 times.
+    """
+
+    def mix(h):
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    def sums(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):  # not `reshape`, which would move what is cut
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        first = mix(bits ^ mix(place + 1))
+        return jnp.stack([first.sum(dtype=jnp.uint32), mix(first + place).sum(dtype=jnp.uint32)])
+
+    return jax.tree.map(sums, state)
 
 
 class Checkpoints:
@@ -75,7 +104,7 @@ class Checkpoints:
         """
         if step in self.steps():
             return False
-        meta = progress | {"sha256": _sha256(state, progress)}
+        meta = progress | {"checksum": _checksum(state, progress)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.check_for_errors()
@@ -104,9 +133,9 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
-                progress = {key: value for key, value in restored.meta.items() if key != "sha256"}
-                if _sha256(restored.state, progress) != restored.meta["sha256"]:
-                    raise ValueError("its contents do not match their SHA-256")
+                progress = {key: value for key, value in restored.meta.items() if key != "checksum"}
+                if _checksum(restored.state, progress) != restored.meta["checksum"]:
+                    raise ValueError("its contents do not match their checksum")
             except Exception as e:  # what orbax raises for a truncated array has no narrower class
                 if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):  # no fault of the checkpoint's
                     raise

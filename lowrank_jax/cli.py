@@ -14,11 +14,13 @@ import platform
 import signal
 import sys
 import threading
+import traceback
 
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
+from lowrank_jax import processes
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 
 
@@ -66,10 +68,15 @@ def read_config(config_args: list[str]) -> RunConfig:
     return RunConfig.from_dict(config)
 
 
-def say(line: str) -> None:
-    """A line for the person who watches; stdout stays for results, the progress bar and --json."""
+def say(line: str, everyone: bool = False) -> None:
+    """A line for the person who watches; stdout stays for results, the progress bar and --json.
+
+    Of many processes the first one speaks; with `everyone`, each that has something to say, with its name.
+    """
+    if not (everyone or processes.is_first()):
+        return
     with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(processes.name() + line if everyone else line, file=sys.stderr)
 
 
 def use_compilation_cache() -> None:
@@ -94,15 +101,15 @@ def _machine() -> str:
 def main(command, argv: list[str] | None = None) -> None:
     """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict.
 
-    As the main program (without `argv`) it ends at once where compilations may be under way: nothing can stop them, and
-    they would hold up the exit for minutes.
+    As the main program (without `argv`) it ends at once where compilations may be under way (nothing can stop them, and
+    they would hold up the exit for minutes), or where one of many processes has failed.
     """
     leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
     try:
         use_compilation_cache()
         result = command(argv)
-        if result is not None and "--json" in argv:
+        if result is not None and "--json" in argv and processes.is_first():
             print(json.dumps(result), flush=True)
     except UsageError as e:
         _tell(str(e))
@@ -119,17 +126,21 @@ def main(command, argv: list[str] | None = None) -> None:
         leave(e.code)
     except Exception as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
+            if processes.count() > 1:
+                traceback.print_exc()
+                leave(1)
             raise
         _tell(f"out of memory: {str(e).splitlines()[0][:300]}")
         leave(1)
 
 
 def _tell(error: str) -> None:
-    print(f"error: {' '.join(error.split())}", file=sys.stderr, flush=True)
+    print(f"{processes.name()}error: {' '.join(error.split())}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int | None) -> None:
-    if not any(thread.name.startswith("compiler") for thread in threading.enumerate()):  # see programs.py
+    compiling = any(thread.name.startswith("compiler") for thread in threading.enumerate())  # see programs.py
+    if not compiling and (not status or processes.count() == 1):  # a process that fails does not wait for the others
         sys.exit(status)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

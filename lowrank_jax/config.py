@@ -117,6 +117,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     path: str
     vocab_size: int
@@ -142,6 +149,7 @@ class RunConfig:
     track: tuple[str, ...]
     profile: int
     model: ModelConfig
+    mesh: MeshConfig
     optim: OptimConfig
     tokenizer: TokenizerConfig
     pretrain: PhaseConfig
@@ -272,9 +280,9 @@ def _one_of(value: str, choices: tuple[str, ...], path: str) -> None:
 
 
 def _check_model(m: ModelConfig) -> None:
-    for key in ("d", "layers", "heads", "rank"):
+    for key in ("d", "layers", "heads"):
         _require(getattr(m, key) >= 1, f"config.model.{key}={getattr(m, key)} must be at least 1")
-    for key in ("vocab", "mlp", "mlp_rank", "embed_rank"):
+    for key in ("vocab", "rank", "mlp", "mlp_rank", "embed_rank"):
         _require(getattr(m, key) >= 0, f"config.model.{key}={getattr(m, key)} must not be negative")
     fits = [h for h in range(1, m.d + 1) if m.d % h == 0]
     near = min(fits, key=lambda h: abs(h - m.heads))
@@ -282,8 +290,11 @@ def _check_model(m: ModelConfig) -> None:
     _require(m.rank <= m.d, f"config.model.rank={m.rank} must not exceed config.model.d={m.d}")
     good_split = len(m.rank_split) == 4 and min(m.rank_split) > 0
     _require(good_split, f"config.model.rank_split={m.rank_split} must be four shares above 0, for q,k,v,o")
-    _require(min(m.ranks) >= 1, f"config.model.rank={m.rank} leaves a projection with rank 0 under rank_split")
-    _one_of(m.attention, ("auto", "reference", "chunked"), "config.model.attention")
+    _require(m.rank > 0 or not m.shared_kv, "config.model.shared_kv needs a rank: with rank 0 there are no latents")
+    _require(
+        m.rank == 0 or min(m.ranks) >= 1, f"config.model.rank={m.rank} leaves a projection with rank 0 under rank_split"
+    )
+    _one_of(m.attention, ("auto", "reference", "chunked", "cudnn", "splash"), "config.model.attention")
 
 
 def _check_phase(p: PhaseConfig, name: str) -> None:
@@ -341,6 +352,9 @@ def _check_rest(c: RunConfig) -> None:
     _one_of(c.precision, ("auto", "fp32", "bf16", "fp16", "fp8"), "config.precision")
     _require(c.memory_gb >= 0, f"config.memory_gb={c.memory_gb} must not be negative")
     _require(c.profile >= 0, f"config.profile={c.profile} must not be negative")
+    for key in ("data", "fsdp", "tensor"):
+        least = key == "data"
+        _require(getattr(c.mesh, key) >= least, f"config.mesh.{key}={getattr(c.mesh, key)} must be at least {least:d}")
     for name in c.track:
         _one_of(name, ("tensorboard", "wandb", "mlflow"), "config.track")
     _one_of(c.optim.name, ("muon", "adamw"), "config.optim.name")

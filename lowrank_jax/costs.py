@@ -12,7 +12,7 @@ def parameters(m: ModelConfig) -> dict[str, int]:
     """Parameters by component; equals a count of the arrays that `model.init` makes."""
     q, k, v, o = m.ranks
     downs = q + k + o if m.shared_kv else q + k + v + o
-    attention = m.layers * m.d * (downs + q + k + v + o)
+    attention = m.layers * m.d * (downs + q + k + v + o if m.rank else 4 * m.d)
     per_matrix = m.mlp_rank * (m.d + m.hidden) if m.mlp_rank else m.d * m.hidden
     embedding = m.embed_rank * (m.vocab + m.d) if m.embed_rank else m.vocab * m.d
     counts = {"attention": attention, "mlp": 3 * m.layers * per_matrix, "embedding": embedding}
@@ -22,8 +22,11 @@ def parameters(m: ModelConfig) -> dict[str, int]:
 
 def dense_parameters(m: ModelConfig) -> dict[str, int]:
     """Parameters by component of the dense twin."""
-    counts = parameters(dataclasses.replace(m, mlp_rank=0, embed_rank=0)) | {"attention": 4 * m.d * m.d * m.layers}
-    return counts | {"total": sum(count for name, count in counts.items() if name != "total")}
+    return parameters(dense_twin(m))
+
+
+def dense_twin(m: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(m, rank=0, shared_kv=False, mlp_rank=0, embed_rank=0)
 
 
 def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
@@ -40,5 +43,5 @@ def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
 def kv_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> dict[str, int]:
     """Bytes that one token adds to the cache: its latents, and the keys and values a dense model would keep."""
     _, k, v, _ = m.ranks
-    latent = k if m.shared_kv else k + v
+    latent = k if m.shared_kv else k + v if m.rank else 2 * m.d
     return {"latent": m.layers * latent * bytes_per_value, "dense": m.layers * 2 * m.d * bytes_per_value}

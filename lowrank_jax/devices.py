@@ -1,9 +1,10 @@
-"""What is known of devices: their peak, their memory, and the ones that can be compiled for without having them.
+"""What is known of devices: their published peaks, their memory, and the ones to compile for without having them.
 
-A described device is one that only its compiler knows: a program can be compiled for it, and its memory and its matmuls
-read from the result, but nothing runs. Its compiler comes in packages of its own (`pip install "jax[cuda12]"` or
-`"jax[tpu]"`). They may also be in the folder `aot` of the environment, which nothing but `topology` looks into: where
-there is no GPU, the CUDA package in the environment itself makes every program that uses JAX print that it found none.
+A described device is one that only its compiler knows: a program can be compiled for it, and its memory, matmuls and
+collectives read from the result (`hlo`), but nothing runs. Its compiler comes in packages of its own
+(`pip install "jax[cuda12]"` or `"jax[tpu]"`). They may also be in the folder `aot` of the environment, which nothing
+but `topology` looks into: where there is no GPU, the CUDA package in the environment itself makes every program that
+uses JAX print that it found none.
 """
 
 import contextlib
@@ -28,28 +29,42 @@ GPU_SHARE = 0.75  # of a GPU's memory: what JAX takes for itself unless XLA_PYTH
 
 
 class Chip(NamedTuple):
-    """Of one JAX device: dense bf16 matrix peak in FLOP/s (fp16 for a V100, which has no bf16), and bytes of HBM."""
+    """Published peaks of one JAX device, which no program reaches: FLOP/s, bytes, bytes/s.
+
+    `peak_flops` is of dense bf16 matmuls (fp16 for a V100, which has no bf16), `memory` and `memory_bandwidth` of HBM.
+    `link_bandwidth` is what the device can send to its neighbours in a TPU slice, or to the GPUs of its host: one
+    direction, all links together. `host_bandwidth` is what it can send to other hosts; None where they are on the same
+    links.
+    """
 
     peak_flops: float
     memory: int
+    memory_bandwidth: float
+    link_bandwidth: float
+    host_bandwidth: float | None = None
 
 
-# As published by the makers (Google's Cloud TPU pages, in GiB; NVIDIA's data sheets, in GB). The first key found inside
-# device_kind counts. A TPU7x chip (2307 TFLOP/s, 192 GiB) is two devices. An A100 has 40 or 80 GB, a V100 16 or 32: the
-# smaller is here, and a real one says itself. Of the 16, 95 and 32 GiB of a v5e, v5p and v6e a program can have 15.75,
-# 95.73 and 31.24 (the compiler, libtpu 0.0.52, says so when one is too large).
+# As published by the makers: Google's Cloud TPU pages (memory in GiB; half of the "bidirectional ICI bandwidth per
+# chip"; for the v4, whose page has none, six links of 50 GB/s as in its paper, arXiv 2304.01433) and NVIDIA's data
+# sheets (memory in GB; half of NVLink's total, half of PCIe 5's for the H100 PCIe, whose NVLink bridge joins no more
+# than two). Between hosts a GPU has its share of the network of a DGX-1, DGX A100 or DGX H100: 50, 200, 400 Gbit/s; an
+# H100 PCIe comes in machines of many kinds, and is taken to have the best.
+# The first key found inside device_kind counts. A TPU7x chip (2307 TFLOP/s, 192 GiB, 7380 and 600 GB/s) is two devices.
+# An A100 has 40 or 80 GB, a V100 16 or 32: the smaller is here, and a real one says itself. Of the 16, 95 and 32 GiB of
+# a v5e, v5p and v6e a program can have 15.75, 95.73 and 31.24 (the compiler, libtpu 0.0.52, says so when one is too
+# large).
 CHIPS = {
-    "TPU v4": Chip(275e12, 32 * GIB),
-    "TPU v5 lite": Chip(197e12, 16 * GIB),
-    "TPU v5e": Chip(197e12, 16 * GIB),
-    "TPU v5": Chip(459e12, 95 * GIB),
-    "TPU v6 lite": Chip(918e12, 32 * GIB),
-    "TPU v6e": Chip(918e12, 32 * GIB),
-    "TPU7x": Chip(2307e12 / 2, 96 * GIB),
-    "H100 PCIe": Chip(756e12, 80 * 10**9),
-    "H100": Chip(989e12, 80 * 10**9),
-    "A100": Chip(312e12, 40 * 10**9),
-    "V100": Chip(125e12, 16 * 10**9),
+    "TPU v4": Chip(275e12, 32 * GIB, 1200e9, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 1638e9, 400e9),
+    "TPU v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
+    "TPU7x": Chip(2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2),
+    "H100 PCIe": Chip(756e12, 80 * 10**9, 2000e9, 64e9, 50e9),
+    "H100": Chip(989e12, 80 * 10**9, 3350e9, 450e9, 50e9),
+    "A100": Chip(312e12, 40 * 10**9, 1555e9, 300e9, 25e9),
+    "V100": Chip(125e12, 16 * 10**9, 900e9, 150e9, 6.25e9),
 }
 
 
@@ -149,30 +164,38 @@ gpu_device_info {
 }
 """
 
-CUDA = dict(platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100)
-TPU = dict(platform="tpu", chips_per_host_bounds=[1, 1, 1])  # a host has 2x2 chips otherwise, and no fewer
-DESCRIBED = {
-    "h100:1": CUDA,
-    "v5e:1x1": TPU | {"topology_name": "v5e:1x1"},
-    "v5p:1x1x1": TPU | {"topology_name": "v5p:1x1x1"},
-    "v6e:1x1": TPU | {"topology_name": "v6e:1x1"},
-}
-TOPOLOGIES = ("cpu", *DESCRIBED)
+
+class Kind(NamedTuple):
+    """Sides of a TPU slice's grid, chips of a whole pod, and a grid for an example."""
+
+    sides: int
+    chips: int
+    example: str
+
+
+# `v4` is not among them: the compiler describes its chip as two devices, and a real one is a single device.
+TPUS = {"v5e": Kind(2, 256, "4x4"), "v5p": Kind(3, 8960, "4x4x4")}
+TPUS |= {"v6e": Kind(2, 256, "4x4"), "tpu7x": Kind(3, 9216, "2x2x1")}
+H100S = re.compile(r"h100:([1-8])(?:x([1-9]\d{0,3}))?")  # GPUs of a host, and hosts
+TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{kind.example}" for name, kind in TPUS.items()), "h100:8"])
+TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
 CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 AOT = pathlib.Path(sys.prefix, "aot")
 
 
-def topology(name: str) -> jax.Device:
-    """The device to compile for: `cpu` is this machine's, the others are described. Raises UsageError with one line.
+def topology(name: str) -> list[jax.Device]:
+    """The devices to compile for: `cpu` are this machine's, the others (as in TOPOLOGIES) are described.
 
-    A process that asks for a described device before it has used one of its own computes on its CPU from then on.
+    A TPU's name has the grid of its chips (a chip of a tpu7x is two devices), an H100's its GPUs a host and its hosts.
+    Raises UsageError with one line. A process that asks for described devices before it has used one of its own
+    computes on its CPU from then on.
     """
     if name == "cpu":
-        return jax.local_devices(backend="cpu")[0]
-    _check_name(name)
+        return jax.devices("cpu")
+    description = _parse(name)
     if AOT.is_dir() and str(AOT) not in sys.path:
         sys.path.append(str(AOT))
-    extra, modules = ("cuda12", CUDA_PLUGINS) if DESCRIBED[name] is CUDA else ("tpu", ("libtpu",))
+    extra, modules = ("cuda12", CUDA_PLUGINS) if description["platform"] == "cuda" else ("tpu", ("libtpu",))
     install = f'pip install "jax[{extra}]"'
     installed = [module for module in modules if _is_installed(module)]
     if not installed:
@@ -182,22 +205,35 @@ def topology(name: str) -> jax.Device:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         with _quiet(), _on_cpu():
-            device = _describe(DESCRIBED[name], installed[0])
-            _try_compiler(device)
+            devices = _describe(description, installed[0])
+            _try_compiler(devices[0])
     except (RuntimeError, NotImplementedError, ImportError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
+        if "INVALID_ARGUMENT: Topology" in reason:
+            raise UsageError(f"topology {name} is no grid of whole hosts ({reason.split(': ', 1)[1]:.200})") from None
         raise UsageError(f"topology {name}: its compiler does not work ({reason:.200}); {install}") from None
-    return device
+    return devices
 
 
-def _check_name(name: str) -> None:
-    if name in DESCRIBED:
-        return
-    kind, _, grid = name.partition(":")
-    one = next((known for known in DESCRIBED if known.split(":")[0] == kind), None)
-    if one and re.fullmatch(r"\d+(x\d+)*", grid) and math.prod(map(int, grid.split("x"))) > 1:
-        raise UsageError(f"topology {name} has more than one device, and training uses one; use {one}")
-    raise UsageError(f"topology {name!r} is not known; use one of {', '.join(TOPOLOGIES)}")
+def _parse(name: str) -> dict:
+    """What `get_topology_desc` has to be told. It must not see a side of 0 (libtpu kills the process)."""
+    if match := H100S.fullmatch(name):
+        gpus, hosts = match[1], match[2] or "1"
+        return dict(platform="cuda", topology_name="h100", topology=f"1x{hosts}x{gpus}", target_config=H100)
+    prefix, _, grid = name.partition(":")
+    if prefix not in TPUS:
+        raise UsageError(f"topology {name!r} is not known; use one such as {TOPOLOGIES}")
+    kind = TPUS[prefix]
+    fits = re.fullmatch(rf"[1-9]\d{{0,3}}(x[1-9]\d{{0,3}}){{{kind.sides - 1}}}", grid)
+    chips = math.prod(map(int, grid.split("x"))) if fits else 0
+    if not 0 < chips <= kind.chips:
+        raise UsageError(
+            f"topology {name!r}: a {prefix} slice is a grid of {kind.sides} sides and at most {kind.chips} chips, such "
+            f"as {prefix}:{kind.example}"
+        )
+    # The chips of one host: the compiler's choice, but for a single chip, where some versions say 2x2 and refuse.
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if chips == 1 else {}
+    return dict(platform="tpu", topology_name=name) | bounds
 
 
 def _is_installed(module: str) -> bool:
@@ -207,13 +243,13 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _describe(description: dict, module: str) -> jax.Device:
+def _describe(description: dict, module: str) -> list[jax.Device]:
     try:
-        return topologies.get_topology_desc(**description).devices[0]
+        return list(topologies.get_topology_desc(**description).devices)
     except NotImplementedError:
         # JAX starts its plugins once, and drops the CUDA one where there is no driver and JAX_PLATFORMS is not cpu.
         importlib.import_module(module).initialize()
-        return topologies.get_topology_desc(**description).devices[0]
+        return list(topologies.get_topology_desc(**description).devices)
 
 
 def _try_compiler(device: jax.Device) -> None:
@@ -249,30 +285,3 @@ def _quiet() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
-
-
-# ------------------------------------------------------------------------------------------------- compiled programs
-
-
-_OPERAND = re.compile(r"(?:(\w+)\[[^\]]*\](?:\{[^}]*\})? )?%([\w.\-]+)")
-
-
-def f8_matmuls(compiled_text: str) -> int:
-    """Matmuls that multiply float8 by float8 in a compiled program's text (`Compiled.as_text`); a loop's count once.
-
-    They are dots (on their own or inside a Triton fusion), cuBLASLt calls on a GPU, and convolutions on a TPU. XLA may
-    have made one of two that share an operand, such as a SwiGLU's gate and up.
-    """
-    count, types = 0, {}
-    for line in compiled_text.splitlines():
-        if not line.startswith(" "):
-            types = {}  # names are of one computation
-        made = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (\w+)\[", line)
-        if made:
-            types[made[1]] = made[2]
-        call = re.search(r" (dot|scaled-dot|convolution|custom-call)\(", line)
-        if not call or (call[1] == "custom-call" and 'target="__cublas$lt$matmul$f8' not in line):
-            continue
-        operands = list(_OPERAND.finditer(line, call.end()))[:2]
-        count += len(operands) == 2 and all((o[1] or types.get(o[2], "")).startswith("f8") for o in operands)
-    return count

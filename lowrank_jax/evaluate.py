@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from lowrank_jax import cli, faults, loss, model, precision, stages
+from lowrank_jax import cli, faults, loss, model, precision, sharding, stages
 from lowrank_jax.config import PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
@@ -28,11 +28,13 @@ def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, lengt
     return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
 
 
-def split(batches: list[stream.Batch], rows: int) -> list[stream.Batch]:
-    """The same rows, at most so many in a batch."""
-    rows = stages.divisor(len(batches[0]["tokens"]), rows)
-    cut = lambda batch, at: {key: x[at : at + rows] for key, x in batch.items()}
-    return [cut(batch, at) for batch in batches for at in range(0, len(batch["tokens"]), rows)]
+def split(batches: list[stream.Batch], rows: int, of: int = 1) -> list[stream.Batch]:
+    """The same rows, at most so many in a batch but a multiple of `of`; the last is filled up with rows of no weight."""
+    whole = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    count = len(whole["tokens"])
+    rows = max(min(rows, count) // of, 1) * of
+    whole = {key: np.pad(x, ((0, -count % rows), (0, 0))) for key, x in whole.items()}
+    return [{key: x[at : at + rows] for key, x in whole.items()} for at in range(0, count, rows)]
 
 
 def evaluate(
@@ -44,14 +46,17 @@ def evaluate(
 ) -> dict:
     """{loss (nats a token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`.
 
-    Raises Interrupted between two batches once `stop()` says so.
+    It is computed where the parameters are; of many processes each has the same batches. Raises Interrupted between two
+    batches once `stop()` says so.
     """
-    nats = 0.0
+    nats, mesh = 0.0, jax.tree.leaves(params)[0].sharding.mesh
     for batch in batches:
         faults.strike_evaluation()
         if stop():
             raise Interrupted
-        nats += float(_loss_sum(config, params, batch))
+        placed = {key: sharding.put(x, sharding.of_rows(mesh, len(x))) for key, x in batch.items()}
+        with jax.set_mesh(mesh):
+            nats += float(_loss_sum(config, params, placed))
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     size = sum(float((byte_lengths[batch["targets"]] * batch["weights"]).sum()) for batch in batches)
     mean = nats / max(tokens, 1)

@@ -11,6 +11,8 @@
 | oom@step=N | the N-th update finds no memory, once: its state is lost, as where a donated buffer is |
 | fp8@step=N | the look at bf16 before the N-th update finds fp8 to be off |
 | io@read=N | reading the N-th record that this process reads fails with an I/O error, once |
+
+With :I behind it (kill@step=12:1) a fault is for process I alone, of many.
 """
 
 import itertools
@@ -20,6 +22,7 @@ import signal
 
 import jax
 
+from lowrank_jax import processes
 from lowrank_jax.config import UsageError
 
 VARIABLE = "LOWRANK_FAULTS"
@@ -71,9 +74,10 @@ def strike_read() -> None:
 def _parse() -> set[tuple[str, str, int]]:
     faults = set()
     for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        match = re.fullmatch(r"(\w+)@(\w+)=(\d+)", item.strip())
+        match = re.fullmatch(r"(\w+)@(\w+)=(\d+)(:\d+)?", item.strip())
         if not match or match.groups()[:2] not in _KNOWN:
             known = ", ".join("@".join(fault) for fault in sorted(_KNOWN))
             raise UsageError(f"{VARIABLE}: unknown fault {item!r}; known: {known}")
-        faults.add((match[1], match[2], int(match[3])))
+        if match[4] in (None, f":{processes.index()}"):
+            faults.add((match[1], match[2], int(match[3])))
     return faults

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import attention, cli, model, precision
+from lowrank_jax import attention, cli, model, precision, sharding
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.trained import Trained, open_run
@@ -82,7 +82,8 @@ def _decode_until(c: ModelConfig, params, loop: _Loop, lengths_B, stop_ids, key,
 
 
 def _sample(logits_BV, s: Sampling, key, count) -> jax.Array:
-    noise_BV = jax.random.gumbel(jax.random.fold_in(key, count), logits_BV.shape)
+    key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
+    noise_BV = jax.random.gumbel(key, logits_BV.shape)
     drawn_B = jnp.argmax(filter_logits(logits_BV, s) + noise_BV, axis=-1)  # Gumbel-max: a draw from the softmax
     return jnp.where(s.temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
@@ -118,17 +119,18 @@ class Model:
         tokens = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
-        c, key, s = self.config.model, jax.random.key(seed), Sampling(**sampling)
-        lengths_B, stop_ids = jnp.asarray(lengths), jnp.asarray(self._stop_ids)
+        # Arrays of the host, which go wherever the parameters are.
+        c, key, s = self.config.model, np.asarray(jax.random.key_data(jax.random.key(seed))), Sampling(**sampling)
+        lengths_B, stop_ids = np.asarray(lengths, np.int32), np.asarray(self._stop_ids, np.int32)
         shapes = {"size": longest + room, "max_new": room, "dtype": self._dtype}
         loop = _start(c, self.params, tokens, lengths_B, stop_ids, key, s, **shapes)
-        done, count = bool(loop.done.all()), 1
-        yield np.asarray(loop.out[:, :1])
+        done, count = sharding.fetch(loop.done).all(), 1
+        yield sharding.fetch(loop.out)[:, :1]
         while not done and count < max_new:
             limit = min(count + chunk, max_new)
             loop = _decode_until(c, self.params, loop, lengths_B, stop_ids, key, s, limit)
-            done, count = bool(loop.done.all()), int(loop.count)
-            yield np.asarray(loop.out[:, :count])
+            done, count = sharding.fetch(loop.done).all(), int(loop.count)
+            yield sharding.fetch(loop.out)[:, :count]
 
     def compile(self, prompt_length: int, max_new: int) -> None:
         """Compiles for one prompt of this length, so that a timing after it is one of the model alone."""

@@ -8,7 +8,7 @@ import time
 import jax
 from tqdm import tqdm
 
-from lowrank_jax import costs, devices, track, workdir
+from lowrank_jax import costs, devices, processes, track, workdir
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig, RunFailure
 from lowrank_jax.fit import Fit
@@ -23,11 +23,14 @@ class Meter:
 
     def __init__(self, config: RunConfig, folder: str, total: int, done: int):
         self.config, self.folder = config, folder
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=not sys.stdout.isatty(), file=sys.stdout)
-        self.trackers = track.open_trackers(config.track, folder, config.to_dict(), done)
+        quiet = not (sys.stdout.isatty() and processes.is_first())
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stdout)
+        names = config.track if processes.is_first() else ()
+        self.trackers = track.open_trackers(names, folder, config.to_dict(), done)
         self.step = done
         self._pending, self._step_seconds, self._switching = None, None, None
-        self._peak, self._dispatched = devices.peak_flops(), 0
+        peak = devices.peak_flops()
+        self._peak, self._dispatched = peak and peak * jax.device_count(), 0
         self.restart_clock()
 
     def close(self) -> None:
@@ -107,7 +110,7 @@ class Meter:
         stall = max(seconds - ordinary, 0.0) if ordinary else seconds
         s = found.stage
         facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": s.microbatch, "remat": s.remat}
-        facts |= {"precision": s.precision}
+        facts |= {"precision": s.precision, "attention": s.attention}
         facts |= {"compile_seconds": round(found.seconds, 3), "stall_seconds": round(stall, 3)}
         facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
         workdir.log_event(self.folder, "stage", self.step - 1, **facts)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from lowrank_jax import attention
 from lowrank_jax.config import ModelConfig
+from lowrank_jax.sharding import ROWS, TENSOR, constrain
 
 EPS = 1e-6
 
@@ -56,15 +57,15 @@ class Linear(nnx.Module):
         self.up = normal(rank, d_out, 0.0 if zero else rank**-0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.expand(self.reduce(x)) if hasattr(self, "up") else self.matmul(x, self.kernel[...])
+        return self.expand(self.reduce(x))
 
     def reduce(self, x: jax.Array) -> jax.Array:
-        """[..., d_in] to the latent [..., rank]."""
-        return self.matmul(x, self.down[...])
+        """[..., d_in] to the latent [..., rank]; without factors the latent is the result."""
+        return self.matmul(x, self.down[...] if hasattr(self, "up") else self.kernel[...])
 
     def expand(self, c: jax.Array) -> jax.Array:
         """The latent [..., rank] to [..., d_out]."""
-        return self.matmul(c, self.up[...])
+        return self.matmul(c, self.up[...]) if hasattr(self, "up") else c
 
 
 class Embedding(nnx.Module):
@@ -81,16 +82,23 @@ class Embedding(nnx.Module):
         self.up = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width, c.d))) if c.embed_rank else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        rows = self.table[...][tokens]
+        rows = self._table()[tokens]
         return rows if self.up is None else rows @ self.up[...]
+
+    def _table(self) -> jax.Array:
+        """With every width of it: both uses need them all, and the partitioner moves activations if it may choose."""
+        return constrain(self.table[...], TENSOR)
 
     def logits(self, x: jax.Array) -> jax.Array:
         x = x if self.up is None else x @ self.up[...].T
-        return jnp.einsum("...D,VD->...V", x, self.table[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...D,VD->...V", x, self._table(), preferred_element_type=jnp.float32)
 
 
 class Attention(nnx.Module):
-    """Low-rank Q, K, V and O. Only the latents c_K and c_V (one, when shared) are ever cached."""
+    """Low-rank Q, K, V and O. Only the latents c_K and c_V (one, when shared) are ever cached.
+
+    With rank 0 they are dense, and the keys and values themselves take the latents' place.
+    """
 
     def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
         self.c = c
@@ -103,13 +111,15 @@ class Attention(nnx.Module):
     def _latent(self, x: jax.Array, linear: Linear) -> jax.Array:
         """The latent, normalised where the config says so. No gain: `up` would absorb it."""
         c = linear.reduce(x)
-        return rms_norm(c) if self.c.latent_norm else c
+        c = rms_norm(c) if self.c.latent_norm and self.c.rank else c
+        return constrain(c, ROWS)
 
     def _heads(self, c: jax.Array, linear: Linear) -> jax.Array:
         return linear.expand(c).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
 
     def _up_RHK(self, linear: Linear) -> jax.Array:
-        return linear.up[...].reshape(-1, self.c.heads, self.c.head_dim)
+        up = linear.up[...] if self.c.rank else jnp.eye(self.c.d, dtype=linear.kernel.dtype)
+        return up.reshape(-1, self.c.heads, self.c.head_dim)
 
     def latents(self, x: jax.Array) -> dict[str, jax.Array]:
         """What the cache keeps of each token: {"k": [..., R], "v": [..., R]}, or {"k"} when K and V share it."""
@@ -121,6 +131,7 @@ class Attention(nnx.Module):
         q_BTHK = self._heads(self._latent(x_BTD, self.q), self.q)
         k_BTHK = self._heads(latents["k"], self.k)
         v_BTHK = self._heads(latents.get("v", latents["k"]), self.v)
+        q_BTHK, k_BTHK, v_BTHK = (constrain(x, ROWS, None, TENSOR) for x in (q_BTHK, k_BTHK, v_BTHK))
         o_BTHK = attention.attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, self.c.attention)
         return self.o(o_BTHK.reshape(x_BTD.shape)), latents
 
@@ -157,7 +168,8 @@ class MLP(nnx.Module):
         self.out = Linear(matmul, rngs, c.hidden, c.d, c.mlp_rank, zero=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.out(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate_F, up_F = (constrain(y, ROWS, *[None] * (y.ndim - 2), TENSOR) for y in (self.gate(x), self.up(x)))
+        return self.out(jax.nn.silu(gate_F) * up_F)
 
 
 class Block(nnx.Module):
@@ -167,8 +179,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, segments_BT):
         out, latents = self.attention(self.attention_norm(x_BTD), segments_BT)
-        x_BTD += out
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), latents
+        x_BTD = constrain(x_BTD + out, ROWS)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), ROWS), latents
 
     def decode(self, x_BD, positions_B, cache):
         out, latents = self.attention.decode(self.attention_norm(x_BD), positions_B, cache)
@@ -198,7 +210,7 @@ def features(
     """
     params = _cast(params, dtype)
     block = lambda x_BTD, weights: _block(c, weights, matmul)(x_BTD, segments_BT)
-    x_BTD = _embedding(c, params)(tokens_BT)
+    x_BTD = constrain(_embedding(c, params)(tokens_BT), ROWS)
     x_BTD, latents = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
     return _final_norm(c, params)(x_BTD), latents
 

@@ -11,6 +11,7 @@ import optax
 from optax import contrib
 
 from lowrank_jax.config import OptimConfig, PhaseConfig, UsageError
+from lowrank_jax.sharding import path_name
 
 # Moonlight (arXiv 2502.16982, section 2.2): with updates scaled to 0.2 sqrt(max(rows, columns)) their size matches
 # AdamW's, so that one learning rate serves both.
@@ -54,11 +55,6 @@ def rates(p: PhaseConfig, params: dict) -> dict:
     if all(frozen):
         raise UsageError(f"freeze={p.freeze!r} matches every weight: nothing would be trained")
     return by_path
-
-
-def path_name(path: tuple) -> str:
-    """A parameter's place in the tree as text, such as blocks/attention/q/down."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _matrices(params: dict) -> dict:

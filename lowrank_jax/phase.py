@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from lowrank_jax import evaluate, faults, generate, stages, workdir
+from lowrank_jax import evaluate, faults, generate, processes, sharding, stages, workdir
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import packing, stream
@@ -21,7 +22,7 @@ SHOWN_TOKENS = 300  # of the first row of SFT
 NOTES = 5  # skips and retries that are told on the terminal; the ledger has them all
 
 
-def measure(config: RunConfig, last: Stage, tok: Tokenizer, folder: str) -> Callable | None:
+def measure(config: RunConfig, mesh: Mesh, last: Stage, tok: Tokenizer, folder: str) -> Callable | None:
     """`(params, stop) -> result` of `evaluate.evaluate` on a phase's held-out text, or None where there is none.
 
     Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared. As many
@@ -33,14 +34,17 @@ def measure(config: RunConfig, last: Stage, tok: Tokenizer, folder: str) -> Call
     if not held_out:
         say(f"the held-out part of {last.phase} has no row of {longest} tokens: no evaluation")
         return None
-    parts = evaluate.split(held_out, max(1, last.microbatch * last.seq_len // longest))
+    parts = evaluate.split(held_out, last.microbatch * last.seq_len // longest, sharding.row_shards(mesh))
     return functools.partial(evaluate.evaluate, config, batches=parts, byte_lengths=tok.byte_lengths())
 
 
 def feed(
-    config: RunConfig, stage: Stage, tok: Tokenizer, folder: str, at: dict, step_now: Callable[[], int]
+    config: RunConfig, mesh: Mesh, stage: Stage, tok: Tokenizer, folder: str, at: dict, step_now: Callable[[], int]
 ) -> stream.Feed:
-    """(batch on the device, cursor) of every step that the stage's phase has left, prepared ahead in the background."""
+    """(batch on the devices, cursor) of every step that the stage's phase has left, prepared ahead in the background.
+
+    Of many processes each reads what its devices need, and its cursors are those of that part: see `whole`.
+    """
     plan, name, chats = stages.plan(config), stage.phase, stage.phase == "sft"
     phase, starts, end = getattr(config, name), at["step"] == stage.phase_start, stage.phase_start + stage.phase_steps
 
@@ -55,12 +59,19 @@ def feed(
             say(f"how {name} begins, with marks around what is trained:\n{shown}")
         if faults.due("nan", "step", at_step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")
-        return jax.device_put(batch)
+        rows = stages.stage_at(plan, at_step).batch
+        return {key: sharding.put_rows(mesh, x, rows) for key, x in batch.items()}
 
-    share, cursor = (jax.process_index(), jax.process_count()), None if starts else at["cursor"]
+    share, cursor = sharding.my_share(mesh), None if starts else at["cursor"]
     note = note_to(folder, step_now)
     documents = stream.open_phase(phase, tok, config.seed, chats, cursor, share, note, at["data_sha256"])
     return stream.Feed(documents, range(at["step"], end), shape_at, place)
+
+
+def whole(at: dict) -> dict:
+    """The progress with the cursor of all processes and the hash of all their data: each waits for the others."""
+    cursor = stream.merge(processes.gather(at["cursor"])) if at["cursor"] else None
+    return at | {"cursor": cursor, "data_sha256": stream.data_sha256(cursor) if cursor else at["data_sha256"]}
 
 
 def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
@@ -71,18 +82,19 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
         workdir.log_event(folder, event, step_now(), **facts)
         if (count := next(told)) < NOTES:
             more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
-            say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}")
+            say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}", everyone=True)
 
     return note
 
 
-def show_end(trained: Trained, stage: Stage, folder: str) -> None:
+def show_end(trained: Trained, mesh: Mesh, stage: Stage, folder: str) -> None:
     """At the end of a phase: what it has read, and what the model makes of its sample prompt."""
     at, prompt = trained.progress, getattr(trained.config, stage.phase).sample
     if prompt:
         model = generate.Model(trained)
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
-        (new,) = model.generate([ids], SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
+        with jax.set_mesh(mesh):
+            (new,) = model.generate([ids], SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
         text = trained.tokenizer.decode(new)
         workdir.log_event(folder, "sample", at["step"], phase=stage.phase, prompt=prompt, text=text)
         shown = f"step {at['step']}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"

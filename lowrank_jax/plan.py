@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from lowrank_jax import cli, costs, devices, fit, precision, stages
+from lowrank_jax import cli, costs, devices, fit, precision, sharding, stages
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import tokenizer
 from lowrank_jax.fit import Fit
@@ -111,9 +111,10 @@ def command(argv: list[str]) -> dict:
     args, config = parser.parse_with_config(argv)
     config, fits = resolve_vocab(config), []
     if args.topology:
-        device = devices.topology(args.topology)
+        mesh = sharding.make_mesh(config, devices.topology(args.topology))
         jax.config.update("jax_enable_compilation_cache", args.topology == "cpu")  # it has no room for described ones
-        fits = [fit.fit(config, stage, device) for stage in stages.plan(config)]
+        limit, plan_there = fit.limit_bytes(config, mesh), stages.plan(config, sharding.row_shards(mesh))
+        fits = [fit.fit(config, stage, mesh, limit) for stage in plan_there]
     plan = describe(config, fits, args.topology or None)
     print(table(plan), flush=True)
     return plan

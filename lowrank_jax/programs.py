@@ -5,8 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from lowrank_jax import fit, interrupt, precision, step
+from lowrank_jax import fit, interrupt, precision, processes, sharding, step
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.fit import Fit, Learnt
 from lowrank_jax.stages import Stage
@@ -39,8 +40,8 @@ class Programs:
     running: Program | None = None
     held: tuple | None = None
 
-    def __init__(self, config: RunConfig, device: jax.Device, learnt: Learnt, stop: Callable[[], bool]):
-        self.config, self.device = config, device
+    def __init__(self, config: RunConfig, mesh: Mesh, limit: int, learnt: Learnt, stop: Callable[[], bool]):
+        self.config, self.mesh, self.limit = config, mesh, limit
         self._learnt, self._stop, self._pool = learnt, stop, ThreadPoolExecutor(COMPILERS, "compiler")
         self._made: dict[Stage, Future[Program]] = {}
         self._chosen: dict[Stage, Stage] = {}
@@ -55,6 +56,8 @@ class Programs:
         for stage in plan[:1] + tuple(stage for stage in plan[1:] if stage not in known):
             self._prepare(stage)
         fits = [known.get(stage) or self._get(stage).fit._replace(program=None) for stage in plan]
+        if len({str(facts) for facts in processes.gather([fit.facts(found) for found in fits])}) > 1:
+            raise RunFailure("the processes' compilers disagree on what fits: are their devices and packages the same?")
         for found in fits:
             if not found.fits:
                 raise UsageError(fit.refusal(found))
@@ -75,18 +78,17 @@ class Programs:
 
     def chosen(self, stage: Stage) -> Stage:
         """The stage as it fits, as far as that is known."""
-        return fit.restrict(self._chosen.get(stage, stage), self._learnt)
+        return fit.restrict(self._chosen.get(stage, stage), self._learnt, sharding.row_shards(self.mesh))
 
-    def shrink(self) -> Learnt | None:
-        """Lets fewer rows through the device at a time, from now on and in all stages, as the running one met its end.
+    def smaller(self) -> Learnt | None:
+        """What the running program's end for lack of memory teaches; None where it cannot be any smaller."""
+        ran, shards = self.running.stage, sharding.row_shards(self.mesh)
+        smaller = fit.shrink(ran, ran.microbatch // 2, shards)
+        return smaller and Learnt(smaller.microbatch // shards * smaller.seq_len, smaller.remat)
 
-        None where it was already one row at a time, rematerialised.
-        """
-        ran = self.running.stage
-        smaller = fit.shrink(ran, ran.microbatch // 2)
-        learnt = fit.agree(smaller and Learnt(smaller.microbatch * smaller.seq_len, smaller.remat))
+    def learn(self, learnt: Learnt | None) -> None:
+        """Lets no more than that through the devices at a time, from now on and in all stages; ends the running one."""
         self.running, self._made, self._learnt = None, {}, learnt or self._learnt
-        return learnt
 
     def close(self) -> None:
         """Begins nothing more."""
@@ -104,8 +106,9 @@ class Programs:
         self._made = {stage: made for stage, made in self._made.items() if stage in kept}
 
     def _make(self, stage: Stage) -> Program:
-        found, check = fit.fit(self.config, self._chosen.get(stage, stage), self.device, self._learnt), None
+        asked, check = self._chosen.get(stage, stage), None
+        found = fit.fit(self.config, asked, self.mesh, self.limit, self._learnt)
         self._chosen[stage] = found.stage
         if precision.policy(stage.precision).name == "fp8" and found.fits:
-            check = step.lower_disagreement(self.config, found.stage, self.device).compile()
+            check = step.lower_disagreement(self.config, found.stage, self.mesh).compile()
         return Program(found, check)

@@ -22,7 +22,8 @@ MOST_READERS = 8
 class Stage:
     """A run of steps with one compiled program: `batch` rows of `seq_len` tokens, `microbatch` rows at a time.
 
-    `microbatch`, `remat` and `precision` are what the config asks for; `fit` replaces what the device has no room for.
+    `microbatch`, `remat`, `precision` and `attention` are what the config asks for; `fit` replaces what the devices have
+    no room for, and what is `auto`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     phase_steps: int
     remat: bool
     precision: str
+    attention: str
 
     @property
     def end(self) -> int:
@@ -46,8 +48,11 @@ class Stage:
         return self.batch * self.seq_len
 
 
-def plan(config: RunConfig) -> tuple[Stage, ...]:
-    """The stages of a run, in order and without gaps: pretraining with its growing lengths, then SFT."""
+def plan(config: RunConfig, row_shards: int = 1) -> tuple[Stage, ...]:
+    """The stages of a run, in order and without gaps: pretraining with its growing lengths, then SFT.
+
+    `row_shards` is in how many parts the devices have a batch (1, or a divisor of every batch).
+    """
     stages, start = [], 0
     for phase, p in (("pretrain", config.pretrain), ("sft", config.sft)):
         steps = _phase_steps(config, p, phase)
@@ -57,9 +62,10 @@ def plan(config: RunConfig) -> tuple[Stage, ...]:
             here = steps - done if last else min(p.grow_every_steps, steps - done)
             if here > 0:
                 batch = p.tokens_per_step // seq_len
-                micro = divisor(batch, p.microbatch_tokens // seq_len if p.microbatch_tokens else batch)
+                most = row_shards * (p.microbatch_tokens // seq_len) if p.microbatch_tokens else batch
+                micro = divisor(batch, most, row_shards)
                 shape = (f"{phase}-{seq_len}", phase, start + done, here, seq_len, batch, micro, start, steps)
-                stages.append(Stage(*shape, config.model.remat, config.precision))
+                stages.append(Stage(*shape, config.model.remat, config.precision, config.model.attention))
                 done += here
         start += steps
     return tuple(stages)
@@ -136,9 +142,9 @@ def _phase_steps(config: RunConfig, p: PhaseConfig, phase: str) -> int:
     return max(1, round(costs.parameters(config.model)["total"] * p.tokens_per_param / p.tokens_per_step))
 
 
-def divisor(batch: int, most: int) -> int:
-    """The largest divisor of `batch` that is at most `most` (but at least 1)."""
-    return next(rows for rows in range(max(1, min(batch, most)), 0, -1) if batch % rows == 0)
+def divisor(batch: int, most: int, of: int = 1) -> int:
+    """The largest divisor of `batch` that is a multiple of `of` and at most `most` (but at least `of`)."""
+    return of * next(rows for rows in range(max(1, min(batch, most) // of), 0, -1) if batch // of % rows == 0)
 
 
 def average_decay(ema: float, stage: Stage, step):

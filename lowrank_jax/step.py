@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from lowrank_jax import guard, loss, model, optim, precision, stages
+from lowrank_jax import guard, loss, model, optim, precision, sharding, stages
 from lowrank_jax.config import RunConfig
 from lowrank_jax.guard import Guard
 from lowrank_jax.stages import Stage
@@ -33,27 +34,38 @@ class TrainState(NamedTuple):
         return self.average or self.params
 
 
-def init_params(config: RunConfig) -> dict:
-    return jax.jit(lambda key: model.init(config.model, key))(jax.random.key(config.seed))
+# Without a mesh, the functions below are for one device of this process.
 
 
-def first_state(config: RunConfig, params: dict, step: int = 0) -> TrainState:
+def init_params(config: RunConfig, mesh: Mesh | None = None) -> dict:
+    """Random parameters: the same ones on every mesh."""
+    layout = sharding.of_tree(mesh or sharding.one_device(), jax.eval_shape(lambda: _init(config)))
+    return jax.jit(lambda: _init(config), out_shardings=layout)()
+
+
+def first_state(config: RunConfig, params: dict, step: int = 0, mesh: Mesh | None = None) -> TrainState:
     """The state at the start of a phase, made of these parameters and no memory of any earlier step."""
-
-    def start(params):
-        scaled = precision.policy(config.precision).name == "fp16"
-        average = jax.tree.map(jnp.copy, params) if config.optim.ema else ()
-        opt_state = optim.make(config.optim).init(params)
-        return TrainState(params, opt_state, jnp.asarray(step, jnp.int32), average, guard.start(scaled))
-
-    return jax.jit(start, donate_argnums=0)(params)
+    start = lambda params: _start(config, params, step)
+    layout = sharding.of_tree(mesh or sharding.one_device(), jax.eval_shape(start, params))
+    return jax.jit(start, donate_argnums=0, out_shardings=layout)(params)
 
 
-def abstract_state(config: RunConfig, device: jax.Device | None = None) -> TrainState:
-    """The shapes, dtypes and device of a state, for a checkpoint to be restored onto or a step to be compiled for."""
-    here = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
-    shapes = jax.eval_shape(lambda: first_state(config, init_params(config)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """The shapes, dtypes and places of a state, for a checkpoint to be restored onto or a step to be compiled for."""
+    shapes = jax.eval_shape(lambda: _start(config, _init(config), 0))
+    layout = sharding.of_tree(mesh or sharding.one_device(), shapes)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layout)
+
+
+def _init(config: RunConfig) -> dict:
+    return model.init(config.model, jax.random.key(config.seed))
+
+
+def _start(config: RunConfig, params: dict, step: int) -> TrainState:
+    scaled = precision.policy(config.precision).name == "fp16"
+    average = jax.tree.map(jnp.copy, params) if config.optim.ema else ()
+    opt_state = optim.make(config.optim).init(params)
+    return TrainState(params, opt_state, jnp.asarray(step, jnp.int32), average, guard.start(scaled))
 
 
 def train_step(config: RunConfig, stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -89,7 +101,7 @@ def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dic
     already divided by the token count, and multiplied by `scale`: fp16 has no room for sums over thousands of tokens.
     """
     o, policy = config.optim, precision.policy(stage.precision)
-    c = dataclasses.replace(config.model, remat=stage.remat)
+    c = dataclasses.replace(config.model, remat=stage.remat, attention=stage.attention)
     count = jnp.maximum(batch["weights"].sum(), 1.0)
 
     def sums(params, micro):
@@ -106,29 +118,35 @@ def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dic
         return jax.tree.map(jnp.add, total, (nats, grads)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    micros = jax.tree.map(lambda x: x.reshape(-1, stage.microbatch, stage.seq_len), batch)
+    micros = jax.tree.map(lambda x: sharding.microbatches(x, stage.microbatch), batch)
     (nats, grads), _ = jax.lax.scan(accumulate, zero, micros)
     return nats / count, jax.tree.map(lambda g: g / scale, grads)
 
 
-def lower(config: RunConfig, stage: Stage, device: jax.Device | None = None) -> jax.stages.Lowered:
-    """`train_step` for the stage's batch shape and a device, here or described: `.compile()` takes (state, batch).
+def lower(config: RunConfig, stage: Stage, mesh: Mesh | None = None) -> jax.stages.Lowered:
+    """`train_step` for the stage's batch shape and a mesh, here or described: `.compile()` takes (state, batch).
 
     The compiled step consumes its state.
     """
-    run = jax.jit(lambda state, batch: train_step(config, stage, state, batch), donate_argnums=0)
-    return run.lower(abstract_state(config, device), _abstract_batch(stage, device))
+    mesh = mesh or sharding.one_device()
+    state = abstract_state(config, mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state), sharding.whole(mesh)  # pinned: a layout must not drift
+    step = lambda state, batch: train_step(config, stage, state, batch)
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(state, _abstract_batch(stage, mesh))
 
 
-def lower_disagreement(config: RunConfig, stage: Stage, device: jax.Device | None = None) -> jax.stages.Lowered:
+def lower_disagreement(config: RunConfig, stage: Stage, mesh: Mesh | None = None) -> jax.stages.Lowered:
     """`disagreement` likewise: `.compile()` takes (params, batch)."""
-    run = jax.jit(lambda params, batch: disagreement(config, stage, params, batch))
-    return run.lower(abstract_state(config, device).params, _abstract_batch(stage, device))
+    mesh = mesh or sharding.one_device()
+    run = jax.jit(lambda params, batch: disagreement(config, stage, params, batch), out_shardings=sharding.whole(mesh))
+    with jax.set_mesh(mesh):
+        return run.lower(abstract_state(config, mesh).params, _abstract_batch(stage, mesh))
 
 
-def _abstract_batch(stage: Stage, device: jax.Device | None) -> dict:
-    here, shape = jax.sharding.SingleDeviceSharding(device or jax.devices()[0]), (stage.batch, stage.seq_len)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=here) for name, dtype in BATCH.items()}
+def _abstract_batch(stage: Stage, mesh: Mesh) -> dict:
+    shape, at = (stage.batch, stage.seq_len), sharding.of_rows(mesh, stage.batch)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, dtype in BATCH.items()}
 
 
 def disagreement(config: RunConfig, stage: Stage, params: dict, batch: dict) -> dict:
@@ -137,7 +155,7 @@ def disagreement(config: RunConfig, stage: Stage, params: dict, batch: dict) -> 
     {loss: relative difference, gradient: norm of the difference over the norm of bf16's, known: whether bf16's are
     finite}.
     """
-    micro = jax.tree.map(lambda x: x[: stage.microbatch], batch)
+    micro = jax.tree.map(lambda x: sharding.microbatches(x, stage.microbatch)[0], batch)
     rates = optim.rates(getattr(config, stage.phase), params)
     exact = dataclasses.replace(stage, precision="bf16")
     (ours, grads), (theirs, their_grads) = (

@@ -10,9 +10,24 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 
-from lowrank_jax import faults, fit, optim, phase, plan, report, stages, step, track, trained, warmstart, workdir
+from lowrank_jax import (
+    faults,
+    fit,
+    optim,
+    phase,
+    plan,
+    processes,
+    report,
+    sharding,
+    stages,
+    step,
+    track,
+    trained,
+    warmstart,
+    workdir,
+)
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
@@ -20,6 +35,7 @@ from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.interrupt import Interrupted
 from lowrank_jax.meter import Meter
+from lowrank_jax.processes import Signals
 from lowrank_jax.programs import Programs
 from lowrank_jax.stages import Stage
 
@@ -28,6 +44,7 @@ START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor
 # Where fp8 is given up: how far the loss and the gradient of a microbatch may be from bf16's. In 500 healthy steps of
 # the quickstart's model they were 0.0006 and 0.094 off at most; weight gradients of zero were off by 0.47 and more.
 FP8_LOSS, FP8_GRADIENT = 0.01, 0.25
+ALONE_SECONDS = 60  # after which a process that ran out of memory takes it that the others did not
 
 
 class Run(NamedTuple):
@@ -36,14 +53,15 @@ class Run(NamedTuple):
     config: RunConfig
     tokenizer: Tokenizer
     folder: str
+    mesh: Mesh
     plan: tuple[Stage, ...]
     programs: Programs
     saved: Checkpoints
-    received: Sequence[int]
+    signals: Signals
 
     @property
     def stopping(self) -> bool:
-        return bool(self.received)
+        return self.signals.agreed > 0
 
 
 class OutOfMemory(Exception):
@@ -59,44 +77,52 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
     """
     faults.check()
     track.check(config.track)
-    with workdir.lock(folder):
+    with contextlib.ExitStack() as stack:
+        processes.on_first(lambda: stack.enter_context(workdir.lock(folder)))
         config, tok, old = _prepare(config, folder)
-        programs, fits = _gate(config, folder, received)
-        show(plan.table(plan.describe(config, fits)))
+        mesh, signals = sharding.make_mesh(config, jax.devices()), Signals(received)
+        programs, fits = _gate(config, mesh, folder, signals)
+        stack.enter_context(contextlib.closing(programs))
+        if processes.is_first():
+            show(plan.table(plan.describe(config, fits)))
         if workdir.newest_checkpoint(folder) is None:
-            programs.held = step.first_state(config, _first_params(config, tok)), START
-        if old is None:
+            programs.held = step.first_state(config, _first_params(config, mesh, tok), 0, mesh), START
+        if old is None and processes.is_first():
             tok.save(workdir.tokenizer_folder(folder))  # before config.json: where that is, the tokenizer is too
-        with contextlib.closing(programs), Checkpoints(folder, config.every.keep) as saved:
-            r = Run(config, tok, folder, stages.plan(config), programs, saved, received)
+        saved = stack.enter_context(Checkpoints(folder, config.every.keep))
+        stages_here = stages.plan(config, sharding.row_shards(mesh))
+        r = Run(config, tok, folder, mesh, stages_here, programs, saved, signals)
+        state, at = _restore(r)
+        workdir.write_config(folder, config)  # only now is it certain that it can go on here
+        changed = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
+        on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(mesh.shape)}
+        workdir.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed, **on)
+        for found in (found for found in fits if found.seconds):
+            _log_compile(r, found)
+        while True:
+            with contextlib.suppress(OutOfMemory):
+                finish = _train(r, state, at)
+                break
+            del state
+            gc.collect()  # the failed step's frames hold on to arrays
             state, at = _restore(r)
-            workdir.write_config(folder, config)  # only now is it certain that it can go on here
-            changed = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
-            workdir.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed)
-            for found in (found for found in fits if found.seconds):
-                _log_compile(r, found)
-            while True:
-                with contextlib.suppress(OutOfMemory):
-                    finish = _train(r, state, at)
-                    break
-                del state
-                gc.collect()  # the failed step's frames hold on to arrays
-                state, at = _restore(r)
-                r.saved.save(at["step"], state, at)  # from here on fewer rows at a time, also if it is killed
-        report.write(folder)
+            _save_quietly(r, state, at)  # from here on fewer rows at a time, also if it is killed
+        if processes.is_first():
+            report.write(folder)
         return finish
 
 
-def _gate(config: RunConfig, folder: str, received: Sequence[int]) -> tuple[Programs, list[fit.Fit]]:
+def _gate(config: RunConfig, mesh: Mesh, folder: str, signals: Signals) -> tuple[Programs, list[fit.Fit]]:
     """The programs, and how every stage that is left fits into memory: as the ledger has it, or found by compiling.
 
     A signal cuts it short, and the loop then leaves.
     """
-    ledger, device, whole_plan = workdir.read_rows(folder, "events.jsonl"), jax.local_devices()[0], stages.plan(config)
-    programs = Programs(config, device, fit.remembered(ledger, device), lambda: bool(received))
+    ledger, whole_plan = workdir.read_rows(folder, "events.jsonl"), stages.plan(config, sharding.row_shards(mesh))
+    limit = min(processes.gather(fit.limit_bytes(config, mesh)))
+    programs = Programs(config, mesh, limit, fit.remembered(ledger, mesh), lambda: signals.agreed > 0)
     left = tuple(s for s in whole_plan if s.end >= (workdir.newest_checkpoint(folder) or 0))
     try:
-        return programs, programs.fit_all(left, fit.known(ledger, config, whole_plan, device))
+        return programs, programs.fit_all(left, fit.known(ledger, config, whole_plan, mesh, limit))
     except Interrupted:
         return programs, []
     except BaseException:
@@ -119,6 +145,8 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
         old, t = None, config.tokenizer
         home = t.path or (config.init_from and workdir.tokenizer_folder(config.init_from))
         tok = tokenizer.load(home) if home else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        if len(set(processes.gather(tok.sha256))) > 1:
+            raise RunFailure("the processes have different tokenizers: do all see the same files?")
         config = config.with_vocab(tok.vocab_size)
     shapes = step.abstract_state(config).params
     for p in phases:
@@ -127,19 +155,20 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
     return config, tok, old
 
 
-def _first_params(config: RunConfig, tok: Tokenizer) -> dict:
+def _first_params(config: RunConfig, mesh: Mesh, tok: Tokenizer) -> dict:
     """The weights that a new run starts with: random ones, or as many as fit from the run `init_from`."""
-    params = step.init_params(config)
+    params = step.init_params(config, mesh)
     if not config.init_from:
         return params
-    source = trained.open_run(config.init_from)
+    source = trained.open_run(config.init_from, mesh)
     taken = warmstart.take(params, source.params, same_tokens=source.tokenizer.sha256 == tok.sha256)
     say(f"first weights from step {source.progress['step']} of {config.init_from}\n{warmstart.describe(taken)}")
     for key in ("heads", "latent_norm"):  # no shape shows these
         there, here = getattr(source.config.model, key), getattr(config.model, key)
         if there != here:
             say(f"  {key} is {there} there and {here} here: the same weights compute something else")
-    return jax.device_put(taken.params)
+    place = lambda x, at: x if isinstance(x, jax.Array) else sharding.put(x, at)
+    return jax.tree.map(place, taken.params, sharding.of_tree(mesh, taken.params))
 
 
 def _train(r: Run, state: step.TrainState, at: dict) -> dict:
@@ -152,7 +181,9 @@ def _train(r: Run, state: step.TrainState, at: dict) -> dict:
             state, at = _loop(r, meter, state, at)
         except jax.errors.JaxRuntimeError as e:
             if not fit.is_out_of_memory(e):
-                raise
+                if processes.count() == 1:
+                    raise
+                raise RunFailure(f"a step failed, as where another process ended: {str(e).splitlines()[0]:.200}") from e
             if not r.programs.running:
                 raise RunFailure(f"out of memory before the first step: {str(e).splitlines()[0]:.200}") from None
             _learn(r, meter.step, str(e))
@@ -168,7 +199,8 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
 
     What is done is told by `at` and the run's files alone, so that it makes no difference which process did it.
     """
-    phase_name, running, done, last_save = None, None, workdir.milestones(r.folder), time.monotonic()
+    phase_name, running, last_save = None, None, time.monotonic()
+    done = {tuple(m) for m in processes.on_first(lambda: sorted(workdir.milestones(r.folder)))}
     measures = {}
     with contextlib.ExitStack() as feeds:
         while True:
@@ -213,27 +245,28 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
                 r.programs.held = None
             minutes = (time.monotonic() - last_save) / 60
             timely = r.config.every.save_minutes and minutes >= r.config.every.save_minutes
+            timely = r.signals.exchange(bool(timely), metrics["loss"])
             ends_phase = at["step"] == stage.phase_start + stage.phase_steps
             if timely or ends_phase or at["step"] % r.config.every.save == 0:
-                _save(r, meter, state, at)
+                at = _save(r, meter, state, at)
                 last_save = time.monotonic()
 
 
 def _after(at: dict, stage: Stage, cursor: dict) -> dict:
     """The progress after one more update."""
     done = {"step": at["step"] + 1, "tokens": at["tokens"] + stage.tokens_per_step, "phase": stage.phase}
-    return at | done | {"data_sha256": stream.data_sha256(cursor), "cursor": cursor}
+    return at | done | {"cursor": cursor}
 
 
 def _enter(r: Run, stage: Stage, state: step.TrainState, at: dict, meter: Meter):
     """(state, feed of batches) of the phase that trains now; where it starts, the optimizer has no memory."""
     if at["step"] == stage.phase_start:
-        state, old = step.first_state(r.config, state.weights, at["step"]), state
+        state, old = step.first_state(r.config, state.weights, at["step"], r.mesh), state
         jax.tree.map(lambda x: x.delete(), old)  # callers still hold it
         workdir.log_event(r.folder, "phase", at["step"], phase=stage.phase)
         if r.config.init_from and at["step"] == 0:
             _save(r, meter, state, at)  # from here on the run does not need the other one
-    return state, phase.feed(r.config, stage, r.tokenizer, r.folder, at, lambda: meter.step)
+    return state, phase.feed(r.config, r.mesh, stage, r.tokenizer, r.folder, at, lambda: meter.step)
 
 
 def _switch(r: Run, asked: Stage, state: step.TrainState, at: dict, meter: Meter) -> None:
@@ -244,7 +277,7 @@ def _switch(r: Run, asked: Stage, state: step.TrainState, at: dict, meter: Meter
     meter.begin_switch()
     following = next((s for s in r.plan if s.start == asked.end), None)
     r.programs.run(asked, following and _as_run(following, at))
-    r.programs.held = jax.tree.map(np.array, state), at
+    r.programs.held = jax.tree.map(sharding.to_host, state), at
     meter.restart_clock()
 
 
@@ -254,11 +287,11 @@ def _reach(r: Run, milestone: tuple[str, str, int], state: step.TrainState, at: 
     meter.flush()
     stage = next(s for s in reversed(r.plan) if s.phase == name and s.start <= at_step)
     if kind == "end":
-        phase.show_end(trained.Trained(r.config, r.tokenizer, state.weights, at), stage, r.folder)
+        phase.show_end(trained.Trained(r.config, r.tokenizer, state.weights, at), r.mesh, stage, r.folder)
     else:
         if name not in measures:
             longest = r.programs.chosen([s for s in r.plan if s.phase == name][-1])
-            measures[name] = phase.measure(r.config, longest, r.tokenizer, r.folder)
+            measures[name] = phase.measure(r.config, r.mesh, longest, r.tokenizer, r.folder)
         if measures[name]:
             with contextlib.suppress(Interrupted):
                 meter.log_eval(stage, at_step, measures[name](state.weights, stop=lambda: r.stopping))
@@ -288,19 +321,26 @@ def _fp8_is_off(r: Run, state: step.TrainState, batch: dict, at: dict, meter: Me
     return not ok
 
 
-def _save(r: Run, meter: Meter, state: step.TrainState, at: dict) -> None:
+def _save(r: Run, meter: Meter, state: step.TrainState, at: dict) -> dict:
+    """Starts writing a checkpoint; returns the progress as it is in there, of all processes."""
     meter.flush()  # every loss up to here is known
-    started = time.monotonic()
+    at = _save_quietly(r, state, at)
+    meter.restart_clock()
+    return at
+
+
+def _save_quietly(r: Run, state: step.TrainState, at: dict) -> dict:
+    started, at = time.monotonic(), phase.whole(at)
     if r.saved.save(at["step"], state, at):
         blocked = round(time.monotonic() - started, 3)
         workdir.log_event(r.folder, "save", at["step"], data_sha256=at["data_sha256"], blocked_seconds=blocked)
-    meter.restart_clock()
+    return at
 
 
 def _leave(r: Run, at_step: int) -> None:
     """Ends the process after a signal, once its state is on disk."""
     r.saved.wait()
-    number = r.received[0]
+    number = r.signals.agreed
     workdir.log_event(r.folder, "preempt", at_step, signal=number)
     say(f"{signal.Signals(number).name}: saved at step {at_step}; run the same command again to go on")
     sys.exit(128 + number)
@@ -309,17 +349,25 @@ def _leave(r: Run, at_step: int) -> None:
 def _learn(r: Run, at_step: int, error: str) -> None:
     """Puts it into the ledger that a step ran out of memory, and what is done about it from now on.
 
-    Raises RunFailure where nothing can be.
+    Raises RunFailure where nothing can be, or where the other processes do not know of it: they wait in the step.
     """
-    stage, learnt = r.programs.running.stage, r.programs.shrink()
-    facts = {"stage": stage.name, "reason": error.splitlines()[0][:300], "device": r.programs.device.device_kind}
+    stage, learnt = r.programs.running.stage, r.programs.smaller()
+    kind = sharding.a_device(r.mesh).device_kind
+    facts = {"stage": stage.name, "reason": error.splitlines()[0][:300], "device": kind}
+    told = lambda learnt: facts | (learnt._asdict() if learnt else {})
+    if not processes.meet(f"out of memory after step {at_step}", ALONE_SECONDS):
+        workdir.log_event(r.folder, "oom", at_step, everyone=True, **told(learnt))
+        raise RunFailure(
+            f"out of memory at step {at_step + 1}, here alone; run the same command again: it will use less"
+        )
+    learnt = fit.least(each and fit.Learnt(*each) for each in processes.gather(learnt))
+    r.programs.learn(learnt)
+    workdir.log_event(r.folder, "oom", at_step, **told(learnt))
     if learnt is None:
-        workdir.log_event(r.folder, "oom", at_step, **facts)
         raise RunFailure(
             f"out of memory at step {at_step + 1}, in {stage.name} with one row of {stage.seq_len} tokens at a time, "
             "rematerialised; make the model or the length smaller"
         )
-    workdir.log_event(r.folder, "oom", at_step, **facts, **learnt._asdict())
     remat = ", rematerialised" if learnt.remat else ""
     say(f"out of memory at step {at_step + 1}: going on with {learnt.microbatch_tokens} tokens at a time{remat}")
 
@@ -327,9 +375,15 @@ def _learn(r: Run, at_step: int, error: str) -> None:
 def _restore(r: Run) -> tuple[step.TrainState, dict]:
     """The newest state there is, held in memory or saved, as (state, progress); the metrics are cut to match."""
     held, r.programs.held = r.programs.held, None
-    restored = held or r.saved.restore(step.abstract_state(r.config), delete_broken=True)
+    r.signals.forget()
+    if held is None:
+        restored = r.saved.restore(step.abstract_state(r.config, r.mesh), delete_broken=True)
+    else:
+        is_held = lambda x: isinstance(x, sharding.Held)
+        put_back = lambda x: sharding.from_host(x) if is_held(x) else x
+        restored = jax.tree.map(put_back, held[0], is_leaf=is_held), held[1]
     if restored is None:
-        restored = step.first_state(r.config, _first_params(r.config, r.tokenizer)), START
+        restored = step.first_state(r.config, _first_params(r.config, r.mesh, r.tokenizer), 0, r.mesh), START
     state, at = restored
     at = {key: at[key] for key in START}
     if at["step"] > r.plan[-1].end or _phase_done(r.plan, at["step"]) != at["phase"]:
@@ -345,7 +399,7 @@ def _restore(r: Run) -> tuple[step.TrainState, dict]:
     if not (held and at["step"] == 0):
         source = "memory" if held else "checkpoint" if at["step"] else "start"
         workdir.log_event(r.folder, "restore", at["step"], data_sha256=at["data_sha256"], source=source)
-    return jax.device_put(state), at
+    return state, at
 
 
 def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
@@ -354,8 +408,7 @@ def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
 
 
 def _log_compile(r: Run, found: fit.Fit) -> None:
-    s = found.stage
-    chosen = {"stage": s.name, "microbatch": s.microbatch, "remat": s.remat, "precision": s.precision}
-    memory = {"peak_bytes": found.need, "device_bytes": found.limit, "device": r.programs.device.device_kind}
-    memory |= {"config": fit.config_sha256(r.config)}
-    workdir.log_event(r.folder, "compile", s.start, **chosen, seconds=round(found.seconds, 3), **memory)
+    where, seconds = fit.where(r.config, r.mesh, r.programs.limit), round(found.seconds, 3)
+    workdir.log_event(r.folder, "compile", found.stage.start, **fit.facts(found), seconds=seconds, **where)
+    if found.note:
+        say(f"{found.stage.name}: chunked attention, as {found.note}")

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from lowrank_jax import step, workdir
 from lowrank_jax.checkpoint import Checkpoints
 from lowrank_jax.config import RunConfig, UsageError
@@ -16,11 +18,14 @@ class Trained(NamedTuple):
     progress: dict
 
 
-def open_run(folder: str) -> Trained:
-    """The newest whole checkpoint of the run in `folder`; raises UsageError where there is none."""
+def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
+    """The newest whole checkpoint of the run in `folder`; raises UsageError where there is none.
+
+    Its arrays are on one device, or laid out on `mesh`.
+    """
     config = workdir.read_config(folder)
     with Checkpoints(folder, read_only=True) as saved:
-        restored = saved.restore(step.abstract_state(config))
+        restored = saved.restore(step.abstract_state(config, mesh))
     if restored is None:
         raise UsageError(f"--workdir={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
     state, progress = restored

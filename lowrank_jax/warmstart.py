@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lowrank_jax import sharding
 from lowrank_jax.config import UsageError
-from lowrank_jax.optim import path_name
+from lowrank_jax.sharding import path_name
 
 TABLE = "embed/table"
 BLOCKS = "blocks/"
@@ -93,7 +94,7 @@ def _deepens(name: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
 
 def _fill(name: str, old: jax.Array, new: jax.Array) -> np.ndarray:
     """A copy of `old` in the dtype and with the layers of `new`; outputs of added layers are zero."""
-    x = np.array(old, dtype=new.dtype)
+    x = np.array(sharding.fetch(old), dtype=new.dtype)
     if x.shape == new.shape:
         return x
     layers = np.asarray(layer_map(len(x), len(new)))

@@ -1,5 +1,7 @@
 """A run's folder: its config, its metrics, its ledger of events, and the lock of the process that trains in it.
 
+All processes of a run see the same folder, and the first one alone writes here.
+
 config.json     the resolved config               tokenizer/      see data/tokenizer.py
 metrics.jsonl   one object a logged step          events.jsonl    one object an event, never rewritten
 checkpoints/    see checkpoint.py                 report.html, loss.png
@@ -11,6 +13,7 @@ import json
 import os
 import time
 
+from lowrank_jax import processes
 from lowrank_jax.config import RunConfig, UsageError
 
 # What makes a run this run: the weights' shapes, the tokens' meaning, the draws and the held-out split.
@@ -85,6 +88,8 @@ def write_config(folder: str, config: RunConfig) -> None:
 
 
 def write_text(path: str, text: str) -> None:
+    if not processes.is_first():
+        return
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
@@ -109,16 +114,21 @@ def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
             )
 
 
-def append(folder: str, name: str, row: dict) -> None:
-    """Adds one object as a line of its own to a .jsonl of the run, also after a line that a kill cut short."""
+def append(folder: str, name: str, row: dict, everyone: bool = False) -> None:
+    """Adds one object as a line of its own to a .jsonl of the run, also after a line that a kill cut short.
+
+    With `everyone` not the first process alone does.
+    """
+    if not (everyone or processes.is_first()):
+        return
     with open(os.path.join(folder, name), "a+b") as f:
         f.seek(max(f.tell() - 1, 0))
         cut = f.read() not in (b"", b"\n")
         f.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
 
 
-def log_event(folder: str, event: str, step: int, **facts) -> None:
-    append(folder, "events.jsonl", {"event": event, "step": step, "time": round(time.time(), 3), **facts})
+def log_event(folder: str, event: str, step: int, everyone: bool = False, **facts) -> None:
+    append(folder, "events.jsonl", {"event": event, "step": step, "time": round(time.time(), 3), **facts}, everyone)
 
 
 def read_rows(folder: str, name: str) -> list[dict]:

@@ -1,0 +1,208 @@
+"""What a compiled program's step costs a device, and the least time that it can take by a chip's published peaks.
+
+What is counted comes from the program's text (`hlo`), whose reader says how often everything runs.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from lowrank_jax import hlo
+from lowrank_jax.devices import Chip
+from lowrank_jax.hlo import Collective
+
+# ----------------------------------------------------------------------------------------------------------- matmuls
+
+
+def matmul_flops(text: str) -> int:
+    """FLOPs of a device's matmuls in a step, 2 for each product that is added: dots, a TPU's convolutions, and cuBLAS.
+
+    Divided work is seen in it. Not seen is what is inside a Pallas kernel or a cuDNN call, such as fused attention, and
+    all that is not a matmul. Recomputation is in it.
+    """
+    module = hlo.parse(text)
+    return sum(
+        module.runs[name] * _flops(i, computation)
+        for name, computation in module.computations.items()
+        for i in (computation.values() if module.runs[name] else ())
+        if i.opcode in ("dot", "scaled-dot", "convolution") or 'custom_call_target="__cublas' in i.rest
+    )
+
+
+def _flops(i: hlo.Instruction, computation: dict) -> int:
+    lhs, rhs = (computation[name].arrays[0].dims for name in i.operands[:2])
+    if i.opcode != "convolution":
+        contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', i.rest)[1]
+        return 2 * i.arrays[0].size * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted))
+    inputs, kernel, output = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", re.search(r"window=\{([^}]*)\}|$", i.rest)[1] or ""))
+    groups = [int(n) for n in re.findall(r"(?:feature|batch)_group_count=(\d+)", i.rest)]
+    products = lhs[inputs.index("b")] * rhs[kernel.index("i")] * rhs[kernel.index("o")]
+    products //= math.prod(int(n) for n in re.findall(r"batch_group_count=(\d+)", i.rest)) if groups else 1
+    for at in (c for c in inputs if c.isdigit()):
+        # A TPU makes batch dimensions of a dot into a window over zeros, which are no work.
+        sizes = {key: window[key].split("x")[int(at)] for key in window}
+        low = int(sizes.get("pad", "0_0").split("_")[0])
+        stride, dilate, spread = (int(sizes.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        out = np.arange(i.arrays[0].dims[output.index(at)])[:, None] * stride
+        place = out + np.arange(rhs[kernel.index(at)]) * spread - low
+        inside = (place >= 0) & (place <= (lhs[inputs.index(at)] - 1) * dilate) & (place % dilate == 0)
+        products *= int(inside.sum())
+    return 2 * products
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+_FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all opt-barrier partition-id"
+_FREE = {*_FREE.split(), "replica-id", "async-start", "async-update", "async-done"}  # the last three: what they call
+_SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}
+_SAME = {"bitcast", "convert", "copy", "reshape", "transpose"}  # each element of the result is one of the operand
+
+
+def traffic_bytes(text: str) -> float:
+    """Bytes that a device reads from and writes to HBM in a step: operands and results of all that runs on its own.
+
+    A fusion is one; of an operand that is only sliced, and of a result that is updated in place, the slice counts (as
+    in XLA's own HloCostAnalysis). Arrays in a TPU's VMEM do not. A GPU's cache is not modelled, and a Pallas kernel or
+    a cuDNN call is taken to read its operands and write its results once.
+    """
+    module = hlo.parse(text)
+    return sum(
+        module.runs[name] * _moved(i, computation, module)
+        for name, computation in module.computations.items()
+        for i in (computation.values() if module.runs[name] and name not in module.fused else ())
+    )
+
+
+def _moved(i: hlo.Instruction, computation: dict, module: hlo.Module) -> float:
+    target = (re.search(r'custom_call_target="([^"]*)"', i.rest) or [None, ""])[1]
+    if i.opcode in _FREE or target in ("AllocateBuffer", "ConcatBitcast") or i.called("called_computations"):
+        return 0
+    hbm = lambda arrays: sum(array.bytes for array in arrays if not array.on_chip)
+    reads = {name: computation[name].arrays for name in i.operands}
+    if i.opcode == "fusion":
+        inner = module.computations[i.called("calls")[0]]
+        return _fusion(i, computation, inner, module)
+    if i.opcode.endswith("-done"):
+        return hbm(i.arrays)
+    if i.opcode in _SLICES:
+        source, part = reads[i.operands[0]][0], i.arrays[len(i.operands) if i.opcode == "slice-start" else 0]
+        return part.bytes * (not source.on_chip) + (0 if i.opcode.endswith("-start") else hbm([part]))
+    if i.opcode in ("dynamic-update-slice", "scatter"):
+        update = reads[i.operands[-1 if i.opcode == "scatter" else 1]][0]
+        return hbm([update]) + update.bytes * (not i.arrays[0].on_chip) * (2 if i.opcode == "scatter" else 1)
+    results = () if i.opcode.endswith("-start") else i.arrays
+    if target.startswith("__cu"):
+        results = [array for array in results if array.dtype not in ("s8", "u8")]  # not the workspace
+    return sum(map(hbm, reads.values())) + hbm(results)
+
+
+def _fusion(i: hlo.Instruction, computation: dict, inner: dict, module: hlo.Module) -> float:
+    if hlo.has(inner, "AsyncCollectiveDone"):
+        return 0
+    moved, parameters = 0.0, {p.args: p.name for p in inner.values() if p.opcode == "parameter"}
+    for at, name in enumerate(i.operands):
+        source = computation[name].arrays
+        if source and not source[0].on_chip and source[0].size:
+            moved += _read(module, inner, parameters[str(at)]) * source[0].bytes / source[0].size
+    root = next(r for r in inner.values() if r.root)
+    outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if hlo.has(inner, "AsyncCollectiveStart"):  # its first result is its operand
+        return moved + sum(array.bytes for array in i.arrays[1:2] if not array.on_chip)
+    for output, array in zip(outputs, i.arrays):
+        passed = root.opcode == "tuple" and output.opcode == "parameter" or hlo.continues(output, inner)
+        if array.size and not array.on_chip and not passed:
+            moved += _written(module, inner, output) * array.bytes / array.size
+    return moved
+
+
+def _read(module: hlo.Module, inner: dict, name: str, in_place: bool = False) -> int:
+    """How many elements of a fusion's operand, or of what is made of it, the fusion needs."""
+    i = inner[name]
+    total = i.arrays[0].size if i.root and not in_place else 0
+    for user in inner.values():
+        for at in (at for at, operand in enumerate(user.operands) if operand == name):
+            if user.opcode in _SLICES and at == 0:
+                total += user.arrays[0].size
+            elif user.opcode == "dynamic-update-slice" and at == 0:
+                total += _read(module, inner, user.name, True)
+            elif user.opcode in _SAME:
+                total += _read(module, inner, user.name, in_place)
+            elif user.opcode == "fusion":
+                nested = module.computations[user.called("calls")[0]]
+                needs = _read(module, nested, next(p.name for p in nested.values() if p.args == str(at)), in_place)
+                same = len(user.arrays) == 1 and user.arrays[0].size == i.arrays[0].size
+                total += min(needs, _read(module, inner, user.name, in_place)) if same else needs
+            elif not hlo.continues(user, inner) and not (
+                user.opcode == "tuple" and (in_place or i.opcode == "parameter")
+            ):
+                total += i.arrays[0].size
+    return min(total, i.arrays[0].size)
+
+
+def _written(module: hlo.Module, inner: dict, output: hlo.Instruction) -> int:
+    """How many elements of a fusion's result are new."""
+    made = output
+    while made.opcode in _SAME:
+        made = inner[made.operands[0]]
+    if made.opcode == "fusion" and len(made.arrays) == 1:
+        nested = module.computations[made.called("calls")[0]]
+        return _written(module, nested, next(r for r in nested.values() if r.root))
+    return (inner[made.operands[1]] if made.opcode == "dynamic-update-slice" else output).arrays[0].size
+
+
+# -------------------------------------------------------------------------------------------------------------- time
+
+
+def estimate(
+    chip: Chip | None,
+    flops: float,
+    traffic: float | None,
+    collectives: Sequence[Collective] | None,
+    per_host: int | None = None,
+    model_flops: float | None = None,
+) -> dict:
+    """{compute_seconds, memory_seconds, network_seconds, step_seconds, mfu_bound, bound} of a step, from peaks alone.
+
+    `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device; what is None is left
+    out. The step is the longest of the three, as if they overlapped perfectly, which no program does: it takes longer,
+    and uses less than `mfu_bound` = `model_flops` (else `flops`) / (step x peak). `bound` is what it waits for:
+    compute, memory or network. `per_host` devices in a row are on one host. All values are None for an unknown chip.
+    """
+    if chip is None:
+        keys = ("compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu_bound", "bound")
+        return dict.fromkeys(keys)
+    seconds = {
+        "compute": flops / chip.peak_flops,
+        "memory": None if traffic is None else traffic / chip.memory_bandwidth,
+        "network": None if collectives is None else sum(network_seconds(chip, c, per_host) for c in collectives),
+    }
+    bound = max(seconds, key=lambda name: seconds[name] or 0.0)
+    step = seconds[bound]
+    mfu = (flops if model_flops is None else model_flops) / (step * chip.peak_flops) if step else None
+    return {f"{name}_seconds": s for name, s in seconds.items()} | {
+        "step_seconds": step,
+        "mfu_bound": mfu,
+        "bound": bound,
+    }
+
+
+def network_seconds(chip: Chip, c: Collective, per_host: int | None = None) -> float:
+    """Seconds of all runs of a collective at the links' peak, in a ring of its n devices; latency is left out.
+
+    Of B bytes each device sends B (n - 1) / n for an all-gather, a reduce-scatter or an all-to-all, twice that for an
+    all-reduce, and B for a permutation. On a TPU a group is taken to have all of a chip's links; one along a single
+    axis of the torus has a half or a third of them. On GPUs, a group over several hosts is as fast as the network of
+    those of its GPUs that share a host, as each has a part of it.
+    """
+    n = c.group_size
+    sent = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(c.kind, (n - 1) / n)
+    bandwidth = chip.link_bandwidth
+    if chip.host_bandwidth and per_host:
+        hosts = [[device // per_host for device in group] for group in c.groups]
+        together = [min(map(group.count, group)) for group in hosts if len(set(group)) > 1]
+        bandwidth = min([bandwidth, *(count * chip.host_bandwidth for count in together)])
+    return c.times * c.bytes * sent / bandwidth

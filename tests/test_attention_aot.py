@@ -1,0 +1,146 @@
+"""What the compilers for GPUs and TPUs make of attention: its kernels, no T x T array, memory, and nothing gathered."""
+
+import collections
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lowrank_jax import attention, devices
+from lowrank_jax.config import UsageError
+from lowrank_jax.sharding import AXES, ROWS, TENSOR
+
+ONE = {"cudnn": "h100:1", "splash": "v5e:1x1"}
+EIGHT = {"cudnn": "h100:8", "splash": "v5e:2x4"}
+FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+TPU = "tpu_custom_call"  # one of the forward pass, and two of the backward pass
+both_kernels = pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+
+
+@pytest.fixture(autouse=True)
+def a_version_of_cudnn(monkeypatch):
+    """JAX asks the library that is installed, and none is here: the one of the described H100."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+def compile_gradient(kernel: str, topology: str, shape: tuple, mesh_shape=(1, 1, 1), layers=0) -> jax.stages.Compiled:
+    """dq, dk and dv of packed [B, T, H, K] in bf16; with `layers`, through rematerialised layers of a scan."""
+    try:
+        here = devices.topology(topology)
+    except UsageError as e:
+        if "is not installed" in str(e):
+            pytest.skip(str(e))
+        raise
+    mesh = Mesh(np.asarray(here).reshape(mesh_shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def gradient(q, k, v, segments_BT, of_out):
+        once = lambda q, k, v: attention.attend(q, k, v, segments_BT, kernel)
+        block = jax.checkpoint(lambda q, scale, k, v: once(jnp.tanh(q) * scale, k, v))
+        scanned = lambda q, k, v: jax.lax.scan(lambda q, s: (block(q, s, k, v), None), q, jnp.ones(layers, q.dtype))[0]
+        return jax.vjp(scanned if layers else once, q, k, v)[1](of_out)
+
+    qkv = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(ROWS, None, TENSOR)))
+    segments = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(ROWS)))
+    with jax.set_mesh(mesh):
+        return jax.jit(gradient).lower(qkv, qkv, qkv, segments, qkv).compile()
+
+
+def largest_array(text: str) -> int:
+    """Elements of the largest array that a compiled program's text names."""
+    return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text))
+
+
+def calls(text: str) -> dict[str, int]:
+    found = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+    return {name: found[name] for name in (FORWARD, BACKWARD, TPU) if found[name]}
+
+
+def collectives(text: str) -> list[str]:
+    return re.findall(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(", text)
+
+
+@both_kernels
+def test_the_kernel_is_there_and_memory_is_linear_in_the_length(kernel):
+    """The same tokens in rows four times as long: no array is a square of the length, and nothing grows."""
+    short, long = (compile_gradient(kernel, ONE[kernel], (8192 // T, T, 2, 32)) for T in (2048, 8192))
+    for compiled in (short, long):
+        text = compiled.as_text()
+        assert calls(text) == ({FORWARD: 1, BACKWARD: 1} if kernel == "cudnn" else {TPU: 3})
+        assert largest_array(text) < 2048**2
+    # Of the masks a TPU keeps what the blocks of 512 x 512 are: 4 x 4 bytes and 16 x 16 of them.
+    need = [compiled.memory_analysis().temp_size_in_bytes for compiled in (short, long)]
+    assert 0 < need[1] < 1.01 * need[0]
+
+
+def test_a_square_would_be_found():
+    compiled = compile_gradient("reference", "h100:1", (1, 1024, 2, 32))
+    assert largest_array(compiled.as_text()) >= 2 * 1024**2
+
+
+def test_cudnn_is_told_the_scale_of_the_model_and_to_be_causal():
+    text = compile_gradient("cudnn", "h100:1", (1, 256, 2, 32)).as_text()
+    scales = [float(x) for x in re.findall(r'"fmha_scale": ?([\d.e-]+)', text)]
+    assert scales == pytest.approx([32**-0.5] * 2) and re.findall(r'"mask_type": ?"(\w+)"', text) == ["CAUSAL"] * 2
+
+
+@both_kernels
+def test_layers_in_a_scan_are_rematerialised(kernel):
+    text = compile_gradient(kernel, ONE[kernel], (1, 2048, 2, 32), layers=3).as_text()
+    assert calls(text) == ({FORWARD: 2, BACKWARD: 1} if kernel == "cudnn" else {TPU: 4})
+    assert largest_array(text) < 2048**2
+
+
+@both_kernels
+def test_each_of_8_devices_attends_with_its_own_rows_and_heads(kernel):
+    """Nothing goes between them: 4 share the rows, 2 the heads."""
+    B, T, H, K = shape = 8, 512, 6, 32
+    text = compile_gradient(kernel, EIGHT[kernel], shape, (1, 4, 2)).as_text()
+    assert calls(text) and not collectives(text)
+    assert largest_array(text) <= B * T * H * 128 // 8  # 128: a TPU's lanes
+
+
+def test_on_8_devices_chunked_and_splash_are_the_reference():
+    """Run on 8 devices made of a CPU; splash with each device's own slopes."""
+    code = r"""
+        import functools, re, jax, numpy as np
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec
+        from lowrank_jax import attention
+
+        splash.make_splash_mha_single_device = functools.partial(splash.make_splash_mha_single_device, interpret=True)
+        draw = np.random.default_rng(0)
+        arrays = [draw.standard_normal((8, 256, 6, 8), np.float32) for _ in range(4)]
+        segments = np.cumsum(draw.random((8, 256)) < 0.05, axis=1)
+
+        def program(backend):
+            def run(q, k, v, of_out, segments):
+                out, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, segments, backend), q, k, v)
+                return out, *pull(of_out)
+            return jax.jit(run)
+
+        exact = program("reference")(*arrays, segments)
+        mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+        at = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+        by_row = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        shared = [*(jax.device_put(x, at) for x in arrays), jax.device_put(segments, by_row)]
+        with jax.set_mesh(mesh):
+            for backend in ("chunked", "splash"):
+                compiled = program(backend).lower(*shared).compile()
+                for ours, theirs in zip(compiled(*shared), exact):
+                    np.testing.assert_allclose(ours, theirs, atol=5e-5)
+                    assert ours.addressable_shards[0].data.shape == (2, 256, 3, 8)
+                assert not re.findall(r" (all-\w+|collective-\w+|reduce-scatter)\(", compiled.as_text())
+        print("the same")
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+    assert done.stdout == "the same\n", done.stderr
