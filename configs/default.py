@@ -50,11 +50,13 @@ def groups() -> dict:
             # row fits without it.
             "remat": False,
         },
-        # How many devices along each axis; their product is the number of devices, on one or many machines. Only memory
+        # How many devices along each axis; their product is the number of devices, on one machine or many. Only memory
         # and speed depend on it, and a run may go on with another.
         "mesh": {
-            "data": 1,  # parts of a batch, each with weights of its own (such as hosts without a fast network)
-            "fsdp": 0,  # parts of a batch and of the weights; 0: as many as the rows of every stage can be shared among
+            "data": 0,  # parts of a batch, each with weights of its own; 0: chosen with fsdp
+            # Parts of a batch and of the weights. 0: with data as many parts as the rows of every stage come out even
+            # in, as many of them fsdp as leave 128 of the model's width to each.
+            "fsdp": 0,
             "tensor": 0,  # parts of the heads and of the MLP's width; 0: what is left
         },
         "optim": {

@@ -1,4 +1,7 @@
-"""Model sizes by name: --config=configs/preset.py:base17. R = d/8 throughout: attention with 75% fewer parameters."""
+"""Model sizes by name: --config=configs/preset.py:base17. R = d/8 throughout: attention with 75% fewer parameters.
+
+The two large ones are planned and not trained here: `lowrank_jax.plan --topology` says what they need (docs/scaling.md).
+"""
 
 from configs import default
 from lowrank_jax.config import UsageError
@@ -8,6 +11,14 @@ PRESETS = {
     "smallx2": {"d": 512, "layers": 16, "heads": 16, "rank": 64},
     "base": {"d": 768, "layers": 12, "heads": 24, "rank": 96},
     "base17": {"d": 768, "layers": 17, "heads": 24, "rank": 96},
+    # 0.97 and 6.8 billion parameters. Heads of 64 and, with ALiBi's channels, 80: what cuDNN's attention takes.
+    "1b": {"d": 2048, "layers": 24, "heads": 32, "rank": 256, "remat": True},
+    "7b": {"d": 4096, "layers": 44, "heads": 64, "rank": 512, "remat": True},
+}
+# Tokens a step are a power of two, so that 16, 64 or 256 devices share out the rows of every length.
+LARGE = {
+    "1b": {"tokens_per_step": 2**19, "microbatch_tokens": 8192, "grow_every_steps": 10_000, "lr": 2e-3},
+    "7b": {"tokens_per_step": 2**21, "microbatch_tokens": 32_768, "grow_every_steps": 20_000, "lr": 1e-3},
 }
 
 
@@ -18,4 +29,7 @@ def get_config(name: str = ""):
     c.model.update(PRESETS[name])
     c.pretrain.update(microbatch_tokens=12_288)
     c.sft.update(steps=1_000, microbatch_tokens=12_288, block=1024)
+    if name in LARGE:
+        c.pretrain.update(LARGE[name], block=1024, auto_grow=True, grow_plan="1024,2048,4096")
+        c.sft.update(LARGE[name], block=4096, lr=LARGE[name]["lr"] / 5)
     return c

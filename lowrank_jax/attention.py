@@ -148,7 +148,7 @@ def _augment(q_BTHK, k_BTHK, slopes_H, scale: float, segments_BT=None) -> tuple[
     """
     B, T, H, _ = q_BTHK.shape
     m_H, j_T = slopes_H / scale, jnp.arange(T)
-    high_H = jax.lax.reduce_precision(m_H, exponent_bits=8, mantissa_bits=7)  # XLA drops a cast to bf16 and back
+    high_H = jax.lax.reduce_precision(m_H, exponent_bits=8, mantissa_bits=7)  # on GPUs XLA drops casts to and fro
     low_H = m_H - high_H
     q_HE = jnp.stack([256 * high_H, high_H, 256 * low_H, low_H], axis=-1)
     k_T1E = jnp.stack([j_T // 256, j_T % 256] * 2, axis=-1)[:, None]
@@ -187,8 +187,10 @@ def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
 
 
 def _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT):
-    """Each device of a mesh attends with its own rows and heads. XLA cannot divide a Pallas kernel itself, and cuDNN's
-    only through callbacks to Python."""
+    """Each device of the context's mesh attends with its own rows and heads.
+
+    XLA cannot divide a Pallas kernel, and cuDNN's only through callbacks, which a described GPU may not have.
+    """
     slopes_H = alibi_slopes(q_BTHK.shape[2])
     if not jax.sharding.get_abstract_mesh().empty:
         at = sharding.spec(q_BTHK.shape, sharding.ROWS, None, sharding.TENSOR)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 from lowrank_jax.config import UsageError
@@ -207,6 +208,8 @@ def topology(name: str) -> list[jax.Device]:
         with _quiet(), _on_cpu():
             devices = _describe(description, installed[0])
             _try_compiler(devices[0])
+        if description["platform"] == "cuda":
+            _describe_cudnn()
     except (RuntimeError, NotImplementedError, ImportError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         if "INVALID_ARGUMENT: Topology" in reason:
@@ -250,6 +253,17 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
         # JAX starts its plugins once, and drops the CUDA one where there is no driver and JAX_PLATFORMS is not cpu.
         importlib.import_module(module).initialize()
         return list(topologies.get_topology_desc(**description).devices)
+
+
+def _describe_cudnn() -> None:
+    """Lets JAX make programs with cuDNN's attention where there is no cuDNN: as of the version that H100 names.
+
+    JAX asks the library itself, even when it compiles for a described device.
+    """
+    try:
+        cudnn.check_cudnn_version()
+    except RuntimeError:
+        cudnn.check_cudnn_version = lambda: 91000
 
 
 def _try_compiler(device: jax.Device) -> None:

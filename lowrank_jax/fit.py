@@ -58,10 +58,12 @@ def limit_bytes(config: RunConfig, mesh: Mesh) -> int:
     return int(config.memory_gb * 2**30) or int(ROOM * devices.memory_bytes(device)) // sharers
 
 
-def fit(config: RunConfig, stage: Stage, mesh: Mesh, limit: int, learnt: Learnt = NOTHING) -> Fit:
+def fit(
+    config: RunConfig, stage: Stage, mesh: Mesh, limit: int, learnt: Learnt = NOTHING, options: dict | None = None
+) -> Fit:
     """The stage with the most rows at a time that fit, up to what it asks for; rematerialised if not even one does.
 
-    Where `model.attention` is `auto` and the platform's kernel refuses the stage, it is `chunked`.
+    `options` are for the compiler. Where `model.attention` is `auto` and the platform's kernel refuses the stage, it is `chunked`.
     """
     shards = sharding.row_shards(mesh)
     stage, note = _resolve(config, restrict(stage, learnt, shards), sharding.a_device(mesh).platform)
@@ -69,7 +71,7 @@ def fit(config: RunConfig, stage: Stage, mesh: Mesh, limit: int, learnt: Learnt 
     while True:
         started, program, need, fixed = time.monotonic(), None, None, 0
         try:
-            program = step.lower(config, stage, mesh).compile()
+            program = step.lower(config, stage, mesh).compile(options)
             memory = program.memory_analysis()
             fixed = memory.argument_size_in_bytes
             need = fixed + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes

@@ -1,9 +1,10 @@
-"""What a compiled program does, read from its text (`Compiled.as_text`, or `compile_with_text` here).
+"""What a compiled program does, read from its text (`Compiled.as_text`, or `written` here).
 
 It is the program of one device. A loop's body counts as often as it runs, every branch of a conditional as if taken,
 and a loop whose trip count is not in the text as one run. Sizes are of arrays, without a TPU's padding to tiles.
 """
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -12,7 +13,6 @@ import tempfile
 from collections import Counter
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -62,11 +62,13 @@ class Module(NamedTuple):
 class Collective(NamedTuple):
     """`bytes` is of one run and the whole array on a device: an all-gather's result, and what goes into any other.
 
-    `groups` are places in the list of the mesh's devices; for a permutation, (from, to).
+    `sizes` are the elements of the arrays that `bytes` is of, as several may travel together. `groups` are places in
+    the list of the mesh's devices; for a permutation, (from, to).
     """
 
     kind: str
     bytes: float
+    sizes: tuple[int, ...]
     times: int
     groups: tuple[tuple[int, ...], ...]
     dtype: str
@@ -80,25 +82,20 @@ class Collective(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def text_of(compiled: jax.stages.Compiled) -> str | None:
-    """The program's text; None where JAX cannot print it (0.10.2: a TPU's asynchronous sparse core calls)."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        return None
+@contextlib.contextmanager
+def written():
+    """(compiler options, a function that gives the text of the last program compiled with them, or None).
 
-
-def compile_with_text(
-    lowered: jax.stages.Lowered, options: dict | None = None
-) -> tuple[jax.stages.Compiled, str | None]:
-    """Compiles and has the compiler itself write the text, which works where `text_of` cannot.
-
-    It is the same program, but under another key in a compilation cache each time.
+    The compiler writes it itself: `Compiled.as_text` cannot print all of a TPU's programs (jax 0.10.2: INTERNAL, where
+    collectives are asynchronous). A program has another key in a compilation cache each time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile((options or {}) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        written = [file.read_text() for file in pathlib.Path(folder).glob("*after_optimizations.txt")]
-    return compiled, written[0] if written else text_of(compiled)
+
+        def read() -> str | None:
+            texts = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda file: file.stat().st_mtime)
+            return texts[-1].read_text() if texts else None
+
+        yield {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}, read
 
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
@@ -211,10 +208,11 @@ def collectives(text: str) -> list[Collective]:
                 kind = "reduce-scatter"
             groups = _groups(i.rest, module.devices)
             arrays = [array for operand in i.operands for array in computation[operand].arrays]
-            size = sum(array.bytes for array in arrays) * (len(groups[0]) if kind == "all-gather" else 1)
+            parts = len(groups[0]) if kind == "all-gather" else 1
+            size, sizes = sum(array.bytes for array in arrays) * parts, tuple(array.size * parts for array in arrays)
             op_name = re.search(r'op_name="([^"]*)"', i.rest)
             found.append(
-                Collective(kind, size, module.runs[name], groups, arrays[0].dtype, op_name[1] if op_name else "")
+                Collective(kind, size, sizes, module.runs[name], groups, arrays[0].dtype, op_name[1] if op_name else "")
             )
     return found
 

@@ -1,28 +1,54 @@
-"""What a config will do, before anything is trained: its stages, its parameters, and the size of its cache.
+"""What a config will do, before anything is trained or rented: its stages, its parameters, the size of its cache.
 
-python -m lowrank_jax.plan --config=configs/custom.py [--json]
+    python -m lowrank_jax.plan --config=configs/custom.py [--json]
+    python -m lowrank_jax.plan --config=configs/custom.py --topology=v5e:4x4
+
+With a topology, every stage's real step is compiled for it, with no such hardware here: memory, collectives and kernels
+are the compiler's. Times are an estimate from the chip's published peaks, which no program reaches.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
+from jax.sharding import Mesh
 
-from lowrank_jax import cli, costs, devices, fit, precision, sharding, stages
+from lowrank_jax import cli, costs, devices, fit, hlo, precision, roofline, sharding, stages, step
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import tokenizer
 from lowrank_jax.fit import Fit
+from lowrank_jax.stages import Stage
+
+COMPILED = ("remat", "peak_bytes_per_device", "device_bytes", "fits", "f8_matmuls", "compile_seconds", "note")
+COMPILED += ("param_bytes_per_device", "optimizer_bytes_per_device", "activation_bytes_per_device")
+COMPILED += ("collective_bytes", "gathered_bytes", "compute_seconds", "memory_seconds", "network_seconds")
+COMPILED += ("est_step_seconds", "est_mfu_bound", "est_bound", "est_stage_seconds")
 
 
-def describe(config: RunConfig, fits: Sequence[Fit] = (), topology: str | None = None) -> dict:
-    """The plan as JSON values; what only a compiler can tell is None for stages of which `fits` has nothing."""
+def describe(
+    config: RunConfig,
+    fits: Sequence[Fit] = (),
+    mesh: Mesh | None = None,
+    topology: str | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> dict:
+    """The plan as JSON values; what only a compiler can tell is None for stages of which `fits` has nothing.
+
+    `texts` are those of the stages' programs, by name.
+    """
     m, counts, dense = config.model, costs.parameters(config.model), costs.dense_parameters(config.model)
     dtype, fitted = precision.policy(config.precision).dtype, {found.stage.name: found for found in fits}
+    shards = sharding.row_shards(mesh) if mesh else 1
     return {
         "params": counts
         | {f"{name}_dense": count for name, count in dense.items()}
         | {"attention_reduction": 1 - counts["attention"] / dense["attention"]},
         "kv_bytes_per_token": costs.kv_bytes_per_token(m, dtype.itemsize) | {"dtype": dtype.name},
         "topology": topology,
+        "devices": mesh.devices.size if mesh else None,
+        "device_kind": sharding.a_device(mesh).device_kind if mesh else None,
+        "mesh": dict(mesh.shape) if mesh else None,
         "stages": [
             {
                 "name": s.name,
@@ -34,25 +60,85 @@ def describe(config: RunConfig, fits: Sequence[Fit] = (), topology: str | None =
                 "steps": s.steps,
                 "tokens": s.steps * s.tokens_per_step,
                 "flops_per_step": costs.train_flops_per_token(m, s.seq_len) * s.tokens_per_step,
-                "attention_kernel": "reference" if m.attention == "reference" else "chunked",
+                "attention_kernel": fitted[s.name].stage.attention if s.name in fitted else m.attention,
             }
-            | _compiled(fitted.get(s.name))
-            for s in stages.plan(config)
+            | dict.fromkeys(COMPILED)
+            | (_compiled(config, fitted[s.name], mesh, texts.get(s.name)) if s.name in fitted else {})
+            for s in stages.plan(config, shards)
         ],
         "never_reached": _never_reached(config),
     }
 
 
-def _compiled(found: Fit | None) -> dict:
+def _compiled(config: RunConfig, found: Fit, mesh: Mesh, text: str | None) -> dict:
     """What the compiler says of a stage; `device_bytes` is what it may use."""
-    facts = dict.fromkeys(["remat", "peak_bytes_per_device", "device_bytes", "fits", "f8_matmuls", "compile_seconds"])
-    facts |= dict.fromkeys(["collective_bytes", "est_step_seconds"])
-    if found:
-        facts |= {"remat": found.stage.remat, "peak_bytes_per_device": found.need, "device_bytes": found.limit}
-        facts |= {"fits": found.fits, "compile_seconds": round(found.seconds, 2)}
-    if found and found.program:
-        facts["f8_matmuls"] = devices.f8_matmuls(found.program.as_text())
-    return facts
+    facts = {"remat": found.stage.remat, "peak_bytes_per_device": found.need, "device_bytes": found.limit}
+    facts |= {"fits": found.fits, "compile_seconds": round(found.seconds, 2), "note": found.note}
+    state = step.abstract_state(config, mesh)
+    facts["param_bytes_per_device"] = _bytes(state.params)
+    facts["optimizer_bytes_per_device"] = _bytes(state) - _bytes(state.params)
+    if text is None:
+        return facts
+    facts["activation_bytes_per_device"] = found.program.memory_analysis().temp_size_in_bytes
+    facts |= {"f8_matmuls": hlo.f8_matmuls(text), "collective_bytes": hlo.collective_bytes(text)}
+    facts["gathered_bytes"] = gathered_bytes(config, mesh, text)
+    return facts | _estimate(config, found.stage, mesh, text)
+
+
+def _bytes(tree) -> int:
+    shard = lambda x: x.sharding.shard_shape(x.shape)
+    return sum(jax.ShapeDtypeStruct(shard(x), x.dtype).size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def gathered_bytes(config: RunConfig, mesh: Mesh, text: str) -> dict[str, float]:
+    """{attention, total}: bytes of weights that a device gathers in a step, of attention's and of all.
+
+    Told apart by size: an array as large as one of attention's weights is one. Where a TPU multiplies by a weight as
+    its parts come in, they come by permutation, in each of which the group's devices hand on a part: those count too.
+    """
+    params = step.abstract_state(config, mesh).params
+    tensor = mesh.shape[sharding.TENSOR]
+    weights = jax.tree.leaves(params["blocks"]["attention"])
+    sizes = {x.shape[1] * x.shape[2] // cut for x in weights for cut in (1, tensor)}
+    others = [x for x in jax.tree.leaves(params["blocks"]["mlp"]) if x.ndim == 3]
+    parts = {x.shape[1] * x.shape[2] // cut // mesh.shape[sharding.FSDP] for x in others for cut in (1, tensor)}
+    found = {"attention": 0.0, "total": 0.0}
+    for c in hlo.collectives(text):
+        if c.kind == "all-gather":
+            found["attention"] += c.times * sum(size * c.bytes / sum(c.sizes) for size in c.sizes if size in sizes)
+        if c.kind == "all-gather" or (c.kind == "collective-permute" and set(c.sizes) <= parts):
+            found["total"] += c.times * c.bytes
+    return found
+
+
+def _estimate(config: RunConfig, stage: Stage, mesh: Mesh, text: str) -> dict:
+    """A lower bound of the step's time from the chip's peaks, see `roofline.estimate`."""
+    m, chip, count = config.model, devices.chip(sharding.a_device(mesh)), mesh.devices.size
+    model_flops = costs.train_flops_per_token(m, stage.seq_len) * stage.tokens_per_step / count
+    flops = roofline.matmul_flops(text)
+    if stage.attention in ("cudnn", "splash"):  # 2 matmuls forward, 5 backward, and 2 once more; causal: half of each
+        matmuls = 9 if stage.remat else 7
+        flops += matmuls * m.layers * stage.seq_len * m.d * stage.tokens_per_step / count
+    per_host = sum(d.process_index == 0 for d in mesh.devices.flat) or None
+    seconds = roofline.estimate(
+        chip, flops, roofline.traffic_bytes(text), hlo.collectives(text), per_host, model_flops=model_flops
+    )
+    renamed = {"step_seconds": "est_step_seconds", "mfu_bound": "est_mfu_bound", "bound": "est_bound"}
+    facts = {renamed.get(name, name): value for name, value in seconds.items()}
+    return facts | {"est_stage_seconds": seconds["step_seconds"] and seconds["step_seconds"] * stage.steps}
+
+
+def dense_twin(config: RunConfig, found: Fit, mesh: Mesh) -> dict:
+    """What the twin with dense attention exchanges in the same stage: compiled alike."""
+    twin = dataclasses.replace(config, model=costs.dense_twin(config.model))
+    with hlo.written() as (options, read):
+        step.lower(twin, found.stage, mesh).compile(options)
+        text = read()
+    gathered = gathered_bytes(twin, mesh, text)
+    return {"stage": found.stage.name, "gathered_bytes": gathered, "collective_bytes": hlo.collective_bytes(text)}
+
+
+# ---------------------------------------------------------------------------------------------------------- for a reader
 
 
 def table(plan: dict) -> str:
@@ -67,7 +153,7 @@ def table(plan: dict) -> str:
         )
     if plan["never_reached"]:
         lines.append(f"never reached in so few steps: lengths {', '.join(map(str, plan['never_reached']))}")
-    lines += ["", f"{'parameters':16}{'low rank':>14}{'dense':>14}{'saved':>8}"]
+    lines += _on_devices(plan) + ["", f"{'parameters':16}{'low rank':>14}{'dense':>14}{'saved':>8}"]
     for name in ("attention", "mlp", "embedding", "norm", "total"):
         dense = p[f"{name}_dense"]
         lines.append(f"{name:16}{p[name]:14,}{dense:14,}{1 - p[name] / dense:8.1%}")
@@ -89,6 +175,57 @@ def _memory(s: dict) -> str:
     return f"{of:>14} GiB{extra}"
 
 
+def _on_devices(plan: dict) -> list[str]:
+    """How the devices are used, where they are more than one or have peaks."""
+    compiled = [s for s in plan["stages"] if s["collective_bytes"] is not None]
+    if not compiled:
+        return []
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    head = f"{'GiB a device:':16}{'weights':>9}{'optimizer':>10}{'temporary':>10}  {'attention':10}{'compiled in':>12}"
+    lines = ["", f"on {plan['devices']} x {plan['device_kind']} ({mesh})", head]
+    gib = lambda s, key: f"{s[f'{key}_bytes_per_device'] / 2**30:.2f}"
+    for s in compiled:
+        lines.append(
+            f"{s['name']:16}{gib(s, 'param'):>9}{gib(s, 'optimizer'):>10}{gib(s, 'activation'):>10}  "
+            f"{s['attention_kernel']:10}{s['compile_seconds']:>10.0f} s" + (f"  ({s['note']})" if s["note"] else "")
+        )
+    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in s["collective_bytes"] for s in compiled)]
+    if kinds:
+        lines += ["", f"{'MB a step:':16}" + "".join(f"{kind:>20}" for kind in kinds)]
+        for s in compiled:
+            amounts = "".join(f"{s['collective_bytes'].get(kind, 0) / 1e6:20,.1f}" for kind in kinds)
+            lines.append(f"{s['name']:16}{amounts}")
+    if twin := plan.get("dense_twin"):
+        ours = next(s for s in compiled if s["name"] == twin["stage"])["gathered_bytes"]
+        lines += ["", f"{'gathered, ' + twin['stage'] + ', MB a step':34}{'low rank':>12}{'dense':>12}{'saved':>8}"]
+        for name in ("attention", "total"):
+            here, there = ours[name], twin["gathered_bytes"][name]
+            saved = f"{1 - here / there:8.1%}" if there else ""
+            lines.append(f"{name:34}{here / 1e6:12,.1f}{there / 1e6:12,.1f}{saved}")
+    timed = [s for s in compiled if s["est_step_seconds"]]
+    if timed:
+        head = (
+            f"{'at the peaks:':16}{'compute':>10}{'memory':>10}{'network':>10}{'step':>10}  {'waits for':10}{'MFU':>6}"
+        )
+        lines += [
+            "",
+            "an estimate: by the chip's published peaks, with everything overlapped; a real step takes longer",
+        ]
+        lines.append(f"{head}{'whole stage':>13}")
+        ms = lambda seconds: f"{1e3 * seconds:,.1f} ms"
+        for s in timed:
+            parts = "".join(f"{ms(s[f'{key}_seconds']):>10}" for key in ("compute", "memory", "network"))
+            lines.append(
+                f"{s['name']:16}{parts}{ms(s['est_step_seconds']):>10}  {s['est_bound']:10}{s['est_mfu_bound']:6.0%}"
+                f"{s['est_stage_seconds'] / 3600:11.2f} h"
+            )
+        lines.append(f"{'all stages':78}{sum(s['est_stage_seconds'] for s in timed) / 3600:9.2f} h")
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
 def vocab(config: RunConfig) -> int:
     """The size of the named tokenizer, or the size that one will be trained to."""
     t = config.tokenizer
@@ -105,17 +242,29 @@ def _never_reached(config: RunConfig) -> list[int]:
     return sorted({n for phase, p in phases for n in stages.lengths(p) if (phase, n) not in reached})
 
 
+def for_topology(config: RunConfig, topology: str) -> dict:
+    """The plan with every stage compiled for the topology, and beside the longest its dense twin."""
+    mesh = sharding.make_mesh(config, devices.topology(topology))
+    jax.config.update("jax_enable_compilation_cache", topology == "cpu")  # it has no room for described devices
+    limit, plan = fit.limit_bytes(config, mesh), stages.plan(config, sharding.row_shards(mesh))
+    fits, texts = [], {}
+    for stage in plan:
+        with hlo.written() as (options, read):
+            fits.append(fit.fit(config, stage, mesh, limit, options=options))
+            texts[stage.name] = read()
+    described = describe(config, fits, mesh, topology, texts)
+    compiled = [found for found in fits if found.program]
+    if mesh.devices.size > 1 and config.model.rank and compiled:
+        described["dense_twin"] = dense_twin(config, max(compiled, key=lambda found: found.stage.seq_len), mesh)
+    return described
+
+
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--topology", default="", help=f"compile every stage for it: {devices.TOPOLOGIES}")
     args, config = parser.parse_with_config(argv)
-    config, fits = resolve_vocab(config), []
-    if args.topology:
-        mesh = sharding.make_mesh(config, devices.topology(args.topology))
-        jax.config.update("jax_enable_compilation_cache", args.topology == "cpu")  # it has no room for described ones
-        limit, plan_there = fit.limit_bytes(config, mesh), stages.plan(config, sharding.row_shards(mesh))
-        fits = [fit.fit(config, stage, mesh, limit) for stage in plan_there]
-    plan = describe(config, fits, args.topology or None)
+    config = resolve_vocab(config)
+    plan = for_topology(config, args.topology) if args.topology else describe(config)
     print(table(plan), flush=True)
     return plan
 

@@ -23,6 +23,7 @@ from lowrank_jax.config import RunConfig, UsageError
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 ROWS = (DATA, FSDP)  # the axes that share out the rows of a batch
+LANES = 128  # a TPU gathers parts that are less wide by adding them up, which takes twice the traffic
 _WIDE = (TENSOR, FSDP)  # both on one dimension: what is left after gathering over fsdp is one piece
 
 # (pattern of a path, axes of its last dimensions): the first that matches counts; dimensions in front are whole.
@@ -47,13 +48,18 @@ RULES = (
 def shape(config: RunConfig, devices: int) -> tuple[int, int, int]:
     """Devices along data, fsdp and tensor: as in `config.mesh`, with what is 0 there chosen.
 
-    `fsdp` is then as many as the rows of every stage can be shared out over, and `tensor` what is left. Raises
-    UsageError in one line where they do not come out even.
+    `data` and `fsdp` together are then as many as the rows of every stage can be shared out over, `fsdp` as many of
+    these as leave LANES of the width to each, and `tensor` what is left. Raises UsageError in one line where they do
+    not come out even.
     """
     rows = math.gcd(*(stage.batch for stage in stages.plan(config)))
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
-    left = max(devices // (data * max(fsdp, 1) * max(tensor, 1)), 1)
-    fsdp = fsdp or (left if tensor else math.gcd(left, rows // math.gcd(rows, data)))
+    given = max(data, 1) * max(fsdp, 1)
+    left = max(devices // (given * max(tensor, 1)), 1)
+    parts = left if tensor else math.gcd(left, rows // math.gcd(rows, given))
+    wide = [n for n in range(1, parts + 1) if parts % n == 0 and config.model.d % (n * LANES) == 0] or [1]
+    fsdp = fsdp or (parts if data else wide[-1])
+    data = data or max(parts * given // fsdp, 1)
     tensor = tensor or max(devices // (data * fsdp), 1)
     said = f"config.mesh (data={data}, fsdp={fsdp}, tensor={tensor})"
     if data * fsdp * tensor != devices:
@@ -118,14 +124,16 @@ def path_name(path: tuple) -> str:
 def of_tree(mesh: Mesh, tree):
     """The sharding of every array of a tree, by RULES; raises ValueError for a path that none of them knows."""
 
-    def of(path, x):
-        axes = next((axes for pattern, axes in RULES if re.search(pattern, path_name(path))), None)
-        if axes is None:
-            raise ValueError(f"no rule in sharding.RULES for {path_name(path)}")
-        axes = (None,) * (len(x.shape) - len(axes)) + axes
-        return NamedSharding(mesh, _fitting(mesh.shape, x.shape, axes))
-
+    of = lambda path, x: NamedSharding(mesh, _fitting(mesh.shape, x.shape, axes_of(path, x.ndim)))
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def axes_of(path: tuple, ndim: int) -> tuple:
+    """What RULES say of each dimension of the array at `path`."""
+    axes = next((axes for pattern, axes in RULES if re.search(pattern, path_name(path))), None)
+    if axes is None:
+        raise ValueError(f"no rule in sharding.RULES for {path_name(path)}")
+    return (None,) * (ndim - len(axes)) + axes
 
 
 def of_rows(mesh: Mesh, rows: int) -> NamedSharding:
@@ -160,10 +168,25 @@ def _fitting(sizes, shape: tuple[int, ...], axes: tuple) -> PartitionSpec:
     return PartitionSpec(*kept)
 
 
+def hops_to_first(axes: tuple) -> list[tuple]:
+    """Layouts of a stack of arrays that are laid out as `axes` say: from that to whole arrays, an axis at a time.
+
+    (From one step to the next is one all-to-all; XLA makes a gather of two steps at once.)
+    """
+    without_fsdp = [names if isinstance(names, str | None) else names[0] for names in axes]
+    without_fsdp = [None if name == FSDP else name for name in without_fsdp]
+    return [(None, *axes), (FSDP, *without_fsdp), ((FSDP, TENSOR),)]
+
+
+def context_size(*axes: str) -> int:
+    """In how many parts the mesh that the program is made for cuts what is laid out along these axes."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in axes)
+
+
 def microbatches(x_BT: jax.Array, rows: int) -> jax.Array:
     """[B, T] as [n, rows, T]: of each device's own rows so many at a time that together they are `rows`."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    parts = math.prod(sizes.get(axis, 1) for axis in ROWS)
+    parts = context_size(*ROWS)
     cut = x_BT.reshape(parts, -1, rows // parts, x_BT.shape[1]).swapaxes(0, 1)
     return constrain(cut.reshape(-1, rows, x_BT.shape[1]), None, ROWS)
 

@@ -84,7 +84,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         programs, fits = _gate(config, mesh, folder, signals)
         stack.enter_context(contextlib.closing(programs))
         if processes.is_first():
-            show(plan.table(plan.describe(config, fits)))
+            show(plan.table(plan.describe(config, fits, mesh)))
         if workdir.newest_checkpoint(folder) is None:
             programs.held = step.first_state(config, _first_params(config, mesh, tok), 0, mesh), START
         if old is None and processes.is_first():

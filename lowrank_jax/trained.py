@@ -1,5 +1,6 @@
 """A run's newest model, opened for use: config, tokenizer and parameters."""
 
+import dataclasses
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -29,4 +30,6 @@ def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
     if restored is None:
         raise UsageError(f"--workdir={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
     state, progress = restored
+    # The kernel that it was trained with may not be for this device, nor for other lengths.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     return Trained(config, tokenizer.load(workdir.tokenizer_folder(folder)), state.weights, progress)

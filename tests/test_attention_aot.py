@@ -1,6 +1,7 @@
 """What the compilers for GPUs and TPUs make of attention: its kernels, no T x T array, memory, and nothing gathered."""
 
 import collections
+import functools
 import math
 import os
 import re
@@ -12,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax import attention, devices
@@ -26,21 +26,18 @@ TPU = "tpu_custom_call"  # one of the forward pass, and two of the backward pass
 both_kernels = pytest.mark.parametrize("kernel", ["cudnn", "splash"])
 
 
-@pytest.fixture(autouse=True)
-def a_version_of_cudnn(monkeypatch):
-    """JAX asks the library that is installed, and none is here: the one of the described H100."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-
-
-def compile_gradient(kernel: str, topology: str, shape: tuple, mesh_shape=(1, 1, 1), layers=0) -> jax.stages.Compiled:
-    """dq, dk and dv of packed [B, T, H, K] in bf16; with `layers`, through rematerialised layers of a scan."""
+def described(topology: str) -> list[jax.Device]:
     try:
-        here = devices.topology(topology)
+        return devices.topology(topology)
     except UsageError as e:
         if "is not installed" in str(e):
             pytest.skip(str(e))
         raise
-    mesh = Mesh(np.asarray(here).reshape(mesh_shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def compile_gradient(kernel: str, topology: str, shape: tuple, mesh_shape=(1, 1, 1), layers=0) -> jax.stages.Compiled:
+    """dq, dk and dv of packed [B, T, H, K] in bf16; with `layers`, through rematerialised layers of a scan."""
+    mesh = Mesh(np.asarray(described(topology)).reshape(mesh_shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
     def gradient(q, k, v, segments_BT, of_out):
         once = lambda q, k, v: attention.attend(q, k, v, segments_BT, kernel)
@@ -90,6 +87,15 @@ def test_cudnn_is_told_the_scale_of_the_model_and_to_be_causal():
     text = compile_gradient("cudnn", "h100:1", (1, 256, 2, 32)).as_text()
     scales = [float(x) for x in re.findall(r'"fmha_scale": ?([\d.e-]+)', text)]
     assert scales == pytest.approx([32**-0.5] * 2) and re.findall(r'"mask_type": ?"(\w+)"', text) == ["CAUSAL"] * 2
+
+
+def test_a_gpu_does_not_lose_the_second_part_of_a_slope():
+    """x - float32(bfloat16(x)) is 0 there: XLA keeps more precision than it is asked for."""
+    (h100,) = described("h100:1")
+    spec = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(h100))
+    qk, slopes_H = spec((1, 256, 6, 32), jnp.bfloat16), spec((6,), jnp.float32)
+    compiled = jax.jit(lambda q, k, m: attention._augment(q, k, m, 32**-0.5)).lower(qk, qk, slopes_H).compile()
+    assert " reduce-precision(" in compiled.as_text()
 
 
 @both_kernels
