@@ -31,7 +31,7 @@ def groups() -> dict:
             "d": 512,  # width
             "layers": 8,
             "heads": 16,  # must divide d
-            # Mean rank R of Q, K, V, O; R = d/8 is 75% fewer attention parameters than dense. 0: dense, without latents.
+            # Mean rank R of Q, K, V, O; R = d/8 is 75% fewer attention parameters than dense. 0: dense, no latents.
             "rank": 64,
             # Shares of the 4R ranks for q, k, v, o. At d=256 a uniform split lost 0.014 bits per byte to q, k at R/2
             # and v, o at 3R/2 (one seed, 1M tokens).

@@ -1,6 +1,6 @@
 """Model sizes by name: --config=configs/preset.py:base17. R = d/8 throughout: attention with 75% fewer parameters.
 
-The two large ones are planned and not trained here: `lowrank_jax.plan --topology` says what they need (docs/scaling.md).
+The two large ones were planned and never trained: `lowrank_jax.plan --topology` says what they need (docs/scaling.md).
 """
 
 from configs import default
@@ -18,7 +18,7 @@ PRESETS = {
 # Tokens a step are a power of two, so that 16, 64 or 256 devices share out the rows of every length.
 LARGE = {
     "1b": {"tokens_per_step": 2**19, "microbatch_tokens": 8192, "grow_every_steps": 10_000, "lr": 2e-3},
-    "7b": {"tokens_per_step": 2**21, "microbatch_tokens": 32_768, "grow_every_steps": 20_000, "lr": 1e-3},
+    "7b": {"tokens_per_step": 2**21, "microbatch_tokens": 65_536, "grow_every_steps": 20_000, "lr": 1e-3},
 }
 
 

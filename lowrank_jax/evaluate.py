@@ -29,7 +29,7 @@ def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, lengt
 
 
 def split(batches: list[stream.Batch], rows: int, of: int = 1) -> list[stream.Batch]:
-    """The same rows, at most so many in a batch but a multiple of `of`; the last is filled up with rows of no weight."""
+    """The same rows, at most so many in a batch but a multiple of `of`; the last is filled with rows of no weight."""
     whole = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     count = len(whole["tokens"])
     rows = max(min(rows, count) // of, 1) * of

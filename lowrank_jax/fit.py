@@ -63,7 +63,8 @@ def fit(
 ) -> Fit:
     """The stage with the most rows at a time that fit, up to what it asks for; rematerialised if not even one does.
 
-    `options` are for the compiler. Where `model.attention` is `auto` and the platform's kernel refuses the stage, it is `chunked`.
+    Where `model.attention` is `auto` and the platform's kernel refuses the stage, it is `chunked`. `options` are the
+    compiler's.
     """
     shards = sharding.row_shards(mesh)
     stage, note = _resolve(config, restrict(stage, learnt, shards), sharding.a_device(mesh).platform)

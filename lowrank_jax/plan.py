@@ -38,7 +38,9 @@ def describe(
     `texts` are those of the stages' programs, by name.
     """
     m, counts, dense = config.model, costs.parameters(config.model), costs.dense_parameters(config.model)
-    dtype, fitted = precision.policy(config.precision).dtype, {found.stage.name: found for found in fits}
+    platform = sharding.a_device(mesh).platform if mesh else None
+    dtype = precision.policy(precision.resolve(config.precision, platform)).dtype
+    fitted = {found.stage.name: found for found in fits}
     shards = sharding.row_shards(mesh) if mesh else 1
     return {
         "params": counts
@@ -91,23 +93,18 @@ def _bytes(tree) -> int:
 
 
 def gathered_bytes(config: RunConfig, mesh: Mesh, text: str) -> dict[str, float]:
-    """{attention, total}: bytes of weights that a device gathers in a step, of attention's and of all.
+    """{attention, total}: bytes that all-gathers bring a device in a step, of attention's weights and of all.
 
-    Told apart by size: an array as large as one of attention's weights is one. Where a TPU multiplies by a weight as
-    its parts come in, they come by permutation, in each of which the group's devices hand on a part: those count too.
+    Told apart by size: an array as large as one of attention's weights, or as what a tensor group has of it, is one.
+    A TPU's compiler gathers some weights part by part while it multiplies by them; those are collective-permutes, which
+    also carry sums of gradients, and are not in here.
     """
-    params = step.abstract_state(config, mesh).params
-    tensor = mesh.shape[sharding.TENSOR]
-    weights = jax.tree.leaves(params["blocks"]["attention"])
-    sizes = {x.shape[1] * x.shape[2] // cut for x in weights for cut in (1, tensor)}
-    others = [x for x in jax.tree.leaves(params["blocks"]["mlp"]) if x.ndim == 3]
-    parts = {x.shape[1] * x.shape[2] // cut // mesh.shape[sharding.FSDP] for x in others for cut in (1, tensor)}
+    weights = jax.tree.leaves(step.abstract_state(config, mesh).params["blocks"]["attention"])
+    sizes = {x.shape[1] * x.shape[2] // cut for x in weights for cut in (1, mesh.shape[sharding.TENSOR])}
     found = {"attention": 0.0, "total": 0.0}
-    for c in hlo.collectives(text):
-        if c.kind == "all-gather":
-            found["attention"] += c.times * sum(size * c.bytes / sum(c.sizes) for size in c.sizes if size in sizes)
-        if c.kind == "all-gather" or (c.kind == "collective-permute" and set(c.sizes) <= parts):
-            found["total"] += c.times * c.bytes
+    for c in (c for c in hlo.collectives(text) if c.kind == "all-gather"):
+        found["total"] += c.times * c.bytes
+        found["attention"] += c.times * c.bytes * sum(n for n in c.sizes if n in sizes) / sum(c.sizes)
     return found
 
 
@@ -138,7 +135,7 @@ def dense_twin(config: RunConfig, found: Fit, mesh: Mesh) -> dict:
     return {"stage": found.stage.name, "gathered_bytes": gathered, "collective_bytes": hlo.collective_bytes(text)}
 
 
-# ---------------------------------------------------------------------------------------------------------- for a reader
+# --------------------------------------------------------------------------------------------------------- for a reader
 
 
 def table(plan: dict) -> str:
@@ -176,51 +173,64 @@ def _memory(s: dict) -> str:
 
 
 def _on_devices(plan: dict) -> list[str]:
-    """How the devices are used, where they are more than one or have peaks."""
+    """What the compiled stages do on their devices."""
     compiled = [s for s in plan["stages"] if s["collective_bytes"] is not None]
     if not compiled:
         return []
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    head = f"{'GiB a device:':16}{'weights':>9}{'optimizer':>10}{'temporary':>10}  {'attention':10}{'compiled in':>12}"
-    lines = ["", f"on {plan['devices']} x {plan['device_kind']} ({mesh})", head]
-    gib = lambda s, key: f"{s[f'{key}_bytes_per_device'] / 2**30:.2f}"
+    lines = ["", f"on {plan['devices']} x {plan['device_kind']} ({mesh})"]
+    lines += _per_device(compiled) + _exchanged(compiled)
+    lines += _beside_twin(plan["dense_twin"], compiled) if "dense_twin" in plan else []
+    return lines + _at_the_peaks([s for s in compiled if s["est_step_seconds"]])
+
+
+def _per_device(compiled: list[dict]) -> list[str]:
+    lines = [
+        f"{'GiB a device:':16}{'weights':>9}{'optimizer':>11}{'temporary':>11}  {'attention':10}{'compiled in':>12}"
+    ]
+    for s in compiled:
+        sizes = [s[f"{part}_bytes_per_device"] / 2**30 for part in ("param", "optimizer", "activation")]
+        shown = f"{s['name']:16}{sizes[0]:9.2f}{sizes[1]:11.2f}{sizes[2]:11.2f}  {s['attention_kernel']:10}"
+        lines.append(f"{shown}{s['compile_seconds']:10.0f} s" + (f"  ({s['note']})" if s["note"] else ""))
+    return lines
+
+
+def _exchanged(compiled: list[dict]) -> list[str]:
+    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in s["collective_bytes"] for s in compiled)]
+    if not kinds:
+        return []
+    lines = ["", f"{'MB a step:':16}" + "".join(f"{kind:>20}" for kind in kinds)]
     for s in compiled:
         lines.append(
-            f"{s['name']:16}{gib(s, 'param'):>9}{gib(s, 'optimizer'):>10}{gib(s, 'activation'):>10}  "
-            f"{s['attention_kernel']:10}{s['compile_seconds']:>10.0f} s" + (f"  ({s['note']})" if s["note"] else "")
+            f"{s['name']:16}" + "".join(f"{s['collective_bytes'].get(kind, 0) / 1e6:20,.1f}" for kind in kinds)
         )
-    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in s["collective_bytes"] for s in compiled)]
-    if kinds:
-        lines += ["", f"{'MB a step:':16}" + "".join(f"{kind:>20}" for kind in kinds)]
-        for s in compiled:
-            amounts = "".join(f"{s['collective_bytes'].get(kind, 0) / 1e6:20,.1f}" for kind in kinds)
-            lines.append(f"{s['name']:16}{amounts}")
-    if twin := plan.get("dense_twin"):
-        ours = next(s for s in compiled if s["name"] == twin["stage"])["gathered_bytes"]
-        lines += ["", f"{'gathered, ' + twin['stage'] + ', MB a step':34}{'low rank':>12}{'dense':>12}{'saved':>8}"]
-        for name in ("attention", "total"):
-            here, there = ours[name], twin["gathered_bytes"][name]
-            saved = f"{1 - here / there:8.1%}" if there else ""
-            lines.append(f"{name:34}{here / 1e6:12,.1f}{there / 1e6:12,.1f}{saved}")
-    timed = [s for s in compiled if s["est_step_seconds"]]
-    if timed:
-        head = (
-            f"{'at the peaks:':16}{'compute':>10}{'memory':>10}{'network':>10}{'step':>10}  {'waits for':10}{'MFU':>6}"
-        )
-        lines += [
-            "",
-            "an estimate: by the chip's published peaks, with everything overlapped; a real step takes longer",
-        ]
-        lines.append(f"{head}{'whole stage':>13}")
-        ms = lambda seconds: f"{1e3 * seconds:,.1f} ms"
-        for s in timed:
-            parts = "".join(f"{ms(s[f'{key}_seconds']):>10}" for key in ("compute", "memory", "network"))
-            lines.append(
-                f"{s['name']:16}{parts}{ms(s['est_step_seconds']):>10}  {s['est_bound']:10}{s['est_mfu_bound']:6.0%}"
-                f"{s['est_stage_seconds'] / 3600:11.2f} h"
-            )
-        lines.append(f"{'all stages':78}{sum(s['est_stage_seconds'] for s in timed) / 3600:9.2f} h")
     return lines
+
+
+def _beside_twin(twin: dict, compiled: list[dict]) -> list[str]:
+    both = next(s for s in compiled if s["name"] == twin["stage"]), twin
+    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in s["collective_bytes"] for s in both)]
+    rows = {"all-gather of attention's weights": [s["gathered_bytes"]["attention"] for s in both]}
+    rows |= {kind: [s["collective_bytes"].get(kind, 0) for s in both] for kind in kinds}
+    lines = ["", f"{'with dense attention, MB a step of ' + twin['stage']:54}{'low rank':>12}{'dense':>12}{'saved':>8}"]
+    for name, (ours, theirs) in rows.items():
+        lines.append(f"{name:54}{ours / 1e6:12,.1f}{theirs / 1e6:12,.1f}{1 - ours / (theirs or 1):8.1%}")
+    return lines
+
+
+def _at_the_peaks(timed: list[dict]) -> list[str]:
+    if not timed:
+        return []
+    parts = ("compute", "memory", "network")
+    head = f"{'at the peaks:':16}" + "".join(f"{part:>13}" for part in (*parts, "step"))
+    lines = ["", "an estimate: by the chip's published peaks, with everything overlapped; a real step takes longer"]
+    lines.append(f"{head}  {'waits for':10}{'MFU':>6}{'whole stage':>13}")
+    for s in timed:
+        times = [*(s[f"{part}_seconds"] for part in parts), s["est_step_seconds"]]
+        shown = f"{s['name']:16}" + "".join(f"{1e3 * seconds:10,.1f} ms" for seconds in times)
+        hours = s["est_stage_seconds"] / 3600
+        lines.append(f"{shown}  {s['est_bound']:10}{s['est_mfu_bound']:6.0%}{hours:11,.1f} h")
+    return [*lines, f"{'all stages':86}{sum(s['est_stage_seconds'] for s in timed) / 3600:11,.1f} h"]
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -22,8 +22,8 @@ MOST_READERS = 8
 class Stage:
     """A run of steps with one compiled program: `batch` rows of `seq_len` tokens, `microbatch` rows at a time.
 
-    `microbatch`, `remat`, `precision` and `attention` are what the config asks for; `fit` replaces what the devices have
-    no room for, and what is `auto`.
+    `microbatch`, `remat`, `precision` and `attention` are what the config asks for; `fit` replaces what the devices
+    have no room for, and what is `auto`.
     """
 
     name: str

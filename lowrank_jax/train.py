@@ -234,7 +234,8 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
                 continue
             except (UsageError, OSError):  # data that cannot be used or read: what was learnt so far is kept
                 with contextlib.suppress(RunFailure):
-                    _save(r, meter, state, at)
+                    if processes.count() == 1:  # the others know nothing of it, and would not join in
+                        _save(r, meter, state, at)
                 raise
             at = _after(at, stage, cursor)
             faults.run_out_of_memory(at["step"], state)
