@@ -11,7 +11,7 @@ PRESETS = {
     "smallx2": {"d": 512, "layers": 16, "heads": 16, "rank": 64},
     "base": {"d": 768, "layers": 12, "heads": 24, "rank": 96},
     "base17": {"d": 768, "layers": 17, "heads": 24, "rank": 96},
-    # 0.97 and 6.8 billion parameters. Heads of 64 and, with ALiBi's channels, 80: what cuDNN's attention takes.
+    # 0.98 and 6.8 billion parameters. Heads of 64 and, with ALiBi's channels, 80: what cuDNN's attention takes.
     "1b": {"d": 2048, "layers": 24, "heads": 32, "rank": 256, "remat": True},
     "7b": {"d": 4096, "layers": 44, "heads": 64, "rank": 512, "remat": True},
 }

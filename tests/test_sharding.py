@@ -1,0 +1,300 @@
+"""A mesh of devices trains as one does: where every array is, and what comes out on 2, 4 and 8 of them."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import run_config
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
+
+from lowrank_jax import sharding, stages, step
+from lowrank_jax.config import UsageError
+from lowrank_jax.sharding import DATA, FSDP, TENSOR
+
+ROOT = pathlib.Path(__file__).parents[1]
+ODD = {"model__d": 30, "model__heads": 6, "model__rank": 20, "model__vocab": 257, "model__rank_split": "1,1,1,1"}
+MODELS = [
+    {},
+    {"optim__name": "adamw", "optim__ema": 0.9},
+    {"model__mlp_rank": 4, "model__embed_rank": 8, "model__shared_kv": True},
+    {"model__rank": 0},
+    ODD,
+]
+
+
+def abstract_mesh(data=2, fsdp=2, tensor=2):
+    return AbstractMesh((data, fsdp, tensor), sharding.AXES)
+
+
+def layouts(config, mesh) -> dict:
+    shapes = jax.eval_shape(lambda: step._start(config, step._init(config), 0))
+    laid = sharding.of_tree(mesh, shapes)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(laid))
+    return {sharding.path_name(path): (x.shape, at) for (path, x), at in leaves}
+
+
+# ------------------------------------------------------------------------------------------------------- what is where
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_every_array_of_a_state_has_a_layout_that_divides_it(changes):
+    for shape, at in layouts(run_config(**changes), abstract_mesh()).values():
+        at.shard_shape(shape)  # raises where it does not
+
+
+@pytest.mark.parametrize("changes", MODELS)
+def test_moments_and_averages_are_where_their_parameters_are(changes):
+    laid = layouts(run_config(**changes), abstract_mesh())
+    params = {name.removeprefix("params/"): at for name, at in laid.items() if name.startswith("params/")}
+    followers = [(name, at, p) for name, at in laid.items() for p in params if name.endswith(f"/{p}")]
+    assert len(followers) > len(params)
+    for name, (shape, at), p in followers:
+        assert (shape, at) == params[p], name
+
+
+def test_the_rank_is_never_cut_and_the_rest_of_the_weights_is():
+    laid = layouts(run_config(model__d=64, model__heads=4, model__rank=8), abstract_mesh(1, 4, 2))
+    for name, (shape, at) in laid.items():
+        if name.startswith("params/blocks/attention/"):
+            rank = 2 if name.endswith("down") else 1
+            assert len(at.spec) <= rank or at.spec[rank] is None, name
+            assert at.shard_shape(shape)[rank] == shape[rank] and math.prod(at.shard_shape(shape)) < math.prod(shape)
+
+
+def test_a_path_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no rule in sharding.RULES for blocks/attention/q/bias"):
+        sharding.of_tree(abstract_mesh(), {"blocks": {"attention": {"q": {"bias": np.zeros(3)}}}})
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    x = np.zeros((4, 6))
+    assert sharding.constrain(x, sharding.ROWS, TENSOR) is x
+    assert tuple(sharding.spec(x.shape, sharding.ROWS, TENSOR)) == (None, None)
+
+
+# -------------------------------------------------------------------------------------------------------- which mesh
+
+
+@given(
+    devices=st.integers(1, 96),
+    rows=st.integers(1, 96),
+    heads=st.sampled_from([1, 6, 8, 12]),
+    data=st.sampled_from([0, 0, 1, 2, 3]),
+    fsdp=st.sampled_from([0, 0, 1, 2, 4]),
+    tensor=st.sampled_from([0, 0, 1, 2]),
+)
+def test_a_mesh_is_of_all_devices_as_asked_for_and_shares_rows_out_evenly(devices, rows, heads, data, fsdp, tensor):
+    asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"model__d": 768, "model__heads": heads, "pretrain__block": 8, "pretrain__tokens_per_step": 8 * rows}
+    config = run_config(**sizes, pretrain__readers=1, **{f"mesh__{axis}": size for axis, size in asked.items()})
+    try:
+        found = dict(zip(sharding.AXES, sharding.shape(config, devices)))
+    except UsageError as e:
+        assert "\n" not in str(e) and "config.mesh" in str(e)
+        return
+    assert math.prod(found.values()) == devices and rows % (found[DATA] * found[FSDP]) == 0
+    assert all(found[axis] == size for axis, size in asked.items() if size)
+
+
+@pytest.mark.parametrize(
+    "devices,changes,expected",
+    [
+        (1, {}, (1, 1, 1)),
+        (8, {}, (1, 8, 1)),
+        (16, {}, (2, 8, 1)),  # 1024 / 128
+        (8, {"pretrain__tokens_per_step": 4 * 64}, (1, 4, 2)),
+        (8, {"mesh__data": 2}, (2, 4, 1)),
+        (8, {"mesh__tensor": 4}, (1, 2, 4)),
+        (8, {"model__d": 64}, (8, 1, 1)),
+    ],
+)
+def test_what_is_not_asked_for_is_chosen(devices, changes, expected):
+    sizes = {"model__d": 1024, "model__heads": 8, "pretrain__block": 64, "pretrain__tokens_per_step": 64 * 64}
+    assert sharding.shape(run_config(**sizes | changes), devices) == expected
+
+
+@pytest.mark.parametrize(
+    "devices,changes,names",
+    [
+        (7, {}, ["7 devices", "8 rows", "pretrain-64", "tokens_per_step"]),
+        (8, {"mesh__data": 3}, ["data=3", "there are 8"]),
+        (8, {"mesh__data": 16}, ["data=16", "there are 8"]),
+        (16, {"mesh__fsdp": 16}, ["8 rows", "fsdp=16"]),
+    ],
+)
+def test_what_does_not_come_out_even_is_one_line(devices, changes, names):
+    config = run_config(model__heads=8, pretrain__block=64, pretrain__tokens_per_step=8 * 64, **changes)
+    with pytest.raises(UsageError) as e:
+        sharding.shape(config, devices)
+    assert all(name in str(e.value) for name in names), e.value
+
+
+def device(process: int):
+    return types.SimpleNamespace(process_index=process)
+
+
+@pytest.mark.parametrize(
+    "processes,shape,shares",
+    [
+        ([0, 0, 1, 1], (4, 1, 1), [(0, 2), (1, 2)]),
+        ([0, 0, 1, 1], (1, 2, 2), [(0, 2), (1, 2)]),
+        ([0, 1, 0, 1], (2, 1, 2), [(0, 1), (0, 1)]),  # a tensor group over both: the same rows
+        ([1, 1, 0, 0], (1, 4, 1), [(1, 2), (0, 2)]),
+        ([0, 1, 2, 3], (2, 1, 2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_need(processes, shape, shares, monkeypatch):
+    devices = np.array([device(process) for process in processes]).reshape(shape)
+    mesh = types.SimpleNamespace(devices=devices, shape=dict(zip(sharding.AXES, shape)))
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.my_share(mesh) == share
+
+
+def test_rows_that_processes_share_in_part_are_refused():
+    devices = np.array([device(p) for p in (0, 1, 1, 1)]).reshape(2, 1, 2)
+    with pytest.raises(UsageError, match="across processes"):
+        sharding.my_share(types.SimpleNamespace(devices=devices, shape={"data": 2, "fsdp": 1, "tensor": 2}))
+
+
+def test_microbatches_never_grow_past_what_a_device_may_hold():
+    config = run_config(pretrain__block=64, pretrain__tokens_per_step=64 * 64, pretrain__microbatch_tokens=128)
+    for shards in (1, 2, 8, 64):
+        stage = stages.plan(config, shards)[0]
+        assert stage.microbatch % shards == 0 and 64 % stage.microbatch == 0
+        assert stage.microbatch // shards == min(2, 64 // shards)
+
+
+# ------------------------------------------------------------------------------------------------- on eight devices
+
+
+EIGHT = """
+import json, sys
+sys.path[:0] = ["tests"]
+import jax, numpy as np
+from conftest import run_config
+from lowrank_jax import costs, hlo, sharding, stages, step
+from lowrank_jax.checkpoint import Checkpoints, _checksum
+
+ROWS, T, STEPS = 16, 64, 6
+SIZES = dict(model__d=32, model__heads=4, model__layers=3, model__rank=4, model__vocab=256)
+ODD = dict(model__d=30, model__heads=6, model__layers=3, model__rank=20, model__vocab=257, model__rank_split="1,1,1,1")
+
+def config_of(sizes, mesh, **changes):
+    data = dict(pretrain__tokens_per_step=ROWS * T, pretrain__block=T, pretrain__steps=STEPS, pretrain__lr=1e-2,
+                pretrain__microbatch_tokens=T, precision="fp32", optim__ema=0.9)
+    return run_config(**sizes | data | changes | {f"mesh__{axis}": size for axis, size in mesh.items()})
+
+def batch(i, vocab):
+    draw = np.random.default_rng(i)
+    ids = draw.integers(0, vocab, (ROWS, T + 1)).astype(np.int32)
+    segments = np.sort(draw.integers(1, 4, (ROWS, T)), axis=1).astype(np.int32)
+    weights = (draw.random((ROWS, T)) < 0.8).astype(np.float32)
+    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segments": segments, "weights": weights}
+
+def train(devices, mesh, sizes=SIZES, **changes):
+    config = config_of(sizes, mesh, **changes)
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
+    stage = stages.plan(config, sharding.row_shards(mesh))[0]
+    first = step.init_params(config, mesh)
+    begun = jax.tree.map(sharding.fetch, first)
+    state, losses = step.first_state(config, first, 0, mesh), []
+    compiled = step.lower(config, stage, mesh).compile()
+    for i in range(STEPS):
+        placed = {k: sharding.put(x, sharding.of_rows(mesh, ROWS)) for k, x in batch(i, config.model.vocab).items()}
+        state, metrics = compiled(state, placed)
+        losses.append(float(metrics["loss"]))
+    for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(step.abstract_state(config, mesh))):
+        assert x.sharding == at.sharding  # no layout has drifted
+    return config, mesh, begun, np.array(losses), state, compiled
+
+def apart(a, b):
+    both = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    return float(max(np.abs(sharding.fetch(x) - sharding.fetch(y)).max() for x, y in both))
+
+told = []
+MESHES = [dict(data=2), dict(fsdp=2), dict(tensor=2), dict(data=2, fsdp=2), dict(fsdp=2, tensor=2),
+          dict(data=2, fsdp=2, tensor=2), dict(fsdp=8), dict(data=2, tensor=4)]
+for sizes, changes, meshes in (
+    (SIZES, {}, MESHES),
+    # AdamW divides gradients of about 0 by themselves: what rounding does to a parameter is of the size of its rate.
+    (SIZES, {"optim__name": "adamw", "pretrain__lr": 2e-3}, [dict(data=2, fsdp=2, tensor=2), dict(fsdp=8)]),
+    (ODD, {}, [dict(data=2, fsdp=2, tensor=2)]),
+):
+    _, _, begun, losses, state, _ = train(1, {}, sizes, **changes)
+    for mesh in meshes:
+        ones = {axis: 1 for axis in sharding.AXES} | mesh
+        devices = int(np.prod(list(ones.values())))
+        config, _, here, found, ours, compiled = train(devices, ones, sizes, **changes)
+        told.append({"mesh": mesh, "loss": float(np.abs(found / losses - 1).max()), "start": apart(here, begun),
+                     "params": apart(ours.params, state.params), "average": apart(ours.average, state.average)})
+        if mesh == dict(fsdp=8) and not changes:
+            gathered = hlo.collective_bytes(compiled.as_text())["all-gather"] / (ROWS // 8)
+            told.append({"gathered": gathered, "weights": 4 * costs.parameters(config.model)["total"]})
+            eight = config, ours
+
+config, state = eight
+progress = {"step": STEPS, "phase": "pretrain"}
+with Checkpoints(sys.argv[1]) as saved:
+    saved.save(STEPS, state, progress)
+for devices in (4, 1, 8):
+    there = config_of(SIZES, {"data": 1, "fsdp": devices, "tensor": 1})
+    mesh = sharding.make_mesh(there, jax.devices()[:devices])
+    with Checkpoints(sys.argv[1], read_only=True) as saved:
+        restored, _ = saved.restore(step.abstract_state(there, mesh))
+    assert len(jax.tree.leaves(restored.params)[0].sharding.device_set) == devices
+    told.append({"restored": devices, "apart": apart(restored, state),
+                 "same": _checksum(restored, progress) == _checksum(state, progress)})
+x = np.arange(ROWS * T).reshape(ROWS, T)
+mesh = sharding.make_mesh(config, jax.devices())
+with jax.set_mesh(mesh):
+    placed = sharding.put(x, sharding.of_rows(mesh, ROWS))
+    cut = jax.jit(lambda x: sharding.microbatches(x, 8))
+    moved = hlo.collective_bytes(cut.lower(placed).compile().as_text())
+    told.append({"microbatches": sorted(np.asarray(cut(placed)).ravel().tolist()) == x.ravel().tolist(), "moved": moved})
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", EIGHT, str(tmp_path_factory.mktemp("eight") / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Involuntary full rematerialization" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_mesh_trains_as_one_device(eight):
+    trained = [row for row in eight if "mesh" in row]
+    assert len(trained) == 11
+    for row in trained:
+        assert row["start"] == 0 and row["loss"] <= 1e-5, row
+        assert row["params"] <= 1e-4 and row["average"] <= 1e-4, row
+
+
+def test_no_more_than_the_weights_are_gathered(eight):
+    (row,) = (row for row in eight if "gathered" in row)
+    assert 0 < row["gathered"] <= 2 * row["weights"]  # forward and backward, in fp32 here
+
+
+def test_a_checkpoint_goes_on_any_mesh_bit_for_bit(eight):
+    rows = [row for row in eight if "restored" in row]
+    assert [row["restored"] for row in rows] == [4, 1, 8]
+    assert all(row["apart"] == 0 and row["same"] for row in rows)
+
+
+def test_microbatches_are_of_each_devices_own_rows(eight):
+    (row,) = (row for row in eight if "microbatches" in row)
+    assert row["microbatches"] and row["moved"] == {}
