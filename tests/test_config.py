@@ -183,7 +183,7 @@ def test_a_missing_key_is_named():
         ({"model.heads": 15}, "config.model.heads=15 does not divide config.model.d=512; 16 would"),
         ({"model.heads": 0}, "config.model.heads=0"),
         ({"model.rank": 513}, "config.model.rank=513 must not exceed config.model.d=512"),
-        ({"model.rank": 0}, "config.model.rank=-1"),
+        ({"model.rank": -1}, "config.model.rank=-1"),
         ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "config.model.rank=1"),
         ({"model.rank_split": (1, 1, 1)}, "config.model.rank_split="),
         ({"model.rank_split": (1, 0, 1, 1)}, "config.model.rank_split="),

@@ -2,11 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -14,12 +9,11 @@ from conftest import run_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import fit, programs, stages, step
+from lowrank_jax import fit, programs, sharding, stages, step
 from lowrank_jax.config import UsageError
 from lowrank_jax.fit import Learnt
 
-ROOT = pathlib.Path(__file__).parents[1]
-CPU = jax.devices("cpu")[0]
+CPU = sharding.one_device()
 
 
 def config_of(memory: int = 0, **changes):
@@ -35,19 +29,19 @@ def stage_of(config):
 @functools.cache
 def found(memory: int = 0) -> fit.Fit:
     config = config_of(memory)
-    return fit.fit(config, stage_of(config), CPU)
+    return fit.fit(config, stage_of(config), CPU, fit.limit_bytes(config, CPU))
 
 
 @functools.cache
 def need(rows: int, remat: bool = False) -> int:
     config = config_of()
     stage = dataclasses.replace(stage_of(config), microbatch=rows, remat=remat)
-    return fit.fit(config, stage, CPU).need
+    return fit.fit(config, stage, CPU, fit.limit_bytes(config, CPU)).need
 
 
 def test_with_room_the_stage_stays_as_it_was_asked_for():
     assert found().fits and (found().stage.microbatch, found().stage.remat) == (4, False)
-    assert found().limit == pytest.approx(0.9 * fit.devices.memory_bytes(CPU))
+    assert found().limit == pytest.approx(0.9 * fit.devices.memory_bytes(jax.devices("cpu")[0]))
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(step.abstract_state(config_of()))]
     assert need(4) > need(2) > need(1) > sum(sizes) and need(1) > need(1, remat=True)
 
@@ -74,25 +68,33 @@ def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
     assert "pretrain-64" in line and "one row of 64 tokens" in line and line.count("GiB") == 2
     config = config_of(need(1, remat=True) - 1)
     with pytest.raises(UsageError, match="^stage pretrain-64 needs"):
-        programs.Programs(config, CPU, fit.NOTHING, lambda: False).fit_all(stages.plan(config), {})
+        limit = fit.limit_bytes(config, CPU)
+        programs.Programs(config, CPU, limit, fit.NOTHING, lambda: False).fit_all(stages.plan(config), {})
 
 
-@given(batch=st.integers(1, 60), length=st.integers(1, 64), asked=st.integers(1, 60), halvings=st.integers(0, 12))
-def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(batch, length, asked, halvings):
-    stage = dataclasses.replace(stage_of(config_of()), batch=batch, seq_len=length)
-    stage = dataclasses.replace(stage, microbatch=stages.divisor(batch, asked))
+@given(
+    batch=st.integers(1, 60),
+    length=st.integers(1, 64),
+    asked=st.integers(1, 60),
+    shards=st.integers(1, 6),
+    halvings=st.integers(0, 12),
+)
+def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(batch, length, asked, shards, halvings):
+    stage = dataclasses.replace(stage_of(config_of()), batch=batch * shards, seq_len=length)
+    stage = dataclasses.replace(stage, microbatch=stages.divisor(batch * shards, asked, shards))
     for _ in range(halvings):
-        smaller = fit.shrink(stage, stage.microbatch // 2)
+        smaller = fit.shrink(stage, stage.microbatch // 2, shards)
         if smaller is None:
-            assert stage.microbatch == 1 and stage.remat
+            assert stage.microbatch == shards and stage.remat
             break
-        assert smaller.batch == batch and batch % smaller.microbatch == 0
-        assert smaller.microbatch <= max(stage.microbatch // 2, 1) and smaller.remat >= stage.remat
-        learnt = Learnt(smaller.microbatch * length, smaller.remat)
-        again = fit.restrict(stage, learnt)
+        assert smaller.batch == batch * shards and smaller.batch % smaller.microbatch == 0
+        assert smaller.microbatch % shards == 0  # every device has as many rows
+        assert smaller.microbatch <= max(stage.microbatch // 2, shards) and smaller.remat >= stage.remat
+        learnt = Learnt(smaller.microbatch // shards * length, smaller.remat)
+        again = fit.restrict(stage, learnt, shards)
         assert again.microbatch == smaller.microbatch and again.remat == smaller.remat  # on resume, from the ledger
-        longer = fit.restrict(dataclasses.replace(stage, seq_len=2 * length), learnt)
-        assert longer.microbatch * 2 * length <= max(learnt.microbatch_tokens, 2 * length)
+        longer = fit.restrict(dataclasses.replace(stage, seq_len=2 * length), learnt, shards)
+        assert longer.microbatch // shards * 2 * length <= max(learnt.microbatch_tokens, 2 * length)
         stage = smaller
 
 
@@ -114,23 +116,25 @@ def test_an_error_of_another_kind_is_not_a_lack_of_memory():
     assert not fit.is_out_of_memory(MemoryError("RESOURCE_EXHAUSTED"))
 
 
-AGREE = """
-import sys, jax
-index, address = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(address, 2, index)
-from lowrank_jax.fit import Learnt, agree
-print([agree(mine[index]) for mine in (
-    (Learnt(512, False), Learnt(256, False)), (Learnt(64, True), Learnt(512, False)), (None, Learnt(9, True)))])
-"""
+def test_all_processes_do_what_the_least_of_them_can():
+    assert fit.least([Learnt(512, False), Learnt(256, False)]) == Learnt(256, False)
+    assert fit.least([Learnt(64, True), Learnt(512, False)]) == Learnt(64, True)
+    assert fit.least([None, Learnt(9, True)]) is None
 
 
-def test_two_processes_agree_on_the_least_that_either_can_do():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = lambda i: [sys.executable, "-c", AGREE, str(i), address]
-    both = [subprocess.Popen(command(i), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE) for i in range(2)]
-    answers = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]  # below what gloo says
-    expected = [Learnt(256, False), Learnt(64, True), None]
-    assert answers == [str(expected)] * 2
+def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
+    config, events = config_of(), []
+    plan, limit = stages.plan(config), fit.limit_bytes(config, CPU)
+    events.append({"event": "compile"} | fit.facts(found()) | fit.where(config, CPU, limit))
+    assert fit.known(events, config, plan, CPU, limit)[plan[0]].stage == found().stage
+    assert fit.known(events, config, plan, CPU, limit - 1) == {}
+    for change in ({"mesh": [1, 8, 1]}, {"device": "TPU v4"}, {"config": "another"}):
+        assert fit.known([events[0] | change], config, plan, CPU, limit) == {}
+
+
+def test_a_kernel_that_a_device_refuses_is_replaced_and_told(monkeypatch):
+    config = config_of(pretrain__block=128, pretrain__tokens_per_step=4 * 128)
+    refuses = lambda *_: ("splash", "")
+    monkeypatch.setattr(fit.attention, "resolve", refuses)  # as on a TPU; its kernel does not compile for a CPU
+    there = fit.fit(config, stage_of(config), CPU, fit.limit_bytes(config, CPU))
+    assert there.fits and there.stage.attention == "chunked" and there.note.startswith("splash: ")

@@ -28,9 +28,12 @@ FLOORS = [
     ["model"],
     ["attention"],
     ["loss", "optim", "guard"],
+    ["sharding"],
     ["stages"],
-    ["costs", "precision", "devices", "track"],
+    ["roofline"],
+    ["costs", "precision", "devices", "track", "hlo"],
     ["workdir", "faults", "cli", "interrupt"],
+    ["processes"],
     ["config"],
 ]
 FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}

@@ -260,7 +260,8 @@ with jax.set_mesh(mesh):
     placed = sharding.put(x, sharding.of_rows(mesh, ROWS))
     cut = jax.jit(lambda x: sharding.microbatches(x, 8))
     moved = hlo.collective_bytes(cut.lower(placed).compile().as_text())
-    told.append({"microbatches": sorted(np.asarray(cut(placed)).ravel().tolist()) == x.ravel().tolist(), "moved": moved})
+    whole = sorted(np.asarray(cut(placed)).ravel().tolist()) == x.ravel().tolist()
+    told.append({"microbatches": whole, "moved": moved})
 print(json.dumps(told))
 """
 
