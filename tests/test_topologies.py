@@ -1,12 +1,13 @@
 """The plan for devices that are not here: what their real compilers make of every stage's step."""
 
 import contextlib
+from typing import NamedTuple
 
 import jax
 import pytest
 from conftest import run_config
 
-from lowrank_jax import devices, fit, hlo, plan, sharding, stages, step
+from lowrank_jax import devices, hlo, plan, sharding, stages, step
 from lowrank_jax.config import UsageError
 
 LENGTHS = (2048, 8192)
@@ -15,7 +16,7 @@ D, LAYERS, VOCAB = 512, 2, 1000
 
 
 def config_of(**changes):
-    sizes = {"d": D, "layers": LAYERS, "heads": 8, "rank": D // 8, "vocab": VOCAB, "remat": True}
+    sizes = {"d": D, "mlp": 960, "layers": LAYERS, "heads": 8, "rank": D // 8, "vocab": VOCAB, "remat": True}
     phase = {"tokens_per_step": 8 * 8192, "block": 2048, "steps": 20, "auto_grow": True, "grow_plan": "2048,8192"}
     phase |= {"grow_every_steps": 10}
     groups = {f"model__{key}": value for key, value in sizes.items()}
@@ -23,30 +24,36 @@ def config_of(**changes):
     return run_config(**groups | {"mesh__data": 1, "mesh__fsdp": 8} | changes)
 
 
-@contextlib.contextmanager
-def without_cache():
-    """`for_topology` turns the compilation cache off for its process."""
-    before = jax.config.jax_enable_compilation_cache
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+class Planned(NamedTuple):
+    name: str
+    plan: dict
+    texts: list[str]  # of the stages' programs
 
 
 @pytest.fixture(scope="module", params=list(KERNELS))
 def planned(request):
-    try:
-        devices.topology(request.param)
-    except UsageError as e:
-        if "is not installed" in str(e):
-            pytest.skip(str(e))
-        raise
-    with without_cache():
-        return request.param, plan.for_topology(config_of(), request.param)
+    texts, written = [], hlo.written
+
+    @contextlib.contextmanager
+    def kept():
+        with written() as (options, read):
+            yield options, lambda: texts.append(read()) or texts[-1]
+
+    cache = jax.config.jax_enable_compilation_cache  # is turned off for the process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hlo, "written", kept)
+        try:
+            return Planned(request.param, plan.for_topology(config_of(), request.param), texts[:2])
+        except UsageError as e:
+            if "is not installed" in str(e):
+                pytest.skip(str(e))
+            raise
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cache)
 
 
 def test_every_stage_is_compiled_and_fits(planned):
-    name, described = planned
+    name, described, _ = planned
     assert described["topology"] == name and described["devices"] == 8
     assert described["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert [s["seq_len"] for s in described["stages"]] == list(LENGTHS)
@@ -58,7 +65,7 @@ def test_every_stage_is_compiled_and_fits(planned):
 
 
 def test_weights_and_moments_are_cut_in_eight(planned):
-    _, described = planned
+    described = planned.plan
     whole = 4 * described["params"]["total"]
     for s in described["stages"]:
         assert whole / 8 <= s["param_bytes_per_device"] < 1.02 * whole / 8  # the norms' gains are on every device
@@ -66,12 +73,12 @@ def test_weights_and_moments_are_cut_in_eight(planned):
 
 
 def test_memory_grows_with_the_tokens_and_not_with_the_length(planned):
-    short, long = planned[1]["stages"]
+    short, long = planned.plan["stages"]
     assert long["peak_bytes_per_device"] < 1.25 * short["peak_bytes_per_device"]  # both have 64k tokens a step
 
 
 def test_what_is_gathered_is_at_most_the_weights_and_in_attention_a_quarter_of_the_dense_twins(planned):
-    name, described = planned
+    name, described, _ = planned
     weights, twin = 4 * described["params"]["total"], described["dense_twin"]["gathered_bytes"]
     for s in described["stages"]:
         assert 0 < s["gathered_bytes"]["total"] == s["collective_bytes"]["all-gather"] <= weights
@@ -83,7 +90,7 @@ def test_what_is_gathered_is_at_most_the_weights_and_in_attention_a_quarter_of_t
 
 
 def test_the_estimate_is_a_roofline_of_the_chip(planned):
-    name, described = planned
+    name, described, _ = planned
     chip = devices.chip(devices.topology(name)[0])
     for s in described["stages"]:
         parts = [s[f"{part}_seconds"] for part in ("compute", "memory", "network")]
@@ -93,29 +100,19 @@ def test_the_estimate_is_a_roofline_of_the_chip(planned):
 
 
 def test_the_table_tells_it(planned):
-    name, described = planned
+    name, described, _ = planned
     shown = plan.table(described)
     for word in ("fsdp 8", KERNELS[name], "all-gather", "estimate", "dense", "waits for"):
         assert word in shown
 
 
-@pytest.mark.parametrize("name", list(KERNELS))
-@pytest.mark.parametrize("length", LENGTHS)
-def test_no_array_of_length_by_length_is_in_the_step(name, length):
-    try:
-        mesh = sharding.make_mesh(config_of(), devices.topology(name))
-    except UsageError as e:
-        pytest.skip(str(e))
-    config = config_of()
-    stage = next(s for s in stages.plan(config, 8) if s.seq_len == length)
-    with without_cache(), hlo.written() as (options, read):
-        found = fit.fit(config, stage, mesh, fit.limit_bytes(config, mesh), options=options)
-        text = read()
-    assert found.stage.attention == KERNELS[name] == hlo.attention_kernel(text)
-    assert hlo.squares(text, length) == []
-    # The check sees one where there is one.
-    reference = config_of(model__attention="reference", model__remat=False)
-    if length == LENGTHS[0] and name == "v5e:2x4":
-        with without_cache(), hlo.written() as (options, read):
-            step.lower(reference, stages.plan(reference, 8)[0], mesh).compile(options)
-            assert any(f"{length},{length}" in shape for shape in hlo.squares(read(), length))
+def test_no_array_of_length_by_length_is_in_a_step(planned):
+    for length, text in zip(LENGTHS, planned.texts, strict=True):
+        assert hlo.attention_kernel(text) == KERNELS[planned.name]
+        assert hlo.squares(text, length) == []
+
+
+def test_the_search_for_such_an_array_finds_one_where_there_is_one():
+    config = config_of(model__attention="reference", model__remat=False, mesh__fsdp=1)
+    text = step.lower(config, stages.plan(config)[0], sharding.one_device()).compile().as_text()
+    assert any("2048,2048" in shape for shape in hlo.squares(text, 2048))
