@@ -17,7 +17,7 @@ PRESETS = {
 }
 # Tokens a step are a power of two, so that 16, 64 or 256 devices share out the rows of every length.
 LARGE = {
-    "1b": {"tokens_per_step": 2**19, "microbatch_tokens": 8192, "grow_every_steps": 10_000, "lr": 2e-3},
+    "1b": {"tokens_per_step": 2**19, "microbatch_tokens": 32_768, "grow_every_steps": 10_000, "lr": 2e-3},
     "7b": {"tokens_per_step": 2**21, "microbatch_tokens": 65_536, "grow_every_steps": 20_000, "lr": 1e-3},
 }
 

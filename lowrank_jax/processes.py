@@ -35,7 +35,7 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster:
         )
     if not given and not cluster and not _is_one_of_many():
         return
-    # Its preemption service would take SIGTERM for itself; interrupt.py does that, and `agree` tells the others.
+    # Its preemption service would take SIGTERM for itself; interrupt.py does that, and `Signals` tells the others.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator or None, processes or None, process if given else None)
@@ -45,8 +45,9 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster:
 
 
 def _is_one_of_many() -> bool:
-    tasks = max(int(os.environ.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    return tasks > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    env = os.environ
+    by_srun = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS") or 1) > 1  # not a batch script's own shell
+    return by_srun or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def count() -> int:

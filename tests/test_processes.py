@@ -123,7 +123,7 @@ import sys, time
 from lowrank_jax import processes
 from lowrank_jax.config import UsageError
 index = int(sys.argv[1])
-processes.start(sys.argv[2], 2, index)
+processes.start(sys.argv[2], 2, index) if sys.argv[2:] else processes.start()
 print(processes.gather({"mine": index}), processes.index(), processes.count(), processes.is_first())
 print(processes.on_first(lambda: f"from {index}"))
 def refuse():
@@ -140,13 +140,20 @@ processes.meet("end", 30)
 """
 
 
-def test_processes_agree_share_what_the_first_finds_and_notice_that_one_is_alone():
+def slurm(i: int) -> dict[str, str]:
+    """The environment of a job step's task, as far as JAX reads it; the number of the job makes the port."""
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    return job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+
+
+@pytest.mark.parametrize("through", ["coordinator", "slurm"])
+def test_processes_agree_share_what_the_first_finds_and_notice_that_one_is_alone(through):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = lambda i: [sys.executable, "-c", MEETING, str(i), address]
-    both = [subprocess.Popen(command(i), cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE) for i in range(2)]
+        address = [f"127.0.0.1:{s.getsockname()[1]}"] if through == "coordinator" else []
+    env = lambda i: os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | ({} if address else slurm(i))
+    command = lambda i: [sys.executable, "-c", MEETING, str(i), *address]
+    both = [subprocess.Popen(command(i), cwd=ROOT, env=env(i), text=True, stdout=subprocess.PIPE) for i in range(2)]
     told = [process.communicate(timeout=120)[0].splitlines() for process in both]
     for i, lines in enumerate(told):
         lines = [line for line in lines if not line.startswith("[Gloo]")]
