@@ -178,7 +178,7 @@ def estimate(
     seconds = {
         "compute": flops / chip.peak_flops,
         "memory": None if traffic is None else traffic / chip.memory_bandwidth,
-        "network": None if collectives is None else sum(network_seconds(chip, c, per_host) for c in collectives),
+        "network": None if collectives is None else math.fsum(network_seconds(chip, c, per_host) for c in collectives),
     }
     bound = max(seconds, key=lambda name: seconds[name] or 0.0)
     step = seconds[bound]

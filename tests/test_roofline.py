@@ -114,6 +114,7 @@ def test_a_ring_of_four_sends_what_it_must(kind, sent):
     "groups,bandwidth",
     [
         ([(0, 1, 2, 3), (4, 5, 6, 7)], 2.0),  # each on one host
+        ([(0, 1), (2, 3)], 2.0),
         ([(0, 4, 1, 5)], 1.0),  # two of each host
         ([(0, 1, 2, 4, 5, 6)], 1.5),
         ([(0, 1, 2, 3, 4, 5, 6, 7)], 2.0),  # four: no faster than the links
