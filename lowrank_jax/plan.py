@@ -261,7 +261,7 @@ def for_topology(config: RunConfig, topology: str) -> dict:
     for stage in plan:
         with hlo.written() as (options, read):
             fits.append(fit.fit(config, stage, mesh, limit, options=options))
-            texts[stage.name] = read()
+            texts[stage.name] = read() if fits[-1].program else None
     described = describe(config, fits, mesh, topology, texts)
     compiled = [found for found in fits if found.program]
     if mesh.devices.size > 1 and config.model.rank and compiled:
