@@ -62,7 +62,7 @@ class _Loop(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("c", "size", "max_new", "dtype"))
 def _start(c: ModelConfig, params, tokens_BT, lengths_B, stop_ids, key, sampling, *, size, max_new, dtype) -> _Loop:
     logits_BV, cache = model.prefill(c, params, tokens_BT, lengths_B, size, dtype)
-    first_B = _sample(logits_BV, sampling, key, 0)
+    first_B = _sample(logits_BV, sampling, jax.random.wrap_key_data(key), 0)
     out = jnp.zeros((tokens_BT.shape[0], max_new), jnp.int32).at[:, 0].set(first_B)
     return _Loop(cache, out, jnp.asarray(1), jnp.isin(first_B, stop_ids))
 
@@ -74,7 +74,8 @@ def _decode_until(c: ModelConfig, params, loop: _Loop, lengths_B, stop_ids, key,
     def body(loop: _Loop) -> _Loop:
         last_B = loop.out[:, loop.count - 1]
         logits_BV, cache = model.decode(c, params, last_B, lengths_B + loop.count - 1, loop.cache)
-        next_B = jnp.where(loop.done, stop_ids[0], _sample(logits_BV, sampling, key, loop.count))
+        drawn_B = _sample(logits_BV, sampling, jax.random.wrap_key_data(key), loop.count)
+        next_B = jnp.where(loop.done, stop_ids[0], drawn_B)
         out = loop.out.at[:, loop.count].set(next_B)
         return _Loop(cache, out, loop.count + 1, loop.done | jnp.isin(next_B, stop_ids))
 
@@ -82,8 +83,7 @@ def _decode_until(c: ModelConfig, params, loop: _Loop, lengths_B, stop_ids, key,
 
 
 def _sample(logits_BV, s: Sampling, key, count) -> jax.Array:
-    key = jax.random.fold_in(jax.random.wrap_key_data(key), count)
-    noise_BV = jax.random.gumbel(key, logits_BV.shape)
+    noise_BV = jax.random.gumbel(jax.random.fold_in(key, count), logits_BV.shape)
     drawn_B = jnp.argmax(filter_logits(logits_BV, s) + noise_BV, axis=-1)  # Gumbel-max: a draw from the softmax
     return jnp.where(s.temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
