@@ -7,11 +7,11 @@ import jax
 import pytest
 from conftest import run_config
 
-from lowrank_jax import devices, hlo, plan, sharding, stages, step
+from lowrank_jax import devices, fit, hlo, plan, sharding, stages, step
 from lowrank_jax.config import UsageError
 
 LENGTHS = (2048, 8192)
-KERNELS = {"v5e:2x4": "splash", "v6e:2x4": "splash", "h100:8": "cudnn"}
+KERNELS = {"v5e:2x4": "splash", "h100:8": "cudnn"}
 D, LAYERS, VOCAB = 512, 2, 1000
 
 
@@ -110,6 +110,21 @@ def test_no_array_of_length_by_length_is_in_a_step(planned):
     for length, text in zip(LENGTHS, planned.texts, strict=True):
         assert hlo.attention_kernel(text) == KERNELS[planned.name]
         assert hlo.squares(text, length) == []
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_nor_is_one_in_a_step_of_a_single_v6e(length):
+    config = config_of(mesh__fsdp=1, model__heads=4, model__d=256, model__mlp=512, pretrain__tokens_per_step=8192)
+    try:
+        mesh = sharding.make_mesh(config, devices.topology("v6e:1x1"))
+    except UsageError as e:
+        pytest.skip(str(e))
+    stage = next(s for s in stages.plan(config) if s.seq_len == length)
+    with hlo.written() as (options, read):
+        found = fit.fit(config, stage, mesh, fit.limit_bytes(config, mesh), options=options)
+        text = read()
+    assert found.fits and found.stage.attention == "splash" == hlo.attention_kernel(text)
+    assert hlo.squares(text, length) == []
 
 
 def test_the_search_for_such_an_array_finds_one_where_there_is_one():
