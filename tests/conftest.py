@@ -6,12 +6,14 @@ import pathlib
 import random
 import types
 
+import jax
 import pytest
 import runs
 from hypothesis import settings
 
 from configs import default
-from lowrank_jax.config import PhaseConfig, RunConfig
+from lowrank_jax import devices
+from lowrank_jax.config import PhaseConfig, RunConfig, UsageError
 from lowrank_jax.data import tokenizer
 
 settings.register_profile("toy", deadline=None, database=None, derandomize=True)
@@ -59,6 +61,16 @@ def phase(sources, **changes) -> PhaseConfig:
     """The settings of a phase that reads `sources`, text or a list; nothing held out unless asked for."""
     changes = {"sources": sources, "eval_fraction": 0.0} | changes
     return run_config(**{f"pretrain__{key}": value for key, value in changes.items()}).pretrain
+
+
+def described(name: str) -> list[jax.Device]:
+    """The topology's devices; skips the test where their compiler is not installed (they are made for Linux alone)."""
+    try:
+        return devices.topology(name)
+    except UsageError as e:
+        if "is not installed" in str(e):
+            pytest.skip(str(e))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import described
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax import attention, devices
-from lowrank_jax.config import UsageError
+from lowrank_jax import attention
 from lowrank_jax.sharding import AXES, ROWS, TENSOR
 
 ONE = {"cudnn": "h100:1", "splash": "v5e:1x1"}
@@ -24,15 +24,6 @@ EIGHT = {"cudnn": "h100:8", "splash": "v5e:2x4"}
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 TPU = "tpu_custom_call"  # one of the forward pass, and two of the backward pass
 both_kernels = pytest.mark.parametrize("kernel", ["cudnn", "splash"])
-
-
-def described(topology: str) -> list[jax.Device]:
-    try:
-        return devices.topology(topology)
-    except UsageError as e:
-        if "is not installed" in str(e):
-            pytest.skip(str(e))
-        raise
 
 
 def compile_gradient(kernel: str, topology: str, shape: tuple, mesh_shape=(1, 1, 1), layers=0) -> jax.stages.Compiled:

@@ -8,6 +8,7 @@ import types
 
 import jax
 import pytest
+from conftest import described
 
 from lowrank_jax import devices
 from lowrank_jax.config import UsageError
@@ -15,16 +16,6 @@ from lowrank_jax.config import UsageError
 
 def device(kind: str, **attributes) -> types.SimpleNamespace:
     return types.SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: None, **attributes)
-
-
-def described(name: str) -> list[jax.Device]:
-    """The topology's devices; skips the test where their compiler is not installed (they are made for Linux alone)."""
-    try:
-        return devices.topology(name)
-    except UsageError as e:
-        if "is not installed" in str(e):
-            pytest.skip(str(e))
-        raise
 
 
 def python(code: str, **env) -> subprocess.CompletedProcess:

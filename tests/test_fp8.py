@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import run_config
-from test_devices import described
+from conftest import described, run_config
 
 from lowrank_jax import hlo, sharding, stages, step
 from lowrank_jax.precision import fp8_matmul

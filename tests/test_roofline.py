@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from test_devices import described
+from conftest import described
 
 from lowrank_jax import devices, roofline
 from lowrank_jax.devices import Chip

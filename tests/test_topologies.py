@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import pytest
-from conftest import run_config
+from conftest import described, run_config
 
 from lowrank_jax import devices, fit, hlo, plan, sharding, stages, step
-from lowrank_jax.config import UsageError
 
 LENGTHS = (2048, 8192)
 KERNELS = {"v5e:2x4": "splash", "h100:8": "cudnn"}
@@ -42,12 +41,9 @@ def planned(request):
     cache = jax.config.jax_enable_compilation_cache  # is turned off for the process
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hlo, "written", kept)
+        described(request.param)
         try:
             return Planned(request.param, plan.for_topology(config_of(), request.param), texts[:2])
-        except UsageError as e:
-            if "is not installed" in str(e):
-                pytest.skip(str(e))
-            raise
         finally:
             jax.config.update("jax_enable_compilation_cache", cache)
 
@@ -115,10 +111,7 @@ def test_no_array_of_length_by_length_is_in_a_step(planned):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_nor_is_one_in_a_step_of_a_single_v6e(length):
     config = config_of(mesh__fsdp=1, model__heads=4, model__d=256, model__mlp=512, pretrain__tokens_per_step=8192)
-    try:
-        mesh = sharding.make_mesh(config, devices.topology("v6e:1x1"))
-    except UsageError as e:
-        pytest.skip(str(e))
+    mesh = sharding.make_mesh(config, described("v6e:1x1"))
     stage = next(s for s in stages.plan(config) if s.seq_len == length)
     with hlo.written() as (options, read):
         found = fit.fit(config, stage, mesh, fit.limit_bytes(config, mesh), options=options)
