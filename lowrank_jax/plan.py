@@ -254,8 +254,9 @@ def _never_reached(config: RunConfig) -> list[int]:
 
 def for_topology(config: RunConfig, topology: str) -> dict:
     """The plan with every stage compiled for the topology, and beside the longest its dense twin."""
+    # The cache has no room for described devices; JAX looks at this when it compiles for the first time.
+    jax.config.update("jax_enable_compilation_cache", topology == "cpu")
     mesh = sharding.make_mesh(config, devices.topology(topology))
-    jax.config.update("jax_enable_compilation_cache", topology == "cpu")  # it has no room for described devices
     limit, plan = fit.limit_bytes(config, mesh), stages.plan(config, sharding.row_shards(mesh))
     fits, texts = [], {}
     for stage in plan:
