@@ -4,9 +4,10 @@ process each, and to try a cluster's behaviour on a CPU.
     python scripts/launch_local.py --processes=2 --devices=2 -- \\
         --config=configs/quickstart.py --workdir=runs/quickstart
 
-What stands after `--` goes to each lowrank_jax.main. With --devices=N, each process has N devices that are made of the
-CPU. Signals are passed on. Where one process fails, the others, which wait for it, are stopped; the exit status is that
-of the first process that failed.
+What stands after `--` goes to each lowrank_jax.main. Process I has GPU I, or, with --devices=N, N devices that are made
+of the CPU. Signals are passed on (a terminal that closes is a SIGTERM). Where one process fails, or after a second
+Ctrl-C, those that have not ended ten seconds later are killed: they wait for it. The exit status is that of the first
+process that failed.
 """
 
 import argparse
@@ -19,14 +20,15 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-GRACE = 10  # seconds for the others to end by themselves after one has failed
+GRACE = 10  # seconds for all to end by themselves after one has failed
 
 
-def environment(devices: int) -> dict[str, str]:
-    if not devices:
-        return dict(os.environ)
+def environment(process: int, devices: int) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT.resolve()), os.environ.get("PYTHONPATH"))))
+    if not devices:  # without a number of its own, each process would take all GPUs
+        return os.environ | {"PYTHONPATH": path, "JAX_LOCAL_DEVICE_IDS": str(process)}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
 
 
 def free_port() -> int:
@@ -35,48 +37,63 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(processes: int, devices: int, args: list[str]) -> list[subprocess.Popen]:
-    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
-    command = [sys.executable, "-m", "lowrank_jax.main", *args, *together]
-    env = environment(devices)
-    return [subprocess.Popen([*command, f"--process={i}"], cwd=ROOT, env=env) for i in range(processes)]
-
-
-def wait(running: list[subprocess.Popen]) -> int:
-    """The first exit status that is not 0, if there is one; nothing is left running."""
-    status, deadline = 0, None
+def wait(running: list[subprocess.Popen], received: list[int]) -> int:
+    """The first exit status that is not 0, if any, once all have ended; signals in `received` are passed on to them."""
+    status, deadline, interrupted = 0, float("inf"), False
     while True:
         ended = [process.poll() for process in running]
         if any(ended) and not status:
-            status, deadline = next(filter(None, ended)), time.monotonic() + GRACE
+            status = next(filter(None, ended))
+            deadline = min(deadline, time.monotonic() + GRACE)
         if None not in ended:
             return status
-        if deadline and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
+            deadline = float("inf")
+            print(f"exit statuses so far: {ended}; killing the rest", file=sys.stderr)
             for process in running:
                 process.kill()
+        while received:
+            number = received.pop(0)
+            for process in running:
+                process.send_signal(number)
+            if number == signal.SIGINT and interrupted:
+                deadline = min(deadline, time.monotonic() + GRACE)
+            interrupted = interrupted or number == signal.SIGINT
         time.sleep(0.1)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=0, help="CPU devices of each process; 0: whatever JAX finds")
-    parser.add_argument(
-        "args", nargs="+", metavar="-- --config=... --workdir=...", help="arguments of lowrank_jax.main"
+    parser = argparse.ArgumentParser(
+        usage="launch_local.py [--processes=N] [--devices=N] -- --config=FILE --workdir=FOLDER ...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="how many (2)")
+    parser.add_argument("--devices", type=int, default=0, metavar="N", help="CPU devices of each; 0 (default): a GPU")
+    parser.add_argument("args", nargs="+", metavar="--config=FILE ...", help="arguments of lowrank_jax.main")
     args = parser.parse_args()
     if args.processes < 1 or args.devices < 0:
         parser.error("--processes must be at least 1, and --devices not negative")
+    received: list[int] = []
+    note = lambda number, _: received.append(signal.SIGTERM if number == signal.SIGHUP else number)
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signals.append(signal.SIGHUP)
+    for number in signals:
+        signal.signal(number, note)
+    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={args.processes}"]
+    command = [sys.executable, "-m", "lowrank_jax.main", *args.args, *together]
     running: list[subprocess.Popen] = []
-
-    def pass_on(number, _):
+    try:
+        for i in range(args.processes):
+            # In a group of its own: a terminal sends Ctrl-C to all of a group, and two of them quit without saving.
+            env = environment(i, args.devices)
+            running.append(subprocess.Popen([*command, f"--process={i}"], env=env, process_group=0))
+        status = wait(running, received)
+    finally:
         for process in running:
-            process.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    running += launch(args.processes, args.devices, args.args)
-    status = wait(running)
+            process.kill()
     return 128 - status if status < 0 else status
 
 

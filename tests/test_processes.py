@@ -3,6 +3,8 @@
 import functools
 import os
 import pathlib
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,16 +21,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 FSDP = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 1}
 
 
+def environment(faults: str, flags: str = "") -> dict[str, str]:
+    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": runs.CACHE}
+    quick = {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}"}
+    return env | quick | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
 def together(data, folder, faults: str = "", processes: int = 2, devices: int = 2, **changes):
     """(exit status, stdout, stderr) of a run of so many processes."""
     args = runs.train_args(data, folder, **FSDP | changes)
-    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": runs.CACHE}
-    env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "scripts/launch_local.py", f"--processes={processes}", f"--devices={devices}", "--"]
     with subprocess.Popen(
         [*command, *args],
         cwd=ROOT,
-        env=env,
+        env=environment(faults),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -36,8 +42,10 @@ def together(data, folder, faults: str = "", processes: int = 2, devices: int = 
     ) as launcher:
         try:
             out, err = launcher.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            launcher.terminate()
+        except BaseException:
+            for _ in range(2):  # it then ends within seconds, and leaves none of them running
+                launcher.send_signal(signal.SIGINT)
+                time.sleep(0.5)
             raise
     return launcher.returncode, out, err
 
@@ -66,22 +74,63 @@ def events(folder, name: str) -> list[dict]:
     return [event for event in runs.rows(folder, "events.jsonl") if event["event"] == name]
 
 
+def free_address() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+QUICK_MAIN = "from lowrank_jax import cli, main, train; train.ALONE_SECONDS = 2; cli.main(main.command)"
+
+
 @pytest.fixture(scope="module")
-def killed(data, tmp_path_factory):
-    """A run of two processes of which one was killed, and how it ended."""
-    folder = tmp_path_factory.mktemp("processes") / "killed"
-    started = time.monotonic()
-    return folder, together(data, folder, "kill@step=8:1"), time.monotonic() - started
+def alone(data, tmp_path_factory):
+    """A run of which one process ran out of memory, the other did not, and how the former ended."""
+    folder = tmp_path_factory.mktemp("processes") / "run"
+    env = environment("oom@step=5:1", "--xla_force_host_platform_device_count=2")
+    args = [*runs.train_args(data, folder, **FSDP), f"--coordinator={free_address()}", "--processes=2"]
+    command = [sys.executable, "-c", QUICK_MAIN, *args]
+    to = {"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen([*command, "--process=0"], **to, stderr=subprocess.DEVNULL) as other:
+        try:
+            done = subprocess.run([*command, "--process=1"], **to, stderr=subprocess.PIPE, timeout=300)
+        finally:
+            other.kill()
+    return folder, done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(alone, data):
+    """The same run, started again, with one process killed: how it ended, and how long after it last wrote."""
+    folder, *_ = alone
+    ended = together(data, folder, "kill@step=8:1")
+    return folder, ended, time.time() - runs.rows(folder, "events.jsonl")[-1]["time"]
+
+
+def test_a_process_that_is_alone_without_memory_ends_in_one_line_and_is_remembered(alone, killed):
+    folder, status, err = alone
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
+    assert lines[0].startswith("process 1: error: out of memory at step 5, here alone"), err
+    (oom,) = events(folder, "oom")
+    assert (oom["step"], oom["microbatch_tokens"]) == (4, 32)
+    again = runs.rows(folder, "events.jsonl").index(events(folder, "start")[1])
+    used = [
+        (event["seq_len"], event["microbatch"])
+        for event in runs.rows(folder, "events.jsonl")[again:]
+        if event["event"] == "stage"
+    ]
+    assert used and all(rows // 4 * length <= max(32, length) for length, rows in used)  # four devices
 
 
 def test_a_run_with_a_killed_process_ends_and_goes_on_with_one(killed, data, reference):
     folder, (status, _, _), seconds = killed
-    assert status == 137 and seconds < 200
+    assert status == 137 and seconds < 60
     assert max(event["step"] for event in events(folder, "save")) in (4, 6)  # the one at 6 may not be whole
     status, out, err = runs.train(data, folder)
     assert status == 0, err
     starts = events(folder, "start")
-    assert [(start["processes"], start["devices"]) for start in starts] == [(2, 4), (1, 1)]
+    assert [(start["processes"], start["devices"]) for start in starts] == [(2, 4), (2, 4), (1, 1)]
     assert_same_training(folder, reference)
 
 
@@ -97,6 +146,9 @@ def test_a_signal_to_one_stops_all_at_one_step_and_an_oom_of_all_is_recovered_fr
     assert status == 0, err
     assert out.count("done: step") == 1 and len(events(folder, "finish")) == 1
     assert events(folder, "start")[0]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    for name in ("compile", "save", "phase", "data", "sample"):  # one process writes
+        written = [(event["step"], event.get("stage"), event.get("phase")) for event in events(folder, name)]
+        assert len(written) == len(set(written)) > 0, (name, written)
     assert_same_training(folder, reference)
 
 
@@ -148,9 +200,7 @@ def slurm(i: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("through", ["coordinator", "slurm"])
 def test_processes_agree_share_what_the_first_finds_and_notice_that_one_is_alone(through):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = [f"127.0.0.1:{s.getsockname()[1]}"] if through == "coordinator" else []
+    address = [free_address()] if through == "coordinator" else []
     env = lambda i: os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | ({} if address else slurm(i))
     command = lambda i: [sys.executable, "-c", MEETING, str(i), *address]
     both = [subprocess.Popen(command(i), cwd=ROOT, env=env(i), text=True, stdout=subprocess.PIPE) for i in range(2)]
@@ -160,3 +210,36 @@ def test_processes_agree_share_what_the_first_finds_and_notice_that_one_is_alone
         assert lines[0] == f"[{{'mine': 0}}, {{'mine': 1}}] {i} 2 {i == 0}"
         assert lines[1:4] == ["from 0", "said by 0", "True"]
         assert lines[4:] == (["False"] if i == 0 else [])
+
+
+NOTES_SIGNALS = """
+import os, pathlib, signal, sys, time
+flags, got = dict(arg.split("=", 1) for arg in sys.argv[1:]), []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: got.append(number))
+place = pathlib.Path(flags["--workdir"], flags["--process"])
+place.touch()
+while not got:
+    time.sleep(0.02)
+time.sleep(0.5)
+place.write_text(f"{os.environ['JAX_LOCAL_DEVICE_IDS']} {flags['--processes']} {[int(number) for number in got]}")
+sys.exit(128 + got[0])
+"""
+
+
+def test_a_terminals_ctrl_c_reaches_each_process_once_and_each_has_a_gpu_of_its_own(tmp_path):
+    """The launcher with a program in place of training; the second SIGINT would make it quit without saving."""
+    for name, text in (("__init__", ""), ("main", NOTES_SIGNALS)):
+        (tmp_path / "lowrank_jax").mkdir(exist_ok=True)
+        (tmp_path / "lowrank_jax" / f"{name}.py").write_text(text)
+    (tmp_path / "scripts").mkdir()
+    script = shutil.copy(ROOT / "scripts" / "launch_local.py", tmp_path / "scripts")
+    (tmp_path / "here").mkdir()  # paths are the caller's
+    command = [sys.executable, script, "--processes=2", "--", "--workdir=."]
+    with subprocess.Popen(command, cwd=tmp_path / "here", process_group=0) as launcher:
+        while len(list((tmp_path / "here").iterdir())) < 2:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        os.killpg(launcher.pid, signal.SIGINT)
+        assert launcher.wait(timeout=60) == 130
+    assert [(tmp_path / "here" / str(i)).read_text() for i in range(2)] == ["0 2 [2]", "1 2 [2]"]
