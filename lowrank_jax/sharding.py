@@ -4,9 +4,9 @@ The mesh has three axes. Rows of a batch are shared out over `data` and `fsdp`; 
 (each layer's weights are gathered when it runs: ZeRO stage 3, arXiv 1910.02054); heads and the MLP's width over
 `tensor` (Megatron, arXiv 1909.08053). Which dimension of a weight goes where is in RULES, and nowhere else.
 
-The rank of a block's factor is never shared out. So a latent [B, T, R] is whole on every device of a `tensor` group, the down
-factors of Q, K and V need nothing from other devices, and what the group has to add up in attention is latents of R
-numbers a token instead of a dense model's D: the gradients of theirs, and the output's.
+The rank of a block's factor is never shared out. So a latent [B, T, R] is whole on every device of a `tensor` group,
+the down factors of Q, K and V need nothing from other devices, and what the group has to add up in attention is latents
+of R numbers a token instead of a dense model's D: the gradients of theirs, and the output's.
 """
 
 import math
