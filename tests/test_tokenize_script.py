@@ -123,10 +123,12 @@ def test_a_kill_leaves_nothing_that_opens_and_no_process(world, make, tmp_path, 
     end = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob("out.partial-*/*")) and time.monotonic() < end:
         assert process.poll() is None
-        time.sleep(0.02)
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # it shall not be done before it is killed
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(children) >= 2
     process.send_signal(sign)
+    process.send_signal(signal.SIGCONT)
     process.communicate(timeout=30)
     assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign)
     while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < end:
