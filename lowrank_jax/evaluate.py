@@ -68,7 +68,7 @@ def evaluate(
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array:
     dtype = precision.policy(config.precision).dtype
-    x_BTD, _ = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
+    x_BTD = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
     return loss.cross_entropy_sum(model.logits(config.model, params, x_BTD), batch["targets"], batch["weights"])
 
 

@@ -1,13 +1,12 @@
 """The network: a pre-norm transformer with low-rank attention, ALiBi, SwiGLU and a tied head.
 
 Flax NNX lives in this file and nowhere else. Outside, parameters are a plain nested dict whose block weights are
-stacked over layers, and the model is five pure functions: `init`, `features`, `logits`, `prefill`, `decode`.
+stacked over layers, and the model is three pure functions: `init`, `features`, `logits`. decoder.py adds the cache.
 
 Shape legend, used by every file: B batch, T query length, S key length, D model, H heads, K head width (D/H), R rank,
 F mlp, V vocabulary, N layers. A name ends in its shape: `x_BTD`. Weights are [in, out], so `x @ w`.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -95,10 +94,7 @@ class Embedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Low-rank Q, K, V and O. Only the latents c_K and c_V (one, when shared) are ever cached.
-
-    With rank 0 they are dense, and the keys and values themselves take the latents' place.
-    """
+    """Low-rank Q, K, V and O; with rank 0 they are dense. A shared latent c_K is also c_V."""
 
     def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
         self.c = c
@@ -117,46 +113,14 @@ class Attention(nnx.Module):
     def _heads(self, c: jax.Array, linear: Linear) -> jax.Array:
         return linear.expand(c).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
 
-    def _up_RHK(self, linear: Linear) -> jax.Array:
-        up = linear.up[...] if self.c.rank else jnp.eye(self.c.d, dtype=linear.kernel.dtype)
-        return up.reshape(-1, self.c.heads, self.c.head_dim)
-
-    def latents(self, x: jax.Array) -> dict[str, jax.Array]:
-        """What the cache keeps of each token: {"k": [..., R], "v": [..., R]}, or {"k"} when K and V share it."""
-        latents = {"k": self._latent(x, self.k)}
-        return latents if self.c.shared_kv else latents | {"v": self._latent(x, self.v)}
-
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> tuple[jax.Array, dict]:
-        latents = self.latents(x_BTD)
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        k_BTR = self._latent(x_BTD, self.k)
+        v_BTR = k_BTR if self.c.shared_kv else self._latent(x_BTD, self.v)
         q_BTHK = self._heads(self._latent(x_BTD, self.q), self.q)
-        k_BTHK = self._heads(latents["k"], self.k)
-        v_BTHK = self._heads(latents.get("v", latents["k"]), self.v)
+        k_BTHK, v_BTHK = self._heads(k_BTR, self.k), self._heads(v_BTR, self.v)
         q_BTHK, k_BTHK, v_BTHK = (constrain(x, ROWS, None, TENSOR) for x in (q_BTHK, k_BTHK, v_BTHK))
         o_BTHK = attention.attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, self.c.attention)
-        return self.o(o_BTHK.reshape(x_BTD.shape)), latents
-
-    def decode(self, x_BD: jax.Array, positions_B: jax.Array, cache: dict) -> tuple[jax.Array, dict]:
-        """One new token per row against the cached latents of the `positions_B` tokens before it.
-
-        Absorbed: q U_K^T meets the latents directly and U_V is applied to their average, so that no key or value is
-        ever rebuilt. Exact, as nothing nonlinear stands between a cached latent and the heads (the matrix
-        associativity of DeepSeek-V2's MLA, arXiv 2405.04434, section 2.1.2, here without its RoPE exception).
-        """
-        new = self.latents(x_BD)
-        ck_BSR, cv_BSR = cache["k"], cache.get("v", cache["k"])
-        q_BHK = self._heads(self._latent(x_BD, self.q), self.q) / math.sqrt(self.c.head_dim)
-        q_BHR = jnp.einsum("BHK,RHK->BHR", q_BHK, self._up_RHK(self.k))
-        f32 = {"preferred_element_type": jnp.float32}
-        at_S = jnp.arange(ck_BSR.shape[1])
-        old_BHS = jnp.einsum("BHR,BSR->BHS", q_BHR, ck_BSR, **f32)
-        old_BHS += attention.alibi_bias(attention.alibi_slopes(self.c.heads), positions_B, at_S).swapaxes(0, 1)
-        old_BHS = jnp.where((at_S < positions_B[:, None])[:, None], old_BHS, attention.MASKED)
-        own_BH1 = jnp.einsum("BHR,BR->BH", q_BHR, new["k"], **f32)[..., None]  # distance 0: no bias
-        probs_BHS = jax.nn.softmax(jnp.concatenate([old_BHS, own_BH1], axis=-1), axis=-1).astype(x_BD.dtype)
-        mean_BHR = jnp.einsum("BHS,BSR->BHR", probs_BHS[..., :-1], cv_BSR)
-        mean_BHR += probs_BHS[..., -1:] * new.get("v", new["k"])[:, None]
-        o_BHK = jnp.einsum("BHR,RHK->BHK", mean_BHR, self._up_RHK(self.v))
-        return self.o(o_BHK.reshape(x_BD.shape)), new
+        return self.o(o_BTHK.reshape(x_BTD.shape))
 
 
 class MLP(nnx.Module):
@@ -178,14 +142,8 @@ class Block(nnx.Module):
         self.mlp_norm, self.mlp = Norm(c.d), MLP(c, matmul, rngs)
 
     def __call__(self, x_BTD, segments_BT):
-        out, latents = self.attention(self.attention_norm(x_BTD), segments_BT)
-        x_BTD = constrain(x_BTD + out, ROWS)
-        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), ROWS), latents
-
-    def decode(self, x_BD, positions_B, cache):
-        out, latents = self.attention.decode(self.attention_norm(x_BD), positions_B, cache)
-        x_BD += out
-        return x_BD + self.mlp(self.mlp_norm(x_BD)), latents
+        x_BTD = constrain(x_BTD + self.attention(self.attention_norm(x_BTD), segments_BT), ROWS)
+        return constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), ROWS)
 
 
 def init(c: ModelConfig, key: jax.Array) -> dict:
@@ -203,49 +161,21 @@ def init(c: ModelConfig, key: jax.Array) -> dict:
 
 def features(
     c: ModelConfig, params: dict, tokens_BT, segments_BT=None, dtype=jnp.float32, matmul: Callable = jnp.matmul
-) -> tuple[jax.Array, dict]:
-    """The normalised last hidden state [B, T, D] and every layer's cache latents {name: [N, B, T, R]}, in `dtype`.
+) -> jax.Array:
+    """The normalised last hidden state [B, T, D], in `dtype`.
 
     `matmul` multiplies activations by the blocks' weights.
     """
     params = _cast(params, dtype)
-    block = lambda x_BTD, weights: _block(c, weights, matmul)(x_BTD, segments_BT)
+    block = lambda x_BTD, weights: (_block(c, weights, matmul)(x_BTD, segments_BT), None)
     x_BTD = constrain(_embedding(c, params)(tokens_BT), ROWS)
-    x_BTD, latents = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
-    return _final_norm(c, params)(x_BTD), latents
+    x_BTD, _ = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
+    return _final_norm(c, params)(x_BTD)
 
 
 def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
     """[..., V] in fp32 from the normalised hidden states [..., D], through the tied embedding."""
     return _embedding(c, _cast(params, x.dtype)).logits(x)
-
-
-def prefill(c: ModelConfig, params: dict, tokens_BT, lengths_B, size: int, dtype=jnp.float32) -> tuple[jax.Array, dict]:
-    """Reads right-padded prompts: the logits [B, V] after each row's last token, and a cache with room for `size`.
-
-    The cache is {"k": [N, B, size, R], "v": ...} in `dtype`. What padding leaves in it stands at positions that
-    `decode` masks until it overwrites them.
-    """
-    x_BTD, latents = features(c, params, tokens_BT, None, dtype)
-    room = size - tokens_BT.shape[1]
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0))), latents)
-    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
-    return logits(c, params, last_BD), cache
-
-
-def decode(c: ModelConfig, params: dict, tokens_B, positions_B, cache: dict) -> tuple[jax.Array, dict]:
-    """Adds one token per row at its own position: the logits [B, V] after it, and the cache with its latents."""
-    params = _cast(params, cache["k"].dtype)
-
-    def block(x_BD, layer):
-        weights, layer_cache = layer
-        return _block(c, weights).decode(x_BD, positions_B, layer_cache)
-
-    x_BD = _embedding(c, params)(tokens_B)
-    x_BD, new = _over_layers(c, block, x_BD, (params["blocks"], cache))
-    rows_B = jnp.arange(tokens_B.shape[0])
-    cache = jax.tree.map(lambda old, latent_NBR: old.at[:, rows_B, positions_B].set(latent_NBR), cache, new)
-    return logits(c, params, _final_norm(c, params)(x_BD)), cache
 
 
 # The modules around given weights. Building them is abstract: no arrays, and nothing in the compiled program.

@@ -106,7 +106,7 @@ def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dic
 
     def sums(params, micro):
         params = jax.tree.map(lambda p, rate: p if rate else jax.lax.stop_gradient(p), params, rates)
-        x_BTD, _ = model.features(c, params, micro["tokens"], micro["segments"], policy.dtype, policy.matmul)
+        x_BTD = model.features(c, params, micro["tokens"], micro["segments"], policy.dtype, policy.matmul)
         logits_BTV = model.logits(c, params, x_BTD)
         objective, nats = loss.objective_sum(
             logits_BTV, micro["targets"], micro["weights"], o.label_smoothing, o.z_loss

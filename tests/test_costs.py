@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import default
-from lowrank_jax import cli, costs, model
+from lowrank_jax import cli, costs, decoder, model
 from lowrank_jax.config import ModelConfig, RunConfig
 
 TOY = {"vocab": 61, "d": 64, "layers": 3, "heads": 8, "rank": 8, "mlp": 0}
@@ -80,11 +80,9 @@ def test_attention_of_the_custom_preset_is_75_percent_smaller_than_dense():
 
 @variants
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_cache_bytes_equal_those_of_the_cache_that_prefill_makes(changes, dtype):
+def test_cache_bytes_equal_those_of_the_cache_that_decoding_reads(changes, dtype):
     c, rows, size = toy(**changes), 3, 40
-    tokens, lengths = jnp.zeros((rows, 7), jnp.int32), jnp.full(rows, 7)
-    make = lambda params: model.prefill(c, params, tokens, lengths, size, dtype)[1]
-    cache = jax.tree.leaves(jax.eval_shape(make, abstract_params(c)))
+    cache = jax.tree.leaves(jax.eval_shape(lambda: decoder.empty_cache(c, rows, size, dtype)))
     claimed = costs.kv_bytes_per_token(c, jnp.dtype(dtype).itemsize)
     assert sum(math.prod(x.shape) * x.dtype.itemsize for x in cache) == rows * size * claimed["latent"]
     dense = jax.ShapeDtypeStruct((c.layers, 2, rows, size, c.heads, c.head_dim), dtype)
@@ -97,7 +95,7 @@ def test_train_flops_are_three_forward_passes_over_the_causal_half(changes, T):
     c, rows = toy(**changes, attention="reference"), 2
 
     def forward(params):
-        return model.logits(c, params, model.features(c, params, jnp.zeros((rows, T), jnp.int32))[0])
+        return model.logits(c, params, model.features(c, params, jnp.zeros((rows, T), jnp.int32)))
 
     traced = matmul_flops(jax.make_jaxpr(forward)(abstract_params(c)).jaxpr)
     masked_half = c.layers * 2 * T * c.d  # the reference multiplies the whole square

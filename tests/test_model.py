@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import default
-from lowrank_jax import attention, model
+from lowrank_jax import attention, decoder, model
 from lowrank_jax.config import ModelConfig, RunConfig
 
 TOY = {"vocab": 61, "d": 48, "layers": 2, "heads": 6, "rank": 10, "mlp": 40}
@@ -44,7 +44,7 @@ def some_tokens(c: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
 
 
 def forward(c: ModelConfig, params: dict, tokens, segments=None, dtype=jnp.float32) -> jax.Array:
-    return model.logits(c, params, model.features(c, params, tokens, segments, dtype)[0])
+    return model.logits(c, params, model.features(c, params, tokens, segments, dtype))
 
 
 full = jit(forward, static_argnums=(0, 4))
@@ -54,15 +54,20 @@ init = jit(model.init, static_argnums=0)
 @functools.partial(jit, static_argnums=(0, 5))
 def cached(c: ModelConfig, params: dict, prompts, lengths, following, dtype=jnp.float32) -> jax.Array:
     """Logits [B, 1 + steps, V] after each row's prompt and after each of its following tokens [B, steps]."""
-    steps = following.shape[1]
-    first, cache = model.prefill(c, params, prompts, lengths, prompts.shape[1] + steps, dtype)
+    (B, T), steps = prompts.shape, following.shape[1]
+    w = decoder.prepare(c, params, "fp32", dtype)
+    cache = decoder.empty_cache(c, B, -(-(T + steps) // decoder.BLOCK) * decoder.BLOCK, dtype)
+    nothing = jnp.zeros(B, jnp.int32)
+    x_BTD, window = decoder.read(c, w, cache, decoder.empty_window(c, B, T, dtype), prompts, nothing, 0)
+    cache = decoder.keep(cache, window, nothing)
+    first = decoder.logits(w, jnp.take_along_axis(x_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0])
 
-    def step(cache, at):
+    def step(window, at):
         i, tokens = at
-        logits, cache = model.decode(c, params, tokens, lengths + i, cache)
-        return cache, logits
+        x_B1D, window = decoder.read(c, w, cache, window, tokens[:, None], lengths, i)
+        return window, decoder.logits(w, x_B1D[:, 0])
 
-    _, rest = jax.lax.scan(step, cache, (jnp.arange(steps), following.T))
+    _, rest = jax.lax.scan(step, decoder.empty_window(c, B, steps, dtype), (jnp.arange(steps), following.T))
     return jnp.concatenate([first[None], rest]).swapaxes(0, 1)
 
 
@@ -200,8 +205,7 @@ def last_logits_of_two_prefix_orders(c: ModelConfig, by_decode: bool) -> np.ndar
     def run(params):
         if not by_decode:
             return forward(c, params, tokens)[:, -1]
-        _, cache = model.prefill(c, params, tokens[:, :-1], jnp.full(2, 13), 16)
-        return model.decode(c, params, tokens[:, -1], jnp.full(2, 13), cache)[0]
+        return cached.__wrapped__(c, params, tokens[:, :-1], jnp.full(2, 13), tokens[:, -1:])[:, 1]
 
     return np.asarray(jit(run)(params))
 

@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_those_of_the_mean_over_trained_tokens_alone():
     config, batch = toy(), ragged_batch()
 
     def mean_loss(params):
-        x, _ = model.features(config.model, params, batch["tokens"], batch["segments"])
+        x = model.features(config.model, params, batch["tokens"], batch["segments"])
         log_probs = jax.nn.log_softmax(model.logits(config.model, params, x))
         return -log_probs[np.arange(ROWS)[:, None], np.arange(LENGTH), batch["targets"]][batch["weights"] == 1].mean()
 

@@ -58,7 +58,7 @@ def fresh(c: ModelConfig) -> dict:
 
 
 def forward(c: ModelConfig, params: dict, tokens_BT) -> jax.Array:
-    return model.logits(c, params, model.features(c, params, tokens_BT)[0])
+    return model.logits(c, params, model.features(c, params, tokens_BT))
 
 
 logits = jit(forward, static_argnums=0)

@@ -1,0 +1,251 @@
+"""The trained network as inference runs it: the same function of the same parameters, over a cache of latents.
+
+`prepare` lays the weights out for it once: each layer's own arrays (out of a stack they would be copied at every step),
+what is multiplied by the same thing joined, gains and scales multiplied in. `read` runs new tokens of some rows
+against what the cache holds of them: one token of every row is decoding, many tokens of one row are prefill, and both
+are this one function.
+
+Attention comes in two forms, which differ only in the order of multiplication; `absorbs` chooses by their cost.
+Expanded: keys and values are rebuilt from the cached latents. Absorbed: U_K is moved to the query and U_V behind the
+average, so that all heads read the latents themselves. This is exact, as nothing nonlinear stands between a cached
+latent and the heads (the matrix associativity of DeepSeek-V2's MLA, arXiv 2405.04434, section 2.1.2, here without its
+RoPE exception).
+
+Shapes, beside those of model.py: W tokens of the window, G groups of queries that read the same keys (1 absorbed, H
+expanded), Q queries of a group (H T absorbed, T expanded), E width of what they read.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import attention, quantize
+from lowrank_jax.config import ModelConfig
+from lowrank_jax.model import rms_norm
+from lowrank_jax.quantize import times
+
+BLOCK = 128  # cached tokens that are read at a time: a row costs what it holds, however much the cache could
+
+
+class Layer(NamedTuple):
+    """Weights [in, out] of one block; None stands for an identity, or for what another form has."""
+
+    latents: jax.Array  # [D, Rq + Rk + Rv]; without Rv when K and V share a latent; [D, 3D] without factors
+    q_up: jax.Array | None  # [Rq, D], divided by sqrt(K)
+    k_up: jax.Array | None  # [Rk, D]
+    v_up: jax.Array | None  # [Rv, D]
+    query: jax.Array | None  # [Rq, H Rk]: q_up and k_up in one, where that is less work
+    k_heads: jax.Array | None  # [H, Rk, K]: k_up for the absorbed form where `query` is not
+    v_heads: jax.Array | None  # [H, Rv, K]: v_up for the absorbed form, or it would be taken apart at every step
+    o_down: jax.Array | None  # [D, Ro]
+    o_up: jax.Array  # [Ro, D]
+    mlp_in: jax.Array  # gate and up: [D, 2F], or [D, 2M] before the factors
+    gate_up: tuple[jax.Array, jax.Array] | None  # with a rank M: [M, F] each
+    mlp_out: tuple[jax.Array, ...]  # [F, D], or [F, M] and [M, D]
+
+
+class Weights(NamedTuple):
+    table: jax.Array  # [V, D], or [V, E] with a factored embedding
+    table_up: jax.Array | None  # [E, D]
+    layers: tuple[Layer, ...]
+    norm: jax.Array  # [D]
+
+
+def absorbs(c: ModelConfig, T: int) -> bool:
+    """Whether T new tokens of a row read the cache with fewer multiplications absorbed than expanded."""
+    _, k, v, _ = c.ranks
+    return bool(c.rank) and T * c.heads * (k + v) <= (k + v) * c.d + T * 2 * c.d
+
+
+@functools.partial(jax.jit, static_argnames=("c", "kind", "dtype"))
+def prepare(c: ModelConfig, params: dict, kind: str, dtype) -> Weights:
+    """The weights of `params` (see model.init) laid out for `read`, which computes in `dtype`.
+
+    `kind` is how they are kept (see quantize.KINDS); with int8 and int4 what is no matrix stays in `dtype`, and with
+    int4 the embedding is int8: its rows are what the last layer's error is compared with.
+    """
+
+    def keep(w, table=False):
+        w = w.astype(dtype)
+        if not kind.startswith("int") or w.ndim != 2:
+            return w
+        return quantize.pack(w, "int8", outputs=0) if table else quantize.pack(w, kind)
+
+    layer = lambda n: jax.tree.map(keep, _layer(c, jax.tree.map(lambda w: w[n], params["blocks"])))
+    table, up = params["embed"]["table"], params["embed"].get("up")
+    up = None if up is None else keep(up)
+    return Weights(keep(table, table=True), up, tuple(map(layer, range(c.layers))), keep(params["norm"]["gain"]))
+
+
+def _layer(c: ModelConfig, block: dict) -> Layer:
+    a, m, scale = block["attention"], block["mlp"], 1 / math.sqrt(c.head_dim)
+    first = "down" if c.rank else "kernel"
+    latents = jnp.concatenate([a[name][first] for name in "qkv" if first in a[name]], axis=1)
+    latents *= block["attention_norm"]["gain"][:, None]
+    q_up = k_up = v_up = query = k_heads = v_heads = o_down = None
+    if c.rank:
+        q_up, k_up, v_up = a["q"]["up"] * scale, a["k"]["up"], a["v"]["up"]
+        v_heads = _by_head(c, v_up).swapaxes(0, 1)
+        o_down, o_up = a["o"]["down"], a["o"]["up"]
+        rank_q, rank_k = c.ranks[:2]
+        if c.heads * rank_q * rank_k <= (rank_q + rank_k) * c.d:
+            query = jnp.einsum("QHK,RHK->QHR", _by_head(c, q_up), _by_head(c, k_up)).reshape(rank_q, -1)
+        else:
+            k_heads = _by_head(c, k_up).swapaxes(0, 1)
+    else:
+        latents = latents.at[:, : c.d].multiply(scale)
+        o_up = a["o"]["kernel"]
+    first = "down" if c.mlp_rank else "kernel"
+    mlp_in = jnp.concatenate([m["gate"][first], m["up"][first]], axis=1) * block["mlp_norm"]["gain"][:, None]
+    gate_up = (m["gate"]["up"], m["up"]["up"]) if c.mlp_rank else None
+    mlp_out = (m["out"]["down"], m["out"]["up"]) if c.mlp_rank else (m["out"]["kernel"],)
+    return Layer(latents, q_up, k_up, v_up, query, k_heads, v_heads, o_down, o_up, mlp_in, gate_up, mlp_out)
+
+
+def dtype(w: Weights):
+    """What `read` computes in, and the cache is kept in."""
+    return w.norm.dtype
+
+
+def _by_head(c: ModelConfig, x):
+    return x.reshape(*x.shape[:-1], c.heads, -1)
+
+
+def empty_cache(c: ModelConfig, rows: int, size: int, dtype) -> dict[str, jax.Array]:
+    """{"k": [N, rows, size, Rk], "v": [N, rows, size, Rv]}, or only "k" when K and V share their latent."""
+    widths = {"k": c.ranks[1], "v": c.ranks[2]} if c.rank else {"k": c.d, "v": c.d}
+    if c.shared_kv and c.rank:
+        del widths["v"]
+    return {name: jnp.zeros((c.layers, rows, size, R), dtype) for name, R in widths.items()}
+
+
+def empty_window(c: ModelConfig, rows: int, size: int, dtype) -> tuple[dict, ...]:
+    """Room for the latents of tokens that are not in the cache yet: of each layer {"k": [rows, size, Rk], ...}."""
+    return tuple({name: x[n] for name, x in empty_cache(c, rows, size, dtype).items()} for n in range(c.layers))
+
+
+def read(
+    c: ModelConfig, w: Weights, cache: dict, window: tuple, tokens_BT, starts_B, at, row=0
+) -> tuple[jax.Array, tuple]:
+    """Reads T new tokens of each of B rows: their normalised last hidden states [B, T, D], and the window with them.
+
+    Of each row, from `row` on, the cache holds `starts_B` tokens, the window the next `at`, and the new ones come
+    behind. The cache itself is only read: XLA would copy it whole at every step of a loop that also writes to it.
+    """
+    x_BTD, windows = _embed(w, tokens_BT), []
+    for n, layer in enumerate(w.layers):
+        held = lambda i, n=n: jax.tree.map(
+            lambda x: jax.lax.dynamic_slice(x, (n, row, i * BLOCK, 0), (1, len(tokens_BT), BLOCK, x.shape[-1]))[0],
+            cache,
+        )
+        out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), held, window[n], starts_B, at)
+        x_BTD += out_BTD
+        x_BTD += _mlp(layer, rms_norm(x_BTD))
+        windows.append(latents)
+    return rms_norm(x_BTD) * w.norm, tuple(windows)
+
+
+def keep(cache: dict, window: tuple, starts_B, row=0) -> dict:
+    """The cache with each row's window behind its `starts_B` tokens, where there must be room for all of it."""
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *window)
+    for b in range(len(starts_B)):
+        place = lambda old, new, b=b: jax.lax.dynamic_update_slice(old, new[:, b : b + 1], (0, row + b, starts_B[b], 0))
+        cache = jax.tree.map(place, cache, stacked)
+    return cache
+
+
+def logits(w: Weights, x_BD: jax.Array) -> jax.Array:
+    """[B, V] in fp32 from normalised hidden states, through the tied embedding.
+
+    The barrier keeps the product table @ x, in which XLA's CPU dot reads the table as it lies: turned around, 8 rows of
+    16,384 logits took 7 ms instead of 0.8.
+    """
+    x_BD = x_BD if w.table_up is None else times(x_BD, w.table_up, outputs=0)
+    if not isinstance(w.table, jax.Array) or x_BD.dtype != jnp.float32:
+        return times(x_BD, w.table, outputs=0).astype(jnp.float32)
+    return jax.lax.optimization_barrier(w.table @ x_BD.T).T
+
+
+def _embed(w: Weights, tokens):
+    x = quantize.rows(w.table, tokens, dtype(w))
+    return x if w.table_up is None else times(x, w.table_up)
+
+
+def _mlp(layer: Layer, x):
+    gate, up = jnp.split(times(x, layer.mlp_in), 2, axis=-1)
+    if layer.gate_up:
+        gate, up = times(gate, layer.gate_up[0]), times(up, layer.gate_up[1])
+    return functools.reduce(times, layer.mlp_out, jax.nn.silu(gate) * up)
+
+
+def _attention(c: ModelConfig, layer: Layer, x_BTD, held, window: dict, starts_B, at) -> tuple[jax.Array, dict]:
+    """What a layer's attention adds to the residual stream, and its window with the new tokens' latents.
+
+    `held(i)` are the cached latents of block i of the rows.
+    """
+    B, T, _ = x_BTD.shape
+    H, absorbed = c.heads, absorbs(c, T)
+    rank_q, rank_k = c.ranks[0] if c.rank else c.d, window["k"].shape[-1]
+    parts = jnp.split(times(x_BTD, layer.latents), (rank_q, rank_q + rank_k)[: 1 + ("v" in window)], axis=-1)
+    query_BTR, *latents = map(rms_norm, parts) if c.latent_norm and c.rank else parts
+    new = dict(zip(("k", "v"), latents))
+    window = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, at, 0)), window, new)
+
+    if absorbed and layer.query is not None:
+        q_BTHE = _by_head(c, times(query_BTR, layer.query))
+    else:
+        q_BTHE = _by_head(c, query_BTR if layer.q_up is None else times(query_BTR, layer.q_up))
+        if absorbed:
+            q_BTHE = jnp.einsum("BTHK,HRK->BTHR", q_BTHE, layer.k_heads)
+    q_BHTE = q_BTHE.swapaxes(1, 2)
+    q_BGQE = q_BHTE.reshape(B, 1, H * T, -1) if absorbed else q_BHTE
+    slopes_H11 = jnp.asarray(attention.alibi_slopes(H))[:, None, None]
+
+    def keys_values(latents: dict) -> tuple[jax.Array, jax.Array]:
+        k_BSR, v_BSR = latents["k"], latents.get("v", latents["k"])
+        if absorbed:
+            return k_BSR[:, None], v_BSR[:, None]
+        expand = lambda x, up: _by_head(c, x if up is None else times(x, up)).swapaxes(1, 2)
+        return expand(k_BSR, layer.k_up), expand(v_BSR, layer.v_up)
+
+    def scores(k_BGSE, distance_BTS, visible_BTS):
+        bias_BHTS = -slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
+        bias_BHTS = jnp.where(visible_BTS[:, None], bias_BHTS, attention.MASKED)
+        s_BGQS = jnp.einsum("BGQE,BGSE->BGQS", q_BGQE, k_BGSE, preferred_element_type=jnp.float32)
+        return s_BGQS + bias_BHTS.reshape(-1, *s_BGQS.shape[1:])
+
+    def mean(p_BGQS, v_BGSE):
+        return jnp.einsum("BGQS,BGSE->BGQE", p_BGQS.astype(v_BGSE.dtype), v_BGSE, preferred_element_type=jnp.float32)
+
+    # Softmax in one pass over blocks (Milakov & Gimelshein, arXiv 1805.02867). The window comes first: in it, unlike in
+    # an empty cache, every query sees a key.
+    query_at_T, at_W = at + jnp.arange(T), jnp.arange(window["k"].shape[1])
+    k, v = keys_values(window)
+    distance_TW = query_at_T[:, None] - at_W
+    s = scores(k, distance_TW[None], (distance_TW >= 0)[None])
+    top = s.max(-1, keepdims=True)
+    p = jnp.exp(s - top)
+    state = top, p.sum(-1, keepdims=True), mean(p, v)
+
+    def add_block(i, state):
+        top, total, acc = state
+        k, v = keys_values(held(i))
+        at_S = i * BLOCK + jnp.arange(BLOCK)
+        distance_BTS = (starts_B[:, None] + query_at_T)[..., None] - at_S
+        s = scores(k, distance_BTS, (at_S < starts_B[:, None])[:, None])
+        higher = jnp.maximum(top, s.max(-1, keepdims=True))
+        p, kept = jnp.exp(s - higher), jnp.exp(top - higher)
+        return higher, total * kept + p.sum(-1, keepdims=True), acc * kept + mean(p, v)
+
+    blocks = (jnp.max(starts_B) + BLOCK - 1) // BLOCK
+    _, total, acc = jax.lax.fori_loop(0, blocks, add_block, state)
+    o_BHTE = (acc / total).astype(x_BTD.dtype).reshape(B, H, T, -1)
+    if absorbed:
+        o_BTHK = jnp.einsum("BHTR,HRK->BTHK", o_BHTE, layer.v_heads)
+    else:
+        o_BTHK = o_BHTE.swapaxes(1, 2)
+    o_BTD = o_BTHK.reshape(B, T, c.d)
+    return times(o_BTD if layer.o_down is None else times(o_BTD, layer.o_down), layer.o_up), window
