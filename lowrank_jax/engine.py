@@ -7,16 +7,15 @@ prompt is chunks of two sizes, and a row is read as far as it is filled. A row's
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import decoder, sampling, sharding
-from lowrank_jax.config import ModelConfig, UsageError
-from lowrank_jax.data import chat
-from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax import decoder, precision, quantize, sampling, sharding
+from lowrank_jax.config import ModelConfig, RunConfig, UsageError
 from lowrank_jax.sampling import Sampling
 
 CHUNKS = (256, 32)  # tokens of a prompt that are read at once: whole ones of the first size, the rest in the second
@@ -34,6 +33,17 @@ class Piece(NamedTuple):
     finish: str | None
 
 
+def prepare(config: RunConfig, params: dict, kind: str) -> decoder.Weights:
+    """The parameters as an Engine wants them, kept as `kind`: one of quantize.KINDS, or `auto` as the run computed.
+
+    Raises UsageError for a kind that there is not.
+    """
+    if kind not in ("auto", *quantize.KINDS):
+        raise UsageError(f"weights must be one of auto, {', '.join(quantize.KINDS)}, not {kind!r}")
+    computed = kind if kind in ("fp32", "bf16", "fp16") else config.precision
+    return decoder.prepare(config.model, params, kind, precision.policy(computed).dtype)
+
+
 class _Request(NamedTuple):
     ids: list[int]  # the prompt
     limit: int  # most new tokens
@@ -44,9 +54,11 @@ class _Request(NamedTuple):
 class Engine:
     """The requests of one model. Not for several threads at a time."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, weights: decoder.Weights, slots: int, context: int):
+    def __init__(
+        self, config: ModelConfig, weights: decoder.Weights, stop_ids: Sequence[int], slots: int, context: int
+    ):
         self.config, self.slots, self.context = config, slots, context
-        self.stop_ids = chat.stop_ids(tokenizer)
+        self.stop_ids = tuple(stop_ids)
         self.fresh = True  # nothing has been compiled for it
         self._weights = weights
         size = -(-(context + CHUNKS[0]) // decoder.BLOCK) * decoder.BLOCK  # a chunk is written whole
@@ -129,7 +141,7 @@ class Engine:
         left_B = np.asarray([r.limit - len(self._new[s]) if r else 0 for s, r in enumerate(requests)], np.int32)
         drawn = sampling.rows([r.sampling if r else sampling.PRESETS["det"] for r in requests])
         with_logprobs = np.asarray(any(r and r.logprobs for r in requests))
-        stop_ids = np.asarray(self.stop_ids, np.int32)
+        stop_ids = np.asarray(self.stop_ids or [-1], np.int32)
         self._cache, self._tokens, out = _decode_some(
             self.config, self._weights, self._cache, self._tokens, held_B, last_B, left_B, stop_ids, drawn,
             with_logprobs, np.int32(steps),
@@ -199,7 +211,7 @@ def _decode_some(
 
     A row holds `held_B` latents, of the tokens before `last_B`. A row without anything left is only kept as it is.
     """
-    B = len(held_B)
+    B, most = len(held_B), min(TOP, c.vocab)
     starts_B = jnp.where(left_B > 0, held_B, 0)  # others need not be read
     at_B = jnp.arange(B)
 
@@ -211,8 +223,8 @@ def _decode_some(
         place_B = jnp.where(loop.live_B, lengths_B, tokens_BS.shape[1])  # outside is nowhere
         told = jax.lax.cond(
             with_logprobs,
-            lambda: sampling.logprobs(logits_BV, next_B, TOP),
-            lambda: (jnp.zeros(B), jnp.zeros((B, TOP), jnp.int32), jnp.zeros((B, TOP))),
+            lambda: sampling.logprobs(logits_BV, next_B, most),
+            lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most))),
         )
         new = _Out(jnp.where(loop.live_B, next_B, -1), *told)
         put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x[:, None], loop.i, 1)
@@ -226,7 +238,7 @@ def _decode_some(
         )
 
     tokens_BS = tokens_BS.at[at_B, jnp.where(left_B > 0, held_B, tokens_BS.shape[1])].set(last_B, mode="drop")
-    tops = jnp.zeros((B, WINDOW, TOP))
+    tops = jnp.zeros((B, WINDOW, most))
     out = _Out(jnp.full((B, WINDOW), -1), jnp.zeros((B, WINDOW)), tops.astype(jnp.int32), tops)
     window = decoder.empty_window(c, B, WINDOW, cache["k"].dtype)
     loop = _Loop(window, tokens_BS, last_B, left_B > 0, out, jnp.asarray(0))

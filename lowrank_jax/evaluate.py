@@ -3,7 +3,7 @@
     python -m lowrank_jax.evaluate --workdir=runs/quickstart --lengths=256,512,1024
 
 Each length cuts the same stream of held-out tokens into rows and scores the same targets: a longer row means more
-context for them.
+context for them. `--weights=int8` tells as well what weights of that kind change, by the program that generates.
 """
 
 import functools
@@ -11,12 +11,14 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import cli, faults, loss, model, precision, sharding, stages
-from lowrank_jax.config import PhaseConfig, RunConfig, UsageError, read_sources
+from lowrank_jax import cli, decoder, faults, loss, model, precision, quantize, sharding, stages
+from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.engine import prepare
 from lowrank_jax.interrupt import Interrupted
 from lowrank_jax.trained import open_run
 
@@ -57,6 +59,10 @@ def evaluate(
         placed = {key: sharding.put(x, sharding.of_rows(mesh, len(x))) for key, x in batch.items()}
         with jax.set_mesh(mesh):
             nats += float(_loss_sum(config, params, placed))
+    return _measures(nats, batches, byte_lengths)
+
+
+def _measures(nats: float, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     size = sum(float((byte_lengths[batch["targets"]] * batch["weights"]).sum()) for batch in batches)
     mean = nats / max(tokens, 1)
@@ -70,6 +76,47 @@ def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array
     dtype = precision.policy(config.precision).dtype
     x_BTD = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
     return loss.cross_entropy_sum(model.logits(config.model, params, x_BTD), batch["targets"], batch["weights"])
+
+
+def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths, kind: str) -> dict:
+    """{weights, bits_per_byte, change, weight_bytes, weight_bytes_before}: with weights of a kind, beside the run's.
+
+    Both are computed as generation does, in chunks against a cache, where documents packed in one row see each other.
+    """
+    found = {}
+    for each in ("auto", kind):
+        w = prepare(config, params, each)
+        nats = sum(
+            float(_cached_loss_sum(config.model, w, batch["tokens"], batch["targets"], batch["weights"]))
+            for batch in batches
+        )
+        found[each] = {"bytes": quantize.bytes_of(w)} | _measures(nats, batches, byte_lengths)
+    before, after = found["auto"], found[kind]
+    change = after["bits_per_byte"] - before["bits_per_byte"]
+    sizes = {"weight_bytes": after["bytes"], "weight_bytes_before": before["bytes"]}
+    return {"weights": kind, "bits_per_byte": after["bits_per_byte"], "change": change} | sizes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, weights_BT) -> jax.Array:
+    B, T = tokens_BT.shape
+    chunk = min(T, decoder.BLOCK)
+    cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, decoder.dtype(w))
+    in_chunks = lambda x: jnp.pad(x, ((0, 0), (0, -T % chunk))).reshape(B, -1, chunk).swapaxes(0, 1)
+
+    def score(cache, at):
+        i, tokens, targets, weights = at
+        starts_B = jnp.full(B, i * chunk)
+        x_BTD, window = decoder.read(
+            c, w, cache, decoder.empty_window(c, B, chunk, decoder.dtype(w)), tokens, starts_B, 0
+        )
+        logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))
+        nats = loss.cross_entropy_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))
+        return decoder.keep(cache, window, starts_B), nats
+
+    parts = [in_chunks(x) for x in (tokens_BT, targets_BT, weights_BT)]
+    _, nats = jax.lax.scan(score, cache, (jnp.arange(len(parts[0])), *parts))
+    return nats.sum()
 
 
 def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
@@ -102,6 +149,7 @@ def command(argv: list[str]) -> dict:
     )
     parser.add_argument("--data", default="", help="a source to use instead of the held-out part of pretraining")
     parser.add_argument("--tokens", type=int, default=0, help="how many tokens (default: the config's eval_tokens)")
+    parser.add_argument("--weights", default="", help=f"tells what such weights change: {', '.join(quantize.KINDS)}")
     args = parser.parse_args(argv)
     try:
         asked = [int(n) for n in args.lengths.split(",") if n.strip()]
@@ -128,6 +176,14 @@ def command(argv: list[str]) -> dict:
             f"bits per byte {result['bits_per_byte']:.4f}  ({result['tokens']} tokens)",
             flush=True,
         )
+        if args.weights:
+            changed = compare_weights(config, run.params, batches, run.tokenizer.byte_lengths(), args.weights)
+            results[-1]["with"] = changed
+            print(
+                f"  {args.weights} weights: {changed['weight_bytes'] / 1e6:.1f} MB instead of "
+                f"{changed['weight_bytes_before'] / 1e6:.1f} MB, bits per byte {changed['change']:+.4f}",
+                flush=True,
+            )
     return {"workdir": args.workdir, "step": run.progress["step"], "results": results}
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import cli, decoder, model, precision, quantize
+from lowrank_jax import cli, model, precision, quantize
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
-from lowrank_jax.engine import TOP, Engine, Piece
+from lowrank_jax.engine import TOP, Engine, Piece, prepare
 from lowrank_jax.sampling import PRESETS, Sampling
 from lowrank_jax.trained import Trained, open_run
 from lowrank_jax.writer import Writer
@@ -33,7 +33,7 @@ class Model:
 
     def __init__(self, trained: Trained, weights: str = "auto"):
         self.config, self.tokenizer, self.params, self.progress = trained
-        self.weights = prepare(trained, weights)
+        self.weights = prepare(self.config, self.params, weights)
         self._engine: Engine | None = None
 
     def logits(self, tokens) -> jax.Array:
@@ -48,7 +48,7 @@ class Model:
         if held is None or held.slots < slots or held.context < context:
             sizes = max(slots, held.slots if held else 1), max(context, held.context if held else CONTEXT)
             powers = [1 << (n - 1).bit_length() for n in sizes]  # few shapes are ever compiled
-            self._engine = held = Engine(self.config.model, self.tokenizer, self.weights, *powers)
+            self._engine = held = Engine(self.config.model, self.weights, chat.stop_ids(self.tokenizer), *powers)
         return held
 
     def generate(self, prompts: Sequence[list[int]], max_new: int = 200, seed: int = 0, **sampling) -> list[list[int]]:
@@ -93,14 +93,6 @@ class Model:
             return [self.tokenizer.bos, *self.tokenizer.encode(text)]
         messages = [*history, {"role": "user", "content": text}]
         return [self.tokenizer.bos, *chat.encode(self.tokenizer, messages, prompt=True)[0]]
-
-
-def prepare(trained: Trained, weights: str) -> decoder.Weights:
-    """The run's weights as inference keeps them; raises UsageError for a kind that there is not."""
-    if weights not in ("auto", *quantize.KINDS):
-        raise UsageError(f"weights must be one of auto, {', '.join(quantize.KINDS)}, not {weights!r}")
-    computed = weights if weights in ("fp32", "bf16", "fp16") else trained.config.precision
-    return decoder.prepare(trained.config.model, trained.params, weights, precision.policy(computed).dtype)
 
 
 def answer(run: Model, prompt: list[int], args, show) -> dict:

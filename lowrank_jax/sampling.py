@@ -1,85 +1,109 @@
-"""How the next token is drawn from a row of logits, with the meaning and in the order of Hugging Face's processors.
+"""How the next token is chosen: bias, penalties, n-grams, temperature, top-k, top-p and min-p, for rows that differ.
 
-All of it runs inside a compiled decoding loop, for rows that each have settings of their own: what no row uses is
-skipped by a condition, not by another program. Nothing sorts the vocabulary; the thresholds of top-k and top-p are
-found bit by bit, in 32 passes (8 rows of 16,384 logits on 2 CPU cores: see scripts/bench_decode.py).
+The meaning and the order are those of Hugging Face's logits processors (transformers 5.23, `_get_logits_processor`);
+presence and frequency penalties are OpenAI's, applied right after the repetition penalty as vLLM and llama.cpp do.
+Everything runs in the compiled decode loop at every token. So that one program serves all settings and a batch pays
+only for what one of its rows uses, features stand behind `lax.cond`, nested, because a GPU's host looks at each one.
 
-Shapes: B rows, V vocabulary, S tokens of context.
+Shapes: B rows, V vocabulary, S context, M biased tokens, N blocks of the vocabulary, K tokens of a block.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lowrank_jax.attention import MASKED
 from lowrank_jax.config import UsageError
 
-MOST_BIASES = 300  # as many as OpenAI's API takes
+MOST = 2**31 - 1
+MOST_BIASED = 300  # OpenAI's limit
+COLDEST = 1e-6  # lower temperatures count as this one: logits divided by it stay finite in fp32
+BLOCK = 128  # tokens of a block of the two-stage draw: 2 x 128 noises instead of 16,384 at V = 16,384
+UNITS = 2**30  # of probability, for sums in int32, which no order of summation changes
+
+LIMITS = {  # kind, lowest, highest
+    "temperature": (numbers.Real, 0, 100),
+    "top_k": (numbers.Integral, 0, MOST),
+    "top_p": (numbers.Real, 0, 1),
+    "min_p": (numbers.Real, 0, 1),
+    "repetition_penalty": (numbers.Real, 0.01, 100),
+    "presence_penalty": (numbers.Real, -2, 2),  # OpenAI's ranges
+    "frequency_penalty": (numbers.Real, -2, 2),
+    "penalty_last_n": (numbers.Integral, 0, MOST),
+    "no_repeat_ngram": (numbers.Integral, 0, 64),  # a pass over the context for each token of it
+    "seed": (numbers.Integral, 0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of one request; raises UsageError for one that is out of its range.
+    """How one request's tokens are drawn; a value out of range raises UsageError.
 
-    `temperature` 0 takes the likeliest token. `top_k` 0, `top_p` 1 and `min_p` 0 exclude nothing, as
-    `no_repeat_ngram` 0 does. The three penalties look at the last `penalty_last_n` tokens of the context, prompt
-    included, or with 0 at all of it: `repetition_penalty` divides the positive logits of the tokens in it and
-    multiplies the negative ones (CTRL, arXiv 1909.05858), `presence_penalty` is subtracted once, `frequency_penalty` once for each time
-    (OpenAI's definitions). `logit_bias` adds to the logits of token ids. A request draws the same tokens from the same
-    logits with the same `seed`, whatever runs beside it.
+    The penalties look at the last `penalty_last_n` tokens of the context, prompt included, or at all of it: repetition
+    (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of tokens that occur, presence is
+    subtracted from them once, frequency once for each time. `no_repeat_ngram` n bans what would repeat n tokens of the
+    context. `logit_bias` has pairs (token id, what is added to its logit); ids the vocabulary lacks do nothing.
     """
 
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off; 0 keeps the likeliest
+    min_p: float = 0.0  # 0 is off
+    repetition_penalty: float = 1.0  # 1 is off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    penalty_last_n: int = 0
-    no_repeat_ngram: int = 0
+    penalty_last_n: int = 0  # 0 is all
+    no_repeat_ngram: int = 0  # 0 is off
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
 
     def __post_init__(self):
-        for name, (allowed, text) in _RANGES.items():
+        for name, (kind, low, high) in LIMITS.items():
             value = getattr(self, name)
-            kind = (int,) if isinstance(getattr(type(self), name), int) else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):
-                raise UsageError(f"{name} must be {text}, not {value!r}")
-        biases = self.logit_bias
-        if len(biases) > MOST_BIASES or any(i < 0 or not math.isfinite(bias) for i, bias in biases):
-            raise UsageError(f"logit_bias must be at most {MOST_BIASES} token ids with a finite number each")
+            if not _is(kind, value) or not low <= value <= high:
+                what = "a whole number" if kind is numbers.Integral else "a number"
+                raise UsageError(f"{name}={_short(value)} must be {what} from {low} to {high}")
+        pairs = self.logit_bias
+        if not isinstance(pairs, tuple) or len(pairs) > MOST_BIASED:
+            raise UsageError(f"logit_bias must be a tuple of at most {MOST_BIASED} pairs of a token id and a bias")
+        for pair in pairs:
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise UsageError(f"logit_bias has {_short(pair)}, which must be a pair of a token id and a bias")
+            if not _is(numbers.Integral, pair[0]) or not 0 <= pair[0] <= MOST:
+                raise UsageError(f"logit_bias has the token id {_short(pair[0])}, which must be from 0 to {MOST}")
+            if not _is(numbers.Real, pair[1]) or not -100 <= pair[1] <= 100:
+                raise UsageError(f"logit_bias of {pair[0]} is {_short(pair[1])}, but must be a number from -100 to 100")
+        if len({token for token, _ in pairs}) < len(pairs):
+            raise UsageError("logit_bias must name each token id once")
 
 
-_RANGES: dict[str, tuple[Callable, str]] = {
-    "temperature": (lambda x: 0 <= x <= 1e6, "a number between 0 and 1e6"),
-    "top_k": (lambda x: 0 <= x < 2**31, "an integer between 0 (off) and 2^31 - 1"),
-    "top_p": (lambda x: 0 < x <= 1, "a number above 0 and at most 1 (off)"),
-    "min_p": (lambda x: 0 <= x <= 1, "a number between 0 (off) and 1"),
-    "repetition_penalty": (lambda x: 0 < x <= 1e6, "a number above 0 (1: off)"),
-    "presence_penalty": (lambda x: abs(x) <= 100, "a number between -100 and 100"),
-    "frequency_penalty": (lambda x: abs(x) <= 100, "a number between -100 and 100"),
-    "penalty_last_n": (lambda x: 0 <= x < 2**31, "an integer between 0 (all) and 2^31 - 1"),
-    "no_repeat_ngram": (lambda x: 0 <= x < 2**31, "an integer between 0 (off) and 2^31 - 1"),
-    "seed": (lambda x: 0 <= x < 2**63, "an integer between 0 and 2^63 - 1"),
-}
+def _is(kind, value) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _short(value) -> str:
+    return " ".join(f"{value!r:.60}".split())
+
 
 PRESETS = {
-    "det": Sampling(temperature=0.0),  # the same answer every time
-    "balanced": Sampling(temperature=0.7, top_p=0.95, repetition_penalty=1.05, penalty_last_n=256),
-    "creative": Sampling(temperature=1.0, min_p=0.05, presence_penalty=0.3, penalty_last_n=256),  # arXiv 2407.01082
+    # The model's own first choice: the same text every time.
+    "det": Sampling(temperature=0.0),
+    # llama.cpp's default temperature, top-p, min-p and window, with ollama's 1.1 because small models loop. Without
+    # their top-k of 40, which excludes little beyond these two and costs as much as top-p.
+    "balanced": Sampling(temperature=0.8, top_p=0.95, min_p=0.05, repetition_penalty=1.1, penalty_last_n=64),
+    # High temperature with min-p alone to keep it coherent (arXiv 2407.01082 advises 0.05 to 0.1).
+    "creative": Sampling(temperature=1.2, min_p=0.05, repetition_penalty=1.1, penalty_last_n=64),
 }
 
 
 class Rows(NamedTuple):
-    """The settings of B requests as arrays [B], but for `bias_ids` and `bias` [B, M] and `key` [B, 2]."""
+    """The Sampling of B rows as arrays, which `rows` makes and a compiled function takes; [B] if not said."""
 
     temperature: np.ndarray
     top_k: np.ndarray
@@ -90,142 +114,181 @@ class Rows(NamedTuple):
     frequency_penalty: np.ndarray
     penalty_last_n: np.ndarray
     no_repeat_ngram: np.ndarray
-    bias_ids: np.ndarray
-    bias: np.ndarray
-    key: np.ndarray
+    bias_ids: np.ndarray  # [B, M], padded with a bias of 0; M is a power of two from 8 on: few shapes are compiled
+    bias_values: np.ndarray  # [B, M]
+    key: np.ndarray  # [B, 2] uint32: jax.random.key(seed), but with all 63 bits of the seed and always threefry's
 
 
 def rows(samplings: Sequence[Sampling]) -> Rows:
-    """The settings of each row; M is 1 or, with biases, a power of two, so that few shapes are ever compiled."""
-    names = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("logit_bias", "seed")]
-    dtype = lambda name: np.int32 if isinstance(getattr(Sampling, name), int) else np.float32
-    values = {name: np.asarray([getattr(s, name) for s in samplings], dtype(name)) for name in names}
-    most = max(len(s.logit_bias) for s in samplings)
-    biases = np.zeros((2, len(samplings), 1 << (most - 1).bit_length() if most else 1))
-    for b, s in enumerate(samplings):
-        biases[:, b, : len(s.logit_bias)] = np.reshape(s.logit_bias, (-1, 2)).T
-    key = np.asarray([(s.seed >> 32, s.seed & 0xFFFFFFFF) for s in samplings], np.uint32)
-    return Rows(**values, bias_ids=biases[0].astype(np.int32), bias=biases[1].astype(np.float32), key=key)
+    """Arrays of the host. Greedy rows have their filters off, so that they never make a batch pay for them."""
+    column = lambda name, dtype: np.asarray([getattr(s, name) for s in samplings], dtype)
+    temperature = column("temperature", np.float64)
+    drawn = lambda name, off: np.where(temperature > 0, column(name, np.float64), off)
+    M = 1 << (max([8, *(len(s.logit_bias) for s in samplings)]) - 1).bit_length()
+    bias = [(*s.logit_bias, *[(0, 0.0)] * (M - len(s.logit_bias))) for s in samplings]
+    return Rows(
+        temperature=np.where(temperature > 0, np.maximum(temperature, COLDEST), 0).astype(np.float32),
+        top_k=drawn("top_k", 0).astype(np.int32),
+        top_p=drawn("top_p", 1).astype(np.float32),
+        min_p=drawn("min_p", 0).astype(np.float32),
+        repetition_penalty=column("repetition_penalty", np.float32),
+        presence_penalty=column("presence_penalty", np.float32),
+        frequency_penalty=column("frequency_penalty", np.float32),
+        penalty_last_n=column("penalty_last_n", np.int32),
+        no_repeat_ngram=column("no_repeat_ngram", np.int32),
+        bias_ids=np.asarray([[token for token, _ in row] for row in bias], np.int32),
+        bias_values=np.asarray([[value for _, value in row] for row in bias], np.float32),
+        key=np.asarray([[int(s.seed) >> 32, int(s.seed) & 0xFFFFFFFF] for s in samplings], np.uint32),
+    )
 
 
-def choose(logits_BV: jax.Array, r: Rows, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """The next token [B] of rows whose context is the first `lengths_B` of their `tokens_BS`."""
-    logits_BV = penalize(logits_BV, r, tokens_BS, lengths_B)
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    draw = lambda: jnp.where(r.temperature > 0, _draw(restrict(logits_BV, r), r, lengths_B), likeliest_B)
-    return jax.lax.cond(jnp.any(r.temperature > 0), draw, lambda: likeliest_B)
+def adjust(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
+    """fp32 logits of the distribution that `choose` draws from; excluded tokens are at MASKED.
 
-
-def adjust(logits_BV: jax.Array, r: Rows, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """The logits that a token is drawn from, with all that is excluded at -1e30."""
-    return restrict(penalize(logits_BV, r, tokens_BS, lengths_B), r)
-
-
-def logprobs(logits_BV: jax.Array, chosen_B: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Under the model's own distribution: the log-probability [B] of a token, and ids and those of the n likeliest."""
-    total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
-    top_Bn, ids_Bn = jax.lax.top_k(logits_BV, min(n, logits_BV.shape[-1]))
-    missing = ((0, 0), (0, n - ids_Bn.shape[-1]))
-    chosen_B1 = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=-1)
-    return (chosen_B1 - total_B1)[:, 0], jnp.pad(ids_Bn, missing), jnp.pad(top_Bn - total_B1, missing)
-
-
-def penalize(logits_BV: jax.Array, r: Rows, tokens_BS: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """What depends on the context: biases, the three penalties, then repeated n-grams, which go to -1e30."""
-    B, V = logits_BV.shape
-    at_B1, at_S = jnp.arange(B)[:, None], jnp.arange(tokens_BS.shape[1])
-
-    def penalized(x_BV):
-        inside_BS = at_S < lengths_B[:, None]
-        inside_BS &= (r.penalty_last_n == 0)[:, None] | (at_S >= (lengths_B - r.penalty_last_n)[:, None])
-        count_BV = jnp.zeros((B, V)).at[at_B1, tokens_BS].add(inside_BS.astype(jnp.float32))
-        factor_B1 = r.repetition_penalty[:, None]
-        repeated_BV = jnp.where(x_BV > 0, x_BV / factor_B1, x_BV * factor_B1)
-        x_BV = jnp.where(count_BV > 0, repeated_BV, x_BV)
-        return x_BV - r.presence_penalty[:, None] * (count_BV > 0) - r.frequency_penalty[:, None] * count_BV
-
-    def without_ngrams(x_BV):
-        n_B = r.no_repeat_ngram
-        tail_B = lengths_B - (n_B - 1)  # where the last n - 1 tokens begin
-
-        def matches(k, same_BS):
-            wanted_B = jnp.take_along_axis(tokens_BS, jnp.maximum(tail_B + k, 0)[:, None], axis=1)
-            return same_BS & ((jnp.roll(tokens_BS, -k, axis=1) == wanted_B) | (k >= n_B - 1)[:, None])
-
-        begins_BS = (at_S + (n_B - 1)[:, None] < lengths_B[:, None]) & (n_B > 0)[:, None]
-        begins_BS = jax.lax.fori_loop(0, jnp.max(n_B) - 1, matches, begins_BS)
-        ends_BS = jnp.minimum(at_S + jnp.maximum(n_B - 1, 0)[:, None], len(at_S) - 1)
-        last_BS = jnp.take_along_axis(tokens_BS, ends_BS, axis=1)
-        return x_BV.at[at_B1, jnp.where(begins_BS, last_BS, V)].set(MASKED, mode="drop")
-
-    keep = lambda x_BV: x_BV
-    biased = lambda x_BV: x_BV.at[at_B1, r.bias_ids].add(r.bias, mode="drop")
-    penalties = (r.repetition_penalty != 1) | (r.presence_penalty != 0) | (r.frequency_penalty != 0)
-    logits_BV = jax.lax.cond(jnp.any(r.bias != 0), biased, keep, logits_BV)
-    logits_BV = jax.lax.cond(jnp.any(penalties), penalized, keep, logits_BV)
-    return jax.lax.cond(jnp.any(r.no_repeat_ngram > 0), without_ngrams, keep, logits_BV)
-
-
-def restrict(logits_BV: jax.Array, r: Rows) -> jax.Array:
-    """Divided by the temperature, with what top-k, then top-p, then min-p exclude at -1e30.
-
-    Equal logits are kept or excluded together; Hugging Face's top-p goes by their index.
+    The context of a row is the first `lengths_B` of its `tokens_BS`. Greedy rows have bias, penalties and n-grams only.
+    Something always remains: the likeliest token, and where n-grams would ban everything, they ban nothing.
+    Of tied logits top-k and top-p keep all or none, where Hugging Face's top-p breaks the tie by index.
     """
-    x_BV = logits_BV / jnp.where(r.temperature > 0, r.temperature, 1)[:, None]
-    largest_B1 = jnp.max(x_BV, axis=-1, keepdims=True)
+    return _filtered(_edited(logits_BV, rows, tokens_BS, lengths_B), rows)
+
+
+def choose(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
+    """[B] int32 next tokens: the argmax for greedy rows, else a draw from the softmax of `adjust`.
+
+    The draw depends on the row's seed and length alone, and so neither on its batch nor on its place in it.
+    """
+    edited_BV = _edited(logits_BV, rows, tokens_BS, lengths_B)
+    best_B = _argmax(edited_BV)
+    is_drawn_B = rows.temperature > 0
+    draw = lambda: jnp.where(is_drawn_B, _draw(_filtered(edited_BV, rows), rows.key, lengths_B), best_B)
+    return lax.cond(jnp.any(is_drawn_B), draw, lambda: best_B)
+
+
+def logprobs(logits_BV, chosen_B, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities [B] of the chosen tokens, and ids and log-probabilities [B, n] of the n <= V likeliest.
+
+    They are the model's own, before `adjust`.
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    top_Bn, ids_Bn = lax.top_k(logits_BV, n)
+    return (jnp.take_along_axis(logits_BV, chosen_B[:, None], 1) - total_B1)[:, 0], ids_Bn, top_Bn - total_B1
+
+
+def _if_any(on_B, change, x_BV):
+    return lax.cond(jnp.any(on_B), change, lambda x_BV: x_BV, x_BV)
+
+
+def _edited(logits_BV, rows: Rows, tokens_BS, lengths_B):
+    """The logits with bias, penalties and n-gram bans."""
+    is_biased_B = jnp.any(rows.bias_values != 0, axis=-1)
+    is_penalised_B = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
+    ngram_B = jnp.where(rows.no_repeat_ngram <= lengths_B, rows.no_repeat_ngram, 0)
+    row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+
+    def edit(x_BV):
+        bias = lambda x_BV: x_BV.at[row_B1, rows.bias_ids].add(rows.bias_values, mode="drop")
+        x_BV = _if_any(is_biased_B, bias, x_BV)
+        x_BV = _if_any(is_penalised_B, lambda x_BV: _penalised(x_BV, rows, tokens_BS, lengths_B), x_BV)
+        return _if_any(ngram_B > 0, lambda x_BV: _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B), x_BV)
+
+    return _if_any(is_biased_B | is_penalised_B | (ngram_B > 0), edit, logits_BV.astype(jnp.float32))
+
+
+def _penalised(x_BV, rows: Rows, tokens_BS, lengths_B):
+    at_S, V = jnp.arange(tokens_BS.shape[1]), x_BV.shape[1]
+    first_B = jnp.where(rows.penalty_last_n > 0, lengths_B - rows.penalty_last_n, 0)
+    is_seen_BS = (at_S >= first_B[:, None]) & (at_S < lengths_B[:, None])
+    row_B1 = jnp.arange(x_BV.shape[0])[:, None]
+    count_BV = jnp.zeros(x_BV.shape, jnp.int32).at[row_B1, jnp.where(is_seen_BS, tokens_BS, V)].add(1, mode="drop")
+    factor_BV = jnp.where(count_BV > 0, rows.repetition_penalty[:, None], 1)
+    x_BV = jnp.where(x_BV < 0, x_BV * factor_BV, x_BV / factor_BV)
+    return x_BV - rows.frequency_penalty[:, None] * count_BV - rows.presence_penalty[:, None] * (count_BV > 0)
+
+
+def _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B):
+    """Bans each token of the context that follows the n - 1 tokens with which the context ends; n = 0 bans nothing."""
+    at_S, V, n_B1 = jnp.arange(tokens_BS.shape[1]), x_BV.shape[1], ngram_B[:, None]
+
+    def follows(back, so_far_BS):
+        last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - back, 0)[:, None], axis=1)
+        return so_far_BS & ((jnp.roll(tokens_BS, back, axis=1) == last_B1) | (back >= n_B1))
+
+    # What the roll wraps around stands before n - 1.
+    whole_BS = (n_B1 > 0) & (at_S >= n_B1 - 1) & (at_S < lengths_B[:, None])
+    repeats_BS = lax.fori_loop(1, jnp.max(ngram_B), follows, whole_BS)
+    row_B1 = jnp.arange(x_BV.shape[0])[:, None]
+    is_banned_BV = jnp.zeros(x_BV.shape, bool).at[row_B1, jnp.where(repeats_BS, tokens_BS, V)].set(True, mode="drop")
+    remains_B1 = jnp.any(~is_banned_BV & (x_BV > MASKED), axis=-1, keepdims=True)
+    return jnp.where(is_banned_BV & remains_B1, MASKED, x_BV)
+
+
+def _filtered(x_BV, rows: Rows):
+    """Temperature, top-k, top-p and min-p; each filter takes out what lies below a floor."""
+    top_k_B, top_p_B = jnp.minimum(rows.top_k, x_BV.shape[1]), rows.top_p
+    above = lambda x_BV, floor_B: jnp.where(x_BV >= floor_B[:, None], x_BV, MASKED)
+    temperature_B1 = jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+    x_BV = jnp.where(x_BV > MASKED, x_BV / temperature_B1, MASKED)
 
     def top_k(x_BV):
-        k_B = jnp.where(r.top_k > 0, r.top_k, x_BV.shape[-1])
-        enough = lambda kept_BV: kept_BV.sum(-1) >= k_B
-        return _above(x_BV, enough)
+        return above(x_BV, jnp.where(top_k_B > 0, _floor(x_BV, 1, top_k_B), -jnp.inf))
 
     def top_p(x_BV):
-        mass_BV = jnp.exp(x_BV - largest_B1)
-        wanted_B = jnp.where(r.top_p < 1, r.top_p * mass_BV.sum(-1), jnp.inf)  # which no mass reaches: all are kept
-        enough = lambda kept_BV: jnp.where(kept_BV, mass_BV, 0).sum(-1) >= wanted_B
-        return _above(x_BV, enough)
+        # In fp32 a sum of 16,384 probabilities depends on its order; in int32 only each rounding by 2^-31 remains.
+        units_BV = jnp.round(jax.nn.softmax(x_BV, axis=-1) * UNITS).astype(jnp.int32)
+        total_B = jnp.sum(units_BV, axis=-1)
+        mass_B = jnp.clip(jnp.ceil(top_p_B * total_B).astype(jnp.int32), 1, total_B)
+        return above(x_BV, jnp.where(top_p_B < 1, _floor(x_BV, units_BV, mass_B), -jnp.inf))
 
-    def min_p(x_BV):
-        return jnp.where(x_BV >= largest_B1 + jnp.log(r.min_p)[:, None], x_BV, MASKED)
+    def filters(x_BV):
+        x_BV = _if_any(top_k_B > 0, top_k, x_BV)
+        x_BV = _if_any(top_p_B < 1, top_p, x_BV)
+        return above(x_BV, jnp.max(x_BV, axis=-1) + jnp.log(rows.min_p))  # p >= min_p x the likeliest's; log 0 is off
 
-    for active_B, narrow in ((r.top_k > 0, top_k), (r.top_p < 1, top_p), (r.min_p > 0, min_p)):
-        x_BV = jax.lax.cond(jnp.any(active_B & (r.temperature > 0)), narrow, lambda x_BV: x_BV, x_BV)
-    return x_BV
+    return _if_any((top_k_B > 0) | (top_p_B < 1) | (rows.min_p > 0), filters, x_BV)
 
 
-def _above(x_BV, enough) -> jax.Array:
-    """x where it is at least the highest threshold at which what is kept is `enough` [B], else -1e30.
+def _floor(x_BV, weight_BV, least_B):
+    """[B] the largest value such that the weights of all logits from it up sum to `least_B` or more; exact.
 
-    The threshold is built from its highest bit down, over integers in the order of the floats.
+    Bisects the 32 bits of a float, whose order is that of int32 once negative ones have their other bits flipped.
+    Against a sort of the vocabulary on 2 CPU cores, V = 16,384: 0.2 ms instead of 3.6 at B = 1, 1.6 instead of 28 at 8.
+    Two and four bits at a time, 16 and 8 passes of 3 and 15 sums each, took 1.3 and 2.4 times as long.
     """
-    bits_BV = jax.lax.bitcast_convert_type(x_BV, jnp.uint32)
-    order_BV = jnp.where(bits_BV >> 31 == 1, ~bits_BV, bits_BV | jnp.uint32(1 << 31))
+    order = lambda bits: jnp.where(bits < 0, bits ^ MOST, bits)  # its own inverse
+    order_BV = order(lax.bitcast_convert_type(x_BV, jnp.int32))
 
-    def add_bit(i, threshold_B):
-        higher_B = threshold_B | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        return jnp.where(enough(order_BV >= higher_B[:, None]), higher_B, threshold_B)
+    def bit(i, floor_B):
+        higher_B = floor_B ^ (1 << (31 - i))
+        sum_B = jnp.sum(jnp.where(order_BV >= higher_B[:, None], weight_BV, 0), axis=-1)
+        return jnp.where(sum_B >= least_B, higher_B, floor_B)
 
-    threshold_B = jax.lax.fori_loop(0, 32, add_bit, jnp.zeros(len(x_BV), jnp.uint32))
-    return jnp.where(order_BV >= threshold_B[:, None], x_BV, MASKED)
+    floor_B = lax.fori_loop(0, 32, bit, jnp.full(x_BV.shape[0], -MOST - 1, jnp.int32))
+    return lax.bitcast_convert_type(order(floor_B), jnp.float32)
 
 
-def _draw(x_BV, r: Rows, lengths_B) -> jax.Array:
-    """A draw from the softmax: where a uniform number falls in the cumulated probabilities, summed in two levels."""
-    B, V = x_BV.shape
-    width = math.isqrt(V - 1) + 1
-    mass_BV = jnp.exp(x_BV - jnp.max(x_BV, axis=-1, keepdims=True))
-    mass_BGW = jnp.pad(mass_BV, ((0, 0), (0, width * width - V))).reshape(B, width, width)
-    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(r.key, impl="threefry2x32"), lengths_B)
-    upto_BG = jnp.cumsum(mass_BGW.sum(-1), axis=-1)
-    point_B1 = jax.vmap(jax.random.uniform)(keys_B)[:, None] * upto_BG[:, -1:]
-    # Never a mass of nothing: rounding may put the point behind all, where the last that has any is meant.
-    pick = lambda upto, mass: jnp.where(
-        (hit := (upto > point_B1) & (mass > 0)).any(-1),
-        jnp.argmax(hit, -1),
-        mass.shape[-1] - 1 - jnp.argmax(mass[:, ::-1] > 0, -1),
-    )
-    group_B = pick(upto_BG, mass_BGW.sum(-1))
-    of_group = lambda x: jnp.take_along_axis(x, group_B[:, None], axis=1)[:, 0]
-    mass_BW = jnp.take_along_axis(mass_BGW, group_B[:, None, None], axis=1)[:, 0]
-    before_B1 = (of_group(upto_BG) - mass_BW.sum(-1))[:, None]
-    return (group_B * width + pick(before_B1 + jnp.cumsum(mass_BW, axis=-1), mass_BW)).astype(jnp.int32)
+def _argmax(x_BV):
+    """[B] the first maximum. jnp.argmax, a variadic reduction, takes 1.7 times as long on CPU (0.4 ms at B = 8)."""
+    V = x_BV.shape[1]
+    is_best_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+    first_B = jnp.min(jnp.where(is_best_BV, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
+    return jnp.minimum(first_B, V - 1)  # an id even of a row of NaN
+
+
+def _draw(x_BV, key_B2, lengths_B):
+    """A draw from softmax(x): first a block by its mass, then a token of the block, both by Gumbel-max.
+
+    Exact, as P(token) = P(block) P(token | block). On 2 CPU cores, V = 16,384, against noise for every token: 0.17 ms
+    instead of 0.80 at B = 1, 0.29 instead of 2.5 at B = 8. Uniforms and inverse cumulative sums took 0.10 and 0.25,
+    but rounding in a cumulative sum can pick an excluded token.
+    """
+    x_BV = jnp.pad(x_BV, ((0, 0), (0, -x_BV.shape[1] % BLOCK)), constant_values=MASKED)
+
+    def one(x_V, key_2, length):
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_2, impl="threefry2x32"), length)
+        of_block, of_token = jax.random.split(key)
+        x_NK = x_V.reshape(-1, BLOCK)
+        block = jax.random.categorical(of_block, jax.nn.logsumexp(x_NK, axis=-1))
+        return block * BLOCK + jax.random.categorical(of_token, x_NK[block])
+
+    return jax.vmap(one)(x_BV, key_B2, lengths_B).astype(jnp.int32)

@@ -21,7 +21,7 @@ from lowrank_jax.sampling import PRESETS, Sampling, rows
 V, S, B = 12, 16, 3  # a vocabulary so small that contexts repeat themselves
 OFF = Sampling(temperature=1.0)
 adjust, choose = jax.jit(sampling.adjust), jax.jit(sampling.choose)
-many = settings(max_examples=200, deadline=None)
+many = settings(max_examples=100, deadline=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def check(c: Case, per_row: list[Sampling]) -> None:
         assert not (np.isneginf(most) & (got > MASKED)).any(), (s, got, most)
         is_kept = np.isfinite(least)
         np.testing.assert_allclose(got[is_kept], least[is_kept], rtol=1e-5, atol=1e-5)
-        assert (got[got < -1e6] == MASKED).all()
+        assert (got[got < -1e6] == np.float32(MASKED)).all()
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -256,7 +256,9 @@ def draws(logits_V, of_rows: list[Sampling], context=(0,), lengths=None) -> np.n
 
 @pytest.mark.parametrize("vocab", [5, 128, 300])  # one block, a whole one, and three of which the last is padded
 @pytest.mark.parametrize(
-    "s", [OFF, Sampling(0.7, 4), Sampling(1.5, 0, 0.8), Sampling(1.0, 0, 1.0, 0.3), PRESETS["balanced"]], ids=str
+    "s",
+    [OFF, Sampling(0.7, 4), Sampling(1.5, 0, 0.8), Sampling(1.0, 0, 1.0, 0.3), Sampling(0.8, 3, 0.95, 0.05, 1.5)],
+    ids=str,
 )
 def test_draws_follow_the_adjusted_distribution_over_seeds_and_over_positions(s, vocab):
     logits = np.random.default_rng(vocab).standard_normal(vocab).astype(np.float32)
@@ -264,16 +266,15 @@ def test_draws_follow_the_adjusted_distribution_over_seeds_and_over_positions(s,
     wanted = np.exp(adjusted - adjusted.max(), dtype=np.float64) * (adjusted > MASKED)
     n = 20_000
     over_seeds = draws(logits, [dataclasses.replace(s, seed=seed) for seed in range(n)])
-    # Valid lengths only: the context has one token, so that the penalties see the same at all of them.
+    # Lengths past the buffer: without penalty_last_n and n-grams nothing but the key depends on them.
     over_positions = draws(logits, [s] * n, (0,), np.arange(1, n + 1, dtype=np.int32))
     for drawn in (over_seeds, over_positions):
         counts, expected = np.bincount(drawn, minlength=vocab), wanted / wanted.sum() * n
         assert (counts[wanted == 0] == 0).all()
-        is_rare = expected < 10
-        bins = lambda x: np.append(x[~is_rare], x[is_rare].sum())
-        has_rest = expected[is_rare].sum() > 0
-        observed, theory = (bins(x)[: None if has_rest else -1] for x in (counts, expected))
-        assert len(theory) == 1 or stats.chisquare(observed, theory).pvalue > 1e-3
+        is_rare = expected < 10  # the rare ones are one bin, with the least of the others so that it is never empty
+        is_rare[np.argmin(np.where(is_rare, np.inf, expected))] = True
+        observed, theory = (np.append(x[~is_rare], x[is_rare].sum()) for x in (counts, expected))
+        assert stats.chisquare(observed, theory).pvalue > 1e-3
 
 
 def test_rows_with_different_seeds_or_positions_are_independent():
@@ -286,7 +287,7 @@ def test_rows_with_different_seeds_or_positions_are_independent():
         assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, three(settings_of_a_row), st.permutations(range(B)))
 def test_a_row_is_independent_of_its_batch_and_of_its_slot(seed, of_rows, order):
     c, order = case(seed, vocab=300), np.asarray(order)

@@ -1,0 +1,229 @@
+"""Continuous batching: rows do not feel each other, nothing is compiled for a length, and the cache is exact."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_model import full, make, toy
+
+from lowrank_jax import costs, engine, quantize, sharding
+from lowrank_jax.config import UsageError
+from lowrank_jax.engine import CHUNKS, REUSED, WINDOW, Engine
+from lowrank_jax.sampling import PRESETS, Sampling
+
+GREEDY = PRESETS["det"]
+CONTEXT = 700
+SETTINGS = [
+    GREEDY,
+    Sampling(temperature=0.9, seed=5),
+    Sampling(temperature=1.3, top_k=12, seed=6),
+    Sampling(temperature=0.8, top_p=0.8, repetition_penalty=1.3, penalty_last_n=20, seed=7),
+    Sampling(temperature=1.0, min_p=0.05, no_repeat_ngram=2, logit_bias=((5, 2.0), (9, -50.0)), seed=8),
+    Sampling(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5),
+]
+
+
+@functools.cache
+def weights(**changes):
+    c = toy(**changes)
+    params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
+    return c, params, engine.decoder.prepare(c, params, "fp32", jnp.float32)
+
+
+def make_engine(slots: int, context: int = CONTEXT, stop: tuple[int, ...] = (), **changes) -> Engine:
+    c, _, w = weights(**changes)
+    return Engine(c, w, stop, slots, context)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed + length).integers(0, toy().vocab, length).tolist()
+
+
+def answers(e: Engine, requests: list[tuple[list[int], int, Sampling]], late: int = 0) -> list[list[int]]:
+    """What each request gets; with `late`, each joins so many steps after the one before it."""
+    waiting, slots, out = list(enumerate(requests)), {}, [[] for _ in requests]
+    steps = 0
+    while waiting or slots:
+        while waiting and e.free and steps >= late * waiting[0][0]:
+            i, (ids, most, drawn) = waiting.pop(0)
+            slots[e.add(ids, most, drawn)] = i
+        for slot, piece in e.step().items():
+            out[slots[slot]] += piece.ids
+            if piece.finish:
+                del slots[slot]
+        steps += 1
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone() -> Engine:
+    return make_engine(1)
+
+
+@pytest.fixture(scope="module")
+def together() -> Engine:
+    return make_engine(4)
+
+
+def test_a_greedy_answer_is_what_the_full_forward_pass_says_far_beyond_what_was_read(alone):
+    c, params, _ = weights()
+    ids = prompt(CHUNKS[0] + 40)
+    (new,) = answers(alone, [(ids, 3 * WINDOW, GREEDY)])
+    logits = np.asarray(full(c, params, np.asarray([ids + new])))[0]
+    assert new == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_rows_do_not_feel_each_other(alone, together, data):
+    """Lengths on both sides of every chunk, any settings, joining at any time: the answers are those of one alone."""
+    lengths = st.sampled_from([1, 2, 31, 32, 33, 34, 64, 128, 129, 130, 200, 256, 257, 258, 400])
+    request = st.tuples(lengths, st.integers(1, 40), st.sampled_from(SETTINGS), st.integers(0, 99))
+    requests = data.draw(st.lists(request, min_size=1, max_size=7))
+    requests = [(prompt(length, seed), most, drawn) for length, most, drawn, seed in requests]
+    expected = [answers(alone, [r])[0] for r in requests]
+    assert answers(together, requests, late=data.draw(st.integers(0, 2))) == expected
+    assert [len(x) for x in expected] == [most for _, most, _ in requests]
+
+
+def test_no_length_compiles_anything_after_the_first_two_requests():
+    e, compiled = make_engine(1, context=1000), []
+    answers(e, [(prompt(2), 3, GREEDY), (prompt(300), 3, GREEDY)])
+    listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for length in (1, 5, 31, 100, 257, 500, 900):
+            answers(e, [(prompt(length), 20, SETTINGS[length % len(SETTINGS)])])
+        assert not [event for event in compiled if "compile" in event]
+        jax.jit(lambda x: x * 3)(jnp.ones(77))  # that the listener hears at all
+        assert compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_it_ends_with_a_stop_id_or_the_context_or_the_limit():
+    e = make_engine(2, context=64)
+    (free,) = answers(e, [(prompt(8), 40, GREEDY)])
+    stop = free[20]
+    first = free.index(stop)
+    stopping = make_engine(2, context=64, stop=(stop,))
+    slot = stopping.add(prompt(8), 40, GREEDY)
+    got, finish = [], None
+    while not finish:
+        piece = stopping.step()[slot]
+        got, finish = got + piece.ids, piece.finish
+    assert (got, finish) == (free[: first + 1], "stop") and stopping.free == 2
+    (to_the_end,) = answers(e, [(prompt(50), 1000, GREEDY)])
+    assert len(to_the_end) == 64 - 50
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_kv": True}, {"rank": 0}, {"mlp_rank": 6, "embed_rank": 7}])
+def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes):
+    c, params, _ = weights(**changes)
+    ids = prompt(4 * 64)
+    logprobs, e = [], make_engine(1, **changes)
+    slot = e.add(ids[:70], 4 * 64 - 70, Sampling(temperature=5.0), logprobs=3)
+    new = []
+    while e.free == 0:
+        piece = e.step()[slot] if len(e._held[slot]) >= 69 else e.step().get(slot)
+        if piece:
+            new, logprobs = new + piece.ids, logprobs + piece.logprobs
+    expected = jax.nn.log_softmax(full(c, params, np.asarray([ids[:70] + new]))[0, 69:-1])
+    for row, token, (logprob, top) in zip(np.asarray(expected), new, logprobs):
+        assert abs(row[token] - logprob) < 1e-5
+        assert [i for i, _ in top] == np.argsort(-row, kind="stable")[:3].tolist()
+        np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=1e-5)
+
+
+def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):
+    ids = prompt(300, seed=9)
+    (new,) = answers(alone, [(ids, 5, GREEDY)])
+    more = [*ids, *new, *prompt(20)]
+    expected = answers(make_engine(1), [(more, 10, GREEDY)])
+    alone.add(more, 10, GREEDY)
+    assert len(alone._held[0]) == 304  # all but the last new token
+    alone.drop(0)
+    assert answers(alone, [(more, 10, GREEDY)]) == expected
+    alone.add([*ids[: REUSED - 1], 60, 60], 1, GREEDY)
+    assert alone._held[0] == []  # too little to be worth it
+    alone.drop(0)
+
+
+def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
+    expected = answers(together, [(prompt(90), 30, SETTINGS[2])])
+    gone = together.add(prompt(256), 40, GREEDY)
+    slot = together.add(prompt(90), 30, SETTINGS[2])
+    got = list(together.step().get(slot, engine.Piece([], [], None)).ids)
+    together.drop(gone)
+    assert together.free == 3
+    while together.free < 4:
+        got += together.step().get(slot, engine.Piece([], [], None)).ids
+    assert [got] == expected
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
+    for ids, most, told, words in [
+        ([], 5, 0, "at least one token"),
+        (prompt(CONTEXT), 5, 0, f"does not fit in a context of {CONTEXT}"),
+        ([1, 61], 5, 0, "between 0 and 60"),
+        ([1, -1], 5, 0, "between 0 and 60"),
+        ([1], 0, 0, "max_new must be at least 1"),
+        ([1], 1, 21, "between 0 and 20"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            together.add(ids, most, GREEDY, told)
+    assert together.free == 4
+    slots = [together.add([1], 1, GREEDY) for _ in range(4)]
+    with pytest.raises(UsageError, match="all slots are taken"):
+        together.add([1], 1, GREEDY)
+    for slot in slots:
+        together.drop(slot)
+
+
+def test_the_cache_takes_what_the_plan_says():
+    e = make_engine(2)
+    size = sum(x.nbytes for x in jax.tree.leaves(e._cache))
+    room = next(iter(e._cache.values())).shape[2]
+    assert room - (CONTEXT + CHUNKS[0]) < engine.decoder.BLOCK
+    assert size == 2 * room * costs.kv_bytes_per_token(toy(), 4)["latent"]
+
+
+@pytest.mark.parametrize("kind, most", [("int8", 0.06), ("int4", 0.6)])
+def test_quantized_weights_stay_close_and_are_smaller(kind, most):
+    c = toy(d=96, heads=6, rank=24, vocab=512)
+    params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
+    exact = engine.decoder.prepare(c, params, "fp32", jnp.float32)
+    packed = engine.decoder.prepare(c, params, kind, jnp.float32)
+    ids = np.random.default_rng(0).integers(0, 512, (2, 40))
+
+    def logits(w):
+        window = engine.decoder.empty_window(c, 2, 40, jnp.float32)
+        cache = engine.decoder.empty_cache(c, 2, 128, jnp.float32)
+        return engine.decoder.logits(w, engine.decoder.read(c, w, cache, window, ids, jnp.zeros(2, int), 0)[0][:, -1])
+
+    close, far = np.asarray(jax.jit(logits)(packed)), np.asarray(jax.jit(logits)(exact))
+    assert 0 < np.sqrt(np.mean((close - far) ** 2)) < most * far.std()
+    assert quantize.bytes_of(packed) < quantize.bytes_of(exact) * {"int8": 0.45, "int4": 0.4}[kind]
+
+
+@pytest.mark.parametrize("outputs", [0, 1])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("inputs", [20, 96, 257])
+def test_a_product_with_packed_weights_is_one_with_what_they_stand_for(outputs, rows, inputs):
+    """int8 on a CPU goes through integers: to 2e-5 of the largest x, the error of a product of floats."""
+    r = np.random.default_rng(0)
+    w = r.standard_normal((inputs, 50)).astype(np.float32)
+    x = (r.standard_normal((rows, inputs)) * 10.0 ** r.integers(-3, 3, (rows, 1))).astype(np.float32)
+    for kind in ("int8", "int4"):
+        packed = quantize.pack(w if outputs else w.T, kind, outputs)
+        dense = np.asarray(quantize.qwix.dequantize(packed))
+        expected = x @ (dense if outputs else dense.T)
+        error = np.abs(np.asarray(jax.jit(quantize.times, static_argnums=2)(x, packed, outputs)) - expected)
+        assert (error < 2e-5 * np.abs(x).max(-1, keepdims=True) * math.sqrt(inputs) * np.abs(dense).max()).all()
+        if not outputs:
+            np.testing.assert_allclose(quantize.rows(packed, np.array([[3, 49]]), jnp.float32)[0], dense[[3, 49]])
