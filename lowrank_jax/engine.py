@@ -101,6 +101,10 @@ class Engine:
         self._requests[slot] = _Request(list(ids), min(max_new, self.context - len(ids)), drawn, logprobs)
         return slot
 
+    def forget(self) -> None:
+        """Lets go of what free slots have read."""
+        self._held = [held if slot in self._requests else [] for slot, held in enumerate(self._held)]
+
     def drop(self, slot: int) -> None:
         """Ends the request in `slot`, if there is one."""
         self._requests.pop(slot, None)
