@@ -47,7 +47,7 @@ def build(preset: str, vocab: int, folder: str) -> None:
 
     hf.write(trained, os.path.join(folder, "hf"))
     for form in ("dense", "latent"):
-        gguf.write(trained, os.path.join(folder, f"{form}-f16.gguf"), attn=form, quant="f16")
+        gguf.write(trained, os.path.join(folder, f"{form}-f16"), attn=form, quant="f16")
 
 
 def make(preset: str, vocab: int):
@@ -137,7 +137,7 @@ def transformers(folder: str, vocab: int, new: int) -> dict:
             found[f"{rows} rows, {length}"] = (count - 1) / (whole - first) if rows == 1 else rows * count / whole
     c = net.config
     for size in (2048, 8192):
-        found[f"cache {size}"] = size * c.num_hidden_layers * sum(c.latent_sizes) * 4
+        found[f"cache {size}"] = size * c.num_hidden_layers * (c.rank_k + c.rank_v) * 4
     return found
 
 
@@ -182,7 +182,7 @@ def child(argv: list[str]) -> None:
     elif what == "hf":
         found = transformers(os.path.join(folder, "hf"), vocab, new)
     else:
-        found = llama(os.path.join(folder, f"{what}.gguf"), vocab, new, int(argv[5]))
+        found = llama(os.path.join(folder, what, "model.gguf"), vocab, new, int(argv[5]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print("\n" + json.dumps((found or {}) | {"peak_mb": peak / 1024, "start_mb": before / 1024}))
 
