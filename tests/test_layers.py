@@ -12,8 +12,14 @@ FLOORS = [
     ["main"],
     ["train"],
     ["phase", "report"],
-    ["serve"],
-    ["evaluate", "generate"],
+    ["export.__main__"],
+    ["export.hf", "export.gguf"],
+    ["export.hf_tokenizer", "export.llama"],
+    ["export.modeling_lowrank", "export.pieces", "export.template", "export.verify"],
+    ["evaluate", "generate", "serve"],
+    ["routes"],
+    ["scheduler", "answers"],
+    ["api"],
     ["engine"],
     ["plan"],
     ["programs", "meter", "trained", "warmstart"],
@@ -48,6 +54,9 @@ KEEPERS |= {
     "tensorboardX": "track",
     "wandb": "track",
     "mlflow": "track",
+    "starlette": "routes",
+    "prometheus_client": "routes",
+    "uvicorn": "serve",
 }
 
 

@@ -1,0 +1,69 @@
+"""What the tests of exports share: small models with weights that matter, nasty texts, the command in this process."""
+
+import json
+import os
+import random
+import tempfile
+
+import jax
+
+from lowrank_jax import cli, model
+from lowrank_jax.export import __main__ as export
+from lowrank_jax.trained import Trained
+
+# Before transformers is imported: it keeps a copy of a model's code there, and asks the hub for updates.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lowrank_jax_test_modules_")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def trained(make, tok, **changes) -> Trained:
+    """A model with random weights: no factor is zero as in a new model, and no gain 1."""
+    settings = {"d": 32, "heads": 8, "rank": 8, "mlp": 48, "vocab": tok.vocab_size} | changes
+    config = make.run_config(pretrain__block=48, **{f"model__{key}": value for key, value in settings.items()})
+    draw = lambda path, w, key: (
+        1 + 0.3 * jax.random.normal(key, w.shape)
+        if path[-1].key == "gain"
+        else w.shape[-2] ** -0.5 * jax.random.normal(key, w.shape)
+    )
+    leaves, tree = jax.tree_util.tree_flatten_with_path(model.init(config.model, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    params = jax.tree.unflatten(tree, [draw(path, w, key) for (path, w), key in zip(leaves, keys)])
+    return Trained(config, tok, params, {"step": 7, "tokens": 1234, "phase": "pretrain", "cursor": {}})
+
+
+def nasty_texts(prose: str, count: int = 300) -> list[str]:
+    """Words, runs of few letters and of white space, code points from anywhere, all mixed; no name of a symbol."""
+    draw = random.Random(0)
+    words = prose.split()
+    kinds = (
+        lambda: draw.choice(words),
+        lambda: "".join(draw.choices("aeb", k=draw.randint(1, 9))),
+        lambda: "".join(draw.choices(" \n\t\r\u00a0\u2028", k=draw.randint(1, 6))),
+        lambda: chr(
+            draw.choice([draw.randrange(1, 0x250), draw.randrange(0x3040, 0xD800), draw.randrange(0x1F300, 0x1F700)])
+        ),
+        lambda: draw.choice(
+            ["<0x41>", "|im_end|>", "e\u0301", "\ufeff", "1234567", "\U0001f468\u200d\U0001f469", "</"]
+        ),
+    )
+    return ["", " ", "\n"] + ["".join(draw.choice(kinds)() for _ in range(draw.randint(1, 12))) for _ in range(count)]
+
+
+def run(monkeypatch, capsys, model: Trained, *args: str) -> tuple[int, dict, str]:
+    """The command for a model that was never saved: exit status, what --json printed, what it told."""
+    monkeypatch.setattr(export, "open_run", lambda folder: model)
+    status = 0
+    try:
+        cli.main(export.command, ["--workdir=none", "--json", *args])
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, json.loads(out) if out else {}, err
+
+
+def refused(result: tuple[int, dict, str], status: int, *names: str) -> None:
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == status and len(lines) == 1, err
+    for name in names:
+        assert name in lines[0], lines[0]

@@ -1,0 +1,351 @@
+"""The server as a real process, asked by OpenAI's own client: answers, streams, mistakes, company, and its end."""
+
+import concurrent.futures
+import http.client
+import json
+import signal
+import socket
+import threading
+import time
+
+import openai
+import pytest
+from runs import WORDS, assert_one_line, last_json
+from servers import serving, until
+
+import lowrank_jax
+from lowrank_jax import cli, serve
+from lowrank_jax.data import tokenizer
+from scripts import load_server
+
+HELLO = [{"role": "user", "content": "The cat sat."}]
+KEY = "s3cret"
+LONG = {"prompt": "The dogs", "max_tokens": 4000, "temperature": 0.9}
+
+
+@pytest.fixture(scope="module")
+def server(reference):
+    with serving(reference, "--slots=4", "--context=4096", "--queue=16") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return ask(server)
+
+
+@pytest.fixture(scope="module")
+def endless(reference) -> dict:
+    """A long request whose answer no stop symbol ends."""
+    specials = tokenizer.load(str(reference / "tokenizer")).specials
+    return LONG | {"model": "reference", "logit_bias": {str(i): -100 for i in specials.values()}}
+
+
+def greedy(client, prompt: str, **options):
+    options = {"max_tokens": 24, "temperature": 0} | options
+    return client.completions.create(model="reference", prompt=prompt, **options)
+
+
+def test_answers_are_those_of_the_library(client, reference):
+    model = lowrank_jax.load(reference)
+    ids = [model.tokenizer.bos, *model.tokenizer.encode("The cat")]
+    (tokens,) = model.generate([ids], max_new=24, temperature=0)
+    response = greedy(client, "The cat")
+    assert response.choices[0].text == model.tokenizer.decode(tokens)
+    assert response.usage.prompt_tokens == len(ids) and response.usage.completion_tokens == len(tokens)
+    assert greedy(client, ids).choices[0].text == response.choices[0].text  # ids are taken as they are
+    chat = client.chat.completions.create(model="reference", messages=HELLO, max_tokens=24, temperature=0)
+    (tokens,) = model.generate([model.prompt("The cat sat.", is_chat=True)], max_new=24, temperature=0)
+    assert chat.choices[0].message.content == model.tokenizer.decode(tokens)
+    assert chat.choices[0].message.role == "assistant" and chat.choices[0].finish_reason in ("stop", "length")
+    assert [m.id for m in client.models.list()] == ["reference"]
+    assert client.models.retrieve("reference").owned_by == "lowrank_jax"
+
+
+def test_a_stream_says_what_the_whole_response_does(client):
+    ask = {"model": "reference", "messages": HELLO, "max_tokens": 60, "temperature": 0.8, "seed": 3}
+    ask |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**ask)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant" and len({c.id for c in chunks}) == 1
+    deltas = [c.choices[0] for c in chunks[:-1]]
+    assert "".join(d.delta.content or "" for d in deltas) == whole.choices[0].message.content
+    assert [t for d in deltas for t in d.logprobs.content] == whole.choices[0].logprobs.content
+    assert [d.finish_reason for d in deltas if d.finish_reason] == [whole.choices[0].finish_reason]
+    assert len([d for d in deltas if d.delta.content]) > 2  # in pieces
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices == [] and chunks[0].usage is None
+
+
+def test_logprobs_belong_to_the_text(client):
+    chat = client.chat.completions.create(
+        model="reference", messages=HELLO, max_tokens=20, temperature=0, logprobs=True, top_logprobs=3
+    ).choices[0]
+    assert "".join(t.token for t in chat.logprobs.content) == chat.message.content
+    for token in chat.logprobs.content:  # greedy: the likeliest is the one that was taken
+        assert len(token.top_logprobs) == 3 and token.top_logprobs[0].logprob == token.logprob <= 0
+        assert token.top_logprobs[0].token == token.token and bytes(token.bytes).decode() == token.token
+        assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob >= token.top_logprobs[2].logprob
+    text = greedy(client, "The cat", logprobs=0).choices[0]
+    places = zip(text.logprobs.text_offset, text.logprobs.tokens)
+    assert all(text.text[at:].startswith(token) for at, token in places)
+    assert text.logprobs.top_logprobs == [{t: p} for t, p in zip(text.logprobs.tokens, text.logprobs.token_logprobs)]
+    assert greedy(client, "The cat").choices[0].logprobs is None
+
+
+def test_seeds_choices_and_many_prompts(client):
+    draw = lambda **options: [c.text for c in greedy(client, "The cat", temperature=1.0, **options).choices]
+    assert draw(seed=5) == draw(seed=5) != draw(seed=6)
+    assert draw(seed=5, n=3) == draw(seed=5) + draw(seed=6) + draw(seed=7)
+    assert draw() != draw()  # random without a seed
+    prompts = ["The cat", "Two dogs", "A mat"]
+    together = greedy(client, prompts, n=2)
+    assert [c.index for c in together.choices] == list(range(6))
+    assert [c.text for c in together.choices] == [greedy(client, p).choices[0].text for p in prompts for _ in "ab"]
+    streamed = [""] * 3
+    for chunk in greedy(client, prompts, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [greedy(client, p).choices[0].text for p in prompts]
+
+
+def test_an_answer_ends_before_its_stop_string_and_at_its_limits(client, endless):
+    full = client.completions.create(**endless | {"max_tokens": 200, "seed": 1}).choices[0].text
+    stop = full[60:64]
+    cut = client.completions.create(**endless | {"max_tokens": 200, "seed": 1}, stop=[stop, "\0"], logprobs=1)
+    assert cut.choices[0].text == full[: full.index(stop)] and cut.choices[0].finish_reason == "stop"
+    assert all(at < len(cut.choices[0].text) for at in cut.choices[0].logprobs.text_offset)
+    assert cut.usage.completion_tokens < 200
+    stream = list(client.completions.create(**endless | {"max_tokens": 200, "seed": 1}, stop=stop, stream=True))
+    assert "".join(c.choices[0].text for c in stream) == cut.choices[0].text
+    assert stream[-1].choices[0].finish_reason == "stop"
+    limited = client.chat.completions.create(model="reference", messages=HELLO, max_completion_tokens=1)
+    assert limited.usage.completion_tokens == 1
+    prompt = [5] * 4090  # the context ends an answer too
+    end = client.completions.create(**endless | {"prompt": prompt, "max_tokens": 100})
+    assert end.usage.completion_tokens == 6 and end.choices[0].finish_reason == "length"
+
+
+def test_what_changes_the_meaning_is_heard_or_refused_and_the_rest_ignored(client):
+    plain = greedy(client, "The cat").choices[0].text
+    extra = {"metadata": {"a": "b"}, "user": "me", "store": True, "tools": [], "response_format": {"type": "text"}}
+    assert greedy(client, "The cat", extra_body=extra).choices[0].text == plain
+    first = greedy(client, "The cat", logprobs=1, max_tokens=1, extra_body={"preset": "det"}).choices[0]
+    assert plain.startswith(first.text)
+    other = greedy(client, "The cat", frequency_penalty=2.0, extra_body={"no_repeat_ngram": 2}).choices[0].text
+    assert other != plain
+    parts = [{"type": "text", "text": "The cat"}, {"type": "text", "text": " sat."}]
+    ask = {"model": "reference", "max_tokens": 9, "temperature": 0}
+    whole = client.chat.completions.create(messages=HELLO, **ask)
+    in_parts = client.chat.completions.create(messages=[{"role": "user", "content": parts}], **ask)
+    assert in_parts.choices[0].message.content == whole.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        client.chat.completions.create(messages=HELLO, tools=[{"type": "function", "function": {"name": "f"}}], **ask)
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(messages=HELLO, response_format={"type": "json_object"}, **ask)
+
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ERRORS = {
+    "not JSON": (CHAT, b'{"messages": [', 400, None, "not JSON"),
+    "deep JSON": (CHAT, b"[" * 100_000, 400, None, "not JSON"),
+    "not UTF-8": (CHAT, b'{"\xff": 1}', 400, None, "not JSON"),
+    "NaN": (TEXT, b'{"prompt": "a", "temperature": NaN}', 400, None, "not JSON"),
+    "a list": (CHAT, [1], 400, None, "object"),
+    "no messages": (CHAT, {}, 400, "messages", "messages"),
+    "messages": (CHAT, {"messages": "hi"}, 400, "messages", "list"),
+    "a message": (CHAT, {"messages": ["hi"]}, 400, "messages", "messages[0]"),
+    "role": (CHAT, {"messages": [{"role": "king", "content": "a"}]}, 400, "messages[0].role", "system"),
+    "content": (CHAT, {"messages": [{"role": "user", "content": 7}]}, 400, "messages[0].content", "text"),
+    "image": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "messages[0].content",
+        "parts",
+    ),
+    "type": (TEXT, {"prompt": "a", "temperature": "hot"}, 400, "temperature", "number"),
+    "range": (TEXT, {"prompt": "a", "top_p": 1.5}, 400, "top_p", "top_p"),
+    "negative": (TEXT, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "at least 1"),
+    "n": (TEXT, {"prompt": "a", "n": 0}, 400, "n", "at least 1"),
+    "many": (TEXT, {"prompt": "a", "n": 21}, 400, "n", "20"),
+    "a prompt of nothing": (TEXT, {"prompt": []}, 400, "prompt", "prompt"),
+    "an id": (TEXT, {"prompt": [10**9]}, 400, "prompt", "token id"),
+    "bias": (TEXT, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "token ids"),
+    "stops": (TEXT, {"prompt": "a", "stop": list("abcde")}, 400, "stop", "4"),
+    "logprobs": (CHAT, {"messages": HELLO, "top_logprobs": 2}, 400, "top_logprobs", "logprobs"),
+    "many logprobs": (TEXT, {"prompt": "a", "logprobs": 99}, 400, "logprobs", "20"),
+    "echo": (TEXT, {"prompt": "a", "echo": True}, 400, "echo", "not supported"),
+    "unknown": (TEXT, {"prompt": "a", "temprature": 1}, 400, "temprature", "unknown"),
+    "preset": (TEXT, {"prompt": "a", "preset": "wild"}, 400, "preset", "balanced"),
+    "stream": (TEXT, {"prompt": "a", "stream": "yes"}, 400, "stream", "true or false"),
+    "model": (TEXT, {"prompt": "a", "model": "\ud800"}, 404, "model", "does not exist"),
+    "too long": (TEXT, {"prompt": [5] * 4096}, 400, "prompt", "4096"),
+    "a long chat": (CHAT, {"messages": [{"role": "user", "content": "x" * 9999}]}, 400, "messages", "4096"),
+    "too large": (CHAT, b" " * (5 << 20), 413, None, "bytes"),
+    "route": ("/v1/embeddings", {}, 404, None, "/v1/embeddings"),
+    "method": ("/healthz", {}, 405, None, "/healthz"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_mistake_is_told_in_openais_shape(server, case):
+    path, body, status, param, words = ERRORS[case]
+    got, headers, response = server.post(path, body)
+    error = response["error"]
+    assert (got, error["param"]) == (status, param) and words in error["message"], (got, error)
+    assert error["type"] == "invalid_request_error" and headers["content-type"] == "application/json"
+    if "long" in case:
+        assert error["code"] == "context_length_exceeded"
+    assert json.loads(server.get("/healthz"))["status"] == "ok"
+
+
+def test_a_client_that_leaves_frees_its_slot(server, client, endless):
+    for _ in range(3):  # more than there are slots, twice over
+        streams = [client.completions.create(**endless, stream=True) for _ in range(4)]
+        for stream in streams:
+            next(iter(stream))
+            stream.response.close()
+        assert until(lambda: server.metric("lowrank_active_rows") == 0)
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    connection.request("POST", "/v1/completions", json.dumps(endless))
+    assert until(lambda: server.metric("lowrank_active_rows") == 1)
+    connection.close()
+    assert until(lambda: server.metric("lowrank_active_rows") == 0)
+    assert 'lowrank_requests_total{route="/v1/completions",status="499"}' in server.get("/metrics")
+
+
+def test_sixteen_clients_are_not_mixed_up(server, client):
+    prompts = [f"{WORDS[i]} {WORDS[i * 5 % 18]} " * (i + 1) for i in range(16)]
+    alone = [greedy(client, p, max_tokens=10 + 5 * i).choices[0].text for i, p in enumerate(prompts)]
+
+    def ask(i: int) -> str:
+        if i % 2:
+            return greedy(client, prompts[i], max_tokens=10 + 5 * i).choices[0].text
+        stream = greedy(client, prompts[i], max_tokens=10 + 5 * i, stream=True)
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(16))) == alone
+        assert list(pool.map(ask, reversed(range(16)))) == alone[::-1]
+    assert len(set(alone)) > 8 and server.metric("lowrank_queue_length") == 0
+
+
+def test_a_load_is_answered_and_a_wrong_answer_would_be_noticed(server, endless):
+    port = int(server.url.rsplit(":", 1)[1])
+    asked = load_server.questions(4, [int(i) for i in endless["logit_bias"]])
+    result = load_server.run(port, asked, clients=12, seconds=2.0)
+    assert result["requests"] > 20 and result["dropped"] == result["mixed_up"] == result["still_active"] == 0
+    assert result["tokens_per_s"] > 0 and result["rss_mb"]["end"] > 0 and "p99" in load_server.table(result)
+    load = load_server.Load(port, asked, ["something else"] * 4)
+    threading.Timer(0.2, load.over.set).start()
+    load.client(0)
+    assert load.mixed and len(load.mixed) == len(load.answers)
+
+
+def test_metrics_add_up(server, client):
+    names = (
+        "lowrank_prompt_tokens_total",
+        "lowrank_generated_tokens_total",
+        "lowrank_time_to_first_token_seconds_count",
+    )
+    before = [server.metric(name) for name in names]
+    usage = greedy(client, "The cat", n=2).usage
+    after = [server.metric(name) for name in names]
+    assert [b - a for a, b in zip(before, after)] == [usage.prompt_tokens, usage.completion_tokens, 2]
+    assert server.metric("lowrank_engine_failures") == 0 and server.metric("process_resident_memory_bytes") > 1e8
+
+
+def ask(served, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=served.url + "/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def test_a_key_is_asked_for_a_full_queue_refuses_and_an_answer_may_come_too_late(reference, endless):
+    flags = ["--slots=1", "--context=32768", "--queue=1", "--timeout=2.5", "--max_tokens=15000", "--model_name=m"]
+    endless = endless | {"model": "m", "max_tokens": 15000}
+    with serving(reference, *flags, f"--api_key={KEY}") as server:
+        for path, body in ((CHAT, {"messages": HELLO}), (TEXT, b"{"), ("/v1/nothing", b"")):
+            for headers in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}):
+                assert server.post(path, body, headers)[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            ask(server, "wrong").models.list()
+        assert json.loads(server.get("/healthz")) and "<html" in server.get("/")  # neither asks for one
+        client = ask(server, KEY)
+        assert [m.id for m in client.models.list()] == ["m"]
+        with pytest.raises(openai.BadRequestError, match="at most 15000"):
+            client.completions.create(model="m", prompt="a", max_tokens=15001)
+
+        first = client.completions.create(**endless, stream=True)
+        waiting = threading.Thread(target=lambda: server.post(TEXT, endless, {"Authorization": f"Bearer {KEY}"}))
+        waiting.start()
+        assert until(lambda: server.metric("lowrank_queue_length") == 1)
+        status, headers, response = server.post(TEXT, endless, {"Authorization": f"Bearer {KEY}"})
+        assert status == 429 and headers["retry-after"] == "1" and response["error"]["code"] == "queue_full"
+        first.response.close()
+        waiting.join()
+        assert until(lambda: server.metric("lowrank_active_rows") == 0)
+
+        with pytest.raises(openai.InternalServerError, match="2.5 seconds") as e:
+            client.completions.create(**endless, n=2)
+        assert e.value.status_code == 504 and until(lambda: server.metric("lowrank_active_rows") == 0)
+        with pytest.raises(openai.APIError, match="2.5 seconds"):
+            list(client.completions.create(**endless, stream=True))
+        assert until(lambda: server.metric("lowrank_active_rows") == 0)
+        assert client.completions.create(model="m", prompt="a", max_tokens=3).usage.completion_tokens
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless, number):
+    with serving(reference, "--slots=1", "--context=32768", "--json") as server:
+        stream = ask(server).completions.create(**endless | {"max_tokens": 30000}, stream=True)
+        next(iter(stream))
+        server.process.send_signal(number)
+        began = time.monotonic()
+        with pytest.raises(openai.APIError, match="stopping"):  # it had a few seconds
+            list(stream)
+        assert server.process.wait(20) == 128 + number and time.monotonic() - began < 15
+        assert last_json(server.process.stdout.read())["stopped_by"] == number.name
+        assert not any("Traceback" in line for line in server.said), server.said
+        with pytest.raises(OSError):
+            server.get("/healthz")
+
+
+FLAGS = {
+    "no run": (["--workdir=/nowhere", "--port=0"], ["/nowhere", "no run"]),
+    "no workdir": ([], ["--workdir"]),
+    "flag": (["--workdir=x", "--prot=1"], ["prot"]),
+    "port": (["--workdir=x", "--port=70000"], ["--port", "65535"]),
+    "host": (["--workdir=x", "--host=no.such.host.invalid"], ["no.such.host.invalid"]),
+    "slots": (["--workdir=x", "--slots=0"], ["--slots"]),
+    "context": (["--workdir=x", "--context=1"], ["--context"]),
+    "timeout": (["--workdir=x", "--timeout=nan"], ["--timeout"]),
+    "key": (["--workdir=x", "--api_key="], ["--api_key"]),
+    "weights": (["--workdir=x", "--weights=int3"], ["--weights", "int8"]),
+}
+
+
+@pytest.fixture
+def handlers():
+    """A command run inside of this process leaves its signal handlers behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_wrong_flag_gets_one_line(case, capfd, handlers):
+    args, names = FLAGS[case]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(serve.command, args)
+    assert_one_line(exit.value.code, capfd.readouterr().err, 2, *names)
+
+
+def test_a_port_in_use_is_told_before_anything_slow(capfd, handlers):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as exit:
+        cli.main(serve.command, ["--workdir=x", f"--port={taken.getsockname()[1]}"])
+    assert_one_line(exit.value.code, capfd.readouterr().err, 1, "in use")
+
+
+def test_it_explains_itself(capsys):
+    with pytest.raises(SystemExit) as exit:
+        serve.command(["--help"])
+    assert exit.value.code == 0 and "--slots" in (out := capsys.readouterr().out) and "lowrank_jax.serve" in out
