@@ -106,8 +106,7 @@ class Server:
                 await send(message)
 
             try:
-                if scope["path"].startswith("/v1/") and not self._has_key(scope):
-                    problem = Problem(401, "the API key is missing or wrong", code="invalid_api_key")
+                if problem := self._unwelcome(scope):
                     await _refusal(problem)(scope, receive, sending)
                 else:
                     await app(scope, receive, sending)
@@ -118,10 +117,18 @@ class Server:
 
         return outside
 
-    def _has_key(self, scope) -> bool:
-        sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    def _unwelcome(self, scope) -> Problem | None:
+        if not scope["path"].startswith("/v1/"):
+            return None
+        headers = dict(scope["headers"])
         wanted = f"Bearer {self.settings.key}".encode()
-        return not self.settings.key or hmac.compare_digest(sent, wanted)
+        if self.settings.key and not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
+            return Problem(401, "the API key is missing or wrong", code="invalid_api_key")
+        # A browser names the page that asks. Without a key, any page could set this machine to work.
+        origin = headers.get(b"origin")
+        if not self.settings.key and origin is not None and origin.partition(b"//")[2] != headers.get(b"host"):
+            return Problem(403, "pages of other sites may ask with an API key alone", code="foreign_origin")
+        return None
 
     async def page(self, request: Request) -> Response:
         headers = {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"}

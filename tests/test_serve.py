@@ -254,6 +254,14 @@ def test_metrics_add_up(server, client):
     assert server.metric("lowrank_engine_failures") == 0 and server.metric("process_resident_memory_bytes") > 1e8
 
 
+def test_a_page_of_another_site_cannot_set_the_machine_to_work(server):
+    own = server.url.removeprefix("http://")
+    for origin in (server.url, "https://evil.example", f"http://{own}.example", "null"):
+        status, _, response = server.post(TEXT, {"prompt": "a", "max_tokens": 1}, {"Origin": origin})
+        assert status == (200 if origin == server.url else 403), origin
+        assert status == 200 or response["error"]["code"] == "foreign_origin"
+
+
 def ask(served, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=served.url + "/v1", api_key=key, max_retries=0, timeout=60)
 
