@@ -139,9 +139,7 @@ class Engine:
         rows = min(self.slots, _power_of_two(max(live) + 1))
         requests = [self._requests.get(slot) if slot in live else None for slot in range(rows)]
         held_B = np.asarray([len(self._held[slot]) for slot in range(rows)], np.int32)
-        last_B = np.asarray(
-            [(r.ids + self._new[s])[len(self._held[s])] if r else 0 for s, r in enumerate(requests)], np.int32
-        )
+        last_B = np.asarray([self._last(slot) if r else 0 for slot, r in enumerate(requests)], np.int32)
         left_B = np.asarray([r.limit - len(self._new[s]) if r else 0 for s, r in enumerate(requests)], np.int32)
         drawn = sampling.rows([r.sampling if r else sampling.PRESETS["det"] for r in requests])
         with_logprobs = np.asarray(any(r and r.logprobs for r in requests))
@@ -153,10 +151,14 @@ class Engine:
         out = jax.tree.map(sharding.fetch, out)
         return {slot: self._piece(slot, _Out(*(x[slot] for x in out))) for slot in live}
 
+    def _last(self, slot: int) -> int:
+        """The newest token of a request: the one whose latents are not in the cache yet."""
+        return (self._new[slot] or self._requests[slot].ids)[-1]
+
     def _piece(self, slot: int, out: "_Out") -> Piece:
         request, count = self._requests[slot], int((out.tokens >= 0).sum())
         ids = out.tokens[:count].tolist()
-        self._held[slot] = (request.ids + self._new[slot] + ids)[:-1]
+        self._held[slot] += [self._last(slot), *ids[:-1]]
         self._new[slot] += ids
         logprobs = []
         if request.logprobs:

@@ -51,6 +51,10 @@ class Model:
             self._engine = held = Engine(self.config.model, self.weights, chat.stop_ids(self.tokenizer), *powers)
         return held
 
+    def reset(self) -> None:
+        """Forgets what was read, after an interruption: it may have come when the cache had just been handed over."""
+        self._engine = None
+
     def generate(self, prompts: Sequence[list[int]], max_new: int = 200, seed: int = 0, **sampling) -> list[list[int]]:
         """New token ids for each prompt of ids (of any lengths), each ending with its stop token if it met one.
 
@@ -98,7 +102,9 @@ class Model:
 def answer(run: Model, prompt: list[int], args, show) -> dict:
     """Generates after one prompt, handing each new piece of text to `show`; returns the facts of it."""
     writer, text, ids, told, finish = Writer(run.tokenizer, args.stop), "", [], [], "stop"
-    _warm_up(run, len(prompt) + args.max_tokens)
+    if run.engine(1, len(prompt) + args.max_tokens).fresh:  # compiles, so that the timing is of the model alone
+        for _ in run.stream([run.tokenizer.bos] * len(prompt), args.max_tokens, most=1):
+            break
     started = time.monotonic()
     first = started
     with contextlib.closing(run.stream(prompt, args.max_tokens, args.logprobs, **args.sampling)) as pieces:
@@ -126,14 +132,6 @@ def answer(run: Model, prompt: list[int], args, show) -> dict:
             for i, (p, top) in zip(ids, told)
         ]
     return facts
-
-
-def _warm_up(run: Model, context: int) -> None:
-    """Compiles what a request needs, so that a timing after it is one of the model alone."""
-    if run.engine(1, context).fresh:
-        for length in (2, 300):  # one of each chunk's size
-            for _ in run.stream([run.tokenizer.bos] * min(length, context - 2), 2):
-                pass
 
 
 def converse(run: Model, args, show) -> dict:
@@ -190,6 +188,7 @@ def _turn(run: Model, messages: list[dict], text: str, args, show) -> list[dict]
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
+        run.reset()
         result = {"text": "".join(shown), "finish_reason": "stop"}
     show("\n")
     said = {"role": "assistant", "content": result["text"].strip()}

@@ -10,6 +10,7 @@ time, prompts included. The first token is that of one prompt of 1,500 tokens.
 
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
@@ -32,6 +33,11 @@ def prompts(rows: int, length: int, vocab: int) -> list[list[int]]:
     return [[1, *(300 + (7 * i + 31 * row) % (vocab - 300) for i in range(length - 1))] for row in range(rows)]
 
 
+def counts(new: int) -> dict[int, int]:
+    """How many tokens are asked for after prompts of each length."""
+    return {16: new, LONG: max(2, new // 4)}
+
+
 def config_of(preset: str, vocab: int):
     here = os.path.join(os.path.dirname(__file__), "..", "configs", "preset.py")
     # Without the latents' norm, so that llama.cpp can have the same model; one rank for all, as its latent form needs.
@@ -41,10 +47,14 @@ def config_of(preset: str, vocab: int):
 
 
 def build(preset: str, vocab: int, folder: str) -> None:
-    """Exports a model with random weights for the others, if they are installed."""
-    trained = make(preset, vocab)
+    """A model with random weights, for each runtime in its form."""
+    import jax
+
     from lowrank_jax.export import gguf, hf
 
+    trained = make(preset, vocab)
+    with open(os.path.join(folder, "params.pickle"), "wb") as f:
+        pickle.dump(jax.device_get(trained.params), f)
     hf.write(trained, os.path.join(folder, "hf"))
     for form in ("dense", "latent"):
         gguf.write(trained, os.path.join(folder, f"{form}-f16"), attn=form, quant="f16")
@@ -74,20 +84,19 @@ def make(preset: str, vocab: int):
 # ------------------------------------------------------------------------------------- one runtime, in its own process
 
 
-def ours(preset: str, vocab: int, kind: str, new: int) -> dict:
+def ours(preset: str, vocab: int, folder: str, kind: str, new: int) -> dict:
     import jax
-    import numpy as np
 
-    from lowrank_jax import engine, model, sampling, sharding
+    from lowrank_jax import engine, sampling, sharding
 
-    config, rng = config_of(preset, vocab), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
-    params = jax.tree.map(lambda w: rng.standard_normal(w.shape, np.float32) * 0.02, shapes)
-    weights = engine.prepare(config, jax.device_put(params, sharding.whole(sharding.one_device())), kind)
+    config = config_of(preset, vocab)
+    with open(os.path.join(folder, "params.pickle"), "rb") as f:
+        params = jax.device_put(pickle.load(f), sharding.whole(sharding.one_device()))
+    weights = engine.prepare(config, params, kind)
     del params
     greedy, found = sampling.PRESETS["det"], {}
 
-    def run(e, rows: int, length: int) -> tuple[float, float]:
+    def run(e, rows: int, length: int, new: int) -> tuple[float, float]:
         """Seconds until the first token, and tokens a second."""
         e.forget()  # no prompt is known already
         started, first = time.perf_counter(), None
@@ -102,9 +111,9 @@ def ours(preset: str, vocab: int, kind: str, new: int) -> dict:
 
     for rows in ROWS:
         e = engine.Engine(config.model, weights, (), rows, CONTEXT)
-        run(e, rows, 16)  # compiles
-        for length in (16, LONG):
-            best = [run(e, rows, length) for _ in range(2)]
+        run(e, rows, LONG, 2)  # compiles
+        for length, count in counts(new).items():
+            best = [run(e, rows, length, count) for _ in range(2)]
             found[f"{rows} rows, {length}"] = max(speed for _, speed in best)
             found[f"first {rows} rows, {length}"] = min(first for first, _ in best)
     for size in (2048, 8192):
@@ -129,10 +138,8 @@ def transformers(folder: str, vocab: int, new: int) -> dict:
 
     for rows in ROWS:
         seconds(rows, 16, 2)
-        for length in (16, LONG):
-            first = min(seconds(rows, length, 1) for _ in range(2))
-            found[f"first {rows} rows, {length}"] = first
-            count = new
+        for length, count in counts(new).items():
+            first = found[f"first {rows} rows, {length}"] = seconds(rows, length, 1)
             whole = seconds(rows, length, count)
             found[f"{rows} rows, {length}"] = (count - 1) / (whole - first) if rows == 1 else rows * count / whole
     c = net.config
@@ -149,16 +156,16 @@ def llama(path: str, vocab: int, new: int, rows: int) -> dict:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
     server = xllamacpp.Server(params)
 
-    def ask(prompt: list[int], answers: list) -> None:
-        request = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    def ask(prompt: list[int], count: int, answers: list) -> None:
+        request = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         answer = server.handle_completions(request)
         answers.append((answer if isinstance(answer, dict) else json.loads(answer))["timings"])
 
-    for length in (16, LONG):
+    for length, count in counts(new).items():
         best = []
         for _ in range(2):
             answers = []
-            threads = [threading.Thread(target=ask, args=(p, answers)) for p in prompts(rows, length, vocab)]
+            threads = [threading.Thread(target=ask, args=(p, count, answers)) for p in prompts(rows, length, vocab)]
             started = time.perf_counter()
             for thread in threads:
                 thread.start()
@@ -166,7 +173,7 @@ def llama(path: str, vocab: int, new: int, rows: int) -> dict:
                 thread.join()
             whole = time.perf_counter() - started
             reading = max(t["prompt_ms"] for t in answers) / 1e3
-            best.append((reading, answers[0]["predicted_per_second"] if rows == 1 else rows * new / whole))
+            best.append((reading, answers[0]["predicted_per_second"] if rows == 1 else rows * count / whole))
         found[f"{rows} rows, {length}"] = max(speed for _, speed in best)
         found[f"first {rows} rows, {length}"] = min(reading for reading, _ in best)
     return found
@@ -178,7 +185,7 @@ def child(argv: list[str]) -> None:
     if what == "build":
         found = build(preset, vocab, folder)
     elif what in OURS.values():
-        found = ours(preset, vocab, what, new)
+        found = ours(preset, vocab, folder, what, new)
     elif what == "hf":
         found = transformers(os.path.join(folder, "hf"), vocab, new)
     else:
