@@ -14,6 +14,7 @@ import platform
 import signal
 import sys
 import threading
+import time
 import traceback
 
 from absl import flags
@@ -139,6 +140,8 @@ def _tell(error: str) -> None:
 
 
 def _leave(status: int | None) -> None:
+    if status and processes.count() > 1 and processes.is_first():
+        time.sleep(3)  # the others end with a stack trace when this process, which coordinates them, is gone
     compiling = any(thread.name.startswith("compiler") for thread in threading.enumerate())  # see programs.py
     if not compiling and (not status or processes.count() == 1):  # a process that fails does not wait for the others
         sys.exit(status)

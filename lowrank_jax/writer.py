@@ -10,8 +10,8 @@ UNFINISHED = "\ufffd"  # what a decoder makes of a character whose last bytes ar
 class Writer:
     """The text of the ids given to `add`, piece by piece; all pieces and `end` joined are the text of all ids.
 
-    What may still change is held back: a character without all its bytes, and what may become a stop string. Behind a
-    stop string nothing is written, nor is it itself, and `stopped` is true.
+    What may still change is held back: a character without all its bytes, and what may become a stop string. Once one
+    is whole, neither it nor anything behind it is written, and `stopped` is true.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
@@ -47,10 +47,10 @@ class Writer:
         if self.stopped:
             return ""
         text, self._held = self._held + new, ""
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:  # what is whole first counts, so that it does not matter how ids are cut
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         longest = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest]

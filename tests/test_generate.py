@@ -122,7 +122,13 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_not_the_conversation(reference
     command = [sys.executable, "-m", "lowrank_jax.generate", f"--workdir={reference}", "--chat", "--max_tokens=3000"]
     command += ["--logit_bias=2:-100", "--seed=1"]
     process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "dumb"}
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=os.environ | {"TERM": "dumb"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored below a job in the background
     )
     os.close(theirs)
     shown = b""

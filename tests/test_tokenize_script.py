@@ -119,7 +119,9 @@ def test_mistakes_are_one_line_and_status_2(world):
 def test_a_kill_leaves_nothing_that_opens_and_no_process(world, make, tmp_path, sign):
     make.write_jsonl(tmp_path / "big.jsonl", [{"text": make.prose(2000)}] * 6000)
     out = tmp_path / "out"
-    process = command(f"--tokenizer={world}/tok", f"--sources=json:{tmp_path}/big.jsonl", f"--out={out}", "--workers=2")
+    args = (f"--tokenizer={world}/tok", f"--sources=json:{tmp_path}/big.jsonl", f"--out={out}", "--workers=2")
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored below a job in the background
+    process = command(*args, preexec_fn=heard)
     end = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob("out.partial-*/*")) and time.monotonic() < end:
         assert process.poll() is None
