@@ -149,7 +149,7 @@ def command(argv: list[str]) -> dict:
     )
     parser.add_argument("--data", default="", help="a source to use instead of the held-out part of pretraining")
     parser.add_argument("--tokens", type=int, default=0, help="how many tokens (default: the config's eval_tokens)")
-    parser.add_argument("--weights", default="", help=f"tells what such weights change: {', '.join(quantize.KINDS)}")
+    parser.add_argument("--weights", choices=quantize.KINDS, help="tells as well what such weights change")
     args = parser.parse_args(argv)
     try:
         asked = [int(n) for n in args.lengths.split(",") if n.strip()]

@@ -42,9 +42,9 @@ def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
 
 
 def rows(w, at: jax.Array, dtype) -> jax.Array:
-    """Rows of a matrix whose outputs are axis 0."""
+    """Rows of a matrix that is an array, or int8 with its outputs as axis 0."""
     if isinstance(w, qwix.QArray):
-        return (w.qvalue[at].astype(dtype) * w.scale[at].astype(dtype)) if w.scale.shape[1] == 1 else _ungrouped(w, at)
+        return w.qvalue[at].astype(dtype) * w.scale[at].astype(dtype)
     return w[at].astype(dtype)
 
 
@@ -68,9 +68,3 @@ def _int8_product(x, w: qwix.QArray, outputs: int):
     y = jax.lax.dot_general(both, w.qvalue, dims, preferred_element_type=jnp.int32).astype(jnp.float32)
     y = (y[: len(rows)] + y[len(rows) :] / 254) * step * w.scale.reshape(-1)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def _ungrouped(w: qwix.QArray, at):
-    groups = w.scale.shape[1]
-    values = w.qvalue[at].astype(w.scale.dtype)
-    return (values.reshape(*values.shape[:-1], groups, -1) * w.scale[at][..., None]).reshape(values.shape)

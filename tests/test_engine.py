@@ -225,5 +225,5 @@ def test_a_product_with_packed_weights_is_one_with_what_they_stand_for(outputs, 
         expected = x @ (dense if outputs else dense.T)
         error = np.abs(np.asarray(jax.jit(quantize.times, static_argnums=2)(x, packed, outputs)) - expected)
         assert (error < 2e-5 * np.abs(x).max(-1, keepdims=True) * math.sqrt(inputs) * np.abs(dense).max()).all()
-        if not outputs:
+        if not outputs and kind == "int8":
             np.testing.assert_allclose(quantize.rows(packed, np.array([[3, 49]]), jnp.float32)[0], dense[[3, 49]])
