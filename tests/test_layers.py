@@ -14,7 +14,7 @@ FLOORS = [
     ["phase", "report"],
     ["export.__main__"],
     ["export.hf", "export.gguf"],
-    ["export.hf_tokenizer", "export.llama"],
+    ["export.hf_tokenizer", "export.llama", "export.fidelity"],
     ["export.modeling_lowrank", "export.pieces", "export.template", "export.verify"],
     ["evaluate", "generate", "serve"],
     ["routes"],
