@@ -41,6 +41,7 @@ def groups() -> dict:
             "mlp": 0,  # width of the SwiGLU; 0: 8/3 d, rounded up to a multiple of 64
             "mlp_rank": 0,  # factors the MLP's matrices too; 0: off
             "embed_rank": 0,  # factors the embedding and head; 0: off
+            "tied": True,  # the head is the embedding; False: one more table of its size
             # splash (TPU) | cudnn (GPU) | chunked | reference; auto is the platform's, and chunked where that cannot be
             "attention": "auto",
             # One compiled block for all layers, so that compile time does not grow with depth. False unrolls them: the

@@ -34,6 +34,7 @@ class ModelConfig:
     mlp: int
     mlp_rank: int
     embed_rank: int
+    tied: bool
     attention: str
     scan: bool
     remat: bool

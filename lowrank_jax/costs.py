@@ -16,6 +16,7 @@ def parameters(m: ModelConfig) -> dict[str, int]:
     per_matrix = m.mlp_rank * (m.d + m.hidden) if m.mlp_rank else m.d * m.hidden
     embedding = m.embed_rank * (m.vocab + m.d) if m.embed_rank else m.vocab * m.d
     counts = {"attention": attention, "mlp": 3 * m.layers * per_matrix, "embedding": embedding}
+    counts["head"] = 0 if m.tied else embedding  # which is then the embedding
     counts["norm"] = (2 * m.layers + 1) * m.d
     return counts | {"total": sum(counts.values())}
 
@@ -32,7 +33,8 @@ def dense_twin(m: ModelConfig) -> ModelConfig:
 def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
     """FLOPs of one trained token, forward and backward (2 + 4 per weight used), without rematerialisation.
 
-    A factored embedding is multiplied on the way in as well as in the head; a plain one is only looked up. Causal
+    The head has as many weights as the embedding, tied or not; a factored embedding is multiplied on the way in too,
+    a plain one is only looked up. Causal
     attention over T keys costs 2 x 2 x T/2 x D forward, three times that with the backward pass.
     """
     counts = parameters(m)

@@ -1,4 +1,4 @@
-"""The network: a pre-norm transformer with low-rank attention, ALiBi, SwiGLU and a tied head.
+"""The network: a pre-norm transformer with low-rank attention, ALiBi and SwiGLU.
 
 Flax NNX lives in this file and nowhere else. Outside, parameters are a plain nested dict whose block weights are
 stacked over layers, and the model is three pure functions: `init`, `features`, `logits`. decoder.py adds the cache.
@@ -68,7 +68,7 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table, also the head (tied); with `embed_rank` E it is [V, E] @ [E, D], up ~ N(0, 1/E).
+    """Token table, also the head where the model is `tied`; with `embed_rank` E it is [V, E] @ [E, D], up ~ N(0, 1/E).
 
     The table is N(0, (4/D)^2). In a new model, whose blocks are zero maps, the logit of a token after itself is D times
     the deviation: 4 is small in a softmax over thousands. With N(0, 1/D) the quickstart began at 9.0 bits per byte
@@ -147,16 +147,22 @@ class Block(nnx.Module):
 
 
 def init(c: ModelConfig, key: jax.Array) -> dict:
-    """fp32 parameters {"embed", "blocks", "norm"}; every array under "blocks" has the layers [N] in front."""
+    """fp32 parameters {"embed", "blocks", "norm"}, and "head" unless it is tied, which is shaped as the embedding.
+
+    Every array under "blocks" has the layers [N] in front.
+    """
     embed_key, blocks_key = jax.random.split(key)
     weights = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    return {
+    params = {
         "embed": weights(Embedding(c, nnx.Rngs(embed_key))),
         "blocks": jax.vmap(lambda k: weights(Block(c, jnp.matmul, nnx.Rngs(k))))(
             jax.random.split(blocks_key, c.layers)
         ),
         "norm": weights(Norm(c.d)),
     }
+    if not c.tied:
+        params["head"] = weights(Embedding(c, nnx.Rngs(jax.random.fold_in(embed_key, 1))))
+    return params
 
 
 def features(
@@ -168,14 +174,14 @@ def features(
     """
     params = _cast(params, dtype)
     block = lambda x_BTD, weights: (_block(c, weights, matmul)(x_BTD, segments_BT), None)
-    x_BTD = constrain(_embedding(c, params)(tokens_BT), ROWS)
+    x_BTD = constrain(_embedding(c, params["embed"])(tokens_BT), ROWS)
     x_BTD, _ = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
     return _final_norm(c, params)(x_BTD)
 
 
 def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
-    """[..., V] in fp32 from the normalised hidden states [..., D], through the tied embedding."""
-    return _embedding(c, _cast(params, x.dtype)).logits(x)
+    """[..., V] in fp32 from the normalised hidden states [..., D]."""
+    return _embedding(c, _cast(params["embed" if c.tied else "head"], x.dtype)).logits(x)
 
 
 # The modules around given weights. Building them is abstract: no arrays, and nothing in the compiled program.
@@ -187,8 +193,8 @@ def _bind(make, weights: dict) -> nnx.Module:
     return nnx.merge(graph, state)
 
 
-def _embedding(c: ModelConfig, params: dict) -> Embedding:
-    return _bind(lambda: Embedding(c, nnx.Rngs(0)), params["embed"])
+def _embedding(c: ModelConfig, weights: dict) -> Embedding:
+    return _bind(lambda: Embedding(c, nnx.Rngs(0)), weights)
 
 
 def _block(c: ModelConfig, weights: dict, matmul: Callable = jnp.matmul) -> Block:

@@ -151,7 +151,7 @@ def table(plan: dict) -> str:
     if plan["never_reached"]:
         lines.append(f"never reached in so few steps: lengths {', '.join(map(str, plan['never_reached']))}")
     lines += _on_devices(plan) + ["", f"{'parameters':16}{'low rank':>14}{'dense':>14}{'saved':>8}"]
-    for name in ("attention", "mlp", "embedding", "norm", "total"):
+    for name in [name for name in ("attention", "mlp", "embedding", "head", "norm", "total") if p[name]]:
         dense = p[f"{name}_dense"]
         lines.append(f"{name:16}{p[name]:14,}{dense:14,}{1 - p[name] / dense:8.1%}")
     lines += [

@@ -29,8 +29,8 @@ _WIDE = (TENSOR, FSDP)  # both on one dimension: what is left after gathering ov
 # (pattern of a path, axes of its last dimensions): the first that matches counts; dimensions in front are whole.
 # They hold for the parameters and for whatever has their shapes and paths: moments, averages. Weights are [in, out].
 RULES = (
-    (r"embed/table$", (TENSOR, FSDP)),
-    (r"embed/up$", (None, FSDP)),
+    (r"(embed|head)/table$", (TENSOR, FSDP)),
+    (r"(embed|head)/up$", (None, FSDP)),
     (r"/(q|k|v|gate|up)/down$", (FSDP, None)),
     (r"/(q|k|v|gate|up)/up$", (None, _WIDE)),
     (r"/(q|k|v|gate|up)/kernel$", (FSDP, TENSOR)),

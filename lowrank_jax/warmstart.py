@@ -15,7 +15,7 @@ from lowrank_jax import sharding
 from lowrank_jax.config import UsageError
 from lowrank_jax.sharding import path_name
 
-TABLE = "embed/table"
+TABLES = ("embed/table", "head/table")
 BLOCKS = "blocks/"
 # The last factors of what a block adds to the residual stream; the MLP's is `up` with mlp_rank, `kernel` without.
 OUTPUTS = ("blocks/attention/o/up", "blocks/mlp/out/kernel", "blocks/mlp/out/up")
@@ -32,14 +32,17 @@ def take(params: dict, source: dict, same_tokens: bool) -> Taken:
     """`params`, as `model.init` made them, with every array that `source` has under the same name and shape.
 
     A `source` with fewer layers [n] than `params` [m] gives its layers to `layer_map(n, m)`, and the added ones start
-    as the identity; of a deeper one no block is taken. Without `same_tokens` the embedding table stays new: its rows
-    would be those of other tokens. What is taken gets the dtype of what it replaces, and shares no memory with it or
-    with `source`. Where some arrays of the blocks do not fit, the others are still taken, layer by layer in the same
-    way; the added layers are identities even then, as `model.init` starts the outputs that did not fit at zero.
+    as the identity; of a deeper one no block is taken. A head of its own starts as a tied source's embedding. Without
+    `same_tokens` the tables of embedding and head stay new: their rows would be those of other tokens. What is taken
+    gets the dtype of what it replaces, and shares no memory with it or with `source`. Where some arrays of the blocks
+    do not fit, the others are still taken, layer by layer in the same way; the added layers are identities even then,
+    as `model.init` starts the outputs that did not fit at zero.
 
     Shapes do not tell everything: other `heads` or another `latent_norm` do other things with the same arrays.
     Raises UsageError where nothing fits.
     """
+    if "head" in params and "head" not in source and "embed" in source:
+        source = source | {"head": source["embed"]}
     here, there = _by_name(params), _by_name(source)
     reasons = {name: _misfit(name, here, there, same_tokens) for name in here | there}
     left = tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
@@ -82,7 +85,7 @@ def _misfit(name: str, here: dict, there: dict, same_tokens: bool) -> str:
         return "here only"
     if name not in here:
         return "there only"
-    if name == TABLE and not same_tokens:
+    if name in TABLES and not same_tokens:
         return "its rows are those of another tokenizer"
     old, new = there[name].shape, here[name].shape
     return "" if old == new or _deepens(name, old, new) else f"{list(old)} there, {list(new)} here"

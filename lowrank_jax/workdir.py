@@ -29,6 +29,7 @@ IDENTITY = (
     "model.mlp",
     "model.mlp_rank",
     "model.embed_rank",
+    "model.tied",
     "seed",
     "precision",
     "tokenizer.path",
@@ -38,6 +39,8 @@ IDENTITY = (
     "pretrain.eval_fraction",
     "sft.eval_fraction",
 )
+# Keys of config.model that came later, as models were without them: so older runs still open.
+LATER = {"tied": True}
 
 
 @contextlib.contextmanager
@@ -77,7 +80,10 @@ def read_config(folder: str) -> RunConfig:
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
-            return RunConfig.from_dict(json.load(f))
+            values = json.load(f)
+        if isinstance(values, dict) and isinstance(values.get("model"), dict):
+            values["model"] = LATER | values["model"]
+        return RunConfig.from_dict(values)
     except ValueError as e:
         raise UsageError(f"{path} is damaged: {e}") from None
 

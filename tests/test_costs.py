@@ -17,6 +17,8 @@ VARIANTS = {
     "uneven shared_kv": {"shared_kv": True, "rank_split": (1, 2, 5, 3), "rank": 7},
     "factored mlp": {"mlp_rank": 9},
     "factored embedding": {"embed_rank": 5},
+    "head of its own": {"tied": False},
+    "head and embedding factored": {"tied": False, "embed_rank": 5},
     "odd sizes": {"d": 48, "heads": 6, "rank": 20, "mlp": 33, "mlp_rank": 3, "embed_rank": 7, "vocab": 257},
     "one layer, full rank": {"layers": 1, "rank": 64, "rank_split": (1, 1, 1, 1)},
 }
@@ -58,6 +60,7 @@ def test_parameters_equal_the_arrays_of_the_model(changes):
         "attention": count_under(params, ("blocks", "attention")),
         "mlp": count_under(params, ("blocks", "mlp")),
         "embedding": count_under(params, ("embed",)),
+        "head": count_under(params, ("head",)),
         "norm": count_under(params, ("blocks", "attention_norm"), ("blocks", "mlp_norm"), ("norm",)),
         "total": count_under(params, ()),
     }

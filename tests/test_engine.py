@@ -122,7 +122,9 @@ def test_it_ends_with_a_stop_id_or_the_context_or_the_limit():
     assert len(to_the_end) == 64 - 50
 
 
-@pytest.mark.parametrize("changes", [{}, {"shared_kv": True}, {"rank": 0}, {"mlp_rank": 6, "embed_rank": 7}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"shared_kv": True}, {"rank": 0}, {"mlp_rank": 6, "embed_rank": 7, "tied": False}]
+)
 def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes):
     c, params, _ = weights(**changes)
     ids = prompt(4 * 64)
@@ -193,9 +195,9 @@ def test_the_cache_takes_what_the_plan_says():
     assert size == 2 * room * costs.kv_bytes_per_token(toy(), 4)["latent"]
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 0.06), ("int4", 0.6)])
-def test_quantized_weights_stay_close_and_are_smaller(kind, most):
-    c = toy(d=96, heads=6, rank=24, vocab=512)
+@pytest.mark.parametrize("kind, most, tied", [("int8", 0.06, True), ("int8", 0.06, False), ("int4", 0.6, True)])
+def test_quantized_weights_stay_close_and_are_smaller(kind, most, tied):
+    c = toy(d=96, heads=6, rank=24, vocab=512, tied=tied)
     params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
     exact = engine.decoder.prepare(c, params, "fp32", jnp.float32)
     packed = engine.decoder.prepare(c, params, kind, jnp.float32)

@@ -18,6 +18,7 @@ MODELS = {
     "12 heads, one latent": EQUAL | {"d": 48, "heads": 12, "shared_kv": True},
     "12 heads": EQUAL | {"d": 36, "heads": 12, "rank": 5, "mlp": 40},
     "all in low rank": EQUAL | {"mlp_rank": 8, "embed_rank": 12},
+    "a head of its own": EQUAL | {"tied": False, "embed_rank": 12},
 }
 
 

@@ -24,6 +24,8 @@ MODELS = {
     "3 heads, no norm, one latent": {"d": 36, "heads": 3, "shared_kv": True, "latent_norm": False},
     "equal ranks, no norm": {"latent_norm": False, "rank_split": (1, 1, 1, 1)},
     "all in low rank": {"mlp_rank": 8, "embed_rank": 12},
+    "a head of its own": {"tied": False, "shared_kv": True},
+    "all in low rank, a head of its own": {"mlp_rank": 8, "embed_rank": 12, "tied": False},
     "dense": {"rank": 0},
 }
 

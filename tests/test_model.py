@@ -88,6 +88,7 @@ def cut(tokens: np.ndarray, lengths: list[int], steps: int) -> tuple[np.ndarray,
         EIGHT_HEADS | {"shared_kv": True, "latent_norm": False},
         EIGHT_HEADS | {"scan": False},
         {"heads": 8, "shared_kv": True, "mlp_rank": 5, "embed_rank": 24, "remat": True},
+        EIGHT_HEADS | {"tied": False, "embed_rank": 12},
     ],
     ids=str,
 )
@@ -140,12 +141,12 @@ def dense_forward(c: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndar
         h = normed(x) * b["mlp_norm"]["gain"]
         gate = h @ b["mlp"]["gate"]["kernel"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ b["mlp"]["up"]["kernel"])) @ b["mlp"]["out"]["kernel"]
-    return normed(x) * p["norm"]["gain"] @ p["embed"]["table"].T
+    return normed(x) * p["norm"]["gain"] @ p["embed" if c.tied else "head"]["table"].T
 
 
-@pytest.mark.parametrize("rank", [48, 5], ids=["full rank", "low rank"])
-def test_low_rank_model_equals_the_dense_model_of_the_product_matrices(rank):
-    c = toy(latent_norm=False, rank=rank, rank_split=(1, 1, 1, 1))
+@pytest.mark.parametrize("rank, tied", [(48, True), (5, False)], ids=["full rank", "low rank, a head of its own"])
+def test_low_rank_model_equals_the_dense_model_of_the_product_matrices(rank, tied):
+    c = toy(latent_norm=False, rank=rank, rank_split=(1, 1, 1, 1), tied=tied)
     params, tokens = make(c), some_tokens(c, 2, 21)
     expected = np.stack([dense_forward(c, params, row) for row in tokens])
     np.testing.assert_allclose(full(c, params, tokens), expected, atol=5e-5)
@@ -251,15 +252,17 @@ def test_remat_keeps_fewer_activations_for_the_backward_pass():
     assert kept(True) < 0.8 * kept(False)
 
 
-@pytest.mark.parametrize("changes", [{}, FACTORED], ids=["plain", "factored"])
+@pytest.mark.parametrize("changes", [{}, FACTORED, FACTORED | {"tied": False}], ids=["plain", "factored", "untied"])
 def test_blocks_are_the_identity_and_predictions_nearly_uniform_at_init(changes):
     c = toy(**changes)
     params, tokens = init(c, jax.random.key(0)), some_tokens(c, 1, 9)
     x = params["embed"]["table"][tokens]
     x = x @ params["embed"]["up"] if c.embed_rank else x
     untouched = normed(np.asarray(x))
-    head = params["embed"]["table"].T
-    head = params["embed"]["up"].T @ head if c.embed_rank else head
+    weights = params["embed" if c.tied else "head"]
+    head = weights["table"].T
+    head = weights["up"].T @ head if c.embed_rank else head
+    assert c.tied or np.abs(np.corrcoef(weights["table"].ravel(), params["embed"]["table"].ravel())[0, 1]) < 0.1
     logits = full(c, params, tokens)
     np.testing.assert_allclose(logits, untouched @ head, atol=1e-5)
     assert -jax.nn.log_softmax(logits).mean() < np.log(c.vocab) + 1

@@ -27,6 +27,7 @@ MODELS = [
     {},
     {"optim__name": "adamw", "optim__ema": 0.9},
     {"model__mlp_rank": 4, "model__embed_rank": 8, "model__shared_kv": True},
+    {"model__tied": False, "model__embed_rank": 8, "optim__ema": 0.9},
     {"model__rank": 0},
     ODD,
 ]

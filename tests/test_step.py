@@ -275,6 +275,16 @@ def test_each_group_moves_at_its_own_rate_and_zero_means_the_phases(name):
         close(changes_of(after)[group], expected, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_head_of_its_own_is_updated_as_the_embedding_is(name):
+    config, params = toy(name=name, lr_core=3e-2, lr_head=1e-3), params_away_from_init()
+    params["head"] = params["embed"]
+    rule = optim.make(config.optim)
+    updates = jit(lambda params: rule.update(params, rule.init(params), params)[0])(params)
+    np.testing.assert_array_equal(updates["head"]["table"], updates["embed"]["table"])
+    assert optim.rates(config.pretrain, params)["head"] == {"table": 0.1}
+
+
 @pytest.mark.parametrize("pattern, frozen", [("embed|norm", "embed norm"), ("^blocks", "blocks"), ("q/(up|down)", "")])
 def test_frozen_weights_do_not_move_by_a_bit_and_the_others_do(pattern, frozen):
     after, _ = updated(toy(freeze=pattern), ragged_batch())

@@ -24,6 +24,7 @@ TOY = {
     "mlp": 20,
     "mlp_rank": 0,
     "embed_rank": 0,
+    "tied": True,
     "attention": "auto",
     "scan": True,
     "remat": False,
@@ -106,6 +107,7 @@ def outputs(c: ModelConfig, params: dict) -> list[np.ndarray]:
         (4, ODD),
         (5, {"shared_kv": True, "scan": False}),
         (3, {"mlp_rank": 7, "embed_rank": 9}),
+        (3, {"tied": False}),
     ],
     ids=str,
 )
@@ -249,6 +251,21 @@ def test_the_table_of_another_tokenizer_stays_new():
     assert taken.left == ("embed/table: its rows are those of another tokenizer",)
     np.testing.assert_array_equal(taken.params["embed"]["table"], params["embed"]["table"])
     np.testing.assert_array_equal(taken.params["embed"]["up"], source["embed"]["up"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"embed_rank": 9}], ids=str)
+def test_a_head_of_its_own_starts_as_the_embedding_that_was_the_head(changes):
+    tied, untied = toy(**changes), toy(**changes, tied=False)
+    source, tokens = trained(tied), some_tokens(tied)
+    taken = warmstart.take(fresh(untied), source, same_tokens=True)
+    assert taken.left == () and not np.shares_memory(taken.params["head"]["table"], taken.params["embed"]["table"])
+    np.testing.assert_array_equal(logits(untied, taken.params, tokens), logits(tied, source, tokens))
+    new = warmstart.take(fresh(untied), source, same_tokens=False)
+    assert sorted(reasons(new)) == ["embed/table", "head/table"]
+
+
+def test_a_head_is_left_where_there_is_none():
+    assert warmstart.take(fresh(toy()), trained(toy(tied=False)), True).left == ("head/table: there only",)
 
 
 @pytest.mark.parametrize("same_tokens, reason", [(True, "[61, 24] there, [67, 24] here"), (False, "another tokenizer")])

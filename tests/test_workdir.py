@@ -130,6 +130,13 @@ def test_a_written_config_is_read_back_equal(make, tmp_path):
     assert workdir.differences(config, workdir.read_config(str(tmp_path))) == []
 
 
+def test_a_run_from_before_a_key_was_there_opens_as_it_was(make, tmp_path):
+    values = make.run_config().to_dict()
+    del values["model"]["tied"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert workdir.read_config(str(tmp_path)) == make.run_config(model__tied=True)
+
+
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=f"--workdir={tmp_path} holds no run"):
         workdir.read_config(str(tmp_path))

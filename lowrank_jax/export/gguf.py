@@ -1,4 +1,4 @@
-"""One GGUF file for llama.cpp, of the architecture `refact`: RMSNorm, SwiGLU, ALiBi, no biases, tied head.
+"""One GGUF file for llama.cpp, of the architecture `refact`: RMSNorm, SwiGLU, ALiBi, no biases.
 
 Its projections of attention are dense. `attn=dense` merges the factors; the cache then holds keys and values.
 `attn=latent` writes the down-projections of K and V as the one key and value head that all query heads share, and their
@@ -77,8 +77,9 @@ def check(trained: Trained, path: str, attn: str = "dense", quant: str = "f32") 
 
 def tensors(c: ModelConfig, params: dict, attn: str):
     """(name, fp32 array) of each tensor; a matrix is [out, in]."""
-    table = _matrix(params["embed"]["table"])
-    yield "token_embd", _fp32(table @ _matrix(params["embed"]["up"]) if c.embed_rank else table)
+    yield "token_embd", _fp32(_table(params["embed"]))
+    if not c.tied:
+        yield "output", _fp32(_table(params["head"]))
     yield "output_norm", _fp32(params["norm"]["gain"])
     for i in range(c.layers):
         block = _layer(params["blocks"], i)
@@ -148,6 +149,11 @@ def _add_tokenizer(out, tokenizer: SentencePiece, found: list[pieces.Piece]) -> 
 
 def _layer(blocks: dict, i: int) -> dict:
     return {key: _layer(value, i) if isinstance(value, dict) else value[i] for key, value in blocks.items()}
+
+
+def _table(w: dict) -> np.ndarray:
+    """[V, D] float64 of an embedding or a head."""
+    return _matrix(w["table"]) @ _matrix(w["up"]) if "up" in w else _matrix(w["table"])
 
 
 def _merged(w: dict) -> np.ndarray:

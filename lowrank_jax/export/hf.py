@@ -51,6 +51,10 @@ def tensors(params: dict) -> dict[str, np.ndarray]:
     found = {"model.embed_tokens.weight": params["embed"]["table"], "model.norm.weight": params["norm"]["gain"]}
     if "up" in params["embed"]:
         found["model.embed_up.weight"] = params["embed"]["up"].T
+    if "head" in params:
+        found["lm_head.weight"] = params["head"]["table"]
+        if "up" in params["head"]:
+            found["lm_head_down.weight"] = params["head"]["up"]
     for path, w_N in jax.tree_util.tree_leaves_with_path(params["blocks"]):
         keys = [key.key for key in path if key.key != "gain"]
         for i, w in enumerate(np.asarray(w_N)):
@@ -120,7 +124,7 @@ def _settings(c: ModelConfig, tokenizer: Tokenizer, length: int) -> dict:
         "embed_rank": c.embed_rank,
         "rms_norm_eps": EPS,
         "max_position_embeddings": length,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tied,
         "eos_token_id": tokenizer.eos,
     } | _special_ids(tokenizer)
 

@@ -1,6 +1,6 @@
 """A low-rank ALiBi decoder for transformers, loaded with `trust_remote_code=True`; no other code is needed.
 
-Pre-norm RMSNorm, SwiGLU, no biases, tied head. Each projection of attention is x @ down @ up. The cache holds what
+Pre-norm RMSNorm, SwiGLU, no biases. Each projection of attention is x @ down @ up. The cache holds what
 `down` makes of the tokens, never keys or values, as one head: DynamicCache and StaticCache take it as it is. A step of
 one token folds `up` into the query and the output and does not expand the cache.
 
@@ -244,6 +244,8 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
     def __init__(self, config: LowRankConfig):
         super().__init__(config)
         self.model = LowRankModel(config)
+        if config.embed_rank and not config.tie_word_embeddings:
+            self.lm_head_down = nn.Linear(config.hidden_size, config.embed_rank, bias=False)
         self.lm_head = nn.Linear(config.embed_rank or config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -262,7 +264,9 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x = out.last_hidden_state[:, kept]  # all of them for 0
-        logits = self.lm_head(x @ self.model.embed_up.weight if self.config.embed_rank else x)
+        if self.config.embed_rank:
+            x = x @ self.model.embed_up.weight if self.config.tie_word_embeddings else self.lm_head_down(x)
+        logits = self.lm_head(x)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
