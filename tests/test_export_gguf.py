@@ -1,5 +1,6 @@
 """Exports for llama.cpp: its own server gives the probabilities, ids and prompts that the model gives."""
 
+import functools
 import os
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from test_hf_tokenizer import LLAMA, write
 
 from lowrank_jax.data import chat, tokenizer
-from lowrank_jax.export import gguf, llama, template, verify
+from lowrank_jax.export import gguf, llama, mix, template, verify
 
 EQUAL = {"latent_norm": False, "rank_split": (1, 1, 1, 1)}
 MODELS = {
@@ -18,7 +19,7 @@ MODELS = {
     "12 heads, one latent": EQUAL | {"d": 48, "heads": 12, "shared_kv": True},
     "12 heads": EQUAL | {"d": 36, "heads": 12, "rank": 5, "mlp": 40},
     "all in low rank": EQUAL | {"mlp_rank": 8, "embed_rank": 12},
-    "a head of its own": EQUAL | {"tied": False, "embed_rank": 12},
+    "32 heads, a head of its own": EQUAL | {"d": 64, "heads": 32, "tied": False, "embed_rank": 12},
 }
 
 
@@ -45,11 +46,58 @@ def test_merged_projections_may_have_any_ranks(changes, make, tok, tmp_path):
     assert gguf.check(model, gguf.write(model, str(tmp_path / "out"))) <= 2e-5
 
 
-def test_half_precision_is_close_and_half_as_large(model, path, tmp_path):
-    half = gguf.write(model, str(tmp_path / "out"), "latent", "f16")
-    assert 2e-5 < gguf.check(model, half, "latent", "f16") <= 2e-2
-    sizes = [sum(tensor.data.nbytes for tensor in reader.GGUFReader(p).tensors) for p in (half, path)]
-    assert 0.5 < sizes[0] / sizes[1] < 0.52
+def types(path: str) -> dict[str, str]:
+    return {t.name.removesuffix(".weight"): t.tensor_type.name for t in reader.GGUFReader(path).tensors}
+
+
+# The largest error, the largest KL, the size beside f32's: for rows that 256 divides.
+QUANTS = {"f16": (2e-2, 1e-5, 0.5), "bf16": (0.15, 1e-3, 0.5), "q8_0": (0.6, 5e-3, 0.27), "q4_k_m": (4, 0.2, 0.16)}
+
+
+@pytest.fixture(scope="module")
+def wide(make, tok):
+    return exports.trained(make, tok, **EQUAL | {"d": 256, "rank": 32, "mlp": 256})
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_smaller_types_are_close_as_measured_and_small(quant, wide, tmp_path):
+    error, divergence, size = QUANTS[quant]
+    path = gguf.write(wide, str(tmp_path / "out"), quant=quant)
+    assert gguf.check(wide, path, quant=quant) <= error
+    found = gguf.quality(wide, path, quant=quant, tokens=48)
+    assert 1e-3 < found["max_abs_err"] <= error and 0 < found["kl"] <= divergence
+    assert 0 < abs(found["bits_per_byte_change"]) < divergence**0.5 and found["measured_tokens"] == 48
+    matrices = [t for t in reader.GGUFReader(path).tensors if len(t.shape) == 2]
+    assert sum(t.n_bytes for t in matrices) / sum(4 * t.n_elements for t in matrices) == pytest.approx(size, abs=0.01)
+
+
+def test_what_llama_packs_is_what_was_given(wide, tmp_path):
+    path = gguf.write(wide, str(tmp_path / "out"), quant="q4_k_m")
+    expected = dict(gguf.tensors(wide.config.model, wide.params, "dense"))
+    for tensor in reader.GGUFReader(path).tensors:
+        w, name = expected[tensor.name.removesuffix(".weight")], tensor.tensor_type.name
+        back = reader.quants.dequantize(tensor.data, tensor.tensor_type).reshape(w.shape)
+        assert np.abs(back - w).max() <= {"F32": 0, "Q6_K": 0.04, "Q4_K": 0.2}[name] * np.abs(w).max(), tensor.name
+
+
+def test_the_mix_is_llamas(wide, tmp_path):
+    found = types(gguf.write(wide, str(tmp_path / "out"), quant="q4_k_m"))
+    better = {"token_embd", "blk.1.attn_v", "blk.1.ffn_down"}
+    assert {name for name, kind in found.items() if kind == "Q6_K"} == better
+    assert {kind for name, kind in found.items() if name not in better} == {"F32", "Q4_K"}
+    kinds = [mix.kind(f"blk.{i}.attn_v", 512, "q4_k_m", 16, True) for i in range(16)]
+    assert [i for i, kind in enumerate(kinds) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert mix.kind("token_embd", 512, "q4_k_m", 16, False) == mix.kind("output", 512, "q4_k_m", 16, True) == "Q4_K"
+
+
+def test_rows_that_blocks_do_not_divide_are_kept_in_larger_types(make, tok, tmp_path, capsys):
+    model = exports.trained(make, tok, **EQUAL | {"d": 288, "rank": 32, "mlp": 40})
+    path = gguf.write(model, str(tmp_path / "out"), quant="q4_k_m")
+    found = types(path)
+    assert (found["blk.0.attn_v"], found["token_embd"], found["blk.0.ffn_down"]) == ("Q5_0", "Q8_0", "F16")
+    told = "q4_k_m: its blocks do not divide the rows of 15 of 15 matrices, kept as F16 or Q5_0 or Q8_0"
+    assert told in capsys.readouterr().err
+    assert gguf.check(model, path, quant="q4_k_m") < 2
 
 
 def test_the_cache_is_one_head_of_latents(path, model):
@@ -86,11 +134,16 @@ def test_a_template_without_generation_renders_the_same(tok):
 
 
 def test_the_command_says_what_it_verified(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gguf, "quality", functools.partial(gguf.quality, tokens=48))
     (tmp_path / "out").mkdir()
     args = ("--format=gguf", f"--out={tmp_path}/out", "--attn=latent")
     status, facts, err = exports.run(monkeypatch, capsys, model, *args)
     assert status == 0 and facts["verified"] and 0 < facts["max_abs_err"] <= 2e-5, err
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["model.gguf"]
+    args = ("--format=gguf", f"--out={tmp_path}/small", "--quant=bf16")
+    status, facts, err = exports.run(monkeypatch, capsys, model, *args)
+    assert status == 0 and facts["verified"] and facts["max_abs_err"] > 2e-5 and 0 < facts["kl"] < 1e-2, err
+    assert f"bits per byte {facts['bits_per_byte']:.4f} ({facts['bits_per_byte_change']:+.4f})" in err
 
 
 def test_without_a_runtime_it_is_made_and_not_called_verified(model, tmp_path, monkeypatch, capsys):
@@ -129,6 +182,10 @@ def test_what_a_file_cannot_hold_is_refused(make, tok, tmp_path, monkeypatch, ca
     for model, args, name in cases:
         result = exports.run(monkeypatch, capsys, model, "--format=gguf", f"--out={tmp_path}/out", *args)
         exports.refused(result, 2, name)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "xllamacpp", None)
+        args = ("--format=gguf", f"--out={tmp_path}/out", "--quant=q4_k_m")
+        exports.refused(exports.run(monkeypatch, capsys, model_of(**EQUAL), *args), 2, "pip install xllamacpp")
     monkeypatch.setitem(sys.modules, "gguf", None)
     result = exports.run(monkeypatch, capsys, model_of(**EQUAL), "--format=gguf", f"--out={tmp_path}/out")
     exports.refused(result, 2, "pip install gguf")

@@ -15,7 +15,7 @@ FLOORS = [
     ["export.__main__"],
     ["export.hf", "export.gguf"],
     ["export.hf_tokenizer", "export.llama", "export.fidelity"],
-    ["export.modeling_lowrank", "export.pieces", "export.template", "export.verify"],
+    ["export.modeling_lowrank", "export.mix", "export.pieces", "export.template", "export.verify"],
     ["evaluate", "generate", "serve"],
     ["routes"],
     ["scheduler", "answers"],

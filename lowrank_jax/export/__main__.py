@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
-from lowrank_jax.export import gguf, hf, verify
+from lowrank_jax.export import fidelity, gguf, hf, verify
 from lowrank_jax.trained import open_run
 
 # A format is a module with `write(trained, folder, ...) -> path` and `check(trained, path, ...) -> largest difference`,
@@ -53,22 +53,24 @@ def command(argv: list[str]) -> dict:
     out = os.path.realpath(args.out)
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
-    trained, difference = open_run(args.workdir), None
+    trained, found = open_run(args.workdir), {"max_abs_err": None}
     with whole_folder(out) as folder:
         path = FORMATS[args.format].write(trained, folder, **options)
         try:
-            difference = FORMATS[args.format].check(trained, path, **options)
-            told = f"verified: logits differ by at most {difference:.1e}"
+            found = {"max_abs_err": FORMATS[args.format].check(trained, path, **options)}
+            told = f"verified: logits differ by at most {found['max_abs_err']:.1e}"
+            if args.quant not in (None, "f32"):
+                found = FORMATS[args.format].quality(trained, path, **options)
+                told = f"{args.quant}, verified: {fidelity.describe(found)}"
         except verify.NotInstalled as e:
             told = f"not verified: nothing here runs it ({e})"
     cli.say(f"{args.out}: {args.format}, {told}")
     return {
         "format": args.format,
         "out": args.out,
-        "verified": difference is not None,
-        "max_abs_err": difference,
+        "verified": found["max_abs_err"] is not None,
         "step": trained.progress["step"],
-    }
+    } | found
 
 
 if __name__ == "__main__":

@@ -9,19 +9,20 @@ import os
 
 import numpy as np
 
+from lowrank_jax import cli
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import SentencePiece, Tokenizer
-from lowrank_jax.export import llama, pieces, template, verify
+from lowrank_jax.export import fidelity, llama, mix, pieces, template, verify
 from lowrank_jax.model import EPS
 from lowrank_jax.trained import Trained
 
-FORMS, TYPES = ("dense", "latent"), ("f32", "f16")
+FORMS, TYPES = ("dense", "latent"), tuple(mix.TYPES)
 FILE = "model.gguf"
 CONTEXT = 4  # of what it was trained to: llama.cpp's server gives a prompt no more than this, ALiBi has no limit
 # llama.cpp rounds what it multiplies f16 weights by to f16: logits of a small model that spread by 3 came out 6e-3 off.
 # A tensor in the wrong place costs more than 1.
-TOLERANCES = {"f32": verify.TOLERANCE, "f16": 0.1}
+TOLERANCES = {"f32": verify.TOLERANCE, "f16": 0.1, "bf16": 1.0, "q8_0": 1.0, "q4_k_m": 4.0}
 
 
 def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32") -> str:
@@ -34,8 +35,14 @@ def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32"
     except ImportError:
         raise UsageError("--format=gguf needs the package gguf: pip install gguf") from None
     c, tokenizer = trained.config.model, trained.tokenizer
-    _refuse(c, tokenizer, attn)
+    _refuse(c, tokenizer, attn, quant)
     found = pieces.read(tokenizer.model)
+    weights = list(tensors(c, trained.params, attn))
+    sizes = {name: w.shape[-1] for name, w in weights if w.ndim == 2}
+    kinds = {name: mix.kind(name, size, quant, c.layers, c.tied) for name, size in sizes.items()}
+    if odd := [name for name in kinds if kinds[name] != mix.wanted(name, quant, c.layers, c.tied)]:
+        instead = " or ".join(sorted({kinds[name] for name in odd}))
+        cli.say(f"{quant}: its blocks do not divide the rows of {len(odd)} of {len(kinds)} matrices, kept as {instead}")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, FILE)
     out = gguf.GGUFWriter(path, "refact")
@@ -51,10 +58,12 @@ def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32"
     out.add_key_length(width)
     out.add_value_length(width)
     out.add_layer_norm_rms_eps(EPS)
-    out.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}[quant])
+    out.add_file_type(gguf.LlamaFileType[("ALL_" if quant == "f32" else "MOSTLY_") + quant.upper()])
     _add_tokenizer(out, tokenizer, found)
-    for name, w in tensors(c, trained.params, attn):
-        out.add_tensor(f"{name}.weight", w.astype(np.float16) if quant == "f16" and w.ndim == 2 else w)
+    for name, w in weights:
+        kind = gguf.GGMLQuantizationType[kinds[name] if name in kinds else "F32"]
+        pack = llama.quantize if kind.name in mix.MADE_BY_LLAMA else gguf.quants.quantize
+        out.add_tensor(f"{name}.weight", pack(w, kind), raw_dtype=kind)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -73,6 +82,14 @@ def check(trained: Trained, path: str, attn: str = "dense", quant: str = "f32") 
         verify.check_ids(trained.tokenizer, run.encode)
         verify.check_chat(trained.tokenizer, run.encode_chat)
         return verify.check(verify.log_prob_difference(trained, run.log_probs), TOLERANCES[quant])
+
+
+def quality(
+    trained: Trained, path: str, attn: str = "dense", quant: str = "f32", tokens: int = fidelity.TOKENS
+) -> dict:
+    """What `quant` changes on held-out text, see `fidelity.measure`; raises NotInstalled where nothing here runs it."""
+    with llama.opened(path, trained.config.model.vocab, verify.longest(trained.config) + 1) as run:
+        return fidelity.measure(trained, lambda row: run.log_probs(row, np.arange(len(row))), tokens)
 
 
 def tensors(c: ModelConfig, params: dict, attn: str):
@@ -111,7 +128,7 @@ def attention(c: ModelConfig, weights: dict, attn: str) -> tuple[np.ndarray, ...
     return q_DHR.reshape(D, -1).T, _matrix(k["down"]).T, _matrix(v["down"]).T, o_HRD.reshape(-1, D).T
 
 
-def _refuse(c: ModelConfig, tokenizer: Tokenizer, attn: str) -> None:
+def _refuse(c: ModelConfig, tokenizer: Tokenizer, attn: str, quant: str) -> None:
     if c.latent_norm and c.rank:
         raise UsageError(
             "--format=gguf cannot hold the norms of config.model.latent_norm, which stand between the factors; "
@@ -124,6 +141,8 @@ def _refuse(c: ModelConfig, tokenizer: Tokenizer, attn: str) -> None:
         raise UsageError(f"--attn=latent needs one rank for K and V, and they have {ranks}; use --attn=dense")
     if not isinstance(tokenizer, SentencePiece):
         raise UsageError("--format=gguf takes SentencePiece tokenizers alone, and this run has a tokenizer.json")
+    if quant in mix.NEED_LLAMA and not llama.is_installed():
+        raise UsageError(f"--quant={quant} is packed by llama.cpp itself: pip install xllamacpp")
 
 
 def _add_tokenizer(out, tokenizer: SentencePiece, found: list[pieces.Piece]) -> None:

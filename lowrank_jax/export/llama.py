@@ -1,9 +1,11 @@
 """llama.cpp, to verify a GGUF file with: its own server in this process, from a wheel that is built already.
 
-The wheel (xllamacpp) has no call for logits, but the server's answers carry the log-probability of every token.
+The wheel (xllamacpp) has no call for logits, but the server's answers carry the log-probability of every token. Nor has
+it one to quantise with, but ggml's is among the symbols of its library.
 """
 
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -33,13 +35,17 @@ class Llama:
         return self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
     def log_probs(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """[P, V] of what follows each of the places [P] among the token ids [T]."""
+        """[P, V] of what follows each of the places [P] among the token ids [T], which rise.
+
+        Each place goes on from the cache of the one before; for the last, all is read anew at once.
+        """
         found = np.full((len(places), self._vocab), np.nan)
         # It draws one token, and tells nothing if that is the end or half a character: a bias, which comes after the
         # probabilities, makes it a letter.
         settings = {"n_predict": 1, "n_probs": self._vocab, "logit_bias": [[self.encode("a")[-1], 1e4]]}
         for row, place in zip(found, places):
-            answer = self._ask("/completion", settings | {"prompt": tokens[: place + 1].tolist()})
+            asked = {"prompt": tokens[: place + 1].tolist(), "cache_prompt": bool(place != places[-1])}
+            answer = self._ask("/completion", settings | asked)
             for token in answer["completion_probabilities"][0]["top_logprobs"]:
                 row[token["id"]] = token["logprob"]
         return found
@@ -55,6 +61,31 @@ class Llama:
         if answer.status != 200:
             raise RunFailure(f"llama.cpp does not run the export: {path} gave {answer.status} {text[:200]}")
         return json.loads(text)
+
+
+def is_installed() -> bool:
+    try:
+        import xllamacpp  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def quantize(w: np.ndarray, kind: int) -> np.ndarray:
+    """The matrix [rows, columns] as llama.cpp's quantiser packs it: the bytes [rows, bytes of a row] of a ggml_type."""
+    import xllamacpp
+
+    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    size = library.ggml_row_size
+    size.restype, size.argtypes = ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]
+    pack = library.ggml_quantize_chunk
+    pack.restype = ctypes.c_size_t
+    pack.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    w = np.ascontiguousarray(w, np.float32)
+    packed = np.empty((len(w), size(kind, w.shape[1])), np.uint8)
+    if pack(kind, w.ctypes.data, packed.ctypes.data, 0, *w.shape, None) != packed.nbytes:
+        raise RunFailure("llama.cpp did not quantise a whole matrix")
+    return packed
 
 
 @contextlib.contextmanager
