@@ -179,6 +179,16 @@ def features(
     return _final_norm(c, params)(x_BTD)
 
 
+def embed(c: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
+    """What the first block reads, [B, T, D]."""
+    return _embedding(c, params["embed"])(tokens_BT)
+
+
+def block(c: ModelConfig, weights: dict, x_BTD, segments_BT=None, matmul: Callable = jnp.matmul) -> jax.Array:
+    """[B, T, D] behind one block, of whose weights nothing is stacked."""
+    return _block(c, weights, matmul)(x_BTD, segments_BT)
+
+
 def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
     """[..., V] in fp32 from the normalised hidden states [..., D]."""
     return _embedding(c, _cast(params["embed" if c.tied else "head"], x.dtype)).logits(x)
