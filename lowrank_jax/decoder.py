@@ -76,7 +76,7 @@ def prepare(c: ModelConfig, params: dict, kind: str, dtype) -> Weights:
         return quantize.pack(w, "int8", outputs=0) if table else quantize.pack(w, kind)
 
     layer = lambda n: jax.tree.map(keep, _layer(c, jax.tree.map(lambda w: w[n], params["blocks"])))
-    tables = lambda w: (keep(w["table"], table=True), keep(w["up"]) if "up" in w else None)
+    tables = lambda w: (keep(w["table"], table=True), w["up"].astype(dtype) if "up" in w else None)
     head = None if c.tied else tables(params["head"])
     layers = tuple(map(layer, range(c.layers)))
     return Weights(*tables(params["embed"]), head, layers, keep(params["norm"]["gain"]))

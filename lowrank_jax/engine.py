@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import decoder, precision, quantize, sampling, sharding
+from lowrank_jax import decoder, native, panels, precision, quantize, sampling, sharding
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError
 from lowrank_jax.sampling import Sampling
 
-CHUNKS = (256, 32)  # tokens of a prompt that are read at once: whole ones of the first size, the rest in the second
+CHUNKS = (256, 32, 8)  # tokens of a prompt that are read at once; the last only natively, where few are quick
+AT_ONCE = 256  # tokens of prompts that are read before others get their next ones
 WINDOW = 16  # most tokens decoded between two looks at the host
 TOP = 20  # alternatives to each token whose log-probabilities can be had, as many as OpenAI's API allows
 REUSED = 32  # tokens that a new prompt must share with an old one for its latents to be worth keeping
@@ -41,7 +42,8 @@ def prepare(config: RunConfig, params: dict, kind: str) -> decoder.Weights:
     if kind not in ("auto", *quantize.KINDS):
         raise UsageError(f"weights must be one of auto, {', '.join(quantize.KINDS)}, not {kind!r}")
     computed = kind if kind in ("fp32", "bf16", "fp16") else config.precision
-    return decoder.prepare(config.model, params, kind, precision.policy(computed).dtype)
+    weights = decoder.prepare(config.model, params, kind, precision.policy(computed).dtype)
+    return native.pack(config.model, weights) or weights
 
 
 class _Request(NamedTuple):
@@ -110,30 +112,34 @@ class Engine:
         self._requests.pop(slot, None)
 
     def step(self, most: int = WINDOW) -> dict[int, Piece]:
-        """One chunk of one prompt, then up to `most` tokens for every row that has its prompt behind it, by slot.
+        """Up to AT_ONCE tokens of prompts, then up to `most` for every row that has its prompt behind it, by slot.
 
         A row that waits for its first token gets it alone. A slot whose piece has a finish is free again.
         """
         self.fresh = False
-        unread = [slot for slot, r in self._requests.items() if len(self._held[slot]) < len(r.ids) - 1]
-        if unread:
-            self._prefill(unread[0])
+        budget = AT_ONCE
+        for slot, r in self._requests.items():
+            while budget > 0 and len(self._held[slot]) < len(r.ids) - 1:
+                budget -= self._prefill(slot)
         live = [slot for slot, r in self._requests.items() if len(self._held[slot]) >= len(r.ids) - 1]
         if not live:
             return {}
         first = any(not self._new[slot] for slot in live)
         return self._decode(live, 1 if first else max(1, min(most, WINDOW)))
 
-    def _prefill(self, slot: int) -> None:
+    def _prefill(self, slot: int) -> int:
+        """Reads a chunk of a prompt; how many tokens that took."""
         ids, start = self._requests[slot].ids, len(self._held[slot])
         left = len(ids) - 1 - start
-        T = CHUNKS[0] if left > CHUNKS[0] // 2 else CHUNKS[1]
+        sizes = CHUNKS if isinstance(self._weights.table, panels.Matrix) else CHUNKS[:2]
+        T = next((size for size in sizes if left > size // 2), sizes[-1])
         chunk = np.zeros((1, T), np.int32)
         chunk[0, : len(ids[start : start + T])] = ids[start : start + T]
         self._cache, self._tokens = _read_chunk(
             self.config, self._weights, self._cache, self._tokens, chunk, np.int32(start), np.int32(slot)
         )
         self._held[slot] = ids[: start + min(left, T)]
+        return T
 
     def _decode(self, live: list[int], steps: int) -> dict[int, Piece]:
         rows = min(self.slots, _power_of_two(max(live) + 1))
@@ -203,8 +209,9 @@ class _Loop(NamedTuple):
 @functools.partial(jax.jit, static_argnames="c", donate_argnames=("cache", "tokens_BS"))
 def _read_chunk(c: ModelConfig, w, cache, tokens_BS, chunk_1T, start, row):
     """The cache and the tokens with a chunk of a prompt at `start` of `row`."""
-    window = decoder.empty_window(c, 1, chunk_1T.shape[1], cache["k"].dtype)
-    _, window = decoder.read(c, w, cache, window, chunk_1T, start[None], 0, row)
+    T = chunk_1T.shape[1]
+    window = decoder.empty_window(c, 1, max(T, WINDOW), cache["k"].dtype)
+    _, window = native.read(c, w, cache, window, chunk_1T, start[None], 0, row)
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, chunk_1T, (row, start))
     return decoder.keep(cache, window, start[None], row), tokens_BS
 
@@ -222,7 +229,7 @@ def _decode_some(
     at_B = jnp.arange(B)
 
     def body(loop: _Loop) -> _Loop:
-        x_B1D, window = decoder.read(c, w, cache, loop.window, loop.last_B[:, None], starts_B, loop.i)
+        x_B1D, window = native.read(c, w, cache, loop.window, loop.last_B[:, None], starts_B, loop.i)
         logits_BV = decoder.logits(w, x_B1D[:, 0])
         lengths_B = starts_B + loop.i + 1
         next_B = sampling.choose(logits_BV, drawn, loop.tokens_BS[:B], lengths_B)

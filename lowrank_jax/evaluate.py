@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import cli, decoder, faults, loss, model, precision, quantize, sharding, stages
+from lowrank_jax import cli, decoder, faults, loss, model, native, precision, quantize, sharding, stages
 from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
@@ -100,14 +100,14 @@ def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch]
 @functools.partial(jax.jit, static_argnums=0)
 def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, weights_BT) -> jax.Array:
     B, T = tokens_BT.shape
-    chunk = min(T, decoder.BLOCK)
+    chunk = min(-(-T // native.LANES) * native.LANES, decoder.BLOCK)
     cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, decoder.dtype(w))
     in_chunks = lambda x: jnp.pad(x, ((0, 0), (0, -T % chunk))).reshape(B, -1, chunk).swapaxes(0, 1)
 
     def score(cache, at):
         i, tokens, targets, weights = at
         starts_B = jnp.full(B, i * chunk)
-        x_BTD, window = decoder.read(
+        x_BTD, window = native.read(
             c, w, cache, decoder.empty_window(c, B, chunk, decoder.dtype(w)), tokens, starts_B, 0
         )
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import qwix
 
+from lowrank_jax import panels
+
 KINDS = ("fp32", "bf16", "fp16", "int8", "int4")
 GROUP = 64  # inputs that share a scale of int4, or the largest divisor of 64 that divides their number
 
@@ -26,8 +28,21 @@ def pack(w: jax.Array, kind: str, outputs: int = 1) -> qwix.QArray:
     return qwix.quantize(w, jnp.int4, channelwise_axes=(outputs,), tiled_axes={inputs: group})
 
 
+def matrix(w, outputs: int = 1, parts: int = 1) -> panels.Matrix:
+    """A weight matrix, or an array of some [count, inputs, outputs], in panels; `parts` are beside each other in it."""
+    arrays = [w.qvalue, w.scale] if isinstance(w, qwix.QArray) else [w]
+    arrays = arrays if outputs else [x.T for x in arrays]
+    arrays = arrays if parts == 1 else [jnp.stack(jnp.split(x, parts, axis=1)) for x in arrays]
+    return panels.matrix(*arrays)
+
+
 def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
-    """x [..., inputs] times a matrix, [inputs, outputs] or with `outputs` 0 the other way round, in x's precision."""
+    """x [..., inputs] times a matrix, [inputs, outputs] or with `outputs` 0 the other way round, in x's precision.
+
+    A matrix in panels has its outputs where it has them.
+    """
+    if isinstance(w, panels.Matrix):
+        return panels.times(x, w)
     if isinstance(w, qwix.QArray):
         if w.qvalue.dtype == jnp.int8:
             widened = lambda x, w: _product(x, w.qvalue.astype(x.dtype), outputs) * w.scale.reshape(-1).astype(x.dtype)
@@ -43,6 +58,8 @@ def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
 
 def rows(w, at: jax.Array, dtype) -> jax.Array:
     """Rows of a matrix that is an array, or int8 with its outputs as axis 0."""
+    if isinstance(w, panels.Matrix):
+        return panels.columns(w, at)
     if isinstance(w, qwix.QArray):
         return w.qvalue[at].astype(dtype) * w.scale[at].astype(dtype)
     return w[at].astype(dtype)

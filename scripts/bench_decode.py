@@ -24,7 +24,7 @@ from lowrank_jax import cli, costs
 
 PRESETS = {"small": 8192, "base": 16_384}  # and the vocabulary: 29 and 98 million parameters as dense models
 LONG, ROWS, CONTEXT = 1500, (1, 8), 2048
-OURS = {"ours fp32": "fp32", "ours int8": "int8"}
+OURS = {"ours fp32": "fp32", "ours bf16": "bf16", "ours int8": "int8"}
 LLAMA = {"llama.cpp f16": "dense-f16", "llama.cpp f16 latent": "latent-f16"}
 THEIRS = {"transformers fp32": "hf"}
 

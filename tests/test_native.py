@@ -1,0 +1,202 @@
+"""The native decoder computes what decoder.py does, for every kind of model, weights and rows, and is made anywhere."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_engine import GREEDY, SETTINGS, answers, prompt
+from test_model import jit, make, some_tokens, toy
+
+from lowrank_jax import decoder, native, panels, quantize, sharding
+from lowrank_jax.engine import Engine
+
+# Ranks of 16 and 48, a last panel that is not full of anything, and the query absorbed in one matrix.
+SMALL = {"d": 96, "heads": 6, "rank": 32, "mlp": 40, "vocab": 257}
+MODELS = {
+    "small": {},
+    "linear latents": {"latent_norm": False, "rank_split": (1.0, 1.0, 1.0, 1.0)},
+    "shared": {"shared_kv": True},
+    "factored": {"mlp_rank": 20, "embed_rank": 12},
+    "untied": {"tied": False},
+    "untied and factored": {"tied": False, "embed_rank": 12},
+    "query in two": {"heads": 12, "rank": 64},
+    "odd heads": {"d": 100, "heads": 5},
+}
+SIZE, WINDOW = 384, 32
+reference = jit(decoder.read, static_argnums=0)
+
+
+@functools.cache
+def weights(name: str, kind: str):
+    c = toy(**SMALL | MODELS[name])
+    params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
+    w = decoder.prepare(c, params, kind, jnp.bfloat16 if kind == "bf16" else jnp.float32)
+    packed = native.pack(c, w)
+    assert packed is not None
+    return c, widened(w), packed
+
+
+def widened(w: decoder.Weights) -> decoder.Weights:
+    """The same numbers in float32."""
+    integers = lambda x: isinstance(x, quantize.qwix.QArray)
+    whole = lambda x: (quantize.qwix.dequantize(x) if integers(x) else x).astype(jnp.float32)
+    return jax.tree.map(whole, w, is_leaf=integers)
+
+
+def some_latents(c, rows: int, seed: int = 0) -> tuple[dict, tuple]:
+    """A cache and a window that are full of numbers."""
+    draw = np.random.default_rng(seed)
+    fill = lambda x: jnp.asarray(draw.standard_normal(x.shape, np.float32))
+    cache = decoder.empty_cache(c, rows + 2, SIZE, jnp.float32)
+    return jax.tree.map(fill, (cache, decoder.empty_window(c, rows, WINDOW, jnp.float32)))
+
+
+def both(name: str, kind: str, B: int, T: int, at: int = 5):
+    """(hidden states, window, logits) by decoder.py and natively, of rows that hold from nothing to three blocks."""
+    c, w, packed = weights(name, kind)
+    cache, window = some_latents(c, B)
+    starts = jnp.asarray([(0, 1, 127, 128, 129, 300)[b % 6] for b in range(B)], jnp.int32)
+    tokens = some_tokens(c, B, T)
+    x, after = reference(c, w, cache, window, tokens, starts, at, 1)
+    y, native_after = jax.jit(native.read, static_argnums=0)(c, packed, cache, window, tokens, starts, at, 1)
+    return (x, after, decoder.logits(w, x[:, -1])), (y, native_after, jax.jit(decoder.logits)(packed, y[:, -1]))
+
+
+def assert_equal(a, b, tolerance: float = 2e-5) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * max(1.0, float(jnp.abs(x).max())))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(name):
+    assert_equal(*both(name, "fp32", B=3, T=1))
+
+
+@pytest.mark.parametrize("name", ["small", "untied and factored"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_small_weights_are_multiplied_by_as_they_are(name, kind):
+    assert_equal(*both(name, kind, B=3, T=1))
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "at"), [(1, 1, 0), (1, 1, 31), (2, 1, 3), (8, 1, 15), (15, 1, 7), (1, 8, 0), (2, 3, 9)]
+)
+def test_every_number_of_rows_and_tokens(B, T, at):
+    c = weights("small", "fp32")[0]
+    assert decoder.absorbs(c, T)
+    assert_equal(*both("small", "fp32", B, T, at))
+
+
+def test_which_form_each_model_has():
+    assert weights("small", "fp32")[2].layers[0].query is not None
+    assert weights("query in two", "fp32")[2].layers[0].query is None
+    assert jax.tree.leaves(weights("small", "int4")[2].layers)[0].dtype == jnp.uint8
+
+
+def test_many_tokens_are_read_by_the_expanded_form_with_the_same_panels():
+    c, w, packed = weights("factored", "int8")
+    T = 48
+    assert not decoder.absorbs(c, T)
+    cache, _ = some_latents(c, 2)
+    window = decoder.empty_window(c, 2, T, jnp.float32)
+    tokens, starts = some_tokens(c, 2, T), jnp.asarray([0, 200], jnp.int32)
+    assert_equal(
+        reference(c, w, cache, window, tokens, starts, 0), native.read(c, packed, cache, window, tokens, starts, 0)
+    )
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_an_engine_gives_the_same_tokens(kind):
+    c, w, packed = weights("small", kind)
+    drawn = [GREEDY, SETTINGS[3], SETTINGS[5], GREEDY]
+    requests = [(prompt(n), 20, s) for n, s in zip((3, 300, 40, 9), drawn)]
+    ours, theirs = (answers(Engine(c, x, (), 4, 700), requests, late=1) for x in (packed, w))
+    assert ours == theirs
+
+
+def test_calls_at_once_do_not_meet():
+    c, _, packed = weights("small", "fp32")
+    alone = {n: answers(Engine(c, packed, (), 2, 700), [(prompt(n), 60, GREEDY)]) for n in (5, 17, 33)}
+    found = {}
+
+    def go(n: int) -> None:
+        e = Engine(c, packed, (), 2, 700)
+        found[n] = [answers(e, [(prompt(n), 60, GREEDY)]) for _ in range(4)]
+
+    threads = [threading.Thread(target=go, args=(n,)) for n in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: [alone[n]] * 4 for n in alone}
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [({"rank": 20}, jnp.float32), ({"rank": 0}, jnp.float32), ({}, jnp.float16)],
+)
+def test_what_is_not_packed(changes, dtype):
+    c = toy(**SMALL | changes)
+    params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
+    assert native.pack(c, decoder.prepare(c, params, "fp32", dtype)) is None
+
+
+PROBE = """
+import os, sys
+import jax, jax.numpy as jnp, numpy as np
+if sys.argv[1] == "alone":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from lowrank_jax import panels
+if not panels.load():
+    sys.exit("not built")
+w = np.random.default_rng(0).standard_normal((50, 70)).astype(np.float32)
+x = np.ones((3, 50), np.float32)
+y = jax.jit(panels.times)(x, panels.matrix(w))
+np.testing.assert_allclose(y, x @ w, atol=1e-4)
+print(panels.compiler()[0])
+"""
+
+
+def probe(folder, *args: str, **environment: str) -> subprocess.Popen:
+    environment = os.environ | {"LOWRANK_CACHE": str(folder)} | environment
+    command = [sys.executable, "-c", PROBE, *(args or ("-",))]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_processes_may_build_it_at_once_and_a_third_finds_it(tmp_path):
+    for process in [probe(tmp_path), probe(tmp_path)]:
+        assert process.communicate()[1] == "" and process.returncode == 0
+    assert [name[:7] for name in os.listdir(tmp_path)] == ["native-"]
+    third = probe(tmp_path, "alone", PATH=os.environ["PATH"])
+    assert third.communicate()[1] == "" and third.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "false"}, "returned non-zero exit status 1"),
+        ({"CXX": "no-such-compiler"}, "No such file or directory: 'no-such-compiler'"),
+        ({"PATH": "/nowhere"}, "there is no C++ compiler; install g++, or pip install ziglang"),
+        ({"LOWRANK_CACHE": "/proc/nowhere"}, "No such file or directory: '/proc/nowhere'"),
+    ],
+)
+def test_where_it_cannot_be_compiled_one_line_says_why(tmp_path, environment, reason):
+    if "PATH" in environment and importlib.util.find_spec("ziglang"):
+        pytest.skip("there is a compiler")
+    told = probe(tmp_path, **environment).communicate()[1]
+    assert "decoding on this CPU will be slow, as native.cc is not compiled" in told and reason in told
+    assert "not built" in told and "Traceback" not in told
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_it_weights_stay_as_they_are(monkeypatch):
+    c, w, _ = weights("small", "fp32")
+    monkeypatch.setattr(panels, "load", lambda: False)
+    assert native.pack(c, w) is None
