@@ -170,6 +170,12 @@ def newest_checkpoint(folder: str) -> int | None:
     return max(steps, default=None)
 
 
+def finished_step(folder: str) -> int | None:
+    """The step at which training last ended, or the weights came from elsewhere; None where it never did."""
+    ends = [event["step"] for event in read_rows(folder, "events.jsonl") if event["event"] in ("finish", "import")]
+    return ends[-1] if ends else None
+
+
 def flatten(value, prefix: str = "") -> dict:
     """Nested groups as one dict of dotted keys."""
     if not isinstance(value, dict):

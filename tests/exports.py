@@ -54,7 +54,7 @@ def run(monkeypatch, capsys, model: Trained, *args: str) -> tuple[int, dict, str
     monkeypatch.setattr(export, "open_run", lambda folder: model)
     status = 0
     try:
-        cli.main(export.command, ["--workdir=none", "--json", *args])
+        cli.main(export.command, ["--workdir=none", "--unfinished", "--json", *args])
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()

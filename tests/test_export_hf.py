@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat, tokenizer
-from lowrank_jax.export import hf, hf_tokenizer, verify
+from lowrank_jax.export import hf, hf_tokenizer, verify, weights
 
 torch.set_num_threads(1)  # others test at the same time, and threads wait for each other by spinning
 
@@ -202,8 +202,8 @@ def test_without_a_runtime_it_is_made_and_not_called_verified(model, tmp_path, m
 
 @pytest.mark.parametrize("wrong", ["model.layers.1.attention.v.up.weight", "model.norm.weight"])
 def test_a_wrong_export_leaves_nothing(wrong, model, tmp_path, monkeypatch, capsys):
-    right = hf.tensors
-    monkeypatch.setattr(hf, "tensors", lambda params: right(params) | {wrong: right(params)[wrong] * 1.001})
+    right = weights.tensors
+    monkeypatch.setattr(weights, "tensors", lambda params: right(params) | {wrong: right(params)[wrong] * 1.001})
     result = exports.run(monkeypatch, capsys, model, "--format=hf", f"--out={tmp_path}/a/out")
     exports.refused(result, 1, "differ")
     assert os.listdir(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ from lowrank_jax.trained import Trained
 
 TOLERANCE = 1e-4  # largest difference of two fp32 logits
 PLACES = 16  # of a prompt, where logits are compared
+CHUNK, STEPS = 512, 5  # tokens that a program reads at a time, so that their biases fit into memory; tokens one by one
 TEXTS = (
     PROBE,
     " leading, trailing ",
@@ -59,9 +61,33 @@ def _logits(c: ModelConfig, params: dict, tokens_BT: jax.Array, places_P: jax.Ar
     return model.logits(c, params, x_BTD[:, places_P])
 
 
-def difference(trained: Trained, theirs: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """Between our logits and `theirs(tokens, places)`, the largest of all prompts; NaN where one is NaN."""
-    return float(max(np.abs(logits(trained, *prompt) - theirs(*prompt)).max() for prompt in prompts(trained)))
+def difference(trained: Trained, *theirs: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
+    """Between our logits and each `theirs(tokens, places)`, the largest of all prompts; NaN where one is NaN."""
+
+    def largest(prompt) -> float:
+        ours = logits(trained, *prompt)
+        return np.max([np.abs(ours - each(*prompt)).max() for each in theirs])
+
+    return float(np.max([largest(prompt) for prompt in prompts(trained)]))
+
+
+def difference_of_reader(trained: Trained, read: Callable) -> float:
+    """The same for a program that has a cache, which each prompt goes through twice: as a whole, and as it is decoded.
+
+    `read(tokens [T], places [P] among them, cache or None)` gives (logits [P, V], cache).
+    """
+    return difference(trained, *(functools.partial(_in_parts, read, steps) for steps in (0, STEPS)))
+
+
+def _in_parts(read: Callable, steps: int, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Logits [P, V] at the places: read in chunks, the last `steps` tokens one by one."""
+    whole = max(len(tokens) - steps, 1)
+    cuts = [*range(0, whole, CHUNK), *range(whole, len(tokens)), len(tokens)]
+    cache, rows = None, []
+    for start, end in itertools.pairwise(cuts):
+        found, cache = read(tokens[start:end], places[(places >= start) & (places < end)] - start, cache)
+        rows.append(found)
+    return np.concatenate(rows)
 
 
 def log_prob_difference(trained: Trained, theirs: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:

@@ -1,0 +1,156 @@
+"""A run made of exported weights, for training to go on from: `init_from` takes it, and every other command opens it.
+
+    python -m lowrank_jax.importer --from=exports/hf --workdir=runs/again
+    python -m lowrank_jax.main --config=configs/quickstart.py --config.init_from=runs/again --workdir=runs/more
+
+`--from` is a folder that `lowrank_jax.export` made with --format=hf or torch, also as transformers has saved it anew,
+or a state dict (.safetensors, .pt, .bin) with such a config.json beside it.
+"""
+
+import json
+import os
+
+import jax
+import numpy as np
+
+from lowrank_jax import checkpoint, cli, sharding, step, workdir
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.data import tokenizer
+from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.export import weights
+from lowrank_jax.export.folder import ORIGIN, TOKENIZER, whole_folder
+from lowrank_jax.train import START
+
+PICKLED = (".pt", ".pth", ".bin")
+
+
+def read_weights(path: str) -> dict[str, np.ndarray]:
+    """Arrays by name of a file, or of all files of weights in a folder; raises UsageError where there are none."""
+    files = [path]
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        files = [name for name in names if name.endswith(".safetensors")]
+        files = files or [name for name in names if name.endswith(PICKLED)]
+        if not files:
+            raise UsageError(f"--from={path} has no weights (model.safetensors)")
+        files = [os.path.join(path, name) for name in files]
+    found = {}
+    for file in files:
+        if not file.endswith((".safetensors", *PICKLED)):
+            raise UsageError(f"--from={file} must be a folder, or end in .safetensors, {', '.join(PICKLED)}")
+        found |= _pickled(file) if file.endswith(PICKLED) else _safetensors(file)
+    return found
+
+
+def _safetensors(path: str) -> dict[str, np.ndarray]:
+    try:
+        from safetensors.flax import load_file  # numpy has no bfloat16
+    except ImportError:
+        raise UsageError("--from needs the package safetensors: pip install safetensors") from None
+    try:
+        return {name: np.asarray(w, np.float32) for name, w in load_file(path).items()}
+    except Exception as e:  # of a header or a cut file; the package has a class of its own for each
+        raise UsageError(f"{path} is damaged: {' '.join(str(e).split())[:200]}") from None
+
+
+def _pickled(path: str) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise UsageError(f"--from={path} needs PyTorch: pip install torch") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # no code in it is run
+    except OSError:
+        raise
+    except Exception as e:  # of zip files, pickles and what is not allowed in them
+        raise UsageError(f"{path} is no state dict: {' '.join(str(e).split())[:200]}") from None
+    if not isinstance(state, dict) or not all(isinstance(w, torch.Tensor) for w in state.values()):
+        raise UsageError(f"{path} is no state dict: names and tensors are expected, as of net.state_dict()")
+    return {name: w.float().numpy() for name, w in state.items()}
+
+
+def read_config(given: list[str], origin: dict, values: dict) -> RunConfig:
+    """The run's config: of `--config`, or what came with the export, with the sizes in config.json, `values`."""
+    if not given and "config" not in origin:
+        raise UsageError(
+            f"there is no {ORIGIN} beside the weights; say with --config=FILE how the run is to be trained"
+        )
+    base = (cli.read_config(given) if given else RunConfig.from_dict(origin["config"])).to_dict()
+    keys = weights.model_keys(values)
+    base["model"] |= {"vocab": keys["vocab"]}
+    as_it_is = RunConfig.from_dict(base)
+    if all(values.get(key, True) == size for key, size in weights.sizes(as_it_is.model).items()):
+        return as_it_is  # which may say the same in another way
+    return RunConfig.from_dict(base | {"model": base["model"] | keys})
+
+
+def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: str) -> str:
+    """Makes the run's folder, with the parameters as a checkpoint of step 0; returns their SHA-256."""
+    place = sharding.whole(sharding.one_device())
+    state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
+    os.makedirs(folder)
+    with checkpoint.Checkpoints(folder, config.every.keep) as saved:
+        saved.save(0, state, START)
+    tok.save(workdir.tokenizer_folder(folder))
+    workdir.write_config(folder, config)
+    sha256 = checkpoint.tree_sha256(state.params)
+    workdir.log_event(folder, "import", 0, **facts, params_sha256=sha256)
+    return sha256
+
+
+def command(argv: list[str]) -> dict:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--from", dest="source", required=True, help="the export's folder, or a file of weights")
+    parser.add_argument("--workdir", required=True, help="the run's folder to make")
+    parser.add_argument("--tokenizer", help="a tokenizer's folder or file (default: the one beside the weights)")
+    parser.add_argument("--config", metavar="FILE", help="settings but for the model's (default: the exported run's)")
+    args, rest = parser.parse_known_args(argv)
+    given = [f"--config={args.config}", *rest] if args.config else []
+    if rest and not given:
+        raise UsageError(f"unknown argument {rest[0]}" + " without --config=FILE" * rest[0].startswith("--config."))
+    out = os.path.realpath(args.workdir)
+    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UsageError(f"--workdir={args.workdir} is there already; name a folder that is new or empty")
+    if not os.path.exists(args.source):
+        raise UsageError(f"--from={args.source}: no such file or folder")
+    folder = args.source if os.path.isdir(args.source) else os.path.dirname(os.path.abspath(args.source))
+    values, origin = _read_json(folder, "config.json"), _read_json(folder, ORIGIN, {})
+    config = read_config(given, origin, values)
+    tok = tokenizer.load(args.tokenizer or _tokenizer_in(folder))
+    config = config.with_vocab(tok.vocab_size)
+    params = weights.params(config.model, read_weights(args.source))
+    before = origin.get("progress", {})
+    facts = {key: before[key] for key in ("step", "tokens") if key in before}
+    with whole_folder(out) as made:
+        sha256 = write(config, tok, params, {f"trained_{key}": value for key, value in facts.items()}, made)
+    size = sum(w.size for w in jax.tree.leaves(params))
+    cli.say(f"{args.workdir}: {size:,} parameters of {args.source}")
+    return {"workdir": args.workdir, "from": args.source, "parameters": size, "params_sha256": sha256}
+
+
+def _tokenizer_in(folder: str) -> str:
+    """The run's own tokenizer, which the export has along; otherwise the tokenizer.json."""
+    own = os.path.join(folder, TOKENIZER)
+    if not os.path.isdir(own) and not os.path.isfile(os.path.join(folder, tokenizer.JSON_FILE)):
+        raise UsageError(f"{folder} has no tokenizer; name one with --tokenizer=PATH")
+    return own if os.path.isdir(own) else folder
+
+
+def _read_json(folder: str, name: str, otherwise: dict | None = None) -> dict:
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        if otherwise is None:
+            raise UsageError(f"{folder} has no {name}, which says what the weights are of")
+        return otherwise
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except ValueError as e:
+        raise UsageError(f"{path} is damaged: {e}") from None
+    return found
+
+
+if __name__ == "__main__":
+    cli.main(command)
