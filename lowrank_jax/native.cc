@@ -43,6 +43,7 @@ constexpr int COLUMNS = 32, VECTORS = COLUMNS / LANES;
 constexpr int ROWS = LANES == 16 ? 8 : 2;  // whose sums fit in the vector registers
 constexpr int HEADS = 4;                   // that a thread attends with at a time
 constexpr int BLOCK = 128;                 // keys whose scores are held at a time; the cache's size is a multiple of it
+constexpr int AHEAD = 4096;                // bytes of weights that are fetched before they are needed
 constexpr int THREADS = 8;                 // more wait for each other longer than they help
 constexpr float EPS = 1e-6f;
 
@@ -185,6 +186,9 @@ struct Matrix {
     constexpr bool GROUPED = std::is_same_v<W, Int4>;
     Floats y[APART][B][VECTORS] = {}, step[VECTORS] = {};
     auto add = [&](int64_t i, int apart) {
+      // The processor's own prefetching ends with a page: 8 rows of 76 million bfloat16 weights took 12.5 ms, not 7.5.
+      const char* row = (const char*)(w + i * IN_ROW<W>);
+      for (size_t line = 0; line < sizeof(W) * IN_ROW<W>; line += 64) __builtin_prefetch(row + AHEAD + line);
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) {
         Floats column = widen(w + i * IN_ROW<W>, v);

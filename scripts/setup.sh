@@ -42,3 +42,8 @@ for file in "$@"; do
   install_requirements "$file"
 done
 export PATH="$PWD/.venv/bin:$PATH"
+# Decoding on a CPU is compiled for it (lowrank_jax/panels.py).
+if ! command -v "${CXX:-g++}" clang++ c++ > /dev/null && ! python -c 'import ziglang' 2> /dev/null; then
+  echo "== installing a C++ compiler"
+  python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
+fi
