@@ -2,6 +2,7 @@
 
     python scripts/experiment.py run --study=quality --lrs=0.006,0.012 --seeds=0,1,2
     python scripts/experiment.py table --study=quality
+    python scripts/experiment.py publish    # every study that has results, into docs/results.md, with plots
 
 Studies and arms are plain data in scripts/studies.py. Every arm is trained by the product's own loop, in a process of
 its own; its line in docs/results/STUDY.jsonl is written when it is done, and what has a line is not done again: stop
@@ -28,12 +29,12 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 import jax
 import jax.numpy as jnp
 import numpy as np
-import studies
 
 from configs import default
 from lowrank_jax import cli, costs, model, stages, train, trained, workdir
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
+from scripts import studies, tables
 
 ROOT = os.path.abspath(sys.path[0])
 RESULTS = os.path.join(ROOT, "docs", "results")
@@ -41,8 +42,8 @@ RESULTS = os.path.join(ROOT, "docs", "results")
 
 def command(argv: list[str]) -> dict | None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("action", choices=("run", "one", "table"), help="one: a single arm, in this process")
-    parser.add_argument("--study", required=True, choices=studies.STUDIES)
+    parser.add_argument("action", choices=("run", "one", "table", "publish"), help="one: a run in this process")
+    parser.add_argument("--study", default="quality", choices=studies.STUDIES)
     parser.add_argument("--arms", default="", help="names, with commas between (default: all)")
     parser.add_argument("--lrs", default="", help="learning rates (default: the study's)")
     parser.add_argument("--seeds", default="0,1,2")
@@ -50,14 +51,17 @@ def command(argv: list[str]) -> dict | None:
     parser.add_argument("--results", default=RESULTS, help="where the lines are kept")
     args = parser.parse_args(argv)
     if args.action == "table":
-        print(table(args.study, read_results(args.results, args.study)), flush=True)
+        print(tables.of_study(args.study, tables.read(args.results, args.study)), flush=True)
+        return None
+    if args.action == "publish":
+        tables.publish(args.results)
         return None
     tasks = asked(args)
     if args.action == "one":
         one(args.study, *tasks[0], args.folder)
         return None
     os.makedirs(args.results, exist_ok=True)
-    done = {key(row) for row in read_results(args.results, args.study)}
+    done = {tables.key(row) for row in tables.read(args.results, args.study)}
     for task in tasks:
         if task not in done:
             row = in_a_process(args, *task)
@@ -79,15 +83,6 @@ def asked(args: argparse.Namespace) -> list[tuple[str, float, int]]:
     except ValueError:
         raise UsageError("--lrs and --seeds must be numbers with commas between") from None
     return [(arm, lr, seed) for seed, lr, arm in itertools.product(seeds, lrs, names or study["arms"])]
-
-
-def key(row: dict) -> tuple[str, float, int]:
-    return row["arm"], row["lr"], row["seed"]
-
-
-def read_results(folder: str, study: str) -> list[dict]:
-    """The lines of a study, the last one of each run."""
-    return list({key(row): row for row in workdir.read_rows(folder, f"{study}.jsonl")}.values())
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -268,67 +263,6 @@ def provenance() -> dict:
     changed = git("status", "--porcelain", "--", "lowrank_jax", "scripts", "configs")
     commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     return {"commit": commit, "python": platform.python_version(), "time": round(time.time())}
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
-def table(study: str, rows: list[dict]) -> str:
-    """Every arm at every learning rate: mean and deviation over the seeds, and the difference to the reference.
-
-    The difference is between the arm and the reference, each at the learning rate that suits it best, seed by seed.
-    """
-    reference = studies.STUDIES[study]["reference"]
-    by_run = {key(row): row for row in rows}
-    lrs = sorted({lr for _, lr, _ in by_run})
-    arms = [arm for arm in studies.STUDIES[study]["arms"] if any(name == arm for name, _, _ in by_run)]
-    head = ["arm", "parameters", "attention", "TFLOP", *(f"lr {lr:g}" for lr in lrs), f"less {reference}", "seeds"]
-    lines = [head]
-    for arm in arms:
-        some = next(row for row in rows if row["arm"] == arm)
-        cells = [_spread([row["bits_per_byte"] for row in _of(rows, arm, lr)]) for lr in lrs]
-        sizes = [f"{some['parameters'] / 1e6:.2f}M", f"{some['attention'] / 1e6:.2f}M", f"{some['flops'] / 1e12:.1f}"]
-        differences = paired(rows, arm, reference)
-        lines.append([arm, *sizes, *cells, _spread(differences, "{:+.4f}"), str(len(differences))])
-    return _markdown(lines)
-
-
-def paired(rows: list[dict], arm: str, reference: str) -> list[float]:
-    """Bits per byte of an arm less the reference's, for every seed that both have, each at its best learning rate."""
-    at = {name: {row["seed"]: row for row in _of(rows, name, best_lr(rows, name))} for name in (arm, reference)}
-    seeds = sorted(set(at[arm]) & set(at[reference]))
-    for seed in seeds:
-        a, b = at[arm][seed], at[reference][seed]
-        if a["rows"] == b["rows"] and a["data_sha256"] != b["data_sha256"]:
-            raise RunFailure(f"{arm} has read other data than {reference} with seed {seed}: nothing can be compared")
-    return [at[arm][seed]["bits_per_byte"] - at[reference][seed]["bits_per_byte"] for seed in seeds]
-
-
-def best_lr(rows: list[dict], arm: str) -> float:
-    """The learning rate with the lowest mean; of those with the most seeds, so that no lucky seed decides."""
-    lrs = {row["lr"] for row in rows if row["arm"] == arm}
-    if not lrs:
-        return 0.0
-    most = max(len(_of(rows, arm, lr)) for lr in lrs)
-    whole = [lr for lr in lrs if len(_of(rows, arm, lr)) == most]
-    return min(whole, key=lambda lr: statistics.mean(row["bits_per_byte"] for row in _of(rows, arm, lr)))
-
-
-def _of(rows: list[dict], arm: str, lr: float) -> list[dict]:
-    return [row for row in rows if (row["arm"], row["lr"]) == (arm, lr)]
-
-
-def _spread(values: list[float], form: str = "{:.4f}") -> str:
-    if not values:
-        return "–"
-    shown = form.format(statistics.mean(values))
-    return f"{shown} ± {statistics.stdev(values):.4f}" if len(values) > 1 else shown
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -105,11 +105,12 @@ STUDIES = {
         },
         # What must hold of an arm beside another: parameters and FLOPs of the whole training at most as many.
         "limits": [
-            ("split norm 5 layers", "dense"),
-            ("split 5 layers", "dense"),
-            ("split norm wide", "dense"),
-            ("split norm", "dense small"),
-            ("split norm tokens", "dense"),
+            ("split norm 5 layers", "dense", "parameters", "flops"),
+            ("split 5 layers", "dense", "parameters", "flops"),
+            ("split norm wide", "dense", "parameters", "flops"),
+            ("split norm", "dense small", "parameters"),
+            ("split norm tokens", "dense", "parameters", "flops"),
+            ("dense short", "split norm", "flops"),
         ],
     },
     # Does what wins in half a million tokens win in four millions?
@@ -124,7 +125,11 @@ STUDIES = {
             "dense small": DENSE | {"model.d": 216, "model.mlp": 664},
             "split 5 layers": low() | FIVE,
         },
-        "limits": [("split norm 5 layers", "dense"), ("split 5 layers", "dense"), ("split norm", "dense small")],
+        "limits": [
+            ("split norm 5 layers", "dense", "parameters", "flops"),
+            ("split 5 layers", "dense", "parameters", "flops"),
+            ("split norm", "dense small", "parameters"),
+        ],
     },
     # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096, by position, and with attention that sees
     # the last 256 tokens alone.
@@ -145,6 +150,7 @@ STUDIES = {
     "growth": {
         "settings": LONG | {"every.eval": 20, "pretrain.eval_tokens": 16_384},
         "reference": "fixed 2048",
+        "growing": True,
         "lrs": (6e-3,),
         "lengths": (256, 512, 1024, 2048),
         "arms": {
@@ -153,7 +159,7 @@ STUDIES = {
             "fixed 2048": {"pretrain.block": 2048},
             "fixed 256": {},
         },
-        "limits": [("grown", "fixed 2048")],
+        "limits": [("grown", "fixed 2048", "parameters", "flops")],
     },
     # Seconds instead of hours: whether the tools work, as tests/test_experiment.py asks.
     "smoke": {
@@ -163,13 +169,14 @@ STUDIES = {
         "reference": "dense",
         "lrs": (6e-3,),
         "lengths": (32, 64),
+        "growing": True,
         "arms": {
             "dense": DENSE,
             "low": {},
             "grown": {"pretrain.auto_grow": True, "pretrain.grow_plan": "32,64", "pretrain.grow_every_steps": 2},
             "rope": {"variant": "rope"},
         },
-        "limits": [("low", "dense")],
+        "limits": [("low", "dense", "parameters", "flops")],
     },
 }
 

@@ -1,0 +1,237 @@
+"""What the lines of results of scripts/experiment.py say: Markdown tables, plots, and both of them in docs/results.md.
+
+A line is one run. Means and deviations are over its seeds; a difference is taken within a seed, between an arm and its
+study's reference, each at the learning rate that suits it best.
+"""
+
+import os
+import statistics
+
+from lowrank_jax import workdir
+from lowrank_jax.config import RunFailure, UsageError
+from scripts.studies import STUDIES
+
+
+def key(row: dict) -> tuple[str, float, int]:
+    return row["arm"], row["lr"], row["seed"]
+
+
+def read(folder: str, study: str) -> list[dict]:
+    """The lines of a study, the last one of each run, in the order of the study's arms."""
+    rows = list({key(row): row for row in workdir.read_rows(folder, f"{study}.jsonl")}.values())
+    arms = list(STUDIES[study]["arms"])
+    rows = [row for row in rows if row["arm"] in arms]
+    return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["lr"], row["seed"]))
+
+
+def arms_of(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in rows))
+
+
+def best_lr(rows: list[dict], arm: str) -> float:
+    """The learning rate with the lowest mean, of those with the most seeds: no lucky seed decides alone."""
+    lrs = sorted({row["lr"] for row in rows if row["arm"] == arm})
+    most = max(len(_at(rows, arm, lr)) for lr in lrs)
+    whole = [lr for lr in lrs if len(_at(rows, arm, lr)) == most]
+    return min(whole, key=lambda lr: statistics.mean(row["bits_per_byte"] for row in _at(rows, arm, lr)))
+
+
+def best(rows: list[dict], arm: str) -> list[dict]:
+    """An arm's runs at its best learning rate."""
+    return _at(rows, arm, best_lr(rows, arm)) if arm in arms_of(rows) else []
+
+
+def paired(rows: list[dict], arm: str, reference: str) -> list[float]:
+    """Bits per byte of an arm less the reference's, for every seed that both have.
+
+    Raises RunFailure where rows of the same shapes were filled with other data: then nothing can be compared.
+    """
+    ours, theirs = ({row["seed"]: row for row in best(rows, name)} for name in (arm, reference))
+    for seed in set(ours) & set(theirs):
+        a, b = ours[seed], theirs[seed]
+        if a["rows"] == b["rows"] and a["data_sha256"] != b["data_sha256"]:
+            raise RunFailure(f"{arm} has read other data than {reference} with seed {seed}: nothing can be compared")
+    return [ours[s]["bits_per_byte"] - theirs[s]["bits_per_byte"] for s in sorted(set(ours) & set(theirs))]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def of_study(study: str, rows: list[dict]) -> str:
+    """The tables of a study, with what made its lines."""
+    if not rows:
+        return f"No runs of `{study}` yet."
+    parts = [quality(study, rows)]
+    if "lengths" in rows[0]:
+        parts += [lengths(rows), positions(rows)]
+    if STUDIES[study].get("growing"):
+        parts.append(growth(study, rows))
+    return "\n\n".join([*parts, made_by(study, rows)])
+
+
+def quality(study: str, rows: list[dict]) -> str:
+    """Every arm at every learning rate, and its difference to the reference."""
+    reference, lrs = STUDIES[study]["reference"], sorted({row["lr"] for row in rows})
+    head = ["arm", "parameters", "attention", "TFLOP", "Mtokens", *(f"lr {lr:g}" for lr in lrs)]
+    lines = [[*head, f"less {reference}, each at its best", "seeds"]]
+    for arm in arms_of(rows):
+        row, less = best(rows, arm)[0], paired(rows, arm, reference)
+        sizes = [f"{row['parameters'] / 1e6:.2f}M", f"{row['attention'] / 1e6:.2f}M"]
+        sizes += [f"{row['flops'] / 1e12:.1f}", f"{row['tokens'] / 1e6:.2f}"]
+        cells = [spread([r["bits_per_byte"] for r in _at(rows, arm, lr)]) for lr in lrs]
+        lines.append([arm, *sizes, *cells, spread(less, "{:+.4f}"), str(len(less))])
+    return markdown(lines)
+
+
+def lengths(rows: list[dict]) -> str:
+    """Bits per byte of the same targets at each length, the kinds of text weighing alike; last, the control."""
+    columns = list(next(iter(rows[0]["lengths"].values())))
+    names = [f"windowed, {columns[-2]}" if c == "window" else c for c in columns]
+    lines = [["arm", *(f"at {n}" for n in names), f"{columns[-2]} less {columns[0]}", "seeds"]]
+    for arm in arms_of(rows):
+        runs = best(rows, arm)
+        by_column = {c: [_over_kinds(row, c)[0] for row in runs] for c in columns}
+        grown = [b - a for a, b in zip(by_column[columns[0]], by_column[columns[-2]])]
+        lines.append([arm, *(spread(by_column[c]) for c in columns), spread(grown, "{:+.4f}"), str(len(runs))])
+    return markdown(lines)
+
+
+def positions(rows: list[dict]) -> str:
+    """Bits per byte by position in rows of the longest length, and of the same targets in rows of the shortest."""
+    columns = list(next(iter(rows[0]["lengths"].values())))
+    shortest, longest = columns[0], columns[-2]
+    spans = ["0-256", "256-512", "512-1024", "1024-2048", "2048-4096"]
+    count = len(_over_kinds(rows[0], longest)) - 1
+    lines = [["arm", "rows of", *spans[:count]]]
+    for arm in arms_of(rows):
+        for column, shown in ((longest, longest), ("window", f"{longest}, windowed"), (shortest, shortest)):
+            values = list(zip(*(_over_kinds(row, column)[1:] for row in best(rows, arm))))
+            lines.append([arm, shown, *(spread(list(v)) for v in values)])
+    return markdown(lines)
+
+
+def growth(study: str, rows: list[dict]) -> str:
+    """What each arm cost in FLOPs and time, and what it then loses at the longest length."""
+    reference = STUDIES[study]["reference"]
+    ends = {arm: {row["seed"]: row["curve"][-1] for row in best(rows, arm)} for arm in arms_of(rows)}
+    lines = [["arm", "TFLOP", "seconds of steps", f"of {reference}'s FLOPs", f"of {reference}'s time", "seeds"]]
+    for arm, by_seed in ends.items():
+        both = sorted(set(by_seed) & set(ends.get(reference, {})))
+        share = lambda what: spread([by_seed[s][what] / ends[reference][s][what] for s in both], "{:.2f}")  # noqa: B023
+        flops = f"{next(iter(by_seed.values()))['flops'] / 1e12:.1f}"
+        seconds = spread([end["seconds"] for end in by_seed.values()], "{:.0f}")
+        lines.append([arm, flops, seconds, share("flops"), share("seconds"), str(len(by_seed))])
+    return markdown(lines)
+
+
+def made_by(study: str, rows: list[dict]) -> str:
+    """The command, commits and seeds of a study's lines."""
+    join = lambda what: ", ".join(map(str, sorted(set(what))))
+    lrs = ",".join(f"{lr:g}" for lr in sorted({row["lr"] for row in rows}))
+    seeds = ",".join(map(str, sorted({row["seed"] for row in rows})))
+    command = f"python scripts/experiment.py run --study={study} --lrs={lrs} --seeds={seeds}"
+    refused = sum(row["skipped"] for row in rows)
+    return (
+        f"{len(rows)} runs, {refused} refused updates; `{command}`; commits {join(row['commit'] for row in rows)}. "
+        f"Each run with its own command: `docs/results/{study}.jsonl`."
+    )
+
+
+def spread(values: list[float], form: str = "{:.4f}") -> str:
+    """Mean and sample deviation; a dash without values."""
+    if not values:
+        return "–"
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def markdown(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+
+
+def _at(rows: list[dict], arm: str, lr: float) -> list[dict]:
+    return [row for row in rows if (row["arm"], row["lr"]) == (arm, lr)]
+
+
+def _over_kinds(row: dict, column: str) -> list[float]:
+    return [statistics.mean(values) for values in zip(*(kind[column] for kind in row["lengths"].values()))]
+
+
+# -------------------------------------------------------------------------------------------------------------- plots
+
+
+def publish(folder: str) -> None:
+    """Puts every study's tables between its marks in the results.md above `folder`, and its plot into `folder`."""
+    path = os.path.join(os.path.dirname(os.path.abspath(folder)), "results.md")
+    with open(path, encoding="utf-8") as f:
+        page = f.read()
+    for study in STUDIES:
+        begin, end = f"<!-- {study} -->", f"<!-- /{study} -->"
+        if begin not in page:
+            continue
+        if page.find(end) < page.find(begin):
+            raise UsageError(f"{path} has {begin} and no {end} behind it")
+        rows, (before, rest) = read(folder, study), page.split(begin, 1)
+        shown = of_study(study, rows) + (f"\n\n![{study}](results/{study}.png)" if rows else "")
+        page = f"{before}{begin}\n{shown}\n{end}{rest.split(end, 1)[1]}"
+        if rows:
+            plot(study, rows, os.path.join(folder, f"{study}.png"))
+    workdir.write_text(path, page)
+
+
+def plot(study: str, rows: list[dict], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    kind = _plot_growth if STUDIES[study].get("growing") else _plot_lengths if "lengths" in rows[0] else _plot_quality
+    figure = Figure(
+        figsize=(8, 1.4 + 0.26 * len(arms_of(rows)) if kind is _plot_quality else 3.6), layout="constrained"
+    )
+    kind(figure, study, rows)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def _plot_quality(figure, study: str, rows: list[dict]) -> None:
+    """Each seed's difference to the reference; filled where parameters and FLOPs are at most the reference's."""
+    reference, axes = STUDIES[study]["reference"], figure.subplots()
+    limit = best(rows, reference)[0] if best(rows, reference) else None
+    for y, arm in enumerate(arms_of(rows)):
+        less, row = paired(rows, arm, reference), best(rows, arm)[0]
+        within = limit and all(row[what] <= limit[what] * 1.005 for what in ("parameters", "flops"))
+        axes.scatter(less, [y] * len(less), s=22, color="C0", facecolor="C0" if within else "none")
+        if less:
+            axes.scatter([statistics.mean(less)], [y], marker="|", s=150, color="black")
+    axes.axvline(0, color="#999999", lw=0.8)
+    axes.set_yticks(range(len(arms_of(rows))), arms_of(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"bits per byte less {reference}'s, by seed (open: more parameters or FLOPs than {reference})")
+
+
+def _plot_lengths(figure, study: str, rows: list[dict]) -> None:
+    left, right = figure.subplots(1, 2)
+    columns = list(next(iter(rows[0]["lengths"].values())))[:-1]
+    mean = lambda arm, column, at: statistics.mean(_over_kinds(row, column)[at] for row in best(rows, arm))
+    for i, arm in enumerate(arms_of(rows)):
+        left.plot([int(c) for c in columns], [mean(arm, c, 0) for c in columns], "o-", color=f"C{i}", label=arm)
+        left.plot([int(columns[-1])], [mean(arm, "window", 0)], "x", color=f"C{i}")
+        count = len(_over_kinds(rows[0], columns[-1])) - 1
+        right.plot([mean(arm, columns[-1], at + 1) for at in range(count)], "o-", color=f"C{i}")
+        right.plot([mean(arm, columns[0], at + 1) for at in range(count)], ":", color=f"C{i}")
+    left.set_xscale("log", base=2)
+    left.set_xlabel("length of the rows (x: windowed)")
+    left.set_ylabel("bits per byte")
+    left.legend(fontsize=8)
+    right.set_xlabel(f"part of a row of {columns[-1]} (dotted: the same in rows of {columns[0]})", fontsize=9)
+    right.set_xticks(range(5), ["0-256", "-512", "-1024", "-2048", "-4096"], fontsize=8)
+
+
+def _plot_growth(figure, study: str, rows: list[dict]) -> None:
+    for axes, what, label, unit in zip(figure.subplots(1, 2), ("flops", "seconds"), ("TFLOP", "seconds"), (1e12, 1)):
+        for i, arm in enumerate(arms_of(rows)):
+            for j, row in enumerate(best(rows, arm)):
+                x, y = ([p[k] for p in row["curve"][1:]] for k in (what, "bits_per_byte"))
+                axes.plot([v / unit for v in x], y, color=f"C{i}", lw=1, label=None if j else arm)
+        axes.set_xlabel(f"{label} of training")
+        axes.set_ylabel("bits per byte held out")
+        axes.legend(fontsize=8)

@@ -1,0 +1,279 @@
+"""scripts/experiment.py: arms are what they claim, baselines compute what they should, lines resume."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_jax import attention, costs, model, optim, step
+from lowrank_jax.config import RunFailure, UsageError
+from scripts import experiment, studies, tables
+
+ROOT = pathlib.Path(__file__).parents[1]
+ARMS = [(study, arm) for study, s in studies.STUDIES.items() for arm in s["arms"]]
+
+
+def sizes(study: str, arm: str) -> dict[str, float]:
+    config = experiment.config_of(study, arm).with_vocab(studies.VOCAB)
+    counts = costs.parameters(config.model)
+    return counts | {"parameters": counts["total"], "flops": experiment.flops_of(config)}
+
+
+# --------------------------------------------------------------------------------------------------------------- arms
+
+
+@pytest.mark.parametrize("study, arm", ARMS, ids=lambda x: x.replace(" ", "-"))
+def test_every_arm_is_a_config_with_variants_that_exist(study, arm):
+    config = experiment.config_of(study, arm)
+    assert config.pretrain.steps > 0 and config.sft.steps == 0
+    assert set(filter(None, studies.STUDIES[study]["arms"][arm].get("variant", "").split("+"))) <= set(studies.VARIANTS)
+    assert studies.STUDIES[study]["reference"] in studies.STUDIES[study]["arms"]
+
+
+@pytest.mark.parametrize("study", studies.STUDIES)
+def test_arms_keep_to_their_limits(study):
+    for arm, than, *what in studies.STUDIES[study]["limits"]:
+        ours, theirs = sizes(study, arm), sizes(study, than)
+        for name in what:
+            assert ours[name] <= 1.002 * theirs[name], (arm, than, name)
+
+
+def test_arms_of_one_study_differ_in_what_they_are_called_after_alone():
+    base, even = (experiment.config_of("quality", arm) for arm in ("split norm", "even norm"))
+    assert base.pretrain == even.pretrain and base.optim == even.optim
+    assert sizes("quality", "split norm")["attention"] == sizes("quality", "even norm")["attention"]
+    assert sizes("quality", "whole")["parameters"] <= 0.32 * sizes("quality", "dense")["parameters"]
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+
+@pytest.fixture
+def put_back(monkeypatch):
+    """Whatever a variant replaces, until the end of the test."""
+    for place, name in (
+        (attention, "alibi_slopes"),
+        (attention, "attend"),
+        (attention, "_chunked"),
+        (model.Linear, "__init__"),
+        (model.Linear, "reduce"),
+        (model.Attention, "__init__"),
+        (optim, "_orthogonalized"),
+        (optim, "make"),
+    ):
+        monkeypatch.setattr(place, name, getattr(place, name))
+
+
+def small(make, **changes):
+    return make.run_config(model__d=32, model__heads=4, model__rank=8, **changes)
+
+
+def qkv(T=48, H=4, K=8):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, (2, T, H, K)) for key in keys]
+
+
+def test_a_norm_on_q_k_and_v_is_the_products_own(make, put_back):
+    with_norm, without = (small(make, model__latent_norm=norm).model for norm in (True, False))
+    params = model.init(with_norm, jax.random.key(1))
+    params = jax.tree.map(lambda w: w + 0.05 * jax.random.normal(jax.random.key(w.size), w.shape), params)
+    tokens = jax.random.randint(jax.random.key(2), (2, 20), 0, 64)
+    expected, plain = model.features(with_norm, params, tokens), model.features(without, params, tokens)
+    studies.apply("norm_qk+norm_v")
+    np.testing.assert_allclose(model.features(without, params, tokens), expected, atol=1e-4)
+    assert np.abs(plain - expected).max() > 1e-2
+
+
+def test_nope_knows_no_distance_and_rope_knows_nothing_else(put_back):
+    q, k, v = qkv()
+    alibi = attention.attend(q, k, v)
+    studies.apply("nope")
+    swapped = [x.at[:, [3, 9]].set(x[:, [9, 3]]) for x in (k, v)]
+    nope = attention.attend(q, k, v)
+    np.testing.assert_allclose(attention.attend(q, *swapped)[:, 20:], nope[:, 20:], atol=1e-5)
+    assert np.abs(alibi - nope).max() > 1e-2
+    studies.apply("rope")
+    rope = attention.attend(q, k, v)
+    assert np.abs(attention.attend(q, *swapped)[:, 20:] - rope[:, 20:]).max() > 1e-2
+    score = lambda i, j: jnp.einsum("BHK,BHK->BH", *(studies.rotate(x)[:, at] for x, at in ((same_q, i), (same_k, j))))
+    same_q, same_k = (jnp.broadcast_to(x[:, :1], x.shape) for x in (q, k))
+    np.testing.assert_allclose(score(40, 33), score(12, 5), atol=1e-4)
+    assert np.abs(score(40, 33) - score(40, 20)).max() > 1e-2
+
+
+@pytest.mark.parametrize("names", ["", "rope"])
+def test_a_window_sees_the_last_tokens_and_no_others(put_back, names):
+    q, k, v = qkv()
+    studies.apply(names)
+    whole = attention.attend(q, k, v)
+    studies.see_only(8)
+    seen = attention.attend(q, k, v)
+    np.testing.assert_allclose(seen[:, :8], whole[:, :8], atol=1e-5)
+    for at in (8, 15, 16, 47):
+        last = [x[:, at - 7 : at + 1] for x in (q, k, v)]
+        np.testing.assert_allclose(seen[:, at], attention.attend(*last)[:, -1], atol=1e-5)
+    studies.see_only(64)
+    np.testing.assert_allclose(attention.attend(q, k, v), whole, atol=1e-5)
+
+
+def updates(make, variant: str) -> tuple[dict, dict]:
+    """(attention weights, what one Muon update adds to them, without decay) of a model with d=32 and 4 heads."""
+    studies.apply(variant)
+    config = small(make, optim__weight_decay=0.0, optim__clip=0.0)
+    params = step.init_params(config)
+    params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)
+    grads = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size + 1), w.shape), params)
+    rule = optim.make(config.optim)
+    moved, _ = rule.update(grads, rule.init(params), params)
+    return params["blocks"]["attention"], moved["blocks"]["attention"]
+
+
+def test_updates_of_factors_are_halved_bounded_and_made_for_each_head(make, put_back, monkeypatch):
+    _, plain = updates(make, "")
+    with monkeypatch.context():
+        _, half = updates(make, "half_down")
+    np.testing.assert_allclose(half["v"]["down"], plain["v"]["down"] / 2, atol=1e-6)
+    np.testing.assert_allclose(half["v"]["up"], plain["v"]["up"], atol=1e-6)
+
+
+def test_a_bounded_update_moves_the_product_no_more_than_twice_as_a_dense_one(make, put_back):
+    weights, moved = updates(make, "bounded")
+    largest = lambda w: np.linalg.norm(np.asarray(w), 2, axis=(1, 2))
+    limit = 1.25 * optim.MUON_UPDATE_RMS * math.sqrt(32)  # of a dense [32, 32]; Newton-Schulz ends between 0.7 and 1.2
+    for name in "qkvo":
+        (down, up), (d, u) = ([x[name][part] for part in ("down", "up")] for x in (weights, moved))
+        assert (largest(d) * largest(up) <= limit).all() and (largest(down) * largest(u) <= limit).all()
+
+
+def test_muon_for_each_head_orthogonalises_every_head(make, put_back, monkeypatch):
+    monkeypatch.setitem(studies.SETTINGS, "model.heads", 4)
+    _, moved = updates(make, "muon_heads")
+    v_NRHK = np.asarray(moved["v"]["up"]).reshape(2, -1, 4, 8)
+    spread = np.linalg.svd(v_NRHK.swapaxes(1, 2), compute_uv=False)  # of each head [R, K]
+    assert spread.min() > 0.5 * spread.max()
+
+
+def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
+    studies.apply("spectral")
+    a = model.init(small(make).model, jax.random.key(0))["blocks"]["attention"]
+    down, up = a["v"]["down"][0], a["v"]["up"][0]
+    np.testing.assert_allclose(down.T @ down, up @ up.T, atol=1e-5)
+    assert not a["o"]["up"].any() and a["o"]["down"].any()
+
+
+# -------------------------------------------------------------------------------------------------------------- lines
+
+
+def line(arm, lr, seed, bits, **more) -> dict:
+    row = {"arm": arm, "lr": lr, "seed": seed, "bits_per_byte": bits, "data_sha256": str(seed), "rows": [[1, 2, 3]]}
+    row |= {"parameters": 10, "attention": 5, "flops": 1e12, "tokens": 1, "skipped": 0, "commit": "c0ffee"}
+    return row | more
+
+
+def test_differences_are_taken_within_a_seed_and_at_each_ones_best_learning_rate():
+    rows = [line("dense", 0.1, seed, 2.0 + seed) for seed in (0, 1, 2)]
+    rows += [line("dense", 0.2, seed, 2.5 + seed) for seed in (0, 1, 2)]
+    rows += [line("split", 0.1, seed, 3.0 + seed) for seed in (0, 1, 2)]
+    rows += [line("split", 0.2, seed, 1.9 + seed) for seed in (0, 1)]
+    assert tables.best_lr(rows, "split") == 0.1  # two lucky seeds do not decide
+    rows += [line("split", 0.2, 2, 1.8 + 2)]
+    assert tables.best_lr(rows, "split") == 0.2
+    np.testing.assert_allclose(tables.paired(rows, "split", "dense"), [-0.1, -0.1, -0.2])
+    shown = tables.quality("quality", rows)
+    assert "-0.1333 ± 0.0577" in shown and "3.0000 ± 1.0000" in shown
+    assert tables.paired(rows, "split", "even") == []
+
+
+def test_other_data_is_not_compared_unless_its_rows_have_other_shapes():
+    rows = [line("dense", 0.1, 0, 2.0), line("split", 0.1, 0, 2.1, data_sha256="other")]
+    with pytest.raises(RunFailure, match="other data"):
+        tables.paired(rows, "split", "dense")
+    rows[1]["rows"] = [[2, 1, 3]]
+    np.testing.assert_allclose(tables.paired(rows, "split", "dense"), [0.1])
+
+
+def test_a_line_done_twice_counts_once_and_arms_come_in_the_studys_order(tmp_path):
+    lines = [
+        line("split", 0.1, 0, 9.0),
+        line("dense", 0.1, 0, 2.0),
+        line("split", 0.1, 0, 2.1),
+        line("gone", 0.1, 0, 1),
+    ]
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"cut')
+    rows = tables.read(str(tmp_path), "quality")
+    assert [(row["arm"], row["bits_per_byte"]) for row in rows] == [("dense", 2.0), ("split", 2.1)]
+
+
+def run(*args: str) -> tuple[int, str]:
+    script, env = ROOT / "scripts" / "experiment.py", os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> list[str]:
+    """The flags of a study that is done for two arms."""
+    home = tmp_path_factory.mktemp("experiment")
+    flags = ["--study=smoke", f"--folder={home / 'runs'}", f"--results={home / 'docs' / 'results'}", "--seeds=0"]
+    code, out = run("run", *flags, "--arms=grown,dense")
+    assert code == 0, out
+    return flags
+
+
+def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
+    path = pathlib.Path(smoke[2].removeprefix("--results=")) / "smoke.jsonl"
+    before = path.read_text()
+    code, out = run("run", *smoke, "--arms=grown,dense")
+    assert code == 0 and path.read_text() == before and "stage" not in out
+    grown, dense = (json.loads(text) for text in before.splitlines())
+    config = experiment.config_of("smoke", "dense").with_vocab(studies.VOCAB)
+    assert dense["parameters"] == costs.parameters(config.model)["total"] and dense["flops"] == experiment.flops_of(
+        config
+    )
+    assert dense["rows"] == [[4, 4, 32]] and grown["rows"] == [[2, 4, 32], [2, 2, 64]]
+    assert dense["tokens"] == grown["tokens"] == 512 and dense["cpu_seconds"] > 1
+    assert [point["step"] for point in grown["curve"]] == [0, 2, 4]
+    assert grown["curve"][-1]["flops"] == grown["flops"] > grown["curve"][1]["flops"] * 2
+    assert dense["commit"] and dense["command"].endswith("--seeds=0")
+
+
+def test_a_study_is_published_between_its_marks(smoke):
+    results = pathlib.Path(smoke[2].removeprefix("--results="))
+    (results.parent / "results.md").write_text("above\n<!-- smoke -->\nold\n<!-- /smoke -->\nbelow\n")
+    tables.publish(str(results))
+    page = (results.parent / "results.md").read_text()
+    assert page.startswith("above\n<!-- smoke -->\n| arm") and page.endswith("<!-- /smoke -->\nbelow\n")
+    assert "old" not in page and "| grown" in page and (results / "smoke.png").stat().st_size > 1000
+    tables.publish(str(results))
+    assert (results.parent / "results.md").read_text() == page
+
+
+def test_mistakes_are_one_line():
+    for args, name in ((("--arms=nothing",), "nothing"), (("--lrs=fast",), "lrs")):
+        with pytest.raises(UsageError, match=name):
+            experiment.command(["run", "--study=smoke", *args])
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, tok, monkeypatch):
+    config = make.run_config(model__vocab=tok.vocab_size)
+    params = model.init(config.model, jax.random.key(3))
+    run = experiment.trained.Trained(config, tok, params, {})
+    ids = experiment.blocks(tok, [make.prose(400, i) for i in range(3)] + ["short"], 64)
+    assert ids.shape == (3, 65)
+    monkeypatch.setattr(experiment, "EDGES", (0, 16, 64))
+    whole, first, rest = experiment.bits(run, ids, 64)
+    size = tok.byte_lengths()[ids[:, 1:]]
+    np.testing.assert_allclose(whole * size.sum(), first * size[:, :16].sum() + rest * size[:, 16:].sum(), rtol=1e-5)
+    short = experiment.bits(run, ids, 16)
+    np.testing.assert_allclose(short[1], first, rtol=1e-5)
+    assert abs(short[2] - rest) > 1e-6
