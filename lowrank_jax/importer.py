@@ -9,6 +9,7 @@ or a state dict (.safetensors, .pt, .bin) with such a config.json beside it.
 
 import json
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,11 +21,80 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.export import weights
 from lowrank_jax.export.folder import ORIGIN, TOKENIZER, whole_folder
 from lowrank_jax.train import START
+from lowrank_jax.trained import Trained
 
 PICKLED = (".pt", ".pth", ".bin")
 
 
-def read_weights(path: str) -> dict[str, np.ndarray]:
+def open_export(source: str, tokenizer_path: str = "", given: Sequence[str] = ()) -> Trained:
+    """What is in an export's folder or in a file of weights, its arrays on the host; `given` are `--config` arguments.
+
+    `progress` tells the step and the tokens of its training, 0 where that is not known. Raises UsageError for what is
+    not there, damaged, or of another architecture.
+    """
+    if not os.path.exists(source):
+        raise UsageError(f"--from={source}: no such file or folder")
+    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
+    values, origin = _read_json(folder, "config.json"), _read_json(folder, ORIGIN, {"config": {}, "progress": {}})
+    keys = weights.model_keys(values)
+    tok = tokenizer.load(tokenizer_path or _tokenizer_in(folder))
+    if tok.vocab_size != keys["vocab"]:
+        raise UsageError(f"the weights are of {keys['vocab']} pieces, and the tokenizer has {tok.vocab_size}")
+    config = _config(given, origin["config"], values, keys)
+    params = weights.params(config.model, _arrays(source))
+    return Trained(config, tok, params, {"step": 0, "tokens": 0} | origin["progress"])
+
+
+def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: str) -> str:
+    """Makes the run's folder, with the parameters as a checkpoint of step 0; returns their SHA-256."""
+    place = sharding.whole(sharding.one_device())
+    state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
+    os.makedirs(folder)
+    with checkpoint.Checkpoints(folder, config.every.keep) as saved:
+        saved.save(0, state, START)
+    tok.save(workdir.tokenizer_folder(folder))
+    workdir.write_config(folder, config)
+    sha256 = checkpoint.tree_sha256(state.params)
+    workdir.log_event(folder, "import", 0, **facts, params_sha256=sha256)
+    return sha256
+
+
+def command(argv: list[str]) -> dict:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--from", dest="source", required=True, help="the export's folder, or a file of weights")
+    parser.add_argument("--workdir", required=True, help="the run's folder to make")
+    parser.add_argument("--tokenizer", default="", help="a tokenizer's folder or file (default: beside the weights)")
+    parser.add_argument("--config", metavar="FILE", help="settings but for the model's (default: the exported run's)")
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.config:
+        raise UsageError(f"unknown argument {rest[0]}" + " without --config=FILE" * rest[0].startswith("--config."))
+    out = os.path.realpath(args.workdir)
+    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UsageError(f"--workdir={args.workdir} is there already; name a folder that is new or empty")
+    config, tok, params, progress = open_export(
+        args.source, args.tokenizer, [f"--config={args.config}", *rest] if args.config else []
+    )
+    with whole_folder(out) as made:
+        facts = {f"trained_{key}": progress[key] for key in ("step", "tokens")}
+        sha256 = write(config, tok, params, facts, made)
+    size = sum(w.size for w in jax.tree.leaves(params))
+    cli.say(f"{args.workdir}: {size:,} parameters of {args.source}")
+    return {"workdir": args.workdir, "from": args.source, "parameters": size, "params_sha256": sha256}
+
+
+def _config(given: Sequence[str], origin: dict, values: dict, keys: dict) -> RunConfig:
+    """The run's config: of `--config`, or of the run that was exported; with the sizes in config.json, `values`."""
+    if not given and not origin:
+        raise UsageError(f"there is no {ORIGIN} beside the weights; say with --config=FILE how it is to be trained")
+    base = (cli.read_config(list(given)) if given else RunConfig.from_dict(origin)).to_dict()
+    base["model"] |= {"vocab": keys["vocab"]}
+    as_it_is = RunConfig.from_dict(base)
+    if all(values.get(key, True) == size for key, size in weights.sizes(as_it_is.model).items()):
+        return as_it_is  # it may say the same in other words
+    return RunConfig.from_dict(base | {"model": base["model"] | keys})
+
+
+def _arrays(path: str) -> dict[str, np.ndarray]:
     """Arrays by name of a file, or of all files of weights in a folder; raises UsageError where there are none."""
     files = [path]
     if os.path.isdir(path):
@@ -69,65 +139,6 @@ def _pickled(path: str) -> dict[str, np.ndarray]:
     return {name: w.float().numpy() for name, w in state.items()}
 
 
-def read_config(given: list[str], origin: dict, values: dict) -> RunConfig:
-    """The run's config: of `--config`, or what came with the export, with the sizes in config.json, `values`."""
-    if not given and "config" not in origin:
-        raise UsageError(
-            f"there is no {ORIGIN} beside the weights; say with --config=FILE how the run is to be trained"
-        )
-    base = (cli.read_config(given) if given else RunConfig.from_dict(origin["config"])).to_dict()
-    keys = weights.model_keys(values)
-    base["model"] |= {"vocab": keys["vocab"]}
-    as_it_is = RunConfig.from_dict(base)
-    if all(values.get(key, True) == size for key, size in weights.sizes(as_it_is.model).items()):
-        return as_it_is  # which may say the same in another way
-    return RunConfig.from_dict(base | {"model": base["model"] | keys})
-
-
-def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: str) -> str:
-    """Makes the run's folder, with the parameters as a checkpoint of step 0; returns their SHA-256."""
-    place = sharding.whole(sharding.one_device())
-    state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
-    os.makedirs(folder)
-    with checkpoint.Checkpoints(folder, config.every.keep) as saved:
-        saved.save(0, state, START)
-    tok.save(workdir.tokenizer_folder(folder))
-    workdir.write_config(folder, config)
-    sha256 = checkpoint.tree_sha256(state.params)
-    workdir.log_event(folder, "import", 0, **facts, params_sha256=sha256)
-    return sha256
-
-
-def command(argv: list[str]) -> dict:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="the export's folder, or a file of weights")
-    parser.add_argument("--workdir", required=True, help="the run's folder to make")
-    parser.add_argument("--tokenizer", help="a tokenizer's folder or file (default: the one beside the weights)")
-    parser.add_argument("--config", metavar="FILE", help="settings but for the model's (default: the exported run's)")
-    args, rest = parser.parse_known_args(argv)
-    given = [f"--config={args.config}", *rest] if args.config else []
-    if rest and not given:
-        raise UsageError(f"unknown argument {rest[0]}" + " without --config=FILE" * rest[0].startswith("--config."))
-    out = os.path.realpath(args.workdir)
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UsageError(f"--workdir={args.workdir} is there already; name a folder that is new or empty")
-    if not os.path.exists(args.source):
-        raise UsageError(f"--from={args.source}: no such file or folder")
-    folder = args.source if os.path.isdir(args.source) else os.path.dirname(os.path.abspath(args.source))
-    values, origin = _read_json(folder, "config.json"), _read_json(folder, ORIGIN, {})
-    config = read_config(given, origin, values)
-    tok = tokenizer.load(args.tokenizer or _tokenizer_in(folder))
-    config = config.with_vocab(tok.vocab_size)
-    params = weights.params(config.model, read_weights(args.source))
-    before = origin.get("progress", {})
-    facts = {key: before[key] for key in ("step", "tokens") if key in before}
-    with whole_folder(out) as made:
-        sha256 = write(config, tok, params, {f"trained_{key}": value for key, value in facts.items()}, made)
-    size = sum(w.size for w in jax.tree.leaves(params))
-    cli.say(f"{args.workdir}: {size:,} parameters of {args.source}")
-    return {"workdir": args.workdir, "from": args.source, "parameters": size, "params_sha256": sha256}
-
-
 def _tokenizer_in(folder: str) -> str:
     """The run's own tokenizer, which the export has along; otherwise the tokenizer.json."""
     own = os.path.join(folder, TOKENIZER)
@@ -145,8 +156,8 @@ def _read_json(folder: str, name: str, otherwise: dict | None = None) -> dict:
     try:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
+        if not isinstance(found, dict) or any(not isinstance(found.get(key), dict) for key in otherwise or ()):
+            raise ValueError("not what an export has there")
     except ValueError as e:
         raise UsageError(f"{path} is damaged: {e}") from None
     return found

@@ -16,6 +16,19 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lowrank_jax_test_modul
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Every head count that slopes are of another kind for, latents shared or not, heads tied or not; `tok` has an odd size.
+MODELS = {
+    "usual": {},
+    "12 heads, one latent": {"d": 48, "heads": 12, "shared_kv": True},
+    "3 heads, no norm, one latent": {"d": 36, "heads": 3, "shared_kv": True, "latent_norm": False},
+    "equal ranks, no norm": {"latent_norm": False, "rank_split": (1, 1, 1, 1)},
+    "all in low rank": {"mlp_rank": 8, "embed_rank": 12},
+    "32 heads, a head of its own": {"d": 64, "heads": 32, "tied": False},
+    "all in low rank, a head of its own": {"mlp_rank": 8, "embed_rank": 12, "tied": False, "shared_kv": True},
+    "dense": {"rank": 0},
+}
+
+
 def trained(make, tok, **changes) -> Trained:
     """A model with random weights: no factor is zero as in a new model, and no gain 1."""
     settings = {"d": 32, "heads": 8, "rank": 8, "mlp": 48, "vocab": tok.vocab_size} | changes

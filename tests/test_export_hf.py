@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import sys
 
 import exports
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+import transformers
 from test_hf_tokenizer import LLAMA, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,17 +19,6 @@ from lowrank_jax.data import chat, tokenizer
 from lowrank_jax.export import hf, hf_tokenizer, verify, weights
 
 torch.set_num_threads(1)  # others test at the same time, and threads wait for each other by spinning
-
-MODELS = {
-    "usual": {},
-    "12 heads, one latent": {"d": 48, "heads": 12, "shared_kv": True},
-    "3 heads, no norm, one latent": {"d": 36, "heads": 3, "shared_kv": True, "latent_norm": False},
-    "equal ranks, no norm": {"latent_norm": False, "rank_split": (1, 1, 1, 1)},
-    "all in low rank": {"mlp_rank": 8, "embed_rank": 12},
-    "a head of its own": {"tied": False, "shared_kv": True},
-    "all in low rank, a head of its own": {"mlp_rank": 8, "embed_rank": 12, "tied": False},
-    "dense": {"rank": 0},
-}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +39,10 @@ def random_ids(length: int, rows: int = 1, vocab: int = 521) -> torch.Tensor:
     return torch.tensor(np.random.default_rng(3).integers(4, vocab, size=(rows, length)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", exports.MODELS)
 @torch.no_grad()
 def test_logits_are_ours_with_and_without_a_cache(name, make, tok, tmp_path):
-    model = exports.trained(make, tok, **MODELS[name])
+    model = exports.trained(make, tok, **exports.MODELS[name])
     assert hf.check(model, hf.write(model, str(tmp_path / "out"))) <= 2e-5
     net, ids = load(str(tmp_path / "out")), random_ids(50)
     full = net(ids, use_cache=False).logits
@@ -222,7 +213,25 @@ def test_mistakes_get_one_line(model, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["mine.txt"]
 
 
+@pytest.mark.parametrize("args, reason", [(["--merge"], "no class of transformers"), (["--quant=int8"], "--quant")])
+def test_what_it_cannot_be_is_refused(args, reason, model, tmp_path, monkeypatch, capsys):
+    result = exports.run(monkeypatch, capsys, model, "--format=hf", f"--out={tmp_path}/out", *args)
+    exports.refused(result, 2, reason)
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_class_of_transformers_own_has_alibi_with_the_norm_and_mlp_of_the_model():
+    """What --merge says; where one appears, --merge can be more than a refusal."""
+    folder = pathlib.Path(transformers.__file__).parent / "models"
+    sources = {file.parent.name: file.read_text().lower() for file in folder.glob("*/modeling_*.py")}
+    assert {name for name, text in sources.items() if "alibi" in text} == {"bloom", "falcon", "mpt"}
+    for name in ("bloom", "falcon", "mpt"):
+        assert "layernorm" in sources[name] and "rmsnorm" not in sources[name] and "silu" not in sources[name]
+
+
 def test_a_run_is_exported(reference, tmp_path):
+    """Its training ended with chats."""
+    assert runs.TINY["sft.steps"] > 0
     code, out, err = runs.run("export", f"--workdir={reference}", "--format=hf", f"--out={tmp_path}/out", "--json")
     assert code == 0 and runs.last_json(out)["verified"], err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 64

@@ -107,6 +107,9 @@ def model_keys(values: dict) -> dict:
         raise UsageError(f"config.json has no {missing[0]}")
     if values["rms_norm_eps"] != model.EPS:
         raise UsageError(f"config.json has rms_norm_eps={values['rms_norm_eps']}; the model's is {model.EPS:g}")
+    wrong = [key for key in (*SIZES, *RANKS) if not isinstance(values[key], int) or values[key] < 0]
+    if wrong:
+        raise UsageError(f"config.json has {wrong[0]}={values[wrong[0]]!r}")
     found = {name: values[key] for key, name in SIZES.items()}
     found["mlp"] = found.pop("hidden")
     ranks = [values[key] for key in RANKS]

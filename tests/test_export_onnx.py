@@ -1,0 +1,161 @@
+"""Exports for ONNX Runtime: the same logits for any rows, lengths and pasts; in int8, with what that changes."""
+
+import functools
+import os
+import sys
+
+import exports
+import numpy as np
+import onnx as reader
+import onnxruntime
+import pytest
+import torch
+
+from lowrank_jax.export import onnx, verify
+
+torch.set_num_threads(1)
+
+# An export takes some seconds, so each of these is several of exports.MODELS at once.
+MODELS = {
+    "8 heads": {},
+    "12 heads, dense": {"d": 48, "heads": 12, "rank": 0},
+    "32 heads, one latent, all in low rank, a head of its own": {
+        "d": 64,
+        "heads": 32,
+        "shared_kv": True,
+        "latent_norm": False,
+        "mlp_rank": 8,
+        "embed_rank": 12,
+        "tied": False,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def written(make, tok, tmp_path_factory):
+    """name -> (model, its folder), each written once."""
+
+    @functools.cache
+    def write(name: str):
+        model = exports.trained(make, tok, **MODELS[name])
+        return model, onnx.write(model, str(tmp_path_factory.mktemp("onnx") / "out"))
+
+    return write
+
+
+def opened(folder: str) -> tuple[onnxruntime.InferenceSession, dict[str, int]]:
+    """A session, and the widths of its pasts by name."""
+    session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"), providers=["CPUExecutionProvider"])
+    return session, {x.name: x.shape[-1] for x in session.get_inputs() if x.name.startswith("past")}
+
+
+def step(session, ids, mask, past: dict) -> tuple[np.ndarray, dict]:
+    given = {"input_ids": ids, "attention_mask": mask} | past
+    logits, *present = session.run(None, given)
+    return logits, dict(zip(past, present))
+
+
+def empty(widths: dict, rows: int) -> dict:
+    return {name: np.zeros((rows, 1, 0, width), np.float32) for name, width in widths.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_ours_for_any_rows_lengths_and_pasts(name, written):
+    model, folder = written(name)
+    assert onnx.check(model, folder) <= 2e-5
+    (session, widths), ids = opened(folder), np.random.default_rng(3).integers(4, 521, size=(3, 90))
+    ours = np.stack([verify.logits(model, row, np.arange(90)) for row in ids])
+    for rows in (1, 3):
+        whole, _ = step(session, ids[:rows], np.ones((rows, 90), np.int64), empty(widths, rows))
+        assert np.abs(whole - ours[:rows]).max() <= 2e-5
+        parts, past, at = [], empty(widths, rows), 0
+        for end in (40, 41, 60, *range(61, 91)):
+            logits, past = step(session, ids[:rows, at:end], np.ones((rows, end), np.int64), past)
+            parts, at = [*parts, logits], end
+        assert np.abs(np.concatenate(parts, 1) - ours[:rows]).max() <= 2e-5
+    padded, mask = ids.copy(), np.ones((3, 90), np.int64)
+    padded[1, :31], mask[1, :31] = 0, 0
+    _, past = step(session, padded[:, :89], mask[:, :89], empty(widths, 3))
+    logits, _ = step(session, padded[:, 89:], mask, past)
+    assert np.abs(logits[1, 0] - verify.logits(model, ids[1, 31:], np.array([58]))[0]).max() <= 2e-5
+
+
+def test_what_goes_in_and_out_are_latents_with_named_sizes(written):
+    for name, kinds in (("8 heads", ("key", "value")), (list(MODELS)[2], ("key",))):
+        model, folder = written(name)
+        graph = reader.load(os.path.join(folder, "model.onnx")).graph
+        of = lambda x: [d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim]
+        pasts = [f"past_key_values.{i}.{kind}" for i in range(2) for kind in kinds]
+        assert [x.name for x in graph.input] == ["input_ids", "attention_mask", *pasts]
+        assert [x.name for x in graph.output] == ["logits", *(p.replace("past_key_values", "present") for p in pasts)]
+        _, k, v, _ = model.config.model.ranks
+        assert [of(x) for x in list(graph.input)[2:4]] == [
+            ["rows", 1, "past_tokens", width] for width in (k, v if len(kinds) == 2 else k)
+        ]
+        assert of(graph.input[0]) == ["rows", "tokens"] and of(graph.output[0]) == ["rows", "tokens", 521]
+
+
+def test_a_tied_table_is_kept_once_and_no_path_of_this_machine_goes_along(written):
+    model, folder = written("8 heads")
+    content = open(os.path.join(folder, "model.onnx"), "rb").read()
+    assert b"lowrank_jax/export" not in content and b".py" not in content
+    tables = [w for w in reader.load_from_string(content).graph.initializer if 521 in w.dims]
+    assert len(tables) == 1
+
+
+def test_int8_is_smaller_and_says_what_it_changes(model_and_folder, tmp_path, monkeypatch, capsys):
+    model, exact = model_and_folder
+    args = ("--format=onnx", "--quant=int8", f"--out={tmp_path}/out")
+    status, facts, err = exports.run(monkeypatch, capsys, model, *args)
+    assert status == 0 and facts["verified"] and os.listdir(tmp_path) == ["out"], err
+    changed = facts["fidelity"]
+    assert 1e-3 < changed["max_abs_err"] < 1 and 0 < changed["kl"] < 1e-2 and changed["bits_per_byte"] > 0
+    assert "KL" in err and "bits per byte" in err and f"{changed['measured_tokens']:,} tokens" in err
+    graph = reader.load(str(tmp_path / "out" / "model.onnx")).graph
+    large = [w for w in graph.initializer if len(w.dims) == 2]
+    assert len(large) > 10 and all(w.data_type in (reader.TensorProto.UINT8, reader.TensorProto.INT8) for w in large)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(exact))
+
+
+@pytest.fixture(scope="module")
+def model_and_folder(written):
+    return written("8 heads")
+
+
+def test_a_wrong_graph_leaves_nothing(model_and_folder, tmp_path, monkeypatch, capsys):
+    model, folder = model_and_folder
+
+    def almost(_, names, path):
+        found = reader.load(os.path.join(folder, "model.onnx"))
+        table = next(w for w in found.graph.initializer if list(w.dims) == [32, 48])
+        table.CopyFrom(reader.numpy_helper.from_array(reader.numpy_helper.to_array(table) * 1.01, table.name))
+        reader.save(found, path)
+
+    monkeypatch.setattr(onnx, "_graph", almost)
+    result = exports.run(monkeypatch, capsys, model, "--format=onnx", f"--out={tmp_path}/out")
+    exports.refused(result, 1, "differ")
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_runtime_it_is_made_and_not_called_verified(model_and_folder, tmp_path, monkeypatch, capsys):
+    model, folder = model_and_folder
+    as_before = lambda _, names, path: reader.save(reader.load(os.path.join(folder, "model.onnx")), path)
+    monkeypatch.setattr(onnx, "_graph", as_before)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    status, facts, err = exports.run(monkeypatch, capsys, model, "--format=onnx", f"--out={tmp_path}/out")
+    assert status == 0 and facts["verified"] is False and "pip install onnxruntime" in err
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript"])
+def test_what_it_takes_to_write_it_is_named(package, model_and_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    result = exports.run(monkeypatch, capsys, model_and_folder[0], "--format=onnx", f"--out={tmp_path}/out")
+    exports.refused(result, 2, "pip install torch onnx onnxscript")
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_kinds_are_refused(model_and_folder, tmp_path, monkeypatch, capsys):
+    for args, name in ((["--quant=q8_0"], "int8"), (["--attn=latent"], "--attn"), (["--merge"], "--merge")):
+        result = exports.run(monkeypatch, capsys, model_and_folder[0], "--format=onnx", f"--out={tmp_path}/x", *args)
+        exports.refused(result, 2, name)
