@@ -1,5 +1,6 @@
 """scripts/experiment.py: arms are what they claim, baselines compute what they should, lines resume."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import attention, costs, model, optim, step
+from lowrank_jax import attention, costs, model, optim
 from lowrank_jax.config import RunFailure, UsageError
 from scripts import experiment, studies, tables
 
@@ -82,12 +83,13 @@ def qkv(T=48, H=4, K=8):
 
 def test_a_norm_on_q_k_and_v_is_the_products_own(make, put_back):
     with_norm, without = (small(make, model__latent_norm=norm).model for norm in (True, False))
-    params = model.init(with_norm, jax.random.key(1))
-    params = jax.tree.map(lambda w: w + 0.05 * jax.random.normal(jax.random.key(w.size), w.shape), params)
+    draw = lambda w: 0.2 * jax.random.normal(jax.random.key(w.size), w.shape)
+    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(with_norm, jax.random.key(1))))
     tokens = jax.random.randint(jax.random.key(2), (2, 20), 0, 64)
-    expected, plain = model.features(with_norm, params, tokens), model.features(without, params, tokens)
+    features = lambda c: jax.jit(lambda p: model.features(c, p, tokens))(params)
+    expected, plain = features(with_norm), features(without)
     studies.apply("norm_qk+norm_v")
-    np.testing.assert_allclose(model.features(without, params, tokens), expected, atol=1e-4)
+    np.testing.assert_allclose(features(without), expected, atol=1e-4)
     assert np.abs(plain - expected).max() > 1e-2
 
 
@@ -123,28 +125,29 @@ def test_a_window_sees_the_last_tokens_and_no_others(put_back, names):
     np.testing.assert_allclose(attention.attend(q, k, v), whole, atol=1e-5)
 
 
-def updates(make, variant: str) -> tuple[dict, dict]:
-    """(attention weights, what one Muon update adds to them, without decay) of a model with d=32 and 4 heads."""
+def updates(variant: str) -> tuple[dict, dict]:
+    """(attention weights, what one Muon update adds to them) with d=32, 4 heads and a rank of 8."""
     studies.apply(variant)
-    config = small(make, optim__weight_decay=0.0, optim__clip=0.0)
-    params = step.init_params(config)
-    params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), params)
-    grads = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size + 1), w.shape), params)
-    rule = optim.make(config.optim)
-    moved, _ = rule.update(grads, rule.init(params), params)
+    draw = lambda seed, *shape: 0.3 * np.random.default_rng(seed).standard_normal(shape, np.float32)
+    tree = lambda seed: {
+        name: {"down": draw((seed, i, 0), 2, 32, 8), "up": draw((seed, i, 1), 2, 8, 32)}
+        for i, name in enumerate("qkvo")
+    }
+    params, grads = ({"blocks": {"attention": tree(seed)}} for seed in (0, 1))
+    c = experiment.config_of("quality", "split").optim
+    rule = optim.make(dataclasses.replace(c, weight_decay=0.0, clip=0.0))
+    moved, _ = jax.jit(lambda: rule.update(grads, rule.init(params), params))()
     return params["blocks"]["attention"], moved["blocks"]["attention"]
 
 
-def test_updates_of_factors_are_halved_bounded_and_made_for_each_head(make, put_back, monkeypatch):
-    _, plain = updates(make, "")
-    with monkeypatch.context():
-        _, half = updates(make, "half_down")
+def test_updates_of_down_factors_are_halved(put_back):
+    (_, plain), (_, half) = updates(""), updates("half_down")
     np.testing.assert_allclose(half["v"]["down"], plain["v"]["down"] / 2, atol=1e-6)
     np.testing.assert_allclose(half["v"]["up"], plain["v"]["up"], atol=1e-6)
 
 
-def test_a_bounded_update_moves_the_product_no_more_than_twice_as_a_dense_one(make, put_back):
-    weights, moved = updates(make, "bounded")
+def test_a_bounded_update_moves_the_product_no_more_than_twice_as_a_dense_one(put_back):
+    weights, moved = updates("bounded")
     largest = lambda w: np.linalg.norm(np.asarray(w), 2, axis=(1, 2))
     limit = 1.25 * optim.MUON_UPDATE_RMS * math.sqrt(32)  # of a dense [32, 32]; Newton-Schulz ends between 0.7 and 1.2
     for name in "qkvo":
@@ -152,9 +155,9 @@ def test_a_bounded_update_moves_the_product_no_more_than_twice_as_a_dense_one(ma
         assert (largest(d) * largest(up) <= limit).all() and (largest(down) * largest(u) <= limit).all()
 
 
-def test_muon_for_each_head_orthogonalises_every_head(make, put_back, monkeypatch):
+def test_muon_for_each_head_orthogonalises_every_head(put_back, monkeypatch):
     monkeypatch.setitem(studies.SETTINGS, "model.heads", 4)
-    _, moved = updates(make, "muon_heads")
+    _, moved = updates("muon_heads")
     v_NRHK = np.asarray(moved["v"]["up"]).reshape(2, -1, 4, 8)
     spread = np.linalg.svd(v_NRHK.swapaxes(1, 2), compute_uv=False)  # of each head [R, K]
     assert spread.min() > 0.5 * spread.max()
@@ -162,7 +165,7 @@ def test_muon_for_each_head_orthogonalises_every_head(make, put_back, monkeypatc
 
 def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
     studies.apply("spectral")
-    a = model.init(small(make).model, jax.random.key(0))["blocks"]["attention"]
+    a = jax.jit(lambda: model.init(small(make).model, jax.random.key(0)))()["blocks"]["attention"]
     down, up = a["v"]["down"][0], a["v"]["up"][0]
     np.testing.assert_allclose(down.T @ down, up @ up.T, atol=1e-5)
     assert not a["o"]["up"].any() and a["o"]["down"].any()
@@ -266,7 +269,8 @@ def test_mistakes_are_one_line():
 
 def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, tok, monkeypatch):
     config = make.run_config(model__vocab=tok.vocab_size)
-    params = model.init(config.model, jax.random.key(3))
+    draw = lambda w: 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)  # a new model's blocks do nothing
+    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(config.model, jax.random.key(3))))
     run = experiment.trained.Trained(config, tok, params, {})
     ids = experiment.blocks(tok, [make.prose(400, i) for i in range(3)] + ["short"], 64)
     assert ids.shape == (3, 65)
