@@ -6,6 +6,8 @@ import random
 import tempfile
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax import cli, model
 from lowrank_jax.export import __main__ as export
@@ -33,14 +35,14 @@ def trained(make, tok, **changes) -> Trained:
     """A model with random weights: no factor is zero as in a new model, and no gain 1."""
     settings = {"d": 32, "heads": 8, "rank": 8, "mlp": 48, "vocab": tok.vocab_size} | changes
     config = make.run_config(pretrain__block=48, **{f"model__{key}": value for key, value in settings.items()})
-    draw = lambda path, w, key: (
-        1 + 0.3 * jax.random.normal(key, w.shape)
-        if path[-1].key == "gain"
-        else w.shape[-2] ** -0.5 * jax.random.normal(key, w.shape)
-    )
-    leaves, tree = jax.tree_util.tree_flatten_with_path(model.init(config.model, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = jax.tree.unflatten(tree, [draw(path, w, key) for (path, w), key in zip(leaves, keys)])
+    rng = np.random.default_rng(0)  # jax would compile each draw
+
+    def draw(path, w):
+        noise = rng.standard_normal(w.shape, np.float32)
+        return jnp.asarray(1 + 0.3 * noise if path[-1].key == "gain" else w.shape[-2] ** -0.5 * noise)
+
+    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     return Trained(config, tok, params, {"step": 7, "tokens": 1234, "phase": "pretrain", "cursor": {}})
 
 
