@@ -9,6 +9,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "lowrank_jax"
 
 # From the top down; modules on one line do not import each other. `data` is a floor of its own.
 FLOORS = [
+    ["compress"],
     ["main", "importer"],
     ["train"],
     ["phase", "report"],
@@ -47,7 +48,7 @@ FLOORS = [
     ["model"],
     ["attention", "quantize"],
     ["panels"],
-    ["loss", "optim", "guard"],
+    ["loss", "optim", "guard", "factorize"],
     ["sharding"],
     ["stages"],
     ["roofline"],

@@ -1,0 +1,138 @@
+"""Dense models made low-rank: exact at full rank, the best of a rank below it, and a run that training goes on from."""
+
+import dataclasses
+
+import exports
+import jax
+import numpy as np
+import pytest
+import runs
+
+from lowrank_jax import compress, factorize, model, sharding, workdir
+from lowrank_jax.config import UsageError
+from lowrank_jax.trained import open_run
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def correlated(rows: int, width: int, seed: int = 1) -> np.ndarray:
+    """Inputs that are large in some directions and small in others."""
+    return random(rows, width, seed=seed) * 0.7 ** np.arange(width) @ np.linalg.qr(random(width, width, seed=9))[0]
+
+
+def test_at_full_rank_the_product_is_the_matrix():
+    w, x, y = random(24, 16), correlated(200, 24), correlated(200, 16, 2)
+    for metric in (None, y.T @ y):
+        down, up = factorize.factors(w, x.T @ x, 16, metric)
+        np.testing.assert_allclose(down.astype(float) @ up, w, atol=2e-6)
+    np.testing.assert_allclose(np.sum(down.astype(float) ** 2, 0), np.sum(up.astype(float) ** 2, 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_no_other_product_has_less_error(rank):
+    w, x, y = random(24, 16), correlated(500, 24), correlated(300, 16, 2)
+    cost = lambda product: np.linalg.norm(x @ (w - product))
+    through = lambda product: np.linalg.norm(x @ (w - product) @ y.T)
+    plain = np.linalg.svd(w, full_matrices=False)
+    plain = (plain[0][:, :rank] * plain[1][:rank]) @ plain[2][:rank]
+    best = np.matmul(*factorize.factors(w, x.T @ x, rank))
+    best_through = np.matmul(*factorize.factors(w, x.T @ x, rank, y.T @ y))
+    expected = np.linalg.svd(x @ w, compute_uv=False)[rank:]  # Eckart and Young: no rank does better
+    assert cost(best) == pytest.approx(np.sum(expected**2) ** 0.5, rel=1e-3)
+    expected = np.linalg.svd(x @ w @ y.T, compute_uv=False)[rank:16]
+    assert through(best_through) == pytest.approx(np.sum(expected**2) ** 0.5, rel=1e-3)
+    assert cost(best) < 0.95 * cost(plain) and through(best_through) < 0.95 * through(best)
+    assert factorize.error(w, best, x.T @ x) == pytest.approx(cost(best) / np.linalg.norm(x @ w))
+
+
+def test_directions_that_no_input_has_are_no_obstacle():
+    x = np.pad(random(50, 6), ((0, 0), (0, 6)))
+    down, up = factorize.factors(random(12, 8), x.T @ x, 6)
+    assert np.isfinite(down).all() and factorize.error(random(12, 8), down @ up, x.T @ x) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def dense(make, tok, tmp_path_factory):
+    found = exports.trained(make, tok, rank=0)
+    path = tmp_path_factory.mktemp("texts") / "a.txt"
+    path.write_text("\n\n".join(make.prose(60, seed) for seed in range(60)))
+    phase = make.phase(f"text:{path}", eval_fraction=0.2, block=48, tokens_per_step=480, eval_tokens=480)
+    return found._replace(
+        config=dataclasses.replace(found.config, pretrain=phase),
+        params=jax.device_put(found.params, sharding.whole(sharding.one_device())),
+    )
+
+
+def features(config, params, batch) -> np.ndarray:
+    return np.asarray(model.features(config.model, params, batch["tokens"], batch["segments"]))
+
+
+@pytest.mark.parametrize("mlp_rank", [0, 32])
+def test_a_model_of_full_rank_computes_the_same(dense, mlp_rank):
+    text, held_out = compress.texts(dense, "", 960)
+    config, params = compress.compress(dense, 32, (1, 1, 1, 1), mlp_rank, text)
+    assert config.model.ranks == (32,) * 4 and not config.model.latent_norm and config.model.mlp_rank == mlp_rank
+    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
+    for batch in held_out:
+        np.testing.assert_allclose(
+            features(config, params, batch), features(dense.config, dense.params, batch), atol=2e-4
+        )
+
+
+def test_more_rank_is_less_error_and_the_activations_are_the_models(dense):
+    text, held_out = compress.texts(dense, "", 960)
+    found = []
+    for rank in (4, 16):
+        config, params = compress.compress(dense, rank, (1, 1, 3, 3), 2 * rank, text)
+        found.append(compress.errors(dense.config.model, dense.params, params, held_out))
+    assert all(0 < high[name] < low[name] < 1 for low, high in zip(*found) for name in low)
+    assert [set(row) for row in found[0]] == [set("qkvo") | {"gate", "up", "out"}] * 2
+    last = list(compress.activations(dense.config.model, dense.params, held_out))[-1]
+    assert all(np.linalg.eigvalsh(moments).min() > -1e-3 for moments in last[1].values())
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dense"
+    code, _, err = runs.train(data, folder, model__rank=0, sft__steps=0)
+    assert code == 0, err
+    return folder
+
+
+def test_a_run_is_compressed_and_trained_on(run, data, tmp_path):
+    out = tmp_path / "low"
+    code, said, err = runs.run("compress", f"--from={run}", "--rank=4", f"--out={out}", "--tokens=2000", "--json")
+    assert code == 0, err
+    facts = runs.last_json(said)
+    assert facts["ranks"] == [2, 2, 6, 6] and len(facts["errors"]) == 2 and "bits per byte" in said
+    assert facts["parameters_after"] < facts["parameters_before"]
+    made = open_run(str(out))
+    assert made.config.model.rank == 4 and not made.config.model.latent_norm and made.progress["step"] == 0
+    changes = {"model__latent_norm": False, "sft__steps": 0}
+    code, said, err = runs.train(data, out, **changes)
+    assert code == 0, err
+    first = [row for row in runs.rows(out, "metrics.jsonl") if "split" in row][0]
+    assert first["step"] == 0 and first["bits_per_byte"] == pytest.approx(facts["bits_per_byte_after"], abs=0.2)
+    assert workdir.newest_checkpoint(str(out)) == 9
+
+
+def test_mistakes_get_one_line_and_leave_nothing(run, dense, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    runs.assert_one_line(*runs.run("compress", f"--from={run}", "--rank=4", f"--out={tmp_path}/full")[::2], 2, "full")
+    runs.assert_one_line(*runs.run("compress", f"--from={run}", "--rank=33", f"--out={tmp_path}/x")[::2], 2, "rank=33")
+    low = dataclasses.replace(dense.config, model=dataclasses.replace(dense.config.model, rank=4))
+    for config, args, name in (
+        (low, (4, (1, 1, 3, 3), 0), "rank=4"),
+        (dense.config, (32, (1, 1, 3, 3), 0), "rank_split=1,1,3,3"),
+        (dense.config, (8, (1, 1, 1, 1), 33), "mlp_rank=33"),
+    ):
+        with pytest.raises(UsageError, match=name):
+            compress.low_rank(config, *args)
+    for text in ("1,1,1", "a,b,c,d", "1,1,0,1"):
+        with pytest.raises(UsageError, match="rank_split"):
+            compress.read_split(text)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
