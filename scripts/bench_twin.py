@@ -107,17 +107,20 @@ def train(preset: str, which: str, steps: int = 5) -> dict:
 
 
 def decode(preset: str, which: str, new: int = 33) -> dict:
-    """One row, greedy, in fp32, with BEFORE tokens in the cache; random weights."""
+    """One row, greedy, in fp32, with BEFORE tokens in the cache; random weights.
+
+    Both by XLA: what lowrank_jax/native.py does for the low-rank model alone is in docs/inference.md.
+    """
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    from lowrank_jax import engine, model, sampling, sharding
+    from lowrank_jax import decoder, engine, model, sampling, sharding
 
     config = config_of(preset, which)
-    params = model.init(config.model, jax.random.key(0))
-    params = jax.tree.map(lambda w: w if w.any() else 0.02 * jax.random.normal(jax.random.key(1), w.shape), params)
-    params = jax.device_put(params, sharding.whole(sharding.one_device()))
-    weights = engine.prepare(config, params, "fp32")
+    make = lambda: jax.tree.map(lambda w: w + 0.01, model.init(config.model, jax.random.key(0)))  # no factor is zero
+    params = jax.jit(make, out_shardings=sharding.whole(sharding.one_device()))()
+    weights = decoder.prepare(config.model, params, "fp32", jnp.float32)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     del params
     e = engine.Engine(config.model, weights, (), 1, CONTEXT)

@@ -137,6 +137,44 @@ def made_by(study: str, rows: list[dict]) -> str:
     )
 
 
+def cost(rows: list[dict]) -> str:
+    """Of scripts/bench_twin.py's lines: each preset's measurements, low rank beside dense."""
+    latest = {(row["preset"], row["what"], row["model"]): row for row in rows}
+    lines = [["preset", "what", "low rank", "dense", "low rank / dense"]]
+    for preset, what in dict.fromkeys((row["preset"], row["what"]) for row in rows):
+        pair = [latest.get((preset, what, name), {}) for name in ("low rank", "dense")]
+        for name, (label, unit, form) in COSTS.items():
+            values = [row.get(name) for row in pair]
+            if None not in values:
+                shown = [form.format(value / unit) for value in values]
+                where = {"train": "training on a CPU", "decode": "decoding on a CPU"}.get(what, what)
+                lines.append([preset, f"{where}: {label}", *shown, f"{values[0] / values[1]:.2f}"])
+    commits = ", ".join(sorted({row["commit"] for row in latest.values()}))
+    return (
+        f"{markdown(lines)}\n\n`python scripts/bench_twin.py`, commits {commits}; each line: `docs/results/cost.jsonl`."
+    )
+
+
+# Of a measurement: what it is called, its unit, and how it is shown.
+COSTS = {
+    "parameters": ("parameters, M", 1e6, "{:.1f}"),
+    "cpu_seconds": ("CPU seconds a step", 1, "{:.2f}"),
+    "state_bytes": ("weights and optimizer, MB", 1e6, "{:,.0f}"),
+    "temporary_bytes": ("temporary, by the compiler, MB", 1e6, "{:,.0f}"),
+    "peak_rss_bytes": ("most memory of the process, MB", 1e6, "{:,.0f}"),
+    "cache_bytes": ("cache for 4,096 tokens, MB", 1e6, "{:.1f}"),
+    "tokens_per_s_256": ("tokens a second after 256", 1, "{:.0f}"),
+    "tokens_per_s_3840": ("tokens a second after 3,840", 1, "{:.0f}"),
+    "peak_bytes_per_device": ("peak of a device, MB", 1e6, "{:,.0f}"),
+    "param_bytes_per_device": ("weights on a device, MB", 1e6, "{:,.0f}"),
+    "optimizer_bytes_per_device": ("optimizer on a device, MB", 1e6, "{:,.0f}"),
+    "activation_bytes_per_device": ("temporary on a device, MB", 1e6, "{:,.0f}"),
+    "model_flops_per_step": ("FLOPs a step, T", 1e12, "{:.1f}"),
+    "compute_seconds": ("matmuls of a step at the peak, ms", 1e-3, "{:.1f}"),
+    "memory_seconds": ("HBM of a step at the peak, ms", 1e-3, "{:.1f}"),
+}
+
+
 def spread(values: list[float], form: str = "{:.4f}") -> str:
     """Mean and sample deviation; a dash without values."""
     if not values:
@@ -167,14 +205,18 @@ def publish(folder: str) -> None:
     path = os.path.join(os.path.dirname(os.path.abspath(folder)), "results.md")
     with open(path, encoding="utf-8") as f:
         page = f.read()
-    for study in STUDIES:
+    for study in (*STUDIES, "cost"):
         begin, end = f"<!-- {study} -->", f"<!-- /{study} -->"
         if begin not in page:
             continue
         if page.find(end) < page.find(begin):
             raise UsageError(f"{path} has {begin} and no {end} behind it")
-        rows, (before, rest) = read(folder, study), page.split(begin, 1)
-        shown = of_study(study, rows) + (f"\n\n![{study}](results/{study}.png)" if rows else "")
+        before, rest = page.split(begin, 1)
+        if study == "cost":
+            rows, shown = [], cost(workdir.read_rows(folder, "cost.jsonl"))
+        else:
+            rows = read(folder, study)
+            shown = of_study(study, rows) + (f"\n\n![{study}](results/{study}.png)" if rows else "")
         page = f"{before}{begin}\n{shown}\n{end}{rest.split(end, 1)[1]}"
         if rows:
             plot(study, rows, os.path.join(folder, f"{study}.png"))

@@ -15,7 +15,7 @@ import pytest
 
 from lowrank_jax import attention, costs, model, optim
 from lowrank_jax.config import RunFailure, UsageError
-from scripts import experiment, studies, tables
+from scripts import bench_twin, experiment, studies, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 ARMS = [(study, arm) for study, s in studies.STUDIES.items() for arm in s["arms"]]
@@ -281,3 +281,31 @@ def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, to
     short = experiment.bits(run, ids, 16)
     np.testing.assert_allclose(short[1], first, rtol=1e-5)
     assert abs(short[2] - rest) > 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------- cost
+
+
+def test_a_twin_is_measured_alike_and_shown_beside(make, monkeypatch):
+    rank = {"low rank": 4, "dense": 0}
+    toy = lambda preset, which, **more: make.run_config(
+        model__vocab=64,
+        model__layers=1,
+        model__rank=rank[which],
+        **{key.replace(".", "__"): value for key, value in more.items()},
+    )
+    monkeypatch.setattr(bench_twin, "config_of", toy)
+    for name, value in (("LENGTH", 32), ("VOCAB", 64), ("CONTEXT", 64), ("BEFORE", (8,))):
+        monkeypatch.setattr(bench_twin, name, value)
+    rows = []
+    for which in bench_twin.MODELS:
+        facts = {"preset": "toy", "model": which, "commit": "c0ffee"}
+        rows += [facts | {"what": "train"} | bench_twin.train("toy", which, steps=1)]
+        rows += [facts | {"what": "decode"} | bench_twin.decode("toy", which, new=5)]
+    low, _, dense, _ = rows
+    assert low["parameters"] - dense["parameters"] == low["attention"] - dense["attention"] < 0
+    assert 0 < low["state_bytes"] < dense["state_bytes"] and low["cpu_seconds"] > 0
+    assert rows[1]["cache_bytes_per_token"] * 4 == rows[3]["cache_bytes_per_token"]
+    assert rows[1]["cache_bytes"] * 4 == rows[3]["cache_bytes"] and rows[1]["tokens_per_s_8"] > 0
+    shown = tables.cost(rows)
+    assert "| toy    | training on a CPU: parameters, M" in shown and "0.25" in shown
