@@ -43,7 +43,7 @@ def command(argv: list[str]) -> dict:
     out = os.path.realpath(args.out)
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
-    trained, difference, changed = open_run(args.workdir), None, None
+    trained, difference, changed = open_run(args.workdir), None, {}
     step = trained.progress["step"]
     if not args.unfinished and workdir.finished_step(args.workdir) != step:
         raise UsageError(
@@ -67,7 +67,7 @@ def command(argv: list[str]) -> dict:
         "verified": difference is not None,
         "max_abs_err": difference,
         "step": step,
-        **({"fidelity": changed} if changed else {}),
+        **changed,
     }
 
 
