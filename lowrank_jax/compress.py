@@ -5,6 +5,9 @@
 `--from` is a run with config.model.rank=0, or what `lowrank_jax.export --format=hf` made of it; `--out` becomes a run's
 folder, whose training recovers what the rank costs (docs/export.md has the recipe). The mean rank is shared out between
 Q, K, V and O as `--rank_split` says. There is no norm on the latents: a dense model has none.
+
+`--from` may also be BLOOM or MPT in Hugging Face form, whose architecture is not ours: `--out` is then a folder of the
+same kind with products of that rank in it, and their factors beside them.
 """
 
 import dataclasses
@@ -16,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from lowrank_jax import cli, evaluate, factorize, importer, model, sharding, stages, workdir
+from lowrank_jax import cli, evaluate, factorize, foreign, importer, model, sharding, stages, workdir
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.export.folder import whole_folder
@@ -24,6 +27,7 @@ from lowrank_jax.trained import Trained, open_run
 
 TOKENS = 32_768  # to calibrate on
 ROWS = 8192  # tokens that go through a layer at a time
+OTHER = "builtin:quickstart"  # calibrates models that were trained elsewhere
 HELD_OUT = 0.1  # of a --data, to measure on
 MATRICES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "out")}
 
@@ -147,13 +151,19 @@ def command(argv: list[str]) -> dict:
         raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
     if args.rank < 1 or args.mlp_rank < 0 or args.tokens < 1:
         raise UsageError("--rank and --tokens must be above 0, and --mlp_rank not below")
+    facts = {"from": args.source, "out": args.out, "rank": args.rank}
+    if foreign.family(args.source):
+        if args.mlp_rank:
+            raise UsageError("--mlp_rank is for models of our own")
+        shares = read_split(args.rank_split) if args.rank_split else (1.0, 1.0, 1.0, 1.0)
+        with whole_folder(out) as made:
+            return facts | foreign.compress(args.source, made, args.rank, shares, args.data or OTHER, args.tokens)
     dense = open_dense(args.source)
     split = read_split(args.rank_split) if args.rank_split else dense.config.model.rank_split
     low_rank(dense.config, args.rank, split, args.mlp_rank)  # what cannot be is refused before anything is computed
     text, held_out = texts(dense, args.data, args.tokens)
     config, params = compress(dense, args.rank, split, args.mlp_rank, text)
-    facts = {"from": args.source, "out": args.out, "rank": args.rank, "ranks": list(config.model.ranks)}
-    facts |= {"calibration_tokens": sum(batch["tokens"].size for batch in text)}
+    facts |= {"ranks": list(config.model.ranks), "calibration_tokens": sum(batch["tokens"].size for batch in text)}
     facts |= measure(dense, config, params, held_out)
     with whole_folder(out) as made:
         start = {key: dense.progress[key] for key in ("step", "tokens")}

@@ -10,6 +10,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "lowrank_jax"
 # From the top down; modules on one line do not import each other. `data` is a floor of its own.
 FLOORS = [
     ["compress"],
+    ["foreign"],
     ["main", "importer"],
     ["train"],
     ["phase", "report"],

@@ -1,0 +1,80 @@
+"""BLOOM and MPT of toy size, their attention made low-rank: exact at full rank, and loadable as what they were."""
+
+import numpy as np
+import pytest
+import runs
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from lowrank_jax import cli, compress, foreign
+from lowrank_jax.export import hf_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["bloom", "mpt"])
+def folder(request, tok, make, tmp_path_factory) -> str:
+    """A dense model that has learnt a little of the made-up prose."""
+    torch.manual_seed(0)
+    if request.param == "bloom":
+        config = transformers.BloomConfig(vocab_size=521, hidden_size=32, n_layer=2, n_head=4)
+    else:
+        config = transformers.MptConfig(vocab_size=521, d_model=32, n_layers=2, n_heads=4, max_seq_len=256)
+    net = transformers.AutoModelForCausalLM.from_config(config)
+    rows = torch.tensor(tok.encode(make.prose(20_000))[: 40 * 8 * 64]).reshape(40, 8, 64)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    for batch in rows:
+        net(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("foreign") / request.param
+    net.save_pretrained(path)
+    for name, text in hf_tokenizer.files(tok, 256).items():
+        (path / name).write_text(text, encoding="utf-8", newline="")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def text(make, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text("\n\n".join(make.prose(60, seed) for seed in range(70)))
+    return f"text:{path}"
+
+
+def run(folder: str, out, text: str, *args: str) -> dict:
+    return compress.command([f"--from={folder}", f"--out={out}", f"--data={text}", "--tokens=4000", *args])
+
+
+@torch.no_grad()
+def test_at_full_rank_the_logits_are_the_same(folder, text, tmp_path):
+    facts = run(folder, tmp_path / "out", text, "--rank=32")
+    load = lambda path: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.arange(4, 100)[None]
+    np.testing.assert_allclose(load(tmp_path / "out")(ids).logits, load(folder)(ids).logits, atol=1e-4)
+    assert facts["bits_per_byte_after"] == pytest.approx(facts["bits_per_byte_before"], abs=1e-4)
+
+
+def test_of_a_lower_rank_are_the_weights_and_the_factors(folder, text, tmp_path, capsys):
+    facts = run(folder, tmp_path / "out", text, "--rank=4", "--rank_split=1,1,3,3")
+    told = capsys.readouterr().out
+    assert facts["ranks"] == [2, 2, 6, 6] and f"-> {facts['bits_per_byte_after']:.4f}" in told
+    assert facts["bits_per_byte_before"] < facts["bits_per_byte_after"] < facts["bits_per_byte_before"] + 1
+    assert [set(row) for row in facts["errors"]] == [set("qkvo")] * 2
+    assert all(0 < error < 1 for row in facts["errors"] for error in row.values())
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    factors = load_file(tmp_path / "out" / foreign.FACTORS)
+    for name, linear in foreign._matrices(net):
+        for part, w in foreign._split(net, name, linear.weight.detach().numpy()).items():
+            assert np.linalg.matrix_rank(w, tol=1e-4) == {"q": 2, "k": 2, "v": 6, "o": 6}[part]
+            np.testing.assert_allclose(factors[f"{name}.{part}.down"] @ factors[f"{name}.{part}.up"], w, atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ba").input_ids
+
+
+def test_mistakes_get_one_line_and_leave_nothing(folder, text, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("ba ce")
+    for args in (("--rank=33",), ("--rank=4", "--mlp_rank=3"), ("--rank=4", f"--data=text:{tmp_path}/short.txt")):
+        with pytest.raises(SystemExit) as e:
+            cli.main(lambda argv: run(folder, tmp_path / "out", text, *argv), list(args))
+        runs.assert_one_line(e.value.code, capsys.readouterr().err, 2, args[-1].split("=")[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
