@@ -92,7 +92,12 @@ def test_rows_do_not_feel_each_other(alone, together, data):
 
 
 def test_no_length_compiles_anything_after_the_first_two_requests():
-    e, compiled = make_engine(1, context=1000), []
+    assert_nothing_is_compiled(make_engine(1, context=1000))
+
+
+def assert_nothing_is_compiled(e: Engine) -> None:
+    """...after the first two requests of an engine with a context of 1,000."""
+    compiled = []
     answers(e, [(prompt(2), 3, GREEDY), (prompt(300), 3, GREEDY)])
     listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_engine import GREEDY, SETTINGS, answers, prompt
+from test_engine import GREEDY, SETTINGS, answers, assert_nothing_is_compiled, prompt
 from test_model import jit, make, some_tokens, toy
 
 from lowrank_jax import decoder, native, panels, quantize, sharding
@@ -119,6 +119,11 @@ def test_an_engine_gives_the_same_tokens(kind):
     requests = [(prompt(n), 20, s) for n, s in zip((3, 300, 40, 9), drawn)]
     ours, theirs = (answers(Engine(c, x, (), 4, 700), requests, late=1) for x in (packed, w))
     assert ours == theirs
+
+
+def test_no_length_compiles_anything():
+    c, _, packed = weights("small", "fp32")
+    assert_nothing_is_compiled(Engine(c, packed, (), 1, 1000))
 
 
 def test_calls_at_once_do_not_meet():
