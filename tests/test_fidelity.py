@@ -65,6 +65,11 @@ def test_data_that_went_away_are_replaced_by_what_packages_bring(model, make):
     assert found["measured_on"] == "builtin:quickstart" and found["measured_tokens"] == 96
 
 
+def test_another_model_is_a_failure(model):
+    with pytest.raises(RunFailure, match="not the model any more"):
+        fidelity.measure(model, lambda row: -30 * logits(model, row), 96)
+
+
 def test_what_is_no_number_is_a_failure(model):
     with pytest.raises(RunFailure, match="finite"):
         fidelity.measure(model, lambda row: np.where(np.arange(521) == 7, np.nan, logits(model, row)), 96)

@@ -21,8 +21,8 @@ FORMS, TYPES = ("dense", "latent"), tuple(mix.TYPES)
 FILE = "model.gguf"
 CONTEXT = 4  # of what it was trained to: llama.cpp's server gives a prompt no more than this, ALiBi has no limit
 # llama.cpp rounds what it multiplies f16 weights by to f16: logits of a small model that spread by 3 came out 6e-3 off.
-# A tensor in the wrong place costs more than 1.
-TOLERANCES = {"f32": verify.TOLERANCE, "f16": 0.1, "bf16": 1.0, "q8_0": 1.0, "q4_k_m": 4.0}
+# A tensor in the wrong place costs more than 1; of few bits, what `fidelity` measures decides.
+TOLERANCES = {"f32": verify.TOLERANCE, "f16": 0.1, "bf16": 0.5, "q8_0": 1.0, "q4_k_m": 4.0}
 
 
 def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32") -> str:
@@ -84,11 +84,14 @@ def check(trained: Trained, path: str, attn: str = "dense", quant: str = "f32") 
         return verify.check(verify.log_prob_difference(trained, run.log_probs), TOLERANCES[quant])
 
 
-def quality(
-    trained: Trained, path: str, attn: str = "dense", quant: str = "f32", tokens: int = fidelity.TOKENS
-) -> dict:
-    """What `quant` changes on held-out text, see `fidelity.measure`; raises NotInstalled where nothing here runs it."""
-    with llama.opened(path, trained.config.model.vocab, verify.longest(trained.config) + 1) as run:
+def quality(trained: Trained, path: str, attn: str = "dense", quant: str = "f32", tokens: int = 0) -> dict:
+    """What `quant` changes on held-out text, see `fidelity.measure`; raises NotInstalled where nothing here runs it.
+
+    On fewer tokens for a larger vocabulary, unless `tokens` are asked for: 15 ms for each of 2,048 probabilities.
+    """
+    vocab = trained.config.model.vocab
+    tokens = tokens or min(fidelity.TOKENS, max(2**21 // vocab, 256))
+    with llama.opened(path, vocab, verify.longest(trained.config) + 1) as run:
         return fidelity.measure(trained, lambda row: run.log_probs(row, np.arange(len(row))), tokens)
 
 
