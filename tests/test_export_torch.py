@@ -126,6 +126,18 @@ def test_a_wrong_export_leaves_nothing(wrong, model, tmp_path, monkeypatch, caps
     assert os.listdir(tmp_path) == []
 
 
+def test_a_cache_that_is_wrong_is_found(model, tmp_path, monkeypatch, capsys):
+    right = lowrank.LowRank.forward
+
+    def forward(*args, **more):
+        logits, past = right(*args, **more)
+        return logits, [[x * 1.01 for x in layer] for layer in past]
+
+    monkeypatch.setattr(lowrank.LowRank, "forward", forward)
+    result = exports.run(monkeypatch, capsys, model, "--format=torch", f"--out={tmp_path}/out")
+    exports.refused(result, 1, "differ")
+
+
 def test_no_path_of_this_machine_goes_along(make, tok, tmp_path):
     model = exports.trained(make, tok)
     config = make.run_config(

@@ -22,7 +22,7 @@ from lowrank_jax.export import hf, weights
 from lowrank_jax.export import torch as plain
 
 MODELS = exports.MODELS | {
-    "uneven ranks, one latent": {"rank_split": (1, 2, 5, 3), "rank": 7, "shared_kv": True},
+    "uneven ranks, one latent": {"rank_split": (1, 2, 5, 3), "rank": 5, "shared_kv": True},
     "given width of the MLP": {"mlp": 33},
     "usual width of the MLP": {"mlp": 0},
 }
@@ -36,6 +36,16 @@ def command(module, capsys, *args) -> tuple[int, dict, str]:
         status = e.code
     out, err = capsys.readouterr()
     return status, json.loads(out.splitlines()[-1]) if status == 0 else {}, err
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def refused(result, *names: str) -> None:
@@ -193,13 +203,14 @@ def test_mistakes_get_one_line_and_leave_nothing(as_torch, as_hf, tmp_path, caps
         folder = copy(change)
         refused(command(importer, capsys, f"--from={folder}", f"--workdir={tmp_path}/run"), *names)
     pickle = tmp_path / "code.pt"
-    torch.save({"a": print}, pickle)
+    torch.save({"a": Code(str(tmp_path / "ran"))}, pickle)
     shutil.copy(as_torch / "config.json", tmp_path)
     shutil.copy(as_torch / "lowrank_jax.json", tmp_path)
     shutil.copytree(as_torch / "tokenizer", tmp_path / "tokenizer")
     refused(command(importer, capsys, f"--from={pickle}", f"--workdir={tmp_path}/run"), "code.pt", "no state dict")
     refused(command(importer, capsys, f"--from={tmp_path}/nowhere", f"--workdir={tmp_path}/run"), "nowhere")
     refused(command(importer, capsys, f"--from={as_hf}", f"--workdir={as_hf}"), "--workdir", "already")
+    assert not (tmp_path / "ran").exists(), "code in a pickle was run"
     assert not (tmp_path / "run").exists() and not [n for n in os.listdir(tmp_path) if n.startswith(".export")]
 
 
