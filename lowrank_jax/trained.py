@@ -1,6 +1,7 @@
 """A run's newest model, opened for use: config, tokenizer and parameters."""
 
 import dataclasses
+import os
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -24,7 +25,9 @@ def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
 
     Its arrays are on one device, or laid out on `mesh`.
     """
-    config = workdir.read_config(folder)
+    config, tokenizer_folder = workdir.read_config(folder), workdir.tokenizer_folder(folder)
+    if not os.path.isdir(tokenizer_folder):
+        raise UsageError(f"--workdir={folder} has no tokenizer: {tokenizer_folder} is missing")
     with Checkpoints(folder, read_only=True) as saved:
         restored = saved.restore(step.abstract_state(config, mesh))
     if restored is None:
@@ -32,4 +35,4 @@ def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
     state, progress = restored
     # The kernel that it was trained with may not be for this device, nor for other lengths.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
-    return Trained(config, tokenizer.load(workdir.tokenizer_folder(folder)), state.weights, progress)
+    return Trained(config, tokenizer.load(tokenizer_folder), state.weights, progress)

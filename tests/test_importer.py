@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_jax import cli, importer, trained, workdir
 from lowrank_jax.checkpoint import tree_sha256
-from lowrank_jax.config import ModelConfig
+from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, weights
 from lowrank_jax.export import torch as plain
@@ -108,6 +108,13 @@ def test_a_run_that_was_exported_is_a_run_again(again, reference, tmp_path):
         known = name if name in expected else f"model.{name}"
         np.testing.assert_array_equal(w.numpy(), expected.pop(known))
     assert not expected
+
+
+def test_a_run_without_its_tokenizer_is_not_exported(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run", ignore=shutil.ignore_patterns("tokenizer"))
+    with pytest.raises(UsageError, match="run has no tokenizer: .*tokenizer is missing"):
+        export.command([f"--workdir={tmp_path}/run", "--format=torch", f"--out={tmp_path}/out"])
+    assert os.listdir(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize("again", ["hf"], indirect=True)
