@@ -94,6 +94,23 @@ def test_more_rank_is_less_error_and_the_activations_are_the_models(dense):
     assert all(np.linalg.eigvalsh(moments).min() > -1e-3 for moments in last[1].values())
 
 
+def test_errors_of_queries_count_by_the_keys_and_those_of_keys_by_the_queries(dense):
+    text, _ = compress.texts(dense, "", 960)
+    c = dense.config.model
+    block, seen = next(compress.activations(c, dense.params, text))
+    for name, other in (("q", "k"), ("k", "q")):
+        w_DHK = block["attention"][other]["kernel"].reshape(c.d, c.heads, c.head_dim).astype(float)
+        metric = compress._metric(block, name, seen)
+        for h in range(c.heads):
+            at = slice(h * c.head_dim, (h + 1) * c.head_dim)
+            expected = w_DHK[:, h].T @ seen[other] @ w_DHK[:, h]
+            np.testing.assert_allclose(metric[at, at], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+            metric[at, at] = 0
+        assert not metric.any()
+    o_DD = block["attention"]["o"]["kernel"].astype(float)
+    np.testing.assert_allclose(compress._metric(block, "v", seen), o_DD @ o_DD.T)
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "dense"
