@@ -18,8 +18,8 @@ LANES = 16  # latents, and the tokens of a window, are read so many at a time
 def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """The weights in panels, for `read` and for decoder.py, or None where the C++ cannot be used.
 
-    That is on devices other than one CPU, for models without latents or with ranks of keys and values that LANES does not
-    divide, and without a compiler. What is float16 becomes float32.
+    That is on devices other than one CPU, for models without latents or with ranks of keys and values that LANES does
+    not divide, and without a compiler. What is float16 becomes float32.
     """
     latent = c.rank and all(rank % LANES == 0 for rank in c.ranks[1:3])
     here = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]

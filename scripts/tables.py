@@ -132,7 +132,8 @@ def made_by(study: str, rows: list[dict]) -> str:
     command = f"python scripts/experiment.py run --study={study} --lrs={lrs} --seeds={seeds}"
     refused, minutes = sum(row["skipped"] for row in rows), sum(row["cpu_seconds"] or 0 for row in rows) / 60
     return (
-        f"{len(rows)} runs, {minutes:.0f} CPU minutes, {refused} refused updates; `{command}`; commits {join(row['commit'] for row in rows)}. "
+        f"{len(rows)} runs, {minutes:.0f} CPU minutes, {refused} refused updates; `{command}`; "
+        f"commits {join(row['commit'] for row in rows)}. "
         f"Each run with its own command: `docs/results/{study}.jsonl`."
     )
 

@@ -181,7 +181,9 @@ def test_the_command_says_what_it_verified(model, tmp_path, monkeypatch, capsys)
     assert status == 0 and facts["verified"] and 0 < facts["max_abs_err"] <= 2e-5, err
     assert (facts["format"], facts["out"]) == ("hf", str(out)) and (out / "config.json").is_file()
     assert os.listdir(tmp_path) == ["new"] and os.listdir(out.parent) == ["hf"]
-    assert len({os.stat(file).st_mode for file in out.iterdir() if file.is_file()}) == 1, "a file that others may not read"
+    assert len({os.stat(file).st_mode for file in out.iterdir() if file.is_file()}) == 1, (
+        "a file that others may not read"
+    )
 
 
 def test_without_a_runtime_it_is_made_and_not_called_verified(model, tmp_path, monkeypatch, capsys):
