@@ -72,7 +72,7 @@ STUDIES = {
     "quality": {
         "settings": SETTINGS,
         "reference": "dense",
-        "lrs": (6e-3, 1.2e-2),
+        "lrs": (3e-3, 6e-3),
         "arms": {
             "dense": DENSE,
             "split norm": low(norm=True),
