@@ -86,8 +86,8 @@ def quality(study: str, rows: list[dict]) -> str:
 def lengths(rows: list[dict]) -> str:
     """Bits per byte of the same targets at each length, the kinds of text weighing alike; last, the control."""
     columns = list(next(iter(rows[0]["lengths"].values())))
-    names = [f"windowed, {columns[-2]}" if c == "window" else c for c in columns]
-    lines = [["arm", *(f"at {n}" for n in names), f"{columns[-2]} less {columns[0]}", "seeds"]]
+    names = [f"windowed, at {columns[-2]}" if c == "window" else f"at {c}" for c in columns]
+    lines = [["arm", *names, f"{columns[-2]} less {columns[0]}", "seeds"]]
     for arm in arms_of(rows):
         runs = best(rows, arm)
         by_column = {c: [_over_kinds(row, c)[0] for row in runs] for c in columns}
