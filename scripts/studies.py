@@ -165,7 +165,8 @@ STUDIES = {
     "smoke": {
         "settings": LONG
         | {"model.d": 32, "model.layers": 1, "model.heads": 2, "model.rank": 4, "pretrain.eval_tokens": 512}
-        | {"pretrain.steps": 4, "pretrain.tokens_per_step": 128, "pretrain.block": 32, "every.log": 1, "every.eval": 2},
+        | {"pretrain.steps": 4, "pretrain.tokens_per_step": 128, "pretrain.block": 32, "every.log": 1, "every.eval": 2}
+        | {"every.save": 1},
         "reference": "dense",
         "lrs": (6e-3,),
         "lengths": (32, 64),

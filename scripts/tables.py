@@ -262,10 +262,11 @@ def _plot_lengths(figure, study: str, rows: list[dict]) -> None:
         right.plot([mean(arm, columns[-1], at + 1) for at in range(count)], "o-", color=f"C{i}")
         right.plot([mean(arm, columns[0], at + 1) for at in range(count)], ":", color=f"C{i}")
     left.set_xscale("log", base=2)
+    left.set_xticks([int(c) for c in columns], columns)
     left.set_xlabel("length of the rows (x: windowed)")
     left.set_ylabel("bits per byte")
     left.legend(fontsize=8)
-    right.set_xlabel(f"part of a row of {columns[-1]} (dotted: the same in rows of {columns[0]})", fontsize=9)
+    right.set_xlabel(f"part of a row of {columns[-1]} (dotted: in rows of {columns[0]})", fontsize=8)
     right.set_xticks(range(5), ["0-256", "-512", "-1024", "-2048", "-4096"], fontsize=8)
 
 

@@ -214,17 +214,19 @@ def test_a_line_done_twice_counts_once_and_arms_come_in_the_studys_order(tmp_pat
     assert [(row["arm"], row["bits_per_byte"]) for row in rows] == [("dense", 2.0), ("split", 2.1)]
 
 
-def run(*args: str) -> tuple[int, str]:
-    script, env = ROOT / "scripts" / "experiment.py", os.environ | {"JAX_PLATFORMS": "cpu"}
+def run(*args: str, faults: str = "") -> tuple[int, str]:
+    script, env = ROOT / "scripts" / "experiment.py", os.environ | {"JAX_PLATFORMS": "cpu", "LOWRANK_FAULTS": faults}
     done = subprocess.run([sys.executable, script, *args], cwd=ROOT, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> list[str]:
-    """The flags of a study that is done for two arms."""
+    """The flags of a study that is done for two arms, after a process that was killed in the first one."""
     home = tmp_path_factory.mktemp("experiment")
     flags = ["--study=smoke", f"--folder={home / 'runs'}", f"--results={home / 'docs' / 'results'}", "--seeds=0"]
+    code, out = run("run", *flags, "--arms=grown", faults="kill@step=3")
+    assert code == 1 and "grown, lr 0.006, seed 0 ended" in out and not list((home / "docs" / "results").iterdir())
     code, out = run("run", *flags, "--arms=grown,dense")
     assert code == 0, out
     return flags
@@ -242,6 +244,7 @@ def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
     )
     assert dense["rows"] == [[4, 4, 32]] and grown["rows"] == [[2, 4, 32], [2, 2, 64]]
     assert dense["tokens"] == grown["tokens"] == 512 and dense["cpu_seconds"] > 1
+    assert grown["cpu_seconds"] is None  # the second process knows only its own part
     assert [point["step"] for point in grown["curve"]] == [0, 2, 4]
     assert grown["curve"][-1]["flops"] == grown["flops"] > grown["curve"][1]["flops"] * 2
     assert dense["commit"] and dense["command"].endswith("--seeds=0")
