@@ -1,6 +1,6 @@
 """Trains the arms of a study beside each other and tells which one wins.
 
-    python scripts/experiment.py run --study=quality --lrs=0.003,0.006 --seeds=0,1,2
+    python scripts/experiment.py run --study=quality --lrs=0.0015,0.003,0.006 --seeds=0,1,2
     python scripts/experiment.py table --study=quality
     python scripts/experiment.py publish    # every study that has results, into docs/results.md, with plots
 

@@ -72,7 +72,7 @@ STUDIES = {
     "quality": {
         "settings": SETTINGS,
         "reference": "dense",
-        "lrs": (3e-3, 6e-3),
+        "lrs": (1.5e-3, 3e-3, 6e-3),
         "arms": {
             "dense": DENSE,
             "split norm": low(norm=True),
@@ -117,7 +117,7 @@ STUDIES = {
     "quality-long": {
         "settings": SETTINGS | {"pretrain.steps": 1024, "every.eval": 256},
         "reference": "dense",
-        "lrs": (6e-3,),
+        "lrs": (3e-3,),
         "arms": {
             "dense": DENSE,
             "split norm": low(norm=True),
@@ -136,7 +136,7 @@ STUDIES = {
     "length": {
         "settings": LONG,
         "reference": "alibi",
-        "lrs": (6e-3,),
+        "lrs": (3e-3,),
         "lengths": (256, 512, 1024, 2048, 4096),
         "arms": {
             "alibi": {},
@@ -151,7 +151,7 @@ STUDIES = {
         "settings": LONG | {"every.eval": 20, "pretrain.eval_tokens": 16_384},
         "reference": "fixed 2048",
         "growing": True,
-        "lrs": (6e-3,),
+        "lrs": (3e-3,),
         "lengths": (256, 512, 1024, 2048),
         "arms": {
             "grown": {"pretrain.auto_grow": True, "pretrain.grow_plan": "256,512,1024,2048"}
@@ -168,7 +168,7 @@ STUDIES = {
         | {"pretrain.steps": 4, "pretrain.tokens_per_step": 128, "pretrain.block": 32, "every.log": 1, "every.eval": 2}
         | {"every.save": 1},
         "reference": "dense",
-        "lrs": (6e-3,),
+        "lrs": (3e-3,),
         "lengths": (32, 64),
         "growing": True,
         "arms": {

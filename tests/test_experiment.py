@@ -226,7 +226,7 @@ def smoke(tmp_path_factory) -> list[str]:
     home = tmp_path_factory.mktemp("experiment")
     flags = ["--study=smoke", f"--folder={home / 'runs'}", f"--results={home / 'docs' / 'results'}", "--seeds=0"]
     code, out = run("run", *flags, "--arms=grown", faults="kill@step=3")
-    assert code == 1 and "grown, lr 0.006, seed 0 ended" in out and not list((home / "docs" / "results").iterdir())
+    assert code == 1 and "grown, lr 0.003, seed 0 ended" in out and not list((home / "docs" / "results").iterdir())
     code, out = run("run", *flags, "--arms=grown,dense")
     assert code == 0, out
     return flags
