@@ -289,7 +289,7 @@ struct Read {
 
   enum { LATENTS, QUERY, ATTEND, O_DOWN, O_UP, MLP_IN, GATE_UP, MLP_OUT, MLP_LAST, COUNT };
   int64_t rows, x_stride, latent_stride, query_stride, o_stride, od_stride, mid_stride, act_stride, low_stride;
-  std::vector<float> x, latent, query, o, od, mid, act, low, x_scale;
+  std::vector<float> x, latent, query, o, od, mid, act, low;
 
   void prepare() {
     const Layer& l = layers[0];

@@ -1,7 +1,7 @@
 """The decoder on a CPU: decoder.read in C++ (native.cc) for few tokens, in one call for all layers.
 
 A step for one row is some hundred products with vectors. As operations of XLA, each shares its work out anew and reads
-its weights in 32 bits; together in one call, at 16 bits, they take a third of the time (docs/inference.md).
+its weights in 32 bits; here all are one call, and weights are read as small as they are kept (docs/inference.md).
 """
 
 import jax

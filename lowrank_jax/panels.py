@@ -77,9 +77,10 @@ def load() -> bool:
     """Whether the C++ is there: compiled, if it was not, and known to JAX. Warns where it cannot be."""
     try:
         library = ctypes.CDLL(_built())
-    except (OSError, subprocess.SubprocessError) as e:
-        reason = (getattr(e, "stderr", None) or str(e).encode()).decode(errors="replace").strip().splitlines()
-        warnings.warn(f"decoding on this CPU will be slow, as native.cc is not compiled: {reason[-1]}", stacklevel=2)
+    except (OSError, ValueError, subprocess.SubprocessError) as e:  # ValueError: $CXX with half a quotation
+        told = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip() or str(e)
+        reason = told.splitlines()[-1]
+        warnings.warn(f"decoding on this CPU will be slow, as native.cc is not compiled: {reason}", stacklevel=2)
         return False
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

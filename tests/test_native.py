@@ -179,7 +179,8 @@ def test_two_processes_may_build_it_at_once_and_a_third_finds_it(tmp_path):
     assert [name[:7] for name in os.listdir(tmp_path)] == ["native-"]
     made = os.stat(tmp_path / os.listdir(tmp_path)[0]).st_mtime_ns
     third = probe(tmp_path, "alone")
-    assert third.communicate() and third.returncode == 0
+    third.communicate()
+    assert third.returncode == 0
     assert [os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)] == [made]
 
 
@@ -187,6 +188,7 @@ def test_two_processes_may_build_it_at_once_and_a_third_finds_it(tmp_path):
     ("environment", "reason"),
     [
         ({"CXX": "false"}, "returned non-zero exit status 1"),
+        ({"CXX": "g++ '"}, "No closing quotation"),
         ({"CXX": "no-such-compiler"}, "No such file or directory: 'no-such-compiler'"),
         ({"PATH": "/nowhere"}, "there is no C++ compiler; install g++, or pip install ziglang"),
         ({"LOWRANK_CACHE": "/proc/nowhere"}, "No such file or directory: '/proc/nowhere'"),
