@@ -130,7 +130,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path):
     files = list(folder.glob(f"wandb/offline-run-*-{first}*/run-{first}.wandb"))
     assert files
     for file in files:  # W&B's own process writes them, and may end a little after the run
-        wait_for(lambda: b"train/loss" in file.read_bytes())
+        wait_for(lambda file=file: b"train/loss" in file.read_bytes())
         assert b"lowrank_jax" in file.read_bytes()
 
 
