@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from lowrank_jax import sharding
+from lowrank_jax import compiled, sharding
 from lowrank_jax.config import UsageError
 
 MASKED = -1e30  # finite: -inf - -inf is NaN, and no causal row is ever fully masked (each query sees itself)
@@ -27,7 +27,7 @@ MASKED = -1e30  # finite: -inf - -inf is NaN, and no causal row is ever fully ma
 # 680 ms at T = 256 and 2048, 256 took 187 and 762, and jax.nn.dot_product_attention with a bias 272 and 3060.
 CHUNK = 128
 
-PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}  # of the kernels that run on one alone
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "native": "cpu"}  # of the kernels that run on one alone
 APART = 256  # how much lower the scores of another document are, where no mask can be given
 
 
@@ -61,7 +61,7 @@ def attend(q_BTHK, k_BTHK, v_BTHK, segments_BT=None, backend: str = "auto") -> j
     kernel, _ = resolve(backend, platform, q_BTHK.dtype, K, T)
     qkv = q_BTHK, k_BTHK, v_BTHK
     if kernel in PLATFORMS:
-        return _on_each_device({"cudnn": _cudnn, "splash": _splash}[kernel], *qkv, segments_BT)
+        return _on_each_device({"cudnn": _cudnn, "splash": _splash, "native": _native}[kernel], *qkv, segments_BT)
     return {"reference": _reference, "chunked": _chunked}[kernel](*qkv, segments_BT)
 
 
@@ -89,6 +89,10 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return f"cudnn takes heads whose width is a multiple of 8 and at most 112, not {head_dim}"
     if kernel == "splash" and dtype not in ("bfloat16", "float32"):
         return f"splash takes bfloat16 and float32, not {dtype}"
+    if kernel == "native" and (dtype != "float32" or head_dim % 16):
+        return f"native takes float32 and heads whose width is a multiple of 16, not {dtype} and {head_dim}"
+    if kernel == "native" and not compiled.load():
+        return "native is not compiled here"
     if kernel == "splash" and seq_len % 128:
         return f"splash takes lengths that are a multiple of 128, not {seq_len}"
     return ""
@@ -186,13 +190,35 @@ def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
     return jax.vmap(of_row)(*(x.swapaxes(1, 2) for x in qkv), segments_BT).swapaxes(1, 2)
 
 
+@jax.custom_vjp
+def _native(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
+    return _native_forward(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT)[0]
+
+
+def _native_forward(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
+    B, T, H, _ = q_BTHK.shape
+    segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
+    given = q_BTHK, k_BTHK, v_BTHK, segments_BT, jnp.asarray(slopes_H)
+    results = [jax.ShapeDtypeStruct(q_BTHK.shape, jnp.float32), jax.ShapeDtypeStruct((B, H, T), jnp.float32)]
+    o_BTHK, log_sums_BHT = jax.ffi.ffi_call("lowrank_attend", results)(*given)
+    return o_BTHK, (*given, o_BTHK, log_sums_BHT)
+
+
+def _native_backward(kept, g_BTHK):
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3]]
+    return *jax.ffi.ffi_call("lowrank_attend_gradient", results)(*kept, g_BTHK), None, None
+
+
+_native.defvjp(_native_forward, _native_backward)
+
+
 def _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT):
     """Each device of the context's mesh attends with its own rows and heads.
 
     XLA cannot divide a Pallas kernel, and cuDNN's only through callbacks, which a described GPU may not have.
     """
     slopes_H = alibi_slopes(q_BTHK.shape[2])
-    if not jax.sharding.get_abstract_mesh().empty:
+    if jax.sharding.get_abstract_mesh().size > 1:
         at = sharding.spec(q_BTHK.shape, sharding.ROWS, None, sharding.TENSOR)
         specs = (at, at, at, PartitionSpec(at[2]), PartitionSpec(at[0]))
         kernel = jax.shard_map(kernel, in_specs=specs, out_specs=at, check_vma=False)

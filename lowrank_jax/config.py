@@ -295,7 +295,7 @@ def _check_model(m: ModelConfig) -> None:
     _require(
         m.rank == 0 or min(m.ranks) >= 1, f"config.model.rank={m.rank} leaves a projection with rank 0 under rank_split"
     )
-    _one_of(m.attention, ("auto", "reference", "chunked", "cudnn", "splash"), "config.model.attention")
+    _one_of(m.attention, ("auto", "reference", "chunked", "cudnn", "splash", "native"), "config.model.attention")
 
 
 def _check_phase(p: PhaseConfig, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The decoder on a CPU: decoder.read in C++ (native.cc) for few tokens, in one call for all layers.
+"""The decoder on a CPU: decoder.read in C++ (cpp/decode.cc) for few tokens, in one call for all layers.
 
 A step for one row is some hundred products with vectors. As operations of XLA, each shares its work out anew and reads
 its weights in 32 bits; here all are one call, and weights are read as small as they are kept (docs/inference.md).
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import attention, decoder, panels, quantize
+from lowrank_jax import attention, compiled, decoder, panels, quantize
 from lowrank_jax.config import ModelConfig
 from lowrank_jax.model import rms_norm
 
@@ -23,7 +23,7 @@ def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """
     latent = c.rank and all(rank % LANES == 0 for rank in c.ranks[1:3])
     here = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]
-    if not (latent and here and panels.load()):
+    if not (latent and here and compiled.load()):
         return None
     w = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, w)
     some = lambda f, *w: None if w[0] is None else f(*w)

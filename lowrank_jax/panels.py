@@ -1,30 +1,12 @@
-"""Matrices in panels, for a CPU's C++ (native.cc), which multiplies by them as they lie in memory, in 32 to 4 bits.
+"""Matrices in panels for a CPU's C++ (cpp/decode.cc), which multiplies by them as they lie there, in 32 to 4 bits."""
 
-The code is compiled for this machine at its first use, by the C++ compiler that is there ($CXX, g++, clang++, c++, or
-Zig's out of `pip install ziglang`), and kept in $LOWRANK_CACHE or ~/.cache/lowrank_jax.
-"""
-
-import ctypes
 import functools
-import hashlib
-import importlib.util
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
-import warnings
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 COLUMNS = 32  # outputs of a panel
-SOURCE = os.path.join(os.path.dirname(__file__), "native.cc")
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
-TARGETS = ("lowrank_read", "lowrank_times")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("panels", "scales"), meta_fields=("outputs",))
@@ -70,55 +52,3 @@ def columns(m: Matrix, at: jax.Array) -> jax.Array:
         place = place % (COLUMNS // 2) * 2 + place // (COLUMNS // 2)
     taken = m.panels[0, at // COLUMNS, :, place].astype(jnp.float32)
     return taken if m.scales is None else taken * m.scales[0, at // COLUMNS, 0, at % COLUMNS][..., None]
-
-
-@functools.cache
-def load() -> bool:
-    """Whether the C++ is there: compiled, if it was not, and known to JAX. Warns where it cannot be."""
-    try:
-        library = ctypes.CDLL(_built())
-    except (OSError, ValueError, subprocess.SubprocessError) as e:  # ValueError: $CXX with half a quotation
-        told = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip() or str(e)
-        reason = told.splitlines()[-1]
-        warnings.warn(f"decoding on this CPU will be slow, as native.cc is not compiled: {reason}", stacklevel=2)
-        return False
-    for name in TARGETS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
-
-
-def compiler() -> list[str]:
-    """The command of the C++ compiler; raises FileNotFoundError where there is none."""
-    if found := shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]:
-        return found
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "c++"]
-    raise FileNotFoundError("there is no C++ compiler; install g++, or pip install ziglang")
-
-
-def _built() -> str:
-    """The path of the library; raises OSError or subprocess.SubprocessError where it cannot be made."""
-    command = compiler()
-    with open(SOURCE, "rb") as f:
-        parts = (f.read(), *map(str.encode, (*command, *FLAGS, jax.__version__, _processor())))
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = os.environ.get("LOWRANK_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lowrank_jax")
-    path = os.path.join(folder, f"native-{name}.so")
-    if os.path.exists(path):
-        return path
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as hidden:
-        made = os.path.join(hidden, "native.so")
-        line = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", SOURCE, "-o", made]
-        subprocess.run(line, check=True, capture_output=True, timeout=600)
-        os.rename(made, path)
-    return path
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line for line in f if line.startswith(("flags", "Features"))), platform.processor())
-    except OSError:
-        return platform.processor()

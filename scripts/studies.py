@@ -342,7 +342,7 @@ def see_only(window: int) -> None:
             out.append(jnp.einsum("BHTS,BSHK->BTHK", probs, v_BTHK[:, first:stop]))
         return jnp.concatenate(out, axis=1)
 
-    attention._chunked = windowed
+    attention._chunked, attention.resolve = windowed, lambda *_: ("chunked", "")
 
 
 VARIANTS = {

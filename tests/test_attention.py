@@ -1,7 +1,12 @@
-"""ALiBi and its four backends against the paper's formula, causality, packing and their own limits."""
+"""ALiBi and its five backends against the paper's formula, causality, packing and their own limits."""
 
 import functools
+import hashlib
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +17,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from lowrank_jax import attention
 from lowrank_jax.config import UsageError
 
-BACKENDS = ["reference", "chunked", "cudnn", "splash"]
-ODD = [("reference", 7), ("reference", 300), ("chunked", 7), ("chunked", 300)]  # lengths that splash does not take
+BACKENDS = ["reference", "chunked", "cudnn", "splash", "native"]
+ODD = [(b, T) for b in ("reference", "chunked", "native") for T in (7, 300)]  # lengths that splash does not take
+TESTS = pathlib.Path(__file__).parent
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 whether_packed = pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 
@@ -115,7 +121,8 @@ def test_bias_falls_with_distance_and_ignores_a_common_shift():
 
 
 @pytest.mark.parametrize(
-    "backend, T, H", [("reference", 300, 6), ("chunked", 129, 8), *((b, 256, H) for b in BACKENDS for H in (6, 8))]
+    "backend, T, H",
+    [("reference", 300, 6), ("chunked", 129, 8), ("native", 144, 6), *((b, 256, H) for b in BACKENDS for H in (6, 8))],
 )
 def test_probabilities_of_zero_scores_are_the_softmax_of_the_bias(backend, T, H):
     zeros = np.zeros((1, T, H, T), np.float32)
@@ -128,12 +135,12 @@ def test_probabilities_of_zero_scores_are_the_softmax_of_the_bias(backend, T, H)
         assert (probs_THS[i, :, i + 1 :] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------- parity of the four
+# ------------------------------------------------------------------------------------------------- parity of the five
 
 
 @every_backend
 @whether_packed
-@pytest.mark.parametrize("T, H, K", [(256, 2, 32), (384, 8, 32), (640, 6, 8)])  # 1, 1 and 25 blocks of splash
+@pytest.mark.parametrize("T, H, K", [(256, 2, 32), (384, 8, 32), (640, 6, 16)])  # 1, 1 and 25 blocks of splash
 def test_outputs_and_gradients_are_the_papers(backend, packed, T, H, K):
     arrays = *qkv(2, T, H, K), random_segments(2, T) if packed else None, normal(2, T, H, K, seed=3)
     assert (relative_errors(with_gradients(OF[backend], *arrays), with_gradients(paper, *arrays)) < 1e-4).all()
@@ -152,20 +159,48 @@ def test_in_bfloat16_they_are_as_near_as_the_reference_is(backend, packed):
     assert (errors < (1.1 if backend == "cudnn" else 2) * reference).all(), errors / reference
 
 
-@pytest.mark.parametrize("T", [1, 7, 128, 300])
+@pytest.mark.parametrize("backend, K", [("chunked", 8), ("native", 16), ("native", 48)])
+@pytest.mark.parametrize("T", [1, 7, 128, 300, 520])
 @whether_packed
-def test_chunked_takes_any_length(T, packed):
-    arrays = *qkv(2, T, 6, 8), random_segments(2, T) if packed else None, normal(2, T, 6, 8, seed=3)
-    for ours, exact in zip(with_gradients(OF["chunked"], *arrays), with_gradients(paper, *arrays)):
+def test_chunked_and_native_take_any_length(backend, K, T, packed):
+    arrays = *qkv(2, T, 6, K), random_segments(2, T) if packed else None, normal(2, T, 6, K, seed=3)
+    for ours, exact in zip(with_gradients(OF[backend], *arrays), with_gradients(paper, *arrays)):
         np.testing.assert_allclose(ours, exact, atol=5e-5)
+
+
+def test_what_is_not_a_number_comes_out_of_native_and_its_gradients():
+    """The guard must see it."""
+    for place in range(3):
+        arrays = qkv(1, 40, 2, 16)
+        arrays[place][0, 5] = np.nan
+        out, *grads = with_gradients(OF["native"], *arrays, None, normal(1, 40, 2, 16, seed=3))
+        assert np.isnan(out[0, 5]).all()
+        assert all(np.isnan(g).any() for g in grads[:2])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_computes_the_same_bits_whoever_helps(threads):
+    code = f"""
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads}])
+import hashlib, jax, numpy as np, test_attention as t
+run = t.with_gradients(t.OF["native"], *t.qkv(2, 200, 6, 32), None, t.normal(2, 200, 6, 32, seed=3))
+print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in run)).hexdigest())
+"""
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=TESTS, env=environment, capture_output=True, text=True, check=True
+    )
+    mine = with_gradients(OF["native"], *qkv(2, 200, 6, 32), None, normal(2, 200, 6, 32, seed=3))
+    assert done.stdout.split()[-1] == hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in mine)).hexdigest()
 
 
 @pytest.mark.parametrize(
     "backend, T, t", [(b, T, T // 2) for b, T in ODD] + [(b, 256, t) for b in BACKENDS for t in (127, 255)]
 )
 def test_no_gradient_flows_from_later_tokens_and_some_from_every_earlier_one(backend, T, t):
-    only_t = normal(1, T, 4, 8, seed=5) * (np.arange(T) == t)[:, None, None]
-    _, of_q, of_k, of_v = with_gradients(OF[backend], *qkv(1, T, 4, 8), None, only_t)
+    only_t = normal(1, T, 4, 16, seed=5) * (np.arange(T) == t)[:, None, None]
+    _, of_q, of_k, of_v = with_gradients(OF[backend], *qkv(1, T, 4, 16), None, only_t)
     reach = lambda g: np.abs(np.asarray(g)[0]).sum(axis=(1, 2)) > 0
     np.testing.assert_array_equal(reach(of_q), np.arange(T) == t)
     np.testing.assert_array_equal(reach(of_k), np.arange(T) <= t)
@@ -178,7 +213,7 @@ def test_no_gradient_flows_from_later_tokens_and_some_from_every_earlier_one(bac
 @every_backend
 def test_packed_documents_equal_separate_ones(backend):
     lengths = [1, 130, 64, 61]
-    documents = [[normal(1, n, 6, 8, seed=10 * i + part) for part in range(3)] for i, n in enumerate(lengths)]
+    documents = [[normal(1, n, 6, 16, seed=10 * i + part) for part in range(3)] for i, n in enumerate(lengths)]
     packed = [np.concatenate(parts, axis=1) for parts in zip(*documents)]
     together = attend(*packed, np.repeat([1, 2, 3, 0], lengths)[None], backend=backend)
     separate = [attend(*document, backend="reference") for document in documents]
@@ -191,17 +226,17 @@ def test_packed_documents_equal_separate_ones(backend):
 def test_not_one_bit_comes_from_another_document(backend, first, step):
     """Not even where its scores are far higher: up to 100 here."""
     T = 256
-    q, k, v = qkv(1, T, 2, 8)
+    q, k, v = qkv(1, T, 2, 16)
     document = np.arange(T)[None] // 8
     odd = ((document % 2 == 1) ^ (document >= 16))[..., None, None]  # of two that are 16 apart one is
     segments = first + step * document
     spoilt = np.where(odd, 20 * q, q), np.where(odd, 20 * k, k), np.where(odd, 1e4 * v, v)
-    scores = jnp.einsum("BTHK,BSHK->BHTS", q, spoilt[1]) / math.sqrt(8)
+    scores = jnp.einsum("BTHK,BSHK->BHTS", q, spoilt[1]) / math.sqrt(16)
     assert 50 < jnp.abs(scores).max() < 150
     mine = ~odd[0, :, 0, 0]
     before, after = (attend(*arrays, segments, backend=backend)[:, mine] for arrays in ((q, k, v), spoilt))
     np.testing.assert_array_equal(before, after)
-    only_mine = normal(1, T, 2, 8, seed=4) * ~odd
+    only_mine = normal(1, T, 2, 16, seed=4) * ~odd
     assert all(not g[:, ~mine].any() for g in with_gradients(OF[backend], *spoilt, segments, only_mine)[1:])
 
 
@@ -233,7 +268,9 @@ def test_the_number_of_documents_costs_cudnn_no_precision(documents):
 @pytest.mark.parametrize(
     "backend, platform, dtype, head_dim, seq_len, kernel, why_not",
     [
-        ("auto", "cpu", "float32", 32, 300, "chunked", ""),
+        ("auto", "cpu", "float32", 32, 300, "native", ""),
+        ("auto", "cpu", "bfloat16", 32, 300, "chunked", "float32"),
+        ("auto", "cpu", "float32", 24, 300, "chunked", "multiple of 16, not float32 and 24"),
         ("auto", "tpu", "bfloat16", 32, 2048, "splash", ""),
         ("auto", "tpu", "float32", 12, 128, "splash", ""),
         ("auto", "tpu", "bfloat16", 32, 2000, "chunked", "multiple of 128, not 2000"),
@@ -259,6 +296,8 @@ def test_resolve(backend, platform, dtype, head_dim, seq_len, kernel, why_not):
     [
         ("cudnn", "cpu", "bfloat16", 32, 256, "cudnn is for a GPU, not a CPU"),
         ("splash", "cuda", "bfloat16", 32, 256, "splash is for a TPU, not a GPU"),
+        ("native", "tpu", "float32", 32, 256, "native is for a CPU, not a TPU"),
+        ("native", "cpu", "float32", 8, 256, "not float32 and 8"),
         ("splash", "tpu", "bfloat16", 32, 200, "a multiple of 128, not 200"),
         ("cudnn", "gpu", "float32", 32, 256, "not float32"),
     ],
@@ -268,31 +307,37 @@ def test_a_kernel_that_is_named_and_cannot_run_is_refused(backend, platform, dty
         attention.resolve(backend, platform, dtype, head_dim, seq_len)
 
 
+def test_without_a_compiler_a_cpu_has_chunked(monkeypatch):
+    monkeypatch.setattr(attention.compiled, "load", lambda: False)
+    assert attention.resolve("auto", "cpu", "float32", 32, 256) == ("chunked", "native is not compiled here")
+
+
 def test_attend_refuses_shapes_too():
     with pytest.raises(UsageError, match="multiple of 128, not 300"):
         attention.attend(*qkv(1, 300, 2, 8), backend="splash")
 
 
 @pytest.mark.parametrize(
-    "platform, T, kernel", [("cpu", 256, "chunked"), ("tpu", 256, "splash"), ("tpu", 140, "chunked")]
+    "platform, T, kernel", [("cpu", 256, "native"), ("tpu", 256, "splash"), ("tpu", 140, "chunked")]
 )
 def test_auto_runs_what_resolve_says(platform, T, kernel, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    arrays = qkv(1, T, 2, 8)
+    arrays = qkv(1, T, 2, 16)
     np.testing.assert_array_equal(attention.attend(*arrays), attention.attend(*arrays, backend=kernel))
 
 
 @whether_packed
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "backward"])
-def test_chunked_never_makes_a_square_of_the_sequence(packed, differentiated):
+def test_chunked_and_native_never_make_a_square_of_the_sequence(packed, differentiated):
     T, H = 1024, 2
     segments = random_segments(1, T) if packed else None
 
     def largest(backend):
         run = lambda q, k, v: attention.attend(q, k, v, segments, backend).sum()
         run = jax.grad(run, (0, 1, 2)) if differentiated else run
-        shapes = shapes_within(jax.make_jaxpr(run)(*qkv(1, T, H, 8)).jaxpr)
+        shapes = shapes_within(jax.make_jaxpr(run)(*qkv(1, T, H, 16)).jaxpr)
         return max(math.prod(shape) for shape in shapes)
 
     assert largest("reference") >= H * T * T
     assert largest("chunked") <= H * T * T / 8
+    assert largest("native") == T * H * 16

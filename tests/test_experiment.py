@@ -63,6 +63,7 @@ def put_back(monkeypatch):
         (attention, "alibi_slopes"),
         (attention, "attend"),
         (attention, "_chunked"),
+        (attention, "resolve"),
         (model.Linear, "__init__"),
         (model.Linear, "reduce"),
         (model.Attention, "__init__"),

@@ -48,7 +48,7 @@ FLOORS = [
     ["data.tokenizer", "data.builtin", "data.records"],
     ["model"],
     ["attention", "quantize"],
-    ["panels"],
+    ["panels", "compiled"],
     ["loss", "optim", "guard", "factorize"],
     ["sharding"],
     ["stages"],
@@ -57,6 +57,7 @@ FLOORS = [
     ["workdir", "faults", "cli", "interrupt"],
     ["processes"],
     ["config"],
+    ["startup"],
 ]
 FLOOR_OF = {module: i for i, floor in enumerate(FLOORS) for module in floor}
 # Packages that one file alone may import.

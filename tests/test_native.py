@@ -14,7 +14,7 @@ import pytest
 from test_engine import GREEDY, SETTINGS, answers, assert_nothing_is_compiled, prompt
 from test_model import jit, make, some_tokens, toy
 
-from lowrank_jax import decoder, native, panels, quantize, sharding
+from lowrank_jax import compiled, decoder, native, quantize, sharding
 from lowrank_jax.engine import Engine
 
 # Ranks of 16 and 48, a last panel that is not full of anything, and the query absorbed in one matrix.
@@ -155,14 +155,14 @@ import os, sys
 import jax, jax.numpy as jnp, numpy as np
 if sys.argv[1] == "alone":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from lowrank_jax import panels
-if not panels.load():
+from lowrank_jax import compiled, panels
+if not compiled.load():
     sys.exit("not built")
 w = np.random.default_rng(0).standard_normal((50, 70)).astype(np.float32)
 x = np.ones((3, 50), np.float32)
 y = jax.jit(panels.times)(x, panels.matrix(w))
 np.testing.assert_allclose(y, x @ w, atol=1e-4)
-print(panels.compiler()[0])
+print(compiled.compiler()[0])
 """
 
 
@@ -198,12 +198,12 @@ def test_where_it_cannot_be_compiled_one_line_says_why(tmp_path, environment, re
     if "PATH" in environment and importlib.util.find_spec("ziglang"):
         pytest.skip("there is a compiler")
     told = probe(tmp_path, **environment).communicate()[1]
-    assert "decoding on this CPU will be slow, as native.cc is not compiled" in told and reason in told
+    assert "this CPU will be slow, as the C++ for it is not compiled" in told and reason in told
     assert "not built" in told and "Traceback" not in told
     assert os.listdir(tmp_path) == []
 
 
 def test_without_it_weights_stay_as_they_are(monkeypatch):
     c, w, _ = weights("small", "fp32")
-    monkeypatch.setattr(panels, "load", lambda: False)
+    monkeypatch.setattr(compiled, "load", lambda: False)
     assert native.pack(c, w) is None
