@@ -75,7 +75,7 @@ def _measures(nats: float, batches: list[stream.Batch], byte_lengths: np.ndarray
 def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array:
     dtype = precision.policy(config.precision).dtype
     x_BTD = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
-    return loss.cross_entropy_sum(model.logits(config.model, params, x_BTD), batch["targets"], batch["weights"])
+    return loss.through_head(*model.head(config.model, params, x_BTD), batch["targets"], batch["weights"])[1]
 
 
 def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths, kind: str) -> dict:

@@ -26,6 +26,22 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up. Its gradient computes silu once more: else JAX would keep two more such arrays a layer."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_backward(kept, g):
+    gate, up = kept
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
 class Norm(nnx.Module):
     def __init__(self, width: int):
         self.gain = nnx.Param(jnp.ones(width))
@@ -88,9 +104,8 @@ class Embedding(nnx.Module):
         """With every width of it: both uses need them all, and the partitioner moves activations if it may choose."""
         return constrain(self.table[...], TENSOR)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        x = x if self.up is None else x @ self.up[...].T
-        return jnp.einsum("...D,VD->...V", x, self._table(), preferred_element_type=jnp.float32)
+    def head(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.table[...], x if self.up is None else x @ self.up[...].T
 
 
 class Attention(nnx.Module):
@@ -133,7 +148,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate_F, up_F = (constrain(y, ROWS, *[None] * (y.ndim - 2), TENSOR) for y in (self.gate(x), self.up(x)))
-        return self.out(jax.nn.silu(gate_F) * up_F)
+        return self.out(swiglu(gate_F, up_F))
 
 
 class Block(nnx.Module):
@@ -189,9 +204,15 @@ def block(c: ModelConfig, weights: dict, x_BTD, segments_BT=None, matmul: Callab
     return _block(c, weights, matmul)(x_BTD, segments_BT)
 
 
+def head(c: ModelConfig, params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(table [V, E], hidden states [..., E]) whose product are the logits, from normalised hidden states [..., D]."""
+    return _embedding(c, _cast(params["embed" if c.tied else "head"], x.dtype)).head(x)
+
+
 def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
     """[..., V] in fp32 from the normalised hidden states [..., D]."""
-    return _embedding(c, _cast(params["embed" if c.tied else "head"], x.dtype)).logits(x)
+    table_VE, x = head(c, params, x)
+    return jnp.einsum("...E,VE->...V", x, constrain(table_VE, TENSOR), preferred_element_type=jnp.float32)
 
 
 # The modules around given weights. Building them is abstract: no arrays, and nothing in the compiled program.

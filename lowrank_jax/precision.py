@@ -39,11 +39,29 @@ def resolve(precision: str, platform: str | None = None) -> str:
 def policy(precision: str) -> Policy:
     precision = resolve(precision)
     dtype = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16, "fp8": jnp.bfloat16}[precision]
-    return Policy(precision, jnp.dtype(dtype), fp8_where_wide if precision == "fp8" else jnp.matmul)
+    return Policy(precision, jnp.dtype(dtype), fp8_where_wide if precision == "fp8" else matmul)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., K] @ w [K, N], whose gradient of w is made as it lies in memory.
+
+    JAX's own makes it turned around, and XLA's compiler for CPUs then turns around the gradients of x in what computes
+    them: SwiGLU forward and backward, 2048 x 512 x 1408, took 182 ms on 2 cores instead of 122.
+    """
+    return x @ w
+
+
+def _matmul_backward(saved, g):
+    (x, w), rows = saved, tuple(range(g.ndim - 1))
+    return g @ w.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+
+
+matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)
 
 
 def fp8_where_wide(x: jax.Array, w: jax.Array) -> jax.Array:
-    return fp8_matmul(x, w) if min(w.shape) >= FP8_WIDTH else x @ w
+    return fp8_matmul(x, w) if min(w.shape) >= FP8_WIDTH else matmul(x, w)
 
 
 @jax.custom_vjp

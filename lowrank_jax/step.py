@@ -107,11 +107,8 @@ def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dic
     def sums(params, micro):
         params = jax.tree.map(lambda p, rate: p if rate else jax.lax.stop_gradient(p), params, rates)
         x_BTD = model.features(c, params, micro["tokens"], micro["segments"], policy.dtype, policy.matmul)
-        logits_BTV = model.logits(c, params, x_BTD)
-        objective, nats = loss.objective_sum(
-            logits_BTV, micro["targets"], micro["weights"], o.label_smoothing, o.z_loss
-        )
-        return objective * (scale / count), nats
+        head, targets, weights = model.head(c, params, x_BTD), micro["targets"], micro["weights"]
+        return loss.through_head(*head, targets, weights, scale / count, o.label_smoothing, o.z_loss)
 
     def accumulate(total, micro):
         (_, nats), grads = jax.value_and_grad(sums, has_aux=True)(params, micro)

@@ -129,7 +129,8 @@ def test_compiled_step_consumes_its_state_and_makes_the_same_update():
     state = state_of(config)
     after, metrics = step.lower(config, stage).compile()(state, jax.device_put(ragged_batch()))
     expected, its_metrics = updated(config, ragged_batch())
-    close(after.params, expected.params, atol=TINY_CHANGE)
+    close(after.opt_state, expected.opt_state, rtol=1e-4, atol=1e-7)
+    close(after.params, expected.params, atol=3 * TINY_CHANGE)  # where a gradient is nearly zero, Adam divides noise
     close(metrics, its_metrics, rtol=1e-5)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))
 
