@@ -5,7 +5,11 @@ python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickst
 
 import functools
 
-from lowrank_jax import cli, interrupt, processes, train
+from lowrank_jax import startup
+
+if __name__ == "__main__":
+    startup.prepare()
+from lowrank_jax import cli, interrupt, processes, train  # noqa: E402, which import JAX
 
 
 def command(argv: list[str]) -> dict:
