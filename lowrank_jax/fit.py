@@ -17,6 +17,7 @@ from lowrank_jax import attention, devices, precision, sharding, stages, step
 from lowrank_jax.config import RunConfig
 from lowrank_jax.stages import Stage
 
+FAR = 0.5  # share of the limit below which a bound is certain enough to train on
 ROOM = 0.9  # share of a device's memory that a step may take: batches read ahead and evaluation need the rest
 CHOSEN = ("microbatch", "remat", "precision", "attention")  # what of a stage is found here
 
@@ -36,7 +37,7 @@ class Fit(NamedTuple):
 
     `need` is what the compiler says of arguments, results and temporaries; it is above `limit` where not even one row
     at a time fits, and None where the compiler itself gave up for lack of memory. `note` tells why the platform's own
-    attention kernel is not used, where it is not.
+    attention kernel is not used, where it is not. A stage that `is_bound` is not compiled yet and needs at most that.
     """
 
     stage: Stage
@@ -45,6 +46,7 @@ class Fit(NamedTuple):
     seconds: float
     program: jax.stages.Compiled | None
     note: str = ""
+    is_bound: bool = False
 
     @property
     def fits(self) -> bool:
@@ -91,6 +93,23 @@ def fit(
         if smaller is None:
             return found
         stage = dataclasses.replace(smaller, microbatch=most) if smaller.remat and not stage.remat else smaller
+
+
+def by_bound(found: Fit, config: RunConfig, stage: Stage, mesh: Mesh, learnt: Learnt = NOTHING) -> Fit | None:
+    """How a stage fits if that is certain from how another does; None where it has to be compiled.
+
+    Memory grows at most with the tokens that are there at a time, and of each of them with the length, as a square of
+    scores would. Where even that is below half of the limit, nobody needs to wait for a compiler.
+    """
+    shards = sharding.row_shards(mesh)
+    stage, note = _resolve(config, restrict(stage, learnt, shards), sharding.a_device(mesh).platform)
+    alike = all(getattr(stage, key) == getattr(found.stage, key) for key in ("remat", "precision", "attention"))
+    if not (found.fits and alike):
+        return None
+    longer = max(1.0, stage.seq_len / found.stage.seq_len)
+    more = max(1.0, stage.microbatch * stage.seq_len / (found.stage.microbatch * found.stage.seq_len))
+    need = int(found.need * longer * more)
+    return Fit(stage, need, found.limit, 0.0, None, note, is_bound=True) if need <= FAR * found.limit else None
 
 
 def _resolve(config: RunConfig, stage: Stage, platform: str) -> tuple[Stage, str]:

@@ -20,7 +20,8 @@ from lowrank_jax.data import tokenizer
 from lowrank_jax.fit import Fit
 from lowrank_jax.stages import Stage
 
-COMPILED = ("remat", "peak_bytes_per_device", "device_bytes", "fits", "f8_matmuls", "compile_seconds", "note")
+COMPILED = ("remat", "peak_bytes_per_device", "is_bound", "device_bytes", "fits", "f8_matmuls", "compile_seconds")
+COMPILED += ("note",)
 COMPILED += ("param_bytes_per_device", "optimizer_bytes_per_device", "activation_bytes_per_device")
 COMPILED += ("collective_bytes", "gathered_bytes", "compute_seconds", "memory_seconds", "network_seconds")
 COMPILED += ("est_step_seconds", "est_mfu_bound", "est_bound", "est_stage_seconds")
@@ -76,6 +77,7 @@ def _compiled(config: RunConfig, found: Fit, mesh: Mesh, text: str | None) -> di
     """What the compiler says of a stage; `device_bytes` is what it may use."""
     facts = {"remat": found.stage.remat, "peak_bytes_per_device": found.need, "device_bytes": found.limit}
     facts |= {"fits": found.fits, "compile_seconds": round(found.seconds, 2), "note": found.note}
+    facts["is_bound"] = found.is_bound
     state = step.abstract_state(config, mesh)
     facts["param_bytes_per_device"] = _bytes(state.params)
     facts["optimizer_bytes_per_device"] = _bytes(state) - _bytes(state.params)
@@ -166,7 +168,7 @@ def _memory(s: dict) -> str:
     if not s["device_bytes"]:
         return ""
     need = f"{s['peak_bytes_per_device'] / 2**30:.2f}" if s["peak_bytes_per_device"] else "?"
-    of = f"{need} of {s['device_bytes'] / 2**30:.1f}"
+    of = f"{'≤ ' if s['is_bound'] else ''}{need} of {s['device_bytes'] / 2**30:.1f}"
     extra = (" rematerialised" if s["remat"] else "") + ("" if s["fits"] else " DOES NOT FIT")
     extra += f" {s['f8_matmuls']} f8 matmuls" if s["f8_matmuls"] else ""
     return f"{of:>14} GiB{extra}"

@@ -1,4 +1,4 @@
-"""The compiled step of each stage: all tried for memory before step 1, then the next made while one trains."""
+"""The compiled step of each stage: none trains before all are known to fit, and the next is made while one trains."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,17 +45,26 @@ class Programs:
         self._learnt, self._stop, self._pool = learnt, stop, ThreadPoolExecutor(COMPILERS, "compiler")
         self._made: dict[Stage, Future[Program]] = {}
         self._chosen: dict[Stage, Stage] = {}
+        self._bounded: set[Stage] = set()
 
     def fit_all(self, plan: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
-        """Compiles every stage that is not known; raises UsageError in one line for one that cannot fit.
+        """Compiles the first stage, and all that are neither known nor far from the limit (`fit.by_bound`).
+
+        Raises UsageError in one line for one that cannot fit.
 
         Two of the programs are kept. (A loaded program takes device memory; the compilation cache has the others.)
         Raises Interrupted where a signal comes first.
         """
         self._chosen = {stage: found.stage for stage, found in known.items()}
-        for stage in plan[:1] + tuple(stage for stage in plan[1:] if stage not in known):
-            self._prepare(stage)
-        fits = [known.get(stage) or self._get(stage).fit._replace(program=None) for stage in plan]
+        first = self._get(plan[0]).fit
+        known = {plan[0]: first} | known
+        for stage in (stage for stage in plan if stage not in known):
+            if found := fit.by_bound(first, self.config, stage, self.mesh, self._learnt):
+                known[stage], self._chosen[stage] = found, found.stage
+                self._bounded.add(stage)
+            else:
+                self._prepare(stage)
+        fits = [(known.get(stage) or self._get(stage).fit)._replace(program=None) for stage in plan]
         if len({str(facts) for facts in processes.gather([fit.facts(found) for found in fits])}) > 1:
             raise RunFailure("the processes' compilers disagree on what fits: are their devices and packages the same?")
         for found in fits:
@@ -64,10 +73,10 @@ class Programs:
         self._keep(plan[:2])
         return fits
 
-    def run(self, stage: Stage, following: Stage | None) -> None:
+    def run(self, stage: Stage, following: Stage | None) -> bool:
         """Makes a stage's program the one that runs, waited for if need be, and begins with the one that follows.
 
-        Raises Interrupted where a signal comes first.
+        Returns whether only now it is known what the stage needs. Raises Interrupted where a signal comes first.
         """
         self._keep((stage, following))
         self.running = self._get(stage)
@@ -75,6 +84,9 @@ class Programs:
             raise RunFailure(fit.refusal(self.running.fit))
         if following:
             self._prepare(following)
+        is_new = stage in self._bounded
+        self._bounded.discard(stage)
+        return is_new
 
     def chosen(self, stage: Stage) -> Stage:
         """The stage as it fits, as far as that is known."""

@@ -277,7 +277,8 @@ def _switch(r: Run, asked: Stage, state: step.TrainState, at: dict, meter: Meter
     """
     meter.begin_switch()
     following = next((s for s in r.plan if s.start == asked.end), None)
-    r.programs.run(asked, following and _as_run(following, at))
+    if r.programs.run(asked, following and _as_run(following, at)):
+        _log_compile(r, r.programs.running.fit)
     r.programs.held = jax.tree.map(sharding.to_host, state), at
     meter.restart_clock()
 

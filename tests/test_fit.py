@@ -139,3 +139,17 @@ def test_a_kernel_that_a_device_refuses_is_replaced_and_told(monkeypatch):
     monkeypatch.setattr(fit.attention, "resolve", as_on_a_tpu)  # a kernel that does not compile for a CPU
     there = fit.fit(config, stage_of(config), CPU, fit.limit_bytes(config, CPU))
     assert there.fits and there.stage.attention == "chunked" and there.note.startswith("splash: ")
+
+
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "auto"])
+def test_a_bound_holds_and_is_given_far_from_the_limit_alone(kernel):
+    config = config_of(model__attention=kernel)
+    stage = stage_of(config)
+    longer = dataclasses.replace(stage, seq_len=8 * stage.seq_len, batch=2, microbatch=2)
+    found, real = (fit.fit(config, s, CPU, fit.limit_bytes(config, CPU)) for s in (stage, longer))
+    bound = fit.by_bound(found, config, longer, CPU)
+    assert bound.is_bound and bound.program is None and bound.seconds == 0
+    assert real.need <= bound.need and bound.stage == real.stage
+    assert fit.by_bound(found._replace(limit=2 * bound.need - 1), config, longer, CPU) is None
+    assert fit.by_bound(found, config, dataclasses.replace(longer, precision="bf16"), CPU) is None
+    assert fit.by_bound(found, config, dataclasses.replace(longer, remat=True), CPU) is None
