@@ -67,7 +67,7 @@ def through_head(table_VE, x_BTE, targets_BT, weights_BT, scale=1.0, smoothing: 
 
 def _forward(table_VE, x_BTE, targets_BT, weights_BT, scale, smoothing, z_loss):
     """Each device sums up its own rows' gradient of the table; only then do they add theirs: once, not every part."""
-    axes = _row_axes(len(x_BTE))
+    table_VE, axes = sharding.constrain(table_VE, sharding.TENSOR), _row_axes(len(x_BTE))
     scatter = sharding.FSDP in axes and x_BTE.shape[2] % sharding.context_size(sharding.FSDP) == 0
     run = functools.partial(_with_gradients, smoothing=smoothing, z_loss=z_loss, axes=axes, scatter=scatter)
     if axes:

@@ -54,7 +54,8 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _matmul_backward(saved, g):
     (x, w), rows = saved, tuple(range(g.ndim - 1))
-    return g @ w.T, jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    product = lambda a, b, *contract: jax.lax.dot_general(a, b, (contract, ((), ())))
+    return product(g, w, (g.ndim - 1,), (1,)), product(x, g, rows, rows)
 
 
 matmul.defvjp(lambda x, w: (x @ w, (x, w)), _matmul_backward)

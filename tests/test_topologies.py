@@ -1,13 +1,15 @@
 """The plan for devices that are not here: what their real compilers make of every stage's step."""
 
 import contextlib
+import math
+import re
 from typing import NamedTuple
 
 import jax
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax import devices, fit, hlo, plan, sharding, stages, step
+from lowrank_jax import devices, fit, hlo, loss, plan, sharding, stages, step
 
 LENGTHS = (2048, 8192)
 KERNELS = {"v5e:2x4": "splash", "h100:8": "cudnn"}
@@ -71,6 +73,14 @@ def test_weights_and_moments_are_cut_in_eight(planned):
 def test_memory_grows_with_the_tokens_and_not_with_the_length(planned):
     short, long = planned.plan["stages"]
     assert long["peak_bytes_per_device"] < 1.25 * short["peak_bytes_per_device"]  # both have 64k tokens a step
+
+
+def test_no_array_has_all_logits_or_is_a_square_of_the_length(planned):
+    for text, T, stage in zip(planned.texts, LENGTHS, planned.plan["stages"]):
+        shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text)}
+        logits = [shape for shape in shapes if VOCAB in shape and math.prod(shape) > 2 * D * VOCAB]
+        assert logits and max(map(math.prod, logits)) <= loss.TOKENS * VOCAB < stage["microbatch"] * T / 8 * VOCAB
+        assert not [shape for shape in shapes if sum(n >= T for n in shape) > 1]
 
 
 def test_what_is_gathered_is_at_most_the_weights_and_in_attention_a_quarter_of_the_dense_twins(planned):
