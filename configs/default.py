@@ -42,7 +42,8 @@ def groups() -> dict:
             "mlp_rank": 0,  # factors the MLP's matrices too; 0: off
             "embed_rank": 0,  # factors the embedding and head; 0: off
             "tied": True,  # the head is the embedding; False: one more table of its size
-            # splash (TPU) | cudnn (GPU) | chunked | reference; auto is the platform's, and chunked where that cannot be
+            # splash (TPU) | cudnn (GPU) | native (CPU, fp32) | chunked | reference; auto is the platform's, and chunked
+            # where that cannot be
             "attention": "auto",
             # One compiled block for all layers, so that compile time does not grow with depth. False unrolls them: the
             # quickstart's step runs 1.1 times as fast on a CPU (scripts/bench_step.py ... model.scan=True).

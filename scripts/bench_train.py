@@ -25,6 +25,7 @@ from lowrank_jax import cli, costs, startup
 SHAPES = (("small", 256), ("small", 1024), ("base", 256))  # preset, length
 TOKENS, AT_ONCE = 2048, 1024  # of a step; of which ours has so many in memory at a time, PyTorch all
 VOCAB = 8192
+LAYOUTS = ("lowrank", "dense")  # of ours
 ARMS = {
     "ours": ("jax", "lowrank"),
     "ours, dense twin": ("jax", "dense"),
@@ -195,6 +196,12 @@ def child(argv: list[str]) -> None:
         found = {"path": text(argv[1])}
     elif what == "peak":
         found = {"flops": peak()}
+    elif what == "parts":
+        from scripts import bench_parts
+
+        _, dense, preset, length, flops, steps = argv
+        config = config_of(preset, int(length), dense == "dense")
+        found = {"parts": bench_parts.of_step(config, float(flops), int(steps))}
     else:
         kind, preset, length, path, steps = argv[1], argv[2], int(argv[3]), argv[4], int(argv[5])
         started = time.perf_counter()
@@ -211,7 +218,8 @@ def child(argv: list[str]) -> None:
 
 
 def measure(*args) -> dict:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (startup.environment() if args[0] == "jax" else {})
+    ours = args[0] in ("jax", "parts")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | (startup.environment() if ours else {})
     command = [sys.executable, __file__, "--child", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -244,7 +252,10 @@ def command(argv: list[str]) -> dict:
                         row = rows.setdefault(name, {})
                         row[key] = better(value, row.get(key, value))
             _print(preset, length, rows, best)
+            parts = {which: measure("parts", which, preset, length, best, args.steps)["parts"] for which in LAYOUTS}
+            _print_parts(parts)
             results += [{"preset": preset, "length": length, "arm": n, "gemm_flops": best} | r for n, r in rows.items()]
+            results += [{"preset": preset, "length": length, "layout": n, "parts": r} for n, r in parts.items()]
     return {"results": results}
 
 
@@ -261,6 +272,13 @@ def _print(preset: str, length: int, rows: dict, best: float) -> None:
             f"{name:26s}{row['tokens_per_s']:10.0f}{ratio}{share}{row['peak_mb']:9.0f}{row['first_step_seconds']:15.1f}",
             flush=True,
         )
+
+
+def _print_parts(parts: dict[str, list[dict]]) -> None:
+    print(f"{'':18s}" + "".join(f"{f'{which}, ms':>14s}{'at least':>10s}{'GFLOP/s':>9s}" for which in parts))
+    for rows in zip(*parts.values()):
+        cells = (f"{r['ms']:14.0f}{r['roofline_ms']:10.0f}{r['gflops']:9.0f}" for r in rows)
+        print(f"{rows[0]['part']:18s}" + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":

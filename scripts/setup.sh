@@ -42,7 +42,7 @@ for file in "$@"; do
   install_requirements "$file"
 done
 export PATH="$PWD/.venv/bin:$PATH"
-# Decoding on a CPU is compiled for it (lowrank_jax/panels.py).
+# Attention and decoding on a CPU are compiled for it (lowrank_jax/compiled.py).
 if ! command -v "${CXX:-g++}" clang++ c++ > /dev/null && ! python -c 'import ziglang' 2> /dev/null; then
   echo "== installing a C++ compiler"
   python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
