@@ -91,7 +91,7 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return f"splash takes bfloat16 and float32, not {dtype}"
     if kernel == "native" and (dtype != "float32" or head_dim % 16):
         return f"native takes float32 and heads whose width is a multiple of 16, not {dtype} and {head_dim}"
-    if kernel == "native" and not compiled.load():
+    if kernel == "native" and not compiled.load("attend"):
         return "native is not compiled here"
     if kernel == "splash" and seq_len % 128:
         return f"splash takes lengths that are a multiple of 128, not {seq_len}"

@@ -6,7 +6,6 @@ kept in $LOWRANK_CACHE or ~/.cache/lowrank_jax.
 
 import ctypes
 import functools
-import glob
 import hashlib
 import importlib.util
 import os
@@ -22,20 +21,20 @@ import jax
 
 SOURCES = os.path.join(os.path.dirname(__file__), "cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
-TARGETS = ("lowrank_read", "lowrank_times", "lowrank_attend", "lowrank_attend_gradient")
+TARGETS = {"decode": ("lowrank_read", "lowrank_times"), "attend": ("lowrank_attend", "lowrank_attend_gradient")}
 
 
 @functools.cache
-def load() -> bool:
-    """Whether the C++ is there: compiled, if it was not, and known to JAX. Warns where it cannot be."""
+def load(source: str) -> bool:
+    """Whether the C++ of a source is there: compiled, if it was not, and known to JAX. Warns where it cannot be."""
     try:
-        library = ctypes.CDLL(_built())
+        library = ctypes.CDLL(_built(source))
     except (OSError, ValueError, subprocess.SubprocessError) as e:  # ValueError: $CXX with half a quotation
         told = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip() or str(e)
         reason = told.splitlines()[-1]
-        warnings.warn(f"this CPU will be slow, as the C++ for it is not compiled: {reason}", stacklevel=2)
+        warnings.warn(f"this CPU will be slow, as {source}.cc is not compiled: {reason}", stacklevel=2)
         return False
-    for name in TARGETS:
+    for name in TARGETS[source]:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -49,23 +48,23 @@ def compiler() -> list[str]:
     raise FileNotFoundError("there is no C++ compiler; install g++, or pip install ziglang")
 
 
-def _built() -> str:
+def _built(source: str) -> str:
     """The path of the library; raises OSError or subprocess.SubprocessError where it cannot be made."""
     command = compiler()
     parts = [part.encode() for part in (*command, *FLAGS, jax.__version__, _processor())]
-    for path in sorted(glob.glob(os.path.join(SOURCES, "*"))):
+    files = [os.path.join(SOURCES, name) for name in (f"{source}.cc", "common.h")]
+    for path in files:
         with open(path, "rb") as f:
             parts.append(f.read())
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = os.environ.get("LOWRANK_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lowrank_jax")
-    path = os.path.join(folder, f"native-{name}.so")
+    path = os.path.join(folder, f"{source}-{name}.so")
     if os.path.exists(path):
         return path
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as hidden:
-        made = os.path.join(hidden, "native.so")
-        code = sorted(glob.glob(os.path.join(SOURCES, "*.cc")))
-        line = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", *code, "-o", made]
+        made = os.path.join(hidden, "made.so")
+        line = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", files[0], "-o", made]
         subprocess.run(line, check=True, capture_output=True, timeout=600)
         os.rename(made, path)
     return path

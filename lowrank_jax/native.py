@@ -23,7 +23,7 @@ def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """
     latent = c.rank and all(rank % LANES == 0 for rank in c.ranks[1:3])
     here = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]
-    if not (latent and here and compiled.load()):
+    if not (latent and here and compiled.load("decode")):
         return None
     w = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, w)
     some = lambda f, *w: None if w[0] is None else f(*w)

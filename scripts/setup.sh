@@ -47,3 +47,5 @@ if ! command -v "${CXX:-g++}" clang++ c++ > /dev/null && ! python -c 'import zig
   echo "== installing a C++ compiler"
   python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
 fi
+echo "== compiling for this CPU"
+python -c 'from lowrank_jax import compiled; print(*(f"{name}: {compiled.load(name)}" for name in compiled.TARGETS))'

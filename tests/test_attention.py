@@ -308,7 +308,7 @@ def test_a_kernel_that_is_named_and_cannot_run_is_refused(backend, platform, dty
 
 
 def test_without_a_compiler_a_cpu_has_chunked(monkeypatch):
-    monkeypatch.setattr(attention.compiled, "load", lambda: False)
+    monkeypatch.setattr(attention.compiled, "load", lambda source: False)
     assert attention.resolve("auto", "cpu", "float32", 32, 256) == ("chunked", "native is not compiled here")
 
 

@@ -156,7 +156,7 @@ import jax, jax.numpy as jnp, numpy as np
 if sys.argv[1] == "alone":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from lowrank_jax import compiled, panels
-if not compiled.load():
+if not compiled.load("decode"):
     sys.exit("not built")
 w = np.random.default_rng(0).standard_normal((50, 70)).astype(np.float32)
 x = np.ones((3, 50), np.float32)
@@ -176,7 +176,7 @@ def test_two_processes_may_build_it_at_once_and_a_third_finds_it(tmp_path):
     for process in [probe(tmp_path), probe(tmp_path)]:
         told = process.communicate()[1]
         assert process.returncode == 0 and "will be slow" not in told, told
-    assert [name[:7] for name in os.listdir(tmp_path)] == ["native-"]
+    assert [name[:7] for name in os.listdir(tmp_path)] == ["decode-"]
     made = os.stat(tmp_path / os.listdir(tmp_path)[0]).st_mtime_ns
     third = probe(tmp_path, "alone")
     third.communicate()
@@ -198,12 +198,12 @@ def test_where_it_cannot_be_compiled_one_line_says_why(tmp_path, environment, re
     if "PATH" in environment and importlib.util.find_spec("ziglang"):
         pytest.skip("there is a compiler")
     told = probe(tmp_path, **environment).communicate()[1]
-    assert "this CPU will be slow, as the C++ for it is not compiled" in told and reason in told
+    assert "this CPU will be slow, as decode.cc is not compiled" in told and reason in told
     assert "not built" in told and "Traceback" not in told
     assert os.listdir(tmp_path) == []
 
 
 def test_without_it_weights_stay_as_they_are(monkeypatch):
     c, w, _ = weights("small", "fp32")
-    monkeypatch.setattr(compiled, "load", lambda: False)
+    monkeypatch.setattr(compiled, "load", lambda source: False)
     assert native.pack(c, w) is None

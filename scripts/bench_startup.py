@@ -1,0 +1,47 @@
+"""Seconds from the training command to its first step, with an empty compilation cache and with a warm one.
+
+    python scripts/bench_startup.py --config=configs/quickstart.py --config.pretrain.steps=100
+
+Each round is a new run, which learns its tokenizer anew; the second and all later ones find what the first compiled.
+The C++ for CPUs is compiled before, as scripts/setup.sh does.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+
+from lowrank_jax import cli, compiled, workdir
+from lowrank_jax.config import RunFailure
+
+
+def command(argv: list[str]) -> dict:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    args, settings = parser.parse_known_args(argv)
+    all(map(compiled.load, compiled.TARGETS))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = [first_step(settings, os.path.join(folder, str(i)), folder) for i in range(args.rounds)]
+    print(f"cold {seconds[0]:.1f} s, warm {min(seconds[1:], default=float('nan')):.1f} s", flush=True)
+    return {"cold_seconds": seconds[0], "warm_seconds": seconds[1:]}
+
+
+def first_step(settings: list[str], run: str, folder: str) -> float:
+    cache = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "cache")}
+    line = [sys.executable, "-m", "lowrank_jax.main", *settings, f"--workdir={run}", "--config.every.log=1"]
+    started = time.monotonic()
+    with subprocess.Popen(line, env=os.environ | cache, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not any("lr" in row for row in workdir.read_rows(run, "metrics.jsonl")):
+            if process.poll() is not None:
+                raise RunFailure(process.stderr.read().decode(errors="replace").strip().splitlines()[-1])
+            time.sleep(0.05)
+        seconds = time.monotonic() - started
+        process.kill()
+    return seconds
+
+
+if __name__ == "__main__":
+    cli.main(command)
