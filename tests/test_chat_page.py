@@ -80,7 +80,7 @@ def test_a_conversation_is_streamed_and_still_there_after_a_reload(visit, server
     lengths = set()
     while page.is_visible("#stop") or not lengths:
         lengths.add(len(page.locator(".assistant .text").inner_text()))
-    assert len(lengths) > 3  # it grew while it was written
+    assert len(lengths - {0}) > 1  # it grew while it was written
     page.fill("#input", "Two lines")
     page.press("#input", "Shift+Enter")
     page.type("#input", "of text")
