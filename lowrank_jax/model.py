@@ -26,6 +26,13 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
 
 
+def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """rms_norm(x) * gain."""
+    # XLA's compiler for CPUs: [1, 1024, 512] forward and backward took 7.5 ms on 2 cores, [1024, 512] takes 0.7.
+    rows = x[0] if x.ndim == 3 and len(x) == 1 else x
+    return (rms_norm(rows) * gain).reshape(x.shape)
+
+
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """silu(gate) * up. Its gradient computes silu once more: else JAX would keep two more such arrays a layer."""
@@ -47,7 +54,7 @@ class Norm(nnx.Module):
         self.gain = nnx.Param(jnp.ones(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x) * self.gain[...]
+        return norm(x, self.gain[...])
 
 
 class Linear(nnx.Module):

@@ -49,8 +49,7 @@ def of_step(config: RunConfig, peak_flops: float, steps: int) -> list[dict]:
     attend = lambda q, k, v: attention.attend(q, k, v, jnp.zeros(targets.shape, jnp.int32))
     measure("attention", often, 3.5 * scores, gradient(attend), q_BTHK, q_BTHK, q_BTHK, q_BTHK)
     measure("mlp", often, 6 * at_once * per_layer["mlp"], gradient(_mlp), x_BTD, weights["mlp"], x_BTD)
-    norm = lambda x, gain: model.rms_norm(x) * gain
-    measure("norms", 2 * often, 0, gradient(norm), x_BTD, x_BTD, weights["mlp_norm"]["gain"])
+    measure("norms", 2 * often, 0, gradient(model.norm), x_BTD, x_BTD, weights["mlp_norm"]["gain"])
     table_VE, x_BTE = model.head(c, params, x_BTD)
     head = lambda table, x: loss.through_head(table, x, targets, jnp.ones(targets.shape))[0]
     measure("head and loss", once, 6 * at_once * table_VE.size, jax.grad(head, (0, 1)), table_VE, x_BTE)
