@@ -31,10 +31,12 @@ def command(argv: list[str]) -> dict:
 
 def first_step(settings: list[str], run: str, folder: str) -> float:
     cache = {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "cache")}
-    line = [sys.executable, "-m", "lowrank_jax.main", *settings, f"--workdir={run}", "--config.every.log=1"]
+    line = [sys.executable, "-m", "lowrank_jax.main", *settings, f"--workdir={run}"]
     started = time.monotonic()
     with subprocess.Popen(line, env=os.environ | cache, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while not any("lr" in row for row in workdir.read_rows(run, "metrics.jsonl")):
+        while not any(
+            row["event"] == "stage" for row in workdir.read_rows(run, "events.jsonl")
+        ):  # after its first step
             if process.poll() is not None:
                 raise RunFailure(process.stderr.read().decode(errors="replace").strip().splitlines()[-1])
             time.sleep(0.05)
