@@ -53,7 +53,6 @@ def through_head(table_VE, x_BTE, targets_BT, weights_BT, scale=1.0, smoothing: 
     its logits are there, so that nothing is computed twice; `scale` is in it from the start, for fp16. Only the first
     result has a gradient.
     """
-
     table_VE = sharding.constrain(table_VE, sharding.TENSOR)
 
     def add(sums, part):
