@@ -15,7 +15,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import compiled, sharding
@@ -180,6 +179,8 @@ def _cudnn(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
 
 
 def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # 0.15 s, wasted anywhere but on TPUs
+
     T, H, K = q_BTHK.shape[1:]
     block = max(n for n in (128, 256, 384, 512) if T % n == 0)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)  # never made: a function of two positions

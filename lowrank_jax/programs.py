@@ -46,6 +46,7 @@ class Programs:
         self._made: dict[Stage, Future[Program]] = {}
         self._chosen: dict[Stage, Stage] = {}
         self._bounded: set[Stage] = set()
+        self._following: Stage | None = None
 
     def fit_all(self, plan: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
         """Compiles the first stage, and all that are neither known nor far from the limit (`fit.by_bound`).
@@ -74,19 +75,23 @@ class Programs:
         return fits
 
     def run(self, stage: Stage, following: Stage | None) -> bool:
-        """Makes a stage's program the one that runs, waited for if need be, and begins with the one that follows.
+        """Makes a stage's program the one that runs, waited for if need be; `settle` begins with the one that follows.
 
         Returns whether only now it is known what the stage needs. Raises Interrupted where a signal comes first.
         """
         self._keep((stage, following))
-        self.running = self._get(stage)
+        self.running, self._following = self._get(stage), following
         if not self.running.fit.fits:  # one that the gate did not see, as where precision has changed
             raise RunFailure(fit.refusal(self.running.fit))
-        if following:
-            self._prepare(following)
         is_new = stage in self._bounded
         self._bounded.discard(stage)
         return is_new
+
+    def settle(self) -> None:
+        """The running program's first step is done, which a compiler beside it would have held up."""
+        self.held = None
+        if self._following:
+            self._prepare(self._following)
 
     def chosen(self, stage: Stage) -> Stage:
         """The stage as it fits, as far as that is known."""

@@ -61,13 +61,16 @@ class Tracker:
     def __init__(self, name: str, service: contextlib.AbstractContextManager[Write]):
         self._name, self._rows = name, queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, args=(service,), name=f"track-{name}", daemon=True)
-        self._thread.start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        if not self._thread.ident:  # only now: its imports (tensorboardX's of PyTorch, if there) would hold up the start
+            self._thread.start()
         if self._thread.is_alive():  # else nobody would ever take them
             self._rows.put((step, values))
 
     def close(self) -> None:
+        if not self._thread.ident:
+            return
         self._rows.put(None)
         self._thread.join(PATIENCE)
         if self._thread.is_alive():

@@ -19,7 +19,6 @@ from lowrank_jax import (
     phase,
     plan,
     processes,
-    report,
     sharding,
     stages,
     step,
@@ -108,6 +107,8 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
             state, at = _restore(r)
             _save_quietly(r, state, at)  # from here on fewer rows at a time, also if it is killed
         if processes.is_first():
+            from lowrank_jax import report  # with matplotlib, which takes 0.3 s to import: not before the first step
+
             report.write(folder)
         return finish
 
@@ -243,7 +244,7 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
             meter.add(r.programs.running.stage, at, metrics)
             if r.programs.held:  # that was the program's first step
                 meter.end_switch(r.programs.running.fit)
-                r.programs.held = None
+                r.programs.settle()
             minutes = (time.monotonic() - last_save) / 60
             timely = r.config.every.save_minutes and minutes >= r.config.every.save_minutes
             timely = r.signals.exchange(bool(timely), metrics["loss"])
@@ -262,8 +263,9 @@ def _after(at: dict, stage: Stage, cursor: dict) -> dict:
 def _enter(r: Run, stage: Stage, state: step.TrainState, at: dict, meter: Meter):
     """(state, feed of batches) of the phase that trains now; where it starts, the optimizer has no memory."""
     if at["step"] == stage.phase_start:
-        state, old = step.first_state(r.config, state.weights, at["step"], r.mesh), state
-        jax.tree.map(lambda x: x.delete(), old)  # callers still hold it
+        if at["step"]:  # the run's first state has none yet
+            state, old = step.first_state(r.config, state.weights, at["step"], r.mesh), state
+            jax.tree.map(lambda x: x.delete(), old)  # callers still hold it
         workdir.log_event(r.folder, "phase", at["step"], phase=stage.phase)
         if r.config.init_from and at["step"] == 0:
             _save(r, meter, state, at)  # from here on the run does not need the other one

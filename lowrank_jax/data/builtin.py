@@ -58,7 +58,7 @@ _PRIVATE = re.compile(r"\S@\S|https?:|www\.|\.com\b|(\d[\s().-]*){7}")
 _RUDE = re.compile(
     r"\b(ass(hole)?|bastard\w*|bitch\w*|bullshit|cocks?|crap\w*|cunts?|damn\w*|dick\w*|fag\w*|fuck\w*|goddamn\w*|"
     r"nazi\w*|nigg\w*|porn\w*|piss\w*|pussy|rape\w*|retard\w*|sex\w*|shit\w*|slut\w*|suicid\w*|whore\w*|wtf)\b",
-    re.IGNORECASE,
+    re.ASCII,
 )
 
 
@@ -71,13 +71,13 @@ def _chitchat() -> list[dict]:
     conversations = json.loads((_package("chitchat_dataset") / "dataset.json").read_text("utf-8"))
     documents = []
     for conversation in conversations.values():
-        turns = [" ".join(m["text"].strip() for m in turn) for turn in conversation["messages"]]
-        turns = [_tidy(turn) for turn in turns[:CHITCHAT_TURNS]]
+        turns = [" ".join(m["text"].strip() for m in turn) for turn in conversation["messages"][:CHITCHAT_TURNS]]
+        turns = [_tidy(turn) for turn in turns]
         whole = "\n".join(turns)
         turns = turns[: len(turns) // 2 * 2]
-        if len(turns) < 4 or not all(turns) or _PRIVATE.search(whole) or _RUDE.search(whole):
+        if len(turns) < 4 or not all(turns) or not 6 <= len(whole) / len(turns) <= 300 or not whole.isascii():
             continue
-        if not 6 <= len(whole) / len(turns) <= 300 or not whole.isascii():
+        if _PRIVATE.search(whole) or _RUDE.search(whole.lower()):
             continue
         while turns and len(turns[1]) < SHORT_REPLY:  # "Hello?" "Hey!"
             turns = turns[2:]
@@ -97,7 +97,7 @@ def _smalltalk() -> list[dict]:
         path = _package("chatterbot_corpus") / "data" / "english" / f"{topic}.yml"
         for turns in yaml.safe_load(path.read_text("utf-8"))["conversations"]:
             turns = [_tidy(str(turn)) for turn in turns][: 8 if topic in ("conversations", "health") else 2]
-            if len(turns) >= 2 and all(turns) and not _RUDE.search("\n".join(turns)):
+            if len(turns) >= 2 and all(turns) and not _RUDE.search("\n".join(turns).lower()):
                 documents.append(_alternate(turns[: len(turns) // 2 * 2]))
     return documents
 
@@ -108,8 +108,8 @@ CORPORA = {
     "bible": _bible,
     "chitchat": _chitchat,
     "smalltalk": _smalltalk,
-    "quickstart": _plays,
-    "quickchat": lambda: _smalltalk() + _chitchat(),
+    "quickstart": lambda: load("plays"),
+    "quickchat": lambda: load("smalltalk") + load("chitchat"),
 }
 
 
@@ -140,7 +140,7 @@ def _split(text: str, size: int) -> list[str]:
 
 def _tidy(turn: str) -> str:
     """One line, typographic quotes made plain, and a sentence that begins and ends like one."""
-    turn = re.sub(r"\s+", " ", turn.translate(_PLAIN)).strip()
+    turn = " ".join(turn.translate(_PLAIN).split())
     turn = re.sub(r"\bi\b(?!\.)", "I", turn)
     if turn and turn[-1] not in ".!?" + string.punctuation:
         turn += "."

@@ -10,6 +10,7 @@
 | builtin | a corpus that ships in a Python package | a document |
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -57,6 +58,9 @@ class Builtin:
         return self._documents[row]
 
 
+_builtin = functools.cache(Builtin)  # opened for the tokenizer, a first look, training and evaluation
+
+
 def open_source(source: SourceConfig, chats: bool = False) -> Source:
     """The documents of a source, read as conversations where there are some if `chats`.
 
@@ -65,7 +69,7 @@ def open_source(source: SourceConfig, chats: bool = False) -> Source:
     kind, _, location = source.spec.partition(":")
     keys = (source.text_key, source.messages_key, chats)
     if kind == "builtin":
-        return Builtin(location)
+        return _builtin(location)
     if kind == "hf":
         name, _, config = location.partition(":")
         return tables.hugging_face(name, config, source.split, *keys)

@@ -98,12 +98,12 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
         limit = Limit(config.spec, p.max_skipped, _ignore)
         reader = Reader(source, ONCE, limit, chats, 0, (0, 1), None)
-        found = learnt = 0
+        found, learnt = 0, False
         while found < READ and (document := reader.next()) is not None:
             found += 1
-            if found <= ENCODED:
+            if found <= ENCODED and not learnt:
                 _, said = packing.encode_document(tokenizer, document, chats)
-                learnt += said[1 : p.block + 1].any()
+                learnt = said[1 : p.block + 1].any()
         if not found:
             why = f"; the last record that could not be used: {describe(limit.last)}" if limit.last else ""
             raise UsageError(f"source {config.spec}: there is no text in it{why}")
