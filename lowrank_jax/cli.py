@@ -24,6 +24,8 @@ from tqdm import tqdm
 from lowrank_jax import processes
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 
+ABANDONED = "abandoned"  # how the names of threads begin that a process does not wait for at its end
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one `error: ...` line; adds `--json`."""
@@ -102,8 +104,8 @@ def _machine() -> str:
 def main(command, argv: list[str] | None = None) -> None:
     """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict.
 
-    As the main program (without `argv`) it ends at once where compilations may be under way (nothing can stop them, and
-    they would hold up the exit for minutes), or where one of many processes has failed.
+    As the main program (without `argv`) it ends at once where threads named ABANDONED may be at work (nothing can stop
+    them, and they would hold up the exit for minutes), or where one of many processes has failed.
     """
     leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
@@ -142,8 +144,8 @@ def _tell(error: str) -> None:
 def _leave(status: int | None) -> None:
     if status and processes.count() > 1 and processes.is_first():
         time.sleep(3)  # the others end with a stack trace when this process, which coordinates them, is gone
-    compiling = any(thread.name.startswith("compiler") for thread in threading.enumerate())  # see programs.py
-    if not compiling and (not status or processes.count() == 1):  # a process that fails does not wait for the others
+    is_left = any(thread.name.startswith(ABANDONED) for thread in threading.enumerate())
+    if not is_left and (not status or processes.count() == 1):  # a process that fails does not wait for the others
         sys.exit(status)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from lowrank_jax import cli, decoder, faults, loss, model, native, precision, quantize, sharding, stages
+from lowrank_jax import cli, decoder, faults, loss, model, native, precision, quantize, sharding, stages, step
 from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
@@ -60,6 +61,14 @@ def evaluate(
         with jax.set_mesh(mesh):
             nats += float(_loss_sum(config, params, placed))
     return _measures(nats, batches, byte_lengths)
+
+
+def compile_for(config: RunConfig, mesh: Mesh, rows: int, length: int) -> None:
+    """Compiles what `evaluate` runs for batches of such a shape, which JAX then finds."""
+    at = sharding.of_rows(mesh, rows)
+    batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=at) for name, kind in step.BATCH.items()}
+    with jax.set_mesh(mesh):
+        _loss_sum.lower(config, step.abstract_state(config, mesh).params, batch).compile()
 
 
 def _measures(nats: float, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:

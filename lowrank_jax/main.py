@@ -36,4 +36,5 @@ def command(argv: list[str]) -> dict:
 
 
 if __name__ == "__main__":
+    startup.spare_imports()
     cli.main(command)

@@ -38,6 +38,14 @@ def measure(config: RunConfig, mesh: Mesh, last: Stage, tok: Tokenizer, folder: 
     return functools.partial(evaluate.evaluate, config, batches=parts, byte_lengths=tok.byte_lengths())
 
 
+def compile_measure(config: RunConfig, mesh: Mesh) -> None:
+    """Compiles what `measure` of the first phase runs, if everything fits as planned; JAX then finds it."""
+    plan = stages.plan(config, sharding.row_shards(mesh))
+    last = [s for s in plan if s.phase == plan[0].phase][-1]
+    if getattr(config, last.phase).eval_fraction:
+        evaluate.compile_for(config, mesh, last.microbatch, last.seq_len)
+
+
 def feed(
     config: RunConfig, mesh: Mesh, stage: Stage, tok: Tokenizer, folder: str, at: dict, step_now: Callable[[], int]
 ) -> stream.Feed:

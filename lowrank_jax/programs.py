@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from lowrank_jax import fit, interrupt, precision, processes, sharding, step
+from lowrank_jax.cli import ABANDONED
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.fit import Fit, Learnt
 from lowrank_jax.stages import Stage
@@ -42,7 +43,7 @@ class Programs:
 
     def __init__(self, config: RunConfig, mesh: Mesh, limit: int, learnt: Learnt, stop: Callable[[], bool]):
         self.config, self.mesh, self.limit = config, mesh, limit
-        self._learnt, self._stop, self._pool = learnt, stop, ThreadPoolExecutor(COMPILERS, "compiler")
+        self._learnt, self._stop, self._pool = learnt, stop, ThreadPoolExecutor(COMPILERS, ABANDONED)
         self._made: dict[Stage, Future[Program]] = {}
         self._chosen: dict[Stage, Stage] = {}
         self._bounded: set[Stage] = set()

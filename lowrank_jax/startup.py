@@ -1,5 +1,6 @@
-"""What a training process needs before JAX is imported."""
+"""What a training process needs before JAX is imported, and once it is."""
 
+import gc
 import os
 import sys
 
@@ -26,3 +27,12 @@ def prepare() -> None:
     """Starts this command anew, as the same process, where its environment lacks something."""
     if missing := environment():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+
+
+def spare_imports() -> None:
+    """Keeps the garbage collector from what has been imported, and from looking as often as it would.
+
+    Of the quickstart's start it took 1.3 s of 7.4, on 2 cores: reading 40 MB of JSON and tracing make many objects.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000)

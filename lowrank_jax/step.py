@@ -1,6 +1,7 @@
 """One update: loss and gradients over the microbatches, clipped, judged, and applied at the step's learning rate."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,7 @@ def first_state(config: RunConfig, params: dict, step: int = 0, mesh: Mesh | Non
     return jax.jit(start, donate_argnums=0, out_shardings=layout)(params)
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     """The shapes, dtypes and places of a state, for a checkpoint to be restored onto or a step to be compiled for."""
     shapes = jax.eval_shape(lambda: _start(config, _init(config), 0))

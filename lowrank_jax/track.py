@@ -52,29 +52,38 @@ def values(row: dict) -> dict[str, float]:
 
 def open_trackers(names: tuple[str, ...], folder: str, settings: dict, step: int) -> list["Tracker"]:
     """A tracker for each name; `settings` is the run's config, `step` the step that it starts or goes on from."""
-    return [Tracker(name, _OPEN[name](folder, settings, step)) for name in names]
+    return [Tracker(name, _OPEN[name](folder, settings, step), step) for name in names]
 
 
 class Tracker:
-    """Rows on their way to one service. `log` and `close` never raise, and only `close` waits."""
+    """Rows on their way to one service. `log` and `close` never raise, and only `close` waits.
 
-    def __init__(self, name: str, service: contextlib.AbstractContextManager[Write]):
-        self._name, self._rows = name, queue.SimpleQueue()
+    The service is opened behind the first step: tensorboardX imports PyTorch where that is installed, 1.3 s.
+    """
+
+    def __init__(self, name: str, service: contextlib.AbstractContextManager[Write], step: int):
+        self._name, self._first, self._rows = name, step, queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, args=(service,), name=f"track-{name}", daemon=True)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if not self._thread.ident:  # only now: its imports (tensorboardX's of PyTorch, if there) would hold up the start
+        if step > self._first and not self._started:
             self._thread.start()
-        if self._thread.is_alive():  # else nobody would ever take them
+        if self._thread.is_alive() or not self._started:  # else nobody would ever take them
             self._rows.put((step, values))
 
     def close(self) -> None:
-        if not self._thread.ident:
-            return
+        if not self._started:
+            if self._rows.empty():
+                return
+            self._thread.start()
         self._rows.put(None)
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
             say(f"{self._name}: not everything was sent within {PATIENCE:.0f} s; metrics.jsonl has it all")
+
+    @property
+    def _started(self) -> bool:
+        return self._thread.ident is not None
 
     def _send(self, service: contextlib.AbstractContextManager[Write]) -> None:
         try:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from lowrank_jax import (
     workdir,
 )
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
-from lowrank_jax.cli import say
+from lowrank_jax.cli import ABANDONED, say
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
@@ -78,14 +79,22 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
     track.check(config.track)
     with contextlib.ExitStack() as stack:
         processes.on_first(lambda: stack.enter_context(workdir.lock(folder)))
-        config, tok, old = _prepare(config, folder)
+        config, old, read = _prepare(config, folder)
         mesh, signals = sharding.make_mesh(config, jax.devices()), Signals(received)
-        programs, fits = _gate(config, mesh, folder, signals)
+        reading = _while_compiling(read)
+        if old is None:  # which is evaluated before it trains
+            _while_compiling(lambda: phase.compile_measure(config, mesh))
+        failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
+        programs, fits = _gate(config, mesh, folder, lambda: signals.agreed > 0 or bool(failed()))
         stack.enter_context(contextlib.closing(programs))
-        if processes.is_first():
-            show(plan.table(plan.describe(config, fits, mesh)))
         if workdir.newest_checkpoint(folder) is None:
-            programs.held = step.first_state(config, _first_params(config, mesh, tok), 0, mesh), START
+            programs.held = step.first_state(config, _first_params(config, mesh, reading.result), 0, mesh), START
+        table = plan.table(plan.describe(config, fits, mesh))
+        tok = reading.result()
+        if len(set(processes.gather(tok.sha256))) > 1:
+            raise RunFailure("the processes have different tokenizers: do all see the same files?")
+        if processes.is_first():
+            show(table)
         if old is None and processes.is_first():
             tok.save(workdir.tokenizer_folder(folder))  # before config.json: where that is, the tokenizer is too
         saved = stack.enter_context(Checkpoints(folder, config.every.keep))
@@ -113,14 +122,22 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         return finish
 
 
-def _gate(config: RunConfig, mesh: Mesh, folder: str, signals: Signals) -> tuple[Programs, list[fit.Fit]]:
+def _while_compiling(work: Callable) -> Future:
+    """What `work` will return, from a thread of its own."""
+    pool = ThreadPoolExecutor(1, ABANDONED)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
+
+
+def _gate(config: RunConfig, mesh: Mesh, folder: str, stop: Callable[[], bool]) -> tuple[Programs, list[fit.Fit]]:
     """The programs, and how every stage that is left fits into memory: as the ledger has it, or found by compiling.
 
-    A signal cuts it short, and the loop then leaves.
+    `stop` cuts it short, after which nothing is trained.
     """
     ledger, whole_plan = workdir.read_rows(folder, "events.jsonl"), stages.plan(config, sharding.row_shards(mesh))
     limit = min(processes.gather(fit.limit_bytes(config, mesh)))
-    programs = Programs(config, mesh, limit, fit.remembered(ledger, mesh), lambda: signals.agreed > 0)
+    programs = Programs(config, mesh, limit, fit.remembered(ledger, mesh), stop)
     left = tuple(s for s in whole_plan if s.end >= (workdir.newest_checkpoint(folder) or 0))
     try:
         return programs, programs.fit_all(left, fit.known(ledger, config, whole_plan, mesh, limit))
@@ -131,8 +148,11 @@ def _gate(config: RunConfig, mesh: Mesh, folder: str, signals: Signals) -> tuple
         raise
 
 
-def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunConfig | None]:
-    """The resolved config, the tokenizer (learnt for a new run) and the config that the folder's run had, if any."""
+def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
+    """The resolved config, the one that the folder's run had, if any, and what takes as long as compiling.
+
+    That looks at the data, and returns the tokenizer (learnt for a new run).
+    """
     phases = [config.pretrain] + ([config.sft] if config.sft.steps else [])
     if workdir.holds_run(folder):
         old, tok = workdir.read_config(folder), tokenizer.load(workdir.tokenizer_folder(folder))
@@ -145,24 +165,29 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, Tokenizer, RunC
             )
         old, t = None, config.tokenizer
         home = t.path or (config.init_from and workdir.tokenizer_folder(config.init_from))
-        tok = tokenizer.load(home) if home else tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
-        if len(set(processes.gather(tok.sha256))) > 1:
-            raise RunFailure("the processes have different tokenizers: do all see the same files?")
-        config = config.with_vocab(tok.vocab_size)
+        tok = tokenizer.load(home) if home else None
+        config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
     shapes = step.abstract_state(config).params
     for p in phases:
         optim.rates(p, shapes)
-        stream.check(p, tok, chats=p is config.sft)  # what is skipped is told when it is met in training
-    return config, tok, old
+
+    def read() -> Tokenizer:
+        t = config.tokenizer
+        found = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        for p in phases:
+            stream.check(p, found, chats=p is config.sft)  # what is skipped is told when it is met in training
+        return found
+
+    return config, old, read
 
 
-def _first_params(config: RunConfig, mesh: Mesh, tok: Tokenizer) -> dict:
+def _first_params(config: RunConfig, mesh: Mesh, tok: Callable[[], Tokenizer]) -> dict:
     """The weights that a new run starts with: random ones, or as many as fit from the run `init_from`."""
     params = step.init_params(config, mesh)
     if not config.init_from:
         return params
     source = trained.open_run(config.init_from, mesh)
-    taken = warmstart.take(params, source.params, same_tokens=source.tokenizer.sha256 == tok.sha256)
+    taken = warmstart.take(params, source.params, same_tokens=source.tokenizer.sha256 == tok().sha256)
     say(f"first weights from step {source.progress['step']} of {config.init_from}\n{warmstart.describe(taken)}")
     for key in ("heads", "latent_norm"):  # no shape shows these
         there, here = getattr(source.config.model, key), getattr(config.model, key)
@@ -387,7 +412,7 @@ def _restore(r: Run) -> tuple[step.TrainState, dict]:
         put_back = lambda x: sharding.from_host(x) if is_held(x) else x
         restored = jax.tree.map(put_back, held[0], is_leaf=is_held), held[1]
     if restored is None:
-        restored = step.first_state(r.config, _first_params(r.config, r.mesh, r.tokenizer), 0, r.mesh), START
+        restored = step.first_state(r.config, _first_params(r.config, r.mesh, lambda: r.tokenizer), 0, r.mesh), START
     state, at = restored
     at = {key: at[key] for key in START}
     if at["step"] > r.plan[-1].end or _phase_done(r.plan, at["step"]) != at["phase"]:

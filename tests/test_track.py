@@ -178,7 +178,7 @@ def test_a_slow_service_holds_up_neither_a_step_nor_the_end(monkeypatch, capfd):
 
     monkeypatch.setattr(track, "PATIENCE", 0.1)
     started = time.monotonic()
-    tracker = track.Tracker("slow", slow())
+    tracker = track.Tracker("slow", slow(), step=0)
     for step in range(100):
         tracker.log(step, {"a": 1.0})
     tracker.close()
