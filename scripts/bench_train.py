@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from lowrank_jax import cli, costs, startup
 
 SHAPES = (("small", 256), ("small", 1024), ("base", 256))  # preset, length
-TOKENS, AT_ONCE = 2048, 1024  # of a step; of which ours has so many in memory at a time, PyTorch all
+TOKENS, AT_ONCE = 2048, 512  # of a step; of which ours has so many in memory at a time, PyTorch all
 VOCAB = 8192
 LAYOUTS = ("lowrank", "dense")  # of ours
 ARMS = {

@@ -148,7 +148,7 @@ STUDIES = {
     },
     # Does growing pay? The same tokens at one length, or at 256, 512, 1024 and 2048 for 30, 30, 30 and 10%.
     "growth": {
-        "settings": LONG | {"every.eval": 20, "pretrain.eval_tokens": 16_384},
+        "settings": LONG | {"every.eval": 20, "pretrain.eval_tokens": 16_384, "pretrain.readers": 2},  # the same text
         "reference": "fixed 2048",
         "growing": True,
         "lrs": (3e-3,),

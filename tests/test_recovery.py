@@ -166,6 +166,17 @@ def test_a_signal_during_compilation_ends_the_process_at_once_and_it_starts_agai
     assert events(tmp_path / "run", "preempt")[0]["step"] == 0
 
 
+def test_a_mistake_in_the_data_does_not_wait_for_the_compiler(data, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n \n")
+    deep = {"model__layers": 24, "model__scan": False, "pretrain__steps": 1, "sft__steps": 0}  # compiles for minutes
+    source = {"pretrain__sources": f"text:{tmp_path}/blank.txt", "tokenizer__vocab_size": 500}
+    started = time.monotonic()
+    code, _, err = train(data, tmp_path / "run", **deep, **source)
+    assert_one_line(code, err, 2, "blank.txt")
+    assert time.monotonic() - started < 30
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(data, reference, tmp_path):
     assert train(data, tmp_path / "run", faults="term@step=7")[0] == 143
     newest = tmp_path / "run" / "checkpoints" / "7"

@@ -6,6 +6,7 @@ import pathlib
 import struct
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -169,6 +170,31 @@ def test_a_server_that_is_away_is_told_once_and_training_goes_on(tmp_path, monke
     send("mlflow", tmp_path, range(1, 20), start=0)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
     assert "mlflow" in line and not (tmp_path / "mlflow.id").exists()
+
+
+@pytest.mark.parametrize("last", [7, 8])
+def test_a_service_is_opened_behind_the_first_step_or_at_the_end(last):
+    opened, written = threading.Event(), []
+
+    @contextlib.contextmanager
+    def service():
+        opened.set()
+        yield lambda step, values: written.append(step)
+
+    tracker = track.Tracker("it", service(), step=7)
+    tracker.log(7, {"eval_pretrain/loss": 1.0})
+    assert not opened.wait(0.2)
+    if last == 8:
+        tracker.log(8, {"train/loss": 1.0})
+        assert opened.wait(10)
+    tracker.close()
+    assert opened.is_set() and written == list(range(7, last + 1))
+
+
+def test_a_run_without_a_row_opens_no_service():
+    tracker = track.Tracker("it", contextlib.nullcontext(pytest.fail), step=7)
+    tracker.close()
+    tracker.close()
 
 
 def test_a_slow_service_holds_up_neither_a_step_nor_the_end(monkeypatch, capfd):
