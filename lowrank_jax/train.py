@@ -153,7 +153,7 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | Non
 
     That looks at the data, and returns the tokenizer (learnt for a new run).
     """
-    phases = [config.pretrain] + ([config.sft] if config.sft.steps else [])
+    phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
     if workdir.holds_run(folder):
         old, tok = workdir.read_config(folder), tokenizer.load(workdir.tokenizer_folder(folder))
         config = config.with_vocab(tok.vocab_size)
@@ -163,8 +163,7 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | Non
             raise UsageError(
                 f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
             )
-        old, t = None, config.tokenizer
-        home = t.path or (config.init_from and workdir.tokenizer_folder(config.init_from))
+        old, home = None, t.path or (config.init_from and workdir.tokenizer_folder(config.init_from))
         tok = tokenizer.load(home) if home else None
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
     shapes = step.abstract_state(config).params
@@ -172,7 +171,6 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | Non
         optim.rates(p, shapes)
 
     def read() -> Tokenizer:
-        t = config.tokenizer
         found = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         for p in phases:
             stream.check(p, found, chats=p is config.sft)  # what is skipped is told when it is met in training
