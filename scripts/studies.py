@@ -146,7 +146,8 @@ STUDIES = {
         },
         "limits": [],
     },
-    # Does growing pay? The same tokens at one length, or at 256, 512, 1024 and 2048 for 30, 30, 30 and 10%.
+    # Does growing pay? The same tokens at one length, or at 256, 512, 1024 and 2048 for 30, 30, 30 and 10%; and with a
+    # part of the time that this saves spent on more tokens.
     "growth": {
         "settings": LONG | {"every.eval": 20, "pretrain.eval_tokens": 16_384, "pretrain.readers": 2},  # the same text
         "reference": "fixed 2048",
@@ -156,10 +157,15 @@ STUDIES = {
         "arms": {
             "grown": {"pretrain.auto_grow": True, "pretrain.grow_plan": "256,512,1024,2048"}
             | {"pretrain.grow_every_steps": 38},
+            "grown longer": {"pretrain.auto_grow": True, "pretrain.grow_plan": "256,512,1024,2048"}
+            | {"pretrain.grow_every_steps": 40, "pretrain.steps": 134},
             "fixed 2048": {"pretrain.block": 2048},
             "fixed 256": {},
         },
-        "limits": [("grown", "fixed 2048", "parameters", "flops")],
+        "limits": [
+            ("grown", "fixed 2048", "parameters", "flops"),
+            ("grown longer", "fixed 2048", "parameters", "flops"),
+        ],
     },
     # Seconds instead of hours: whether the tools work, as tests/test_experiment.py asks.
     "smoke": {
