@@ -23,6 +23,7 @@ def get_config():
         auto_grow=True,
         grow_plan="128,256,512",
         grow_every_steps=120,
+        lr=1e-2,
         eval_fraction=0.02,
         eval_tokens=16_384,
         sample="ROMEO:\n",
