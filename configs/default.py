@@ -117,8 +117,8 @@ def phase(**changes) -> dict:
         "auto_grow": False,
         "grow_plan": "",  # rising lengths, such as 256,512,1024
         "grow_every_steps": 1000,  # steps at each length; the last one keeps the rest
-        # Peak. With 0.003 the quickstart's pretraining ended at 1.918 bits per byte instead of 1.936, but its SFT, at 2e-3,
-        # then left little of the plays: lower both.
+        # Peak. With 0.003 the quickstart's pretraining ended at 1.918 bits per byte instead of 1.936, but its SFT, at
+        # 2e-3, then left little of the plays: lower both.
         "lr": 1e-2,
         "lr_core": 0.0,  # peak of the blocks' weights; 0: lr
         "lr_head": 0.0,  # peak of the embedding (the head, too) and the last norm; 0: lr
