@@ -59,7 +59,8 @@ def test_of_a_lower_rank_are_the_weights_and_the_factors(folder, text, tmp_path,
     facts = run(folder, tmp_path / "out", text, "--rank=4", "--rank_split=1,1,3,3")
     told = capsys.readouterr().out
     assert facts["ranks"] == [2, 2, 6, 6] and f"-> {facts['bits_per_byte_after']:.4f}" in told
-    assert facts["bits_per_byte_before"] < facts["bits_per_byte_after"] < facts["bits_per_byte_before"] + 1
+    # Of random weights a lower rank may also predict better: mpt's did by 2e-6 on one kind of CPU, and not on another.
+    assert 0 < abs(facts["bits_per_byte_after"] - facts["bits_per_byte_before"]) < 1
     assert [set(row) for row in facts["errors"]] == [set("qkvo")] * 2
     assert all(0 < error < 1 for row in facts["errors"] for error in row.values())
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
