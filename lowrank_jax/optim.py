@@ -63,7 +63,7 @@ def _orthogonalized(momenta: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: done[path], momenta)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # traced once for all of a shape: 0.2 s of a start
+@functools.partial(jax.jit, static_argnums=1)  # traced once for all matrices of a shape
 def _newton_schulz(x_MIJ: jax.Array, axes: tuple) -> jax.Array:
     """Of M matrices, laid out as `axes` says of each."""
     count, rows, columns = x_MIJ.shape

@@ -55,7 +55,7 @@ def _bible() -> list[dict]:
 
 # E-mail addresses, links, and runs of digits as long as a telephone number.
 _PRIVATE = re.compile(r"\S@\S|https?:|www\.|\.com\b|(\d[\s().-]*){7}")
-_RUDE = re.compile(
+_RUDE = re.compile(  # for lower case: four times as fast as to ignore it
     r"\b(ass(hole)?|bastard\w*|bitch\w*|bullshit|cocks?|crap\w*|cunts?|damn\w*|dick\w*|fag\w*|fuck\w*|goddamn\w*|"
     r"nazi\w*|nigg\w*|porn\w*|piss\w*|pussy|rape\w*|retard\w*|sex\w*|shit\w*|slut\w*|suicid\w*|whore\w*|wtf)\b",
     re.ASCII,
