@@ -82,7 +82,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         config, old, read = _prepare(config, folder)
         mesh, signals = sharding.make_mesh(config, jax.devices()), Signals(received)
         reading = _while_compiling(read)
-        if old is None:  # which is evaluated before it trains; what fails here fails there again, and is told
+        if old is None:  # it is evaluated before it trains: what fails here fails there again, and is told
             _while_compiling(lambda: phase.compile_measure(config, mesh))
         failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
         programs, fits = _gate(config, mesh, folder, lambda: signals.agreed > 0 or bool(failed()))

@@ -34,7 +34,8 @@ def test_huge_pages_are_asked_for_where_they_come_on_request(tmp_path, monkeypat
 
 
 def test_the_garbage_collector_leaves_what_was_imported_alone():
-    line = "import gc; from lowrank_jax import startup; startup.spare_imports(); print(gc.get_freeze_count(), *gc.get_threshold())"
+    line = "import gc; from lowrank_jax import startup; startup.spare_imports(); "
+    line += "print(gc.get_freeze_count(), *gc.get_threshold())"
     done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
     frozen, threshold, *_ = map(int, done.stdout.split())
     assert frozen > 1000 and threshold > 1000
