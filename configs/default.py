@@ -85,7 +85,7 @@ def groups() -> dict:
         "sft": phase(
             sources="builtin:quickchat",
             steps=0,  # 0: no SFT
-            lr=2e-3,
+            lr=6e-4,
             warmup=0.05,
         ),
         "every": {
@@ -117,9 +117,8 @@ def phase(**changes) -> dict:
         "auto_grow": False,
         "grow_plan": "",  # rising lengths, such as 256,512,1024
         "grow_every_steps": 1000,  # steps at each length; the last one keeps the rest
-        # Peak. With 0.003 the quickstart's pretraining ended at 1.918 bits per byte instead of 1.936, but its SFT, at
-        # 2e-3, then left little of the plays: lower both.
-        "lr": 1e-2,
+        # Peak. The best of 0.0015, 0.003, 0.006 and 0.012 for dense and low rank; SFT at a fifth of it: docs/results.md
+        "lr": 3e-3,
         "lr_core": 0.0,  # peak of the blocks' weights; 0: lr
         "lr_head": 0.0,  # peak of the embedding (the head, too) and the last norm; 0: lr
         # Weights that stay as they are, as a regular expression of their paths, such as "embed|norm" or "^blocks".

@@ -54,7 +54,7 @@ def test_values_from_the_command_line_equal_values_from_python():
     plan = {"pretrain.grow_plan": "256,512, 768"}
     as_text = RunConfig.from_dict(changed(GROW | plan | {"model.rank_split": "(1, 1, 3, 3)", "pretrain.lr": "1e-2"}))
     assert as_text.pretrain.grow_plan == (256, 512, 768)
-    assert as_text == RunConfig.from_dict(changed(GROW | {"pretrain.grow_plan": [256, 512, 768]}))
+    assert as_text == RunConfig.from_dict(changed(GROW | {"pretrain.grow_plan": [256, 512, 768], "pretrain.lr": 0.01}))
 
 
 def test_sources_may_be_one_string_or_a_list_of_dicts():
