@@ -64,6 +64,8 @@ def of_study(study: str, rows: list[dict]) -> str:
     parts = [quality(study, rows)]
     if "lengths" in rows[0]:
         parts += [lengths(rows), positions(rows)]
+    else:
+        parts += beside(study, rows)
     if STUDIES[study].get("growing"):
         parts.append(growth(study, rows))
     return "\n\n".join([*parts, made_by(study, rows)])
@@ -81,6 +83,18 @@ def quality(study: str, rows: list[dict]) -> str:
         cells = [spread([r["bits_per_byte"] for r in _at(rows, arm, lr)]) for lr in lrs]
         lines.append([arm, *sizes, *cells, spread(less, "{:+.4f}"), str(len(less))])
     return markdown(lines)
+
+
+def beside(study: str, rows: list[dict]) -> list[str]:
+    """One table, of arms beside those that they are to be compared with at equal parameters or FLOPs (`limits`)."""
+    lines = [["arm", "beside", "parameters", "FLOPs", "bits per byte less, each at its best", "ahead in"]]
+    for arm, than, *_ in STUDIES[study]["limits"]:
+        if less := paired(rows, arm, than):
+            ours, theirs = best(rows, arm)[0], best(rows, than)[0]
+            shares = [f"{ours[what] / theirs[what]:.2f} of its" for what in ("parameters", "flops")]
+            ahead = f"{sum(x < 0 for x in less)} of {len(less)}"
+            lines.append([arm, than, *shares, spread(less, "{:+.4f}"), ahead])
+    return [markdown(lines)] if len(lines) > 1 else []
 
 
 def lengths(rows: list[dict]) -> str:
