@@ -131,14 +131,16 @@ STUDIES = {
             "dense": DENSE,
             "split norm": low(norm=True),
             "split norm tokens": low(norm=True) | {"pretrain.steps": 1296},
-            "d/4 split norm": low(norm=True, rank=64),
             "split norm 5 layers": low(norm=True) | FIVE,
             "dense small": DENSE | {"model.d": 216, "model.mlp": 664},
+            "d/4 split norm": low(norm=True, rank=64),
+            "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
         },
         "limits": [
             ("split norm 5 layers", "dense", "parameters", "flops"),
             ("split norm tokens", "dense", "parameters", "flops"),
             ("split norm", "dense small", "parameters"),
+            ("d/4 split norm", "d/4 dense small", "parameters"),
         ],
     },
     # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096, by position, and with attention that sees
