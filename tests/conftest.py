@@ -46,7 +46,7 @@ def write_jsonl(path, rows: list) -> str:
 def run_config(**changes) -> RunConfig:
     """A config of toy size; `changes` are dotted keys with __ for the dot, such as model__d=16."""
     values = copy.deepcopy(default.get_config().to_dict())
-    values["model"] |= {"vocab": 64, "d": 16, "layers": 2, "heads": 2, "rank": 4}
+    values["model"] |= {"vocab": 64, "d": 16, "layers": 2, "heads": 2, "rank": 4, "latent_norm": True}
     for key, value in changes.items():
         *groups, last = key.split("__")
         group = values

@@ -14,7 +14,7 @@ from lowrank_jax import loss, model, optim, stages, step
 from lowrank_jax.config import RunConfig, UsageError
 
 ROWS, LENGTH = 8, 16
-TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "mlp": 24}
+TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "latent_norm": True, "mlp": 24}
 PHASE = {"tokens_per_step": ROWS * LENGTH, "block": LENGTH, "steps": 100, "warmup": 0.0, "lr": 1e-2}
 
 TINY_CHANGE = 1e-4  # a hundredth of the rate: Adam divides gradients of about 0 by themselves, rounding included
