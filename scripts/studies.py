@@ -114,6 +114,8 @@ STUDIES = {
             ("split 5 layers", "dense", "parameters", "flops"),
             ("split norm wide", "dense", "parameters", "flops"),
             ("split norm", "dense small", "parameters"),
+            ("split", "dense small", "parameters"),
+            ("split spectral", "dense small", "parameters"),
             ("split norm tokens", "dense", "parameters", "flops"),
             ("d/4 split norm tokens", "dense", "parameters", "flops"),
             ("d/4 split norm wide", "dense", "parameters", "flops"),
