@@ -91,6 +91,7 @@ STUDIES = {
             "split half up": low(variant="half_up"),
             "split bounded": low(variant="bounded"),
             "split spectral": low(variant="spectral"),
+            "split balanced": low(variant="balanced"),
             "split heads": low(variant="muon_heads"),
             "split norm wide": low(norm=True) | {"model.mlp": 960},
             "split norm tokens": low(norm=True) | {"pretrain.steps": 162},
@@ -116,6 +117,7 @@ STUDIES = {
             ("split norm", "dense small", "parameters"),
             ("split", "dense small", "parameters"),
             ("split spectral", "dense small", "parameters"),
+            ("split balanced", "dense small", "parameters"),
             ("split norm tokens", "dense", "parameters", "flops"),
             ("d/4 split norm tokens", "dense", "parameters", "flops"),
             ("d/4 split norm wide", "dense", "parameters", "flops"),
@@ -319,6 +321,23 @@ def _spectral() -> None:
     model.Linear.__init__ = spectral
 
 
+def _balanced() -> None:
+    """Factors in the size of _spectral's, without its directions: N(0, s/d_in) and N(0, s/d_out).
+
+    s = 1.8 is the mean of the D/8 largest singular values of a dense draw (N(0, 1/D), so that the largest is 2).
+    """
+    init = model.Linear.__init__
+
+    def balanced(self, matmul, rngs, d_in, d_out, rank=0, zero=False, has_down=True):
+        init(self, matmul, rngs, d_in, d_out, rank, zero, has_down)
+        if rank and has_down:
+            self.down[...] *= math.sqrt(1.8)
+        if rank and not zero:
+            self.up[...] *= math.sqrt(1.8 * rank / d_out)
+
+    model.Linear.__init__ = balanced
+
+
 def _no_positions() -> None:
     """NoPE: attention that knows of positions by the causal mask alone."""
     attention.alibi_slopes = lambda heads: np.zeros(heads, np.float32)
@@ -374,6 +393,7 @@ VARIANTS = {
     "half_up": lambda: _scale_updates(up=0.5),
     "bounded": _bounded,
     "spectral": _spectral,
+    "balanced": _balanced,
     "muon_heads": _muon_per_head,
     "nope": _no_positions,
     "rope": _rotary,
