@@ -172,6 +172,16 @@ def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
     assert not a["o"]["up"].any() and a["o"]["down"].any()
 
 
+def test_a_balanced_start_has_the_size_of_a_spectral_one(make, put_back):
+    singular = np.linalg.svd(np.random.default_rng(0).standard_normal((256, 256)) / 16, compute_uv=False)
+    studies.apply("balanced")
+    c = make.run_config(model__d=256, model__heads=8, model__rank=32, model__layers=1).model
+    a = jax.jit(lambda: model.init(c, jax.random.key(0)))()["blocks"]["attention"]
+    mean_squares = [(np.asarray(a[name][part]) ** 2).sum() / 32 for name, part in (("q", "down"), ("q", "up"))]
+    np.testing.assert_allclose(mean_squares, [singular[:32].mean() * c.ranks[0] / 32] * 2, rtol=0.1)
+    assert not a["o"]["up"].any() and a["o"]["down"].any()
+
+
 # -------------------------------------------------------------------------------------------------------------- lines
 
 
