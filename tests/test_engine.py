@@ -128,7 +128,8 @@ def test_it_ends_with_a_stop_id_or_the_context_or_the_limit():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"shared_kv": True}, {"rank": 0}, {"mlp_rank": 6, "embed_rank": 7, "tied": False}]
+    "changes",
+    [{}, {"latent_norm": False}, {"shared_kv": True}, {"rank": 0}, {"mlp_rank": 6, "embed_rank": 7, "tied": False}],
 )
 def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes):
     c, params, _ = weights(**changes)

@@ -11,7 +11,7 @@ from configs import default
 from lowrank_jax import attention, decoder, model
 from lowrank_jax.config import ModelConfig, RunConfig
 
-TOY = {"vocab": 61, "d": 48, "layers": 2, "heads": 6, "rank": 10, "mlp": 40}
+TOY = {"vocab": 61, "d": 48, "layers": 2, "heads": 6, "rank": 10, "latent_norm": True, "mlp": 40}
 EIGHT_HEADS = {"d": 64, "heads": 8}
 FACTORED = {"d": 96, "rank": 24, "vocab": 512, "mlp_rank": 16, "embed_rank": 12, "layers": 4}
 ONE_LAYER = {"layers": 1, "latent_norm": False}
