@@ -35,7 +35,7 @@ def groups() -> dict:
             # Mean rank R of Q, K, V, O. R = d/8, with 75% fewer attention parameters than dense, ends lowest for its
             # FLOPs; R = d/4 ends 0.018 bits per byte lower for its steps, with twice the cache. 0: dense, no latents.
             "rank": 64,
-            # Shares of the 4R ranks for q, k, v, o. An even split ended 0.011 bits per byte higher.
+            # Shares of the 4R ranks for q, k, v, o. An even split ended 0.012 bits per byte higher.
             "rank_split": (1.0, 1.0, 3.0, 3.0),
             "shared_kv": False,  # one latent for K and V: 7dR parameters instead of 8dR, and half the cache
             # RMSNorm on the q, k, v latents. Ended 0.003 bits per byte higher at the default rate, 0.012 lower at twice
