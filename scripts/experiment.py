@@ -91,8 +91,7 @@ def asked(args: argparse.Namespace) -> list[tuple[str, float, int]]:
 def config_of(study: str, arm: str, lr: float = 1e-2, seed: int = 0, tokenizer_path: str = "") -> RunConfig:
     """The config of one run, as the command line would make it."""
     values = default.get_config()
-    changes = studies.STUDIES[study]["settings"] | studies.STUDIES[study]["arms"][arm]
-    changes |= {"pretrain.lr": lr, "seed": seed}
+    changes = studies.changes(study, arm) | {"pretrain.lr": lr, "seed": seed}
     changes |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": studies.VOCAB}
     for name, value in changes.items():
         if name != "variant":
@@ -104,7 +103,7 @@ def config_of(study: str, arm: str, lr: float = 1e-2, seed: int = 0, tokenizer_p
 
 def one(study: str, arm: str, lr: float, seed: int, folder: str) -> None:
     """Trains a run to its end, in this process, which its variant then has changed for good."""
-    studies.apply(studies.STUDIES[study]["arms"][arm].get("variant", ""))
+    studies.apply(studies.changes(study, arm).get("variant", ""))
     home = folder_of(folder, study, arm, lr, seed)
     train.run(config_of(study, arm, lr, seed, learnt_tokenizer(folder)), home)
     if lengths := studies.STUDIES[study].get("lengths"):

@@ -59,12 +59,14 @@ SETTINGS = {
 }
 
 
-def low(rank_split=V_AND_O, norm=False, rank=32, **more) -> dict:
-    """An arm with factors: R = D/8 and no norm on the latents, unless said otherwise."""
-    return {"model.rank": rank, "model.rank_split": rank_split, "model.latent_norm": norm} | more
+def low(rank_split=V_AND_O, norm=False, rank=32, variant="fan_in") -> dict:
+    """An arm with factors: R = D/8, no norm on the latents and fan-in starts, unless said otherwise."""
+    return {"model.rank": rank, "model.rank_split": rank_split, "model.latent_norm": norm, "variant": variant}
 
 
 DENSE = {"model.rank": 0}
+BALANCED = low(variant="")  # the product's own start of the factors, and configs/default.py
+WHOLE = {"model.mlp_rank": 64, "model.embed_rank": 64}
 LONG = SETTINGS | {"pretrain.sources": LONG_TEXT} | low(norm=True)
 FIVE = {"model.layers": 5}
 STUDIES = {
@@ -83,16 +85,24 @@ STUDIES = {
             "even": low(EVEN),
             "even norm": low(EVEN, True),
             "steep norm": low((1, 1, 7, 7), True),
-            "split norm all": low(variant="norm_qkvo"),
-            "split norm v": low(variant="norm_v"),
-            "split norm vo": low(variant="norm_vo"),
-            "split norm qk": low(variant="norm_qk"),
-            "split half down": low(variant="half_down"),
-            "split half up": low(variant="half_up"),
-            "split bounded": low(variant="bounded"),
+            "split norm all": low(variant="fan_in+norm_qkvo"),
+            "split norm v": low(variant="fan_in+norm_v"),
+            "split norm vo": low(variant="fan_in+norm_vo"),
+            "split norm qk": low(variant="fan_in+norm_qk"),
+            "split half down": low(variant="fan_in+half_down"),
+            "split half up": low(variant="fan_in+half_up"),
+            "split bounded": low(variant="fan_in+bounded"),
+            "split heads": low(variant="fan_in+muon_heads"),
             "split spectral": low(variant="spectral"),
-            "split balanced": low(variant="balanced"),
-            "split heads": low(variant="muon_heads"),
+            "balanced": BALANCED,
+            "balanced norm": low(norm=True, variant=""),
+            "balanced even": low(EVEN, variant=""),
+            "balanced wide": BALANCED | {"model.mlp": 960},
+            "balanced 5 layers": BALANCED | FIVE,
+            "balanced tokens": BALANCED | {"pretrain.steps": 162},
+            "d/4 balanced": low(rank=64, variant=""),
+            "d/4 balanced tokens": low(rank=64, variant="") | {"pretrain.steps": 147},
+            "whole balanced": BALANCED | WHOLE,
             "split norm wide": low(norm=True) | {"model.mlp": 960},
             "split norm tokens": low(norm=True) | {"pretrain.steps": 162},
             "dense short": DENSE | {"pretrain.steps": 101},
@@ -106,8 +116,8 @@ STUDIES = {
             "dense 3 layers": DENSE | {"model.layers": 3},
             "split norm 4 heads": low(norm=True) | {"model.heads": 4},
             "split norm 16 heads": low(norm=True) | {"model.heads": 16},
-            "whole": low(norm=True) | {"model.mlp_rank": 64, "model.embed_rank": 64},
-            "whole 8 layers": low(norm=True) | {"model.mlp_rank": 64, "model.embed_rank": 64, "model.layers": 8},
+            "whole": low(norm=True) | WHOLE,
+            "whole 8 layers": low(norm=True) | WHOLE | {"model.layers": 8},
         },
         # What must hold of an arm beside another: parameters and FLOPs of the whole training at most as many.
         "limits": [
@@ -117,8 +127,13 @@ STUDIES = {
             ("split norm", "dense small", "parameters"),
             ("split", "dense small", "parameters"),
             ("split spectral", "dense small", "parameters"),
-            ("split balanced", "dense small", "parameters"),
+            ("balanced", "dense small", "parameters"),
             ("split norm tokens", "dense", "parameters", "flops"),
+            ("balanced tokens", "dense", "parameters", "flops"),
+            ("balanced 5 layers", "dense", "parameters", "flops"),
+            ("balanced wide", "dense", "parameters", "flops"),
+            ("d/4 balanced", "d/4 dense small", "parameters"),
+            ("d/4 balanced tokens", "dense", "parameters", "flops"),
             ("d/4 split norm tokens", "dense", "parameters", "flops"),
             ("d/4 split norm wide", "dense", "parameters", "flops"),
             ("d/4 split norm 5 layers", "dense", "parameters", "flops"),
@@ -139,12 +154,16 @@ STUDIES = {
             "dense small": DENSE | {"model.d": 216, "model.mlp": 664},
             "d/4 split norm": low(norm=True, rank=64),
             "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
+            "balanced": BALANCED,
+            "balanced tokens": BALANCED | {"pretrain.steps": 1296},
         },
         "limits": [
             ("split norm 5 layers", "dense", "parameters", "flops"),
             ("split norm tokens", "dense", "parameters", "flops"),
             ("split norm", "dense small", "parameters"),
             ("d/4 split norm", "d/4 dense small", "parameters"),
+            ("balanced", "dense small", "parameters"),
+            ("balanced tokens", "dense", "parameters", "flops"),
         ],
     },
     # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096, by position, and with attention that sees
@@ -156,9 +175,10 @@ STUDIES = {
         "lengths": (256, 512, 1024, 2048, 4096),
         "arms": {
             "alibi": {},
-            "nope": {"variant": "nope"},
-            "rope": {"variant": "rope"},
+            "nope": {"variant": "fan_in+nope"},
+            "rope": {"variant": "fan_in+rope"},
             "alibi dense": DENSE,
+            "alibi balanced": BALANCED,
         },
         "limits": [],
     },
@@ -177,6 +197,10 @@ STUDIES = {
             | {"pretrain.grow_every_steps": 40, "pretrain.steps": 134},
             "fixed 2048": {"pretrain.block": 2048},
             "fixed 256": {},
+            "grown longer balanced": BALANCED
+            | {"pretrain.auto_grow": True, "pretrain.grow_plan": "256,512,1024,2048"}
+            | {"pretrain.grow_every_steps": 40, "pretrain.steps": 134},
+            "fixed 2048 balanced": BALANCED | {"pretrain.block": 2048},
         },
         "limits": [
             ("grown", "fixed 2048", "parameters", "flops"),
@@ -202,6 +226,11 @@ STUDIES = {
         "limits": [("low", "dense", "parameters", "flops")],
     },
 }
+
+
+def changes(study: str, arm: str) -> dict:
+    """What an arm sets, with its study's settings."""
+    return STUDIES[study]["settings"] | STUDIES[study]["arms"][arm]
 
 
 def unseen() -> dict[str, list[str]]:
@@ -321,21 +350,19 @@ def _spectral() -> None:
     model.Linear.__init__ = spectral
 
 
-def _balanced() -> None:
-    """Factors in the size of _spectral's, without its directions: N(0, s/d_in) and N(0, s/d_out).
-
-    s = 1.8 is the mean of the D/8 largest singular values of a dense draw (N(0, 1/D), so that the largest is 2).
-    """
+def _fan_in() -> None:
+    """Factors N(0, 1/d_in) and N(0, 1/rank): their product has the variance of a dense fan-in draw."""
     init = model.Linear.__init__
 
-    def balanced(self, matmul, rngs, d_in, d_out, rank=0, zero=False, has_down=True):
+    def fan_in(self, matmul, rngs, d_in, d_out, rank=0, zero=False, has_down=True):
         init(self, matmul, rngs, d_in, d_out, rank, zero, has_down)
+        s = 0.9 * (1 + math.sqrt(d_out / d_in))  # the product's own, see Linear
         if rank and has_down:
-            self.down[...] *= math.sqrt(1.8)
+            self.down[...] *= math.sqrt(1 / s)
         if rank and not zero:
-            self.up[...] *= math.sqrt(1.8 * rank / d_out)
+            self.up[...] *= math.sqrt(d_out / (s * rank))
 
-    model.Linear.__init__ = balanced
+    model.Linear.__init__ = fan_in
 
 
 def _no_positions() -> None:
@@ -393,7 +420,7 @@ VARIANTS = {
     "half_up": lambda: _scale_updates(up=0.5),
     "bounded": _bounded,
     "spectral": _spectral,
-    "balanced": _balanced,
+    "fan_in": _fan_in,
     "muon_heads": _muon_per_head,
     "nope": _no_positions,
     "rope": _rotary,

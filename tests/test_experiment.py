@@ -34,7 +34,7 @@ def sizes(study: str, arm: str) -> dict[str, float]:
 def test_every_arm_is_a_config_with_variants_that_exist(study, arm):
     config = experiment.config_of(study, arm)
     assert config.pretrain.steps > 0 and config.sft.steps == 0
-    assert set(filter(None, studies.STUDIES[study]["arms"][arm].get("variant", "").split("+"))) <= set(studies.VARIANTS)
+    assert set(filter(None, studies.changes(study, arm).get("variant", "").split("+"))) <= set(studies.VARIANTS)
     assert studies.STUDIES[study]["reference"] in studies.STUDIES[study]["arms"]
 
 
@@ -172,13 +172,12 @@ def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
     assert not a["o"]["up"].any() and a["o"]["down"].any()
 
 
-def test_a_balanced_start_has_the_size_of_a_spectral_one(make, put_back):
-    singular = np.linalg.svd(np.random.default_rng(0).standard_normal((256, 256)) / 16, compute_uv=False)
-    studies.apply("balanced")
+def test_fan_in_starts_have_the_variance_of_a_dense_draw(make, put_back):
+    studies.apply("fan_in")
     c = make.run_config(model__d=256, model__heads=8, model__rank=32, model__layers=1).model
     a = jax.jit(lambda: model.init(c, jax.random.key(0)))()["blocks"]["attention"]
-    mean_squares = [(np.asarray(a[name][part]) ** 2).sum() / 32 for name, part in (("q", "down"), ("q", "up"))]
-    np.testing.assert_allclose(mean_squares, [singular[:32].mean() * c.ranks[0] / 32] * 2, rtol=0.1)
+    np.testing.assert_allclose(np.std(a["v"]["down"]), 256**-0.5, rtol=0.05)
+    np.testing.assert_allclose(np.std(a["v"]["down"][0] @ a["v"]["up"][0]), 256**-0.5, rtol=0.05)
     assert not a["o"]["up"].any() and a["o"]["down"].any()
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import default
 from lowrank_jax import attention, decoder, model
@@ -274,13 +275,24 @@ def test_every_matrix_starts_with_the_variance_its_docstring_states():
     projection, mlp = params["blocks"]["attention"]["v"], params["blocks"]["mlp"]
     rank_v = c.ranks[2]
     assert projection["down"].shape == (4, 96, rank_v) and mlp["out"]["down"].shape == (4, 40, 16)
-    expected = [(projection["down"], 96), (projection["up"], rank_v), (mlp["gate"]["down"], 96), (mlp["up"]["up"], 16)]
-    expected += [(mlp["out"]["down"], 40), (params["embed"]["table"], (c.d / 4) ** 2), (params["embed"]["up"], 12)]
-    for w, fan_in in expected:
-        np.testing.assert_allclose(np.std(w), fan_in**-0.5, rtol=0.1)
+    s = lambda d_in, d_out: 0.9 * (1 + (d_out / d_in) ** 0.5)
+    expected = [(projection["down"], s(96, 96) / 96), (projection["up"], s(96, 96) / 96)]
+    expected += [(mlp["gate"]["down"], s(96, 40) / 96), (mlp["up"]["up"], s(96, 40) / 40)]
+    expected += [(mlp["out"]["down"], s(40, 96) / 40)]
+    expected += [(params["embed"]["table"], (4 / c.d) ** 2), (params["embed"]["up"], 1 / 12)]
+    for w, variance in expected:
+        np.testing.assert_allclose(np.std(w), variance**0.5, rtol=0.1)
     layers = np.asarray(projection["down"]).reshape(4, -1)
     assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.2  # each layer draws its own
     assert not np.any(params["blocks"]["attention"]["o"]["up"]) and not np.any(mlp["out"]["up"])
+
+
+@pytest.mark.parametrize("d_in, d_out", [(256, 256), (256, 704), (704, 256)])
+def test_factors_start_as_large_as_those_of_a_dense_draw_s_svd(d_in, d_out):
+    u, s, vt = np.linalg.svd(np.random.default_rng(0).standard_normal((d_in, d_out)) / d_in**0.5, full_matrices=False)
+    linear = model.Linear(None, nnx.Rngs(0), d_in, d_out, 32)
+    np.testing.assert_allclose(np.std(linear.down[...]), np.std(u[:, :32] * s[:32] ** 0.5), rtol=0.1)
+    np.testing.assert_allclose(np.std(linear.up[...]), np.std(s[:32, None] ** 0.5 * vt[:32]), rtol=0.1)
 
 
 def test_a_vocabulary_of_257_works_in_forward_prefill_and_decode():
