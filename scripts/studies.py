@@ -65,9 +65,9 @@ def low(rank_split=V_AND_O, norm=False, rank=32, variant="fan_in") -> dict:
 
 
 DENSE = {"model.rank": 0}
-BALANCED = low(variant="")  # the product's own start of the factors, and configs/default.py
+BALANCED = low(variant="")  # as configs/default.py and lowrank_jax/model.py have it
 WHOLE = {"model.mlp_rank": 64, "model.embed_rank": 64}
-LONG = SETTINGS | {"pretrain.sources": LONG_TEXT} | low(norm=True)
+LONG = SETTINGS | {"pretrain.sources": LONG_TEXT} | BALANCED
 FIVE = {"model.layers": 5}
 STUDIES = {
     # Is low rank worth it? The claims about sizes (in `limits`) are tested in tests/test_experiment.py.
@@ -175,10 +175,9 @@ STUDIES = {
         "lengths": (256, 512, 1024, 2048, 4096),
         "arms": {
             "alibi": {},
-            "nope": {"variant": "fan_in+nope"},
-            "rope": {"variant": "fan_in+rope"},
+            "nope": {"variant": "nope"},
+            "rope": {"variant": "rope"},
             "alibi dense": DENSE,
-            "alibi balanced": BALANCED,
         },
         "limits": [],
     },
@@ -197,10 +196,6 @@ STUDIES = {
             | {"pretrain.grow_every_steps": 40, "pretrain.steps": 134},
             "fixed 2048": {"pretrain.block": 2048},
             "fixed 256": {},
-            "grown longer balanced": BALANCED
-            | {"pretrain.auto_grow": True, "pretrain.grow_plan": "256,512,1024,2048"}
-            | {"pretrain.grow_every_steps": 40, "pretrain.steps": 134},
-            "fixed 2048 balanced": BALANCED | {"pretrain.block": 2048},
         },
         "limits": [
             ("grown", "fixed 2048", "parameters", "flops"),
