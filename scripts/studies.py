@@ -95,6 +95,8 @@ STUDIES = {
             "split heads": low(variant="fan_in+muon_heads"),
             "split spectral": low(variant="spectral"),
             "balanced": BALANCED,
+            "balanced half": low(variant="half_start"),
+            "balanced double": low(variant="double_start"),
             "balanced norm": low(norm=True, variant=""),
             "balanced even": low(EVEN, variant=""),
             "balanced wide": BALANCED | {"model.mlp": 960},
@@ -360,6 +362,19 @@ def _fan_in() -> None:
     model.Linear.__init__ = fan_in
 
 
+def _scale_start(by: float) -> None:
+    """Factors that start at a number times the product's own, a factor at zero excepted."""
+    init = model.Linear.__init__
+
+    def scaled(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        for factor in ("down", "up"):
+            if hasattr(self, "up") and hasattr(self, factor):
+                getattr(self, factor)[...] *= by
+
+    model.Linear.__init__ = scaled
+
+
 def _no_positions() -> None:
     """NoPE: attention that knows of positions by the causal mask alone."""
     attention.alibi_slopes = lambda heads: np.zeros(heads, np.float32)
@@ -416,6 +431,8 @@ VARIANTS = {
     "bounded": _bounded,
     "spectral": _spectral,
     "fan_in": _fan_in,
+    "half_start": lambda: _scale_start(0.5),
+    "double_start": lambda: _scale_start(2.0),
     "muon_heads": _muon_per_head,
     "nope": _no_positions,
     "rope": _rotary,

@@ -172,6 +172,16 @@ def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
     assert not a["o"]["up"].any() and a["o"]["down"].any()
 
 
+def test_a_start_of_half_the_size_is_half_the_products_own(make, put_back):
+    first = lambda: model.init(small(make).model, jax.random.key(0))["blocks"]
+    whole = first()
+    studies.apply("half_start")
+    half = first()
+    for name, part in (("q", "down"), ("v", "up"), ("o", "up")):
+        np.testing.assert_array_equal(half["attention"][name][part], whole["attention"][name][part] / 2)
+    np.testing.assert_array_equal(half["mlp"]["gate"]["kernel"], whole["mlp"]["gate"]["kernel"])
+
+
 def test_fan_in_starts_have_the_variance_of_a_dense_draw(make, put_back):
     studies.apply("fan_in")
     c = make.run_config(model__d=256, model__heads=8, model__rank=32, model__layers=1).model
