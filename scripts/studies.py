@@ -158,6 +158,7 @@ STUDIES = {
             "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
             "balanced": BALANCED,
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
+            "balanced half updates": low(variant="half_down+half_up"),
         },
         "limits": [
             ("split norm 5 layers", "dense", "parameters", "flops"),
