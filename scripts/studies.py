@@ -159,6 +159,7 @@ STUDIES = {
             "balanced": BALANCED,
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
             "balanced half updates": low(variant="half_down+half_up"),
+            "balanced even": low(EVEN, variant=""),
         },
         "limits": [
             ("split norm 5 layers", "dense", "parameters", "flops"),
