@@ -160,6 +160,7 @@ STUDIES = {
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
             "balanced half updates": low(variant="half_down+half_up"),
             "balanced even": low(EVEN, variant=""),
+            "d/4 balanced": low(rank=64, variant=""),
         },
         "limits": [
             ("split norm 5 layers", "dense", "parameters", "flops"),
@@ -167,6 +168,8 @@ STUDIES = {
             ("split norm", "dense small", "parameters"),
             ("d/4 split norm", "d/4 dense small", "parameters"),
             ("balanced", "dense small", "parameters"),
+            ("balanced even", "dense small", "parameters"),
+            ("d/4 balanced", "d/4 dense small", "parameters"),
             ("balanced tokens", "dense", "parameters", "flops"),
         ],
     },
