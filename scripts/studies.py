@@ -374,7 +374,7 @@ def _scale_start(by: float) -> None:
     def scaled(self, *args, **kwargs):
         init(self, *args, **kwargs)
         for factor in ("down", "up"):
-            if hasattr(self, "up") and hasattr(self, factor):
+            if hasattr(self, factor):
                 getattr(self, factor)[...] *= by
 
     model.Linear.__init__ = scaled
