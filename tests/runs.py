@@ -1,13 +1,15 @@
 """The commands as real processes, for the tests that start them: a tiny run, its settings, and what it leaves."""
 
-import atexit
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
+
+import forks
+
+from lowrank_jax import startup
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORDS = "the cat sat on a mat while two dogs ran over some hills and then slept under old trees".split()
@@ -31,6 +33,7 @@ TINY = {
     "sft.block": 64,
     "sft.eval_fraction": 0.1,
     "sft.eval_tokens": 128,
+    "track": "",  # TensorBoard's package imports PyTorch where it is installed, 3 CPU seconds a run
     "every.log": 1,
     "every.eval": 5,
     "every.save": 2,
@@ -38,23 +41,35 @@ TINY = {
 STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
 
 
-CACHE = tempfile.mkdtemp(
-    prefix="lowrank_jax_test_cache_"
-)  # of compiled programs: dozens of processes run the same ones
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# Compiled programs, for all processes of a session: dozens of them run the same ones. Without LLVM's passes a program
+# compiles in half the time; huge pages are asked for, so that no command starts itself anew for them (startup.py).
+SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+CACHE = os.path.join(tempfile.gettempdir(), f"lowrank_jax_test_cache_{SESSION}")
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": CACHE,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    startup.TUNABLES: "glibc.malloc.hugetlb=1",
+}
 
 
-def launch(module: str, *args: str, faults: str = "", **popen) -> subprocess.Popen:
-    cache = {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling takes half the time
-    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu"} | cache | quick
-    command = [sys.executable, "-m", f"lowrank_jax.{module}", *args]
+def launch(module: str, *args: str, faults: str = "", fresh: bool = False, patches: dict | None = None, **popen):
+    """Starts a command: a fork of what has imported the package already, or with `fresh` a Python of its own.
+
+    `patches` are what a fork changes in the package first, such as {"lowrank_jax.train.ALONE_SECONDS": 2}.
+    """
+    env = os.environ | ENVIRONMENT | {"LOWRANK_FAULTS": faults} | popen.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+    if fresh:
+        command = [sys.executable, "-m", f"lowrank_jax.{module}", *args]
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+    forks.start_server(ENVIRONMENT)
+    return forks.Fork(f"lowrank_jax.{module}", list(args), ROOT, env, patches or {}, **pipes)
 
 
-def run(module: str, *args: str, faults: str = "", stdin: str | None = None):
-    process = launch(module, *args, faults=faults, stdin=subprocess.PIPE)
+def run(module: str, *args: str, faults: str = "", stdin: str | None = None, fresh: bool = False):
+    process = launch(module, *args, faults=faults, fresh=fresh, stdin=subprocess.PIPE)
     out, err = process.communicate(stdin, timeout=300)
     return process.returncode, out, err
 

@@ -9,12 +9,13 @@ import urllib.request
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import forks
 import runs
 
 
 class Served(NamedTuple):
     url: str
-    process: subprocess.Popen
+    process: forks.Fork
     said: list[str]  # lines of standard error
 
     def get(self, path: str) -> str:

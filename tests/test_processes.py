@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import jax
 import numpy as np
@@ -19,35 +20,35 @@ from lowrank_jax import trained, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 FSDP = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 1}
+TWO_DEVICES = {"XLA_FLAGS": f"{runs.ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
 
 
-def environment(faults: str, flags: str = "") -> dict[str, str]:
-    env = os.environ | {"LOWRANK_FAULTS": faults, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": runs.CACHE}
-    quick = {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}"}
-    return env | quick | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+def together(data, folder, faults: str = "", patches: dict | None = None, **changes):
+    """Run two processes of two devices each; return their exit statuses and what they wrote, as (statuses, out, err).
+
+    As with scripts/launch_local.py, a process that is left ten seconds after the other failed is killed.
+    """
+    args = [*runs.train_args(data, folder, **FSDP | changes), f"--coordinator={free_address()}", "--processes=2"]
+    start = lambda i: runs.launch("main", *args, f"--process={i}", faults=faults, patches=patches, env=TWO_DEVICES)
+    with futures.ThreadPoolExecutor(2) as pool:
+        both = [start(i) for i in range(2)]
+        ends = [pool.submit(process.communicate, None, 300) for process in both]
+        futures.wait(ends, return_when=futures.FIRST_COMPLETED)
+        if not all(process.poll() in (0, None) for process in both):
+            futures.wait(ends, 10)
+        for process in both:
+            process.kill() if any(other.poll() for other in both) else None
+        outs, errs = zip(*(end.result() for end in ends))
+    return [process.returncode for process in both], "".join(outs), "".join(errs)
 
 
-def together(data, folder, faults: str = "", processes: int = 2, devices: int = 2, **changes):
-    """(exit status, stdout, stderr) of a run of so many processes."""
-    args = runs.train_args(data, folder, **FSDP | changes)
-    command = [sys.executable, "scripts/launch_local.py", f"--processes={processes}", f"--devices={devices}", "--"]
-    with subprocess.Popen(
-        [*command, *args],
-        cwd=ROOT,
-        env=environment(faults),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        errors="replace",
-    ) as launcher:
-        try:
-            out, err = launcher.communicate(timeout=300)
-        except BaseException:
-            for _ in range(2):  # it then ends within seconds, and leaves none of them running
-                launcher.send_signal(signal.SIGINT)
-                time.sleep(0.5)
-            raise
-    return launcher.returncode, out, err
+def launched(data, folder, faults: str = "") -> tuple[int, str]:
+    """Run the same through scripts/launch_local.py; return (exit status, stderr)."""
+    args = runs.train_args(data, folder, **FSDP)
+    command = [sys.executable, "scripts/launch_local.py", "--processes=2", "--devices=2", "--", *args]
+    env = os.environ | runs.ENVIRONMENT | {"LOWRANK_FAULTS": faults}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, errors="replace", timeout=300)
+    return done.returncode, done.stderr
 
 
 def losses(folder) -> dict:
@@ -80,36 +81,25 @@ def free_address() -> str:
         return f"127.0.0.1:{s.getsockname()[1]}"
 
 
-QUICK_MAIN = "from lowrank_jax import cli, main, train; train.ALONE_SECONDS = 2; cli.main(main.command)"
-
-
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """A run of which one process ran out of memory, the other did not, and how the former ended."""
+    """A run of which one process ran out of memory and the other did not, and how it ended."""
     folder = tmp_path_factory.mktemp("processes") / "run"
-    env = environment("oom@step=5:1", "--xla_force_host_platform_device_count=2")
-    args = [*runs.train_args(data, folder, **FSDP), f"--coordinator={free_address()}", "--processes=2"]
-    command = [sys.executable, "-c", QUICK_MAIN, *args]
-    to = {"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen([*command, "--process=0"], **to, stderr=subprocess.DEVNULL) as other:
-        try:
-            done = subprocess.run([*command, "--process=1"], **to, stderr=subprocess.PIPE, timeout=300)
-        finally:
-            other.kill()
-    return folder, done.returncode, done.stderr
+    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.train.ALONE_SECONDS": 2})
+    return folder, statuses[1], err
 
 
 @pytest.fixture(scope="module")
 def killed(alone, data):
     """The same run, started again, with one process killed: how it ended, and how long after it last wrote."""
     folder, *_ = alone
-    ended = together(data, folder, "kill@step=8:1")
-    return folder, ended, time.time() - runs.rows(folder, "events.jsonl")[-1]["time"]
+    status, _ = launched(data, folder, "kill@step=8:1")
+    return folder, status, time.time() - runs.rows(folder, "events.jsonl")[-1]["time"]
 
 
 def test_a_process_that_is_alone_without_memory_ends_in_one_line_and_is_remembered(alone, killed):
     folder, status, err = alone
-    lines = [line for line in err.splitlines() if "error: " in line]
+    lines = [line for line in err.splitlines() if line.startswith("process 1: error: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
     assert lines[0].startswith("process 1: error: out of memory at step 5, here alone"), err
     (oom,) = events(folder, "oom")
@@ -124,7 +114,7 @@ def test_a_process_that_is_alone_without_memory_ends_in_one_line_and_is_remember
 
 
 def test_a_run_with_a_killed_process_ends_and_goes_on_with_one(killed, data, reference):
-    folder, (status, _, _), seconds = killed
+    folder, status, seconds = killed
     assert status == 137 and seconds < 60
     assert max(event["step"] for event in events(folder, "save")) in (4, 6)  # the one at 6 may not be whole
     status, out, err = runs.train(data, folder)
@@ -136,14 +126,14 @@ def test_a_run_with_a_killed_process_ends_and_goes_on_with_one(killed, data, ref
 
 def test_a_signal_to_one_stops_all_at_one_step_and_an_oom_of_all_is_recovered_from(data, reference, tmp_path):
     folder = tmp_path / "run"
-    status, _, err = together(data, folder, "oom@step=4,term@step=7:1")
-    assert status == 143, err
+    statuses, _, err = together(data, folder, "oom@step=4,term@step=7:1")
+    assert statuses == [143, 143], err
     (oom,), (preempt,) = events(folder, "oom"), events(folder, "preempt")
     assert oom["step"] == 3 and oom["microbatch_tokens"] == 32 and 7 <= preempt["step"] <= 9
     assert preempt["step"] in [event["step"] for event in events(folder, "save")]
     assert err.count("out of memory at step 4: going on") == 1  # the first process alone speaks
-    status, out, err = together(data, folder)
-    assert status == 0, err
+    statuses, out, err = together(data, folder)
+    assert statuses == [0, 0], err
     assert out.count("done: step") == 1 and len(events(folder, "finish")) == 1
     assert events(folder, "start")[0]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
     for name in ("compile", "save", "phase", "data", "sample"):  # one process writes
@@ -153,16 +143,16 @@ def test_a_signal_to_one_stops_all_at_one_step_and_an_oom_of_all_is_recovered_fr
 
 
 def test_mistakes_end_all_processes_with_one_line_each(data, tmp_path):
-    status, _, err = together(data, tmp_path / "run", **{"mesh.data": 3})
+    statuses, _, err = together(data, tmp_path / "run", **{"mesh.data": 3})
     lines = [line for line in err.splitlines() if "error: " in line]
-    assert status == 2 and len(lines) == 2 and all("config.mesh (data=3" in line for line in lines), err
+    assert statuses == [2, 2] and len(lines) == 2 and all("config.mesh (data=3" in line for line in lines), err
     assert "Traceback" not in err and not (tmp_path / "run").exists()
 
 
 def test_what_the_first_process_finds_wrong_is_told_by_all(data, tmp_path):
     with workdir.lock(str(tmp_path)):
-        status, _, err = together(data, tmp_path)
-    assert status == 2 and err.count(f"error: another process is training in {tmp_path}") == 2, err
+        statuses, _, err = together(data, tmp_path)
+    assert statuses == [2, 2] and err.count(f"error: another process is training in {tmp_path}") == 2, err
 
 
 def test_flags_of_many_processes_go_together(data, tmp_path):
