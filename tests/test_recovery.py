@@ -208,9 +208,10 @@ def test_a_deeper_run_begins_where_a_shallower_one_ended(data, reference, tmp_pa
 
 
 def test_a_run_is_traced_and_tracked_where_it_is_asked_to_be(data, reference, tmp_path):
-    assert list((reference / "tensorboard").glob("events.out.tfevents.*"))
+    assert not (reference / "tensorboard").exists()
     shutil.copytree(reference, tmp_path / "run")
-    code, _, err = train(data, tmp_path / "run", sft__steps=20, profile=2, track="")
+    code, _, err = train(data, tmp_path / "run", sft__steps=20, profile=2, track="tensorboard")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
     assert code == 0 and "traced 2 steps" in err, err
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     page = (tmp_path / "run" / "report.html").read_text()

@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import runs
 
 from scripts import verify_resume
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = """model.d=16 model.layers=1 model.heads=2 model.rank=2 pretrain.steps=8 pretrain.tokens_per_step=256
-pretrain.block=16 pretrain.eval_tokens=256 sft.steps=0 every.log=1 every.eval=4 every.save=2"""
+pretrain.block=16 pretrain.eval_tokens=256 sft.steps=0 every.log=1 every.eval=4 every.save=2 track="""
 
 
 def verify(home: pathlib.Path, name: str, source: str, status: int) -> tuple[dict, str]:
@@ -22,7 +23,7 @@ def verify(home: pathlib.Path, name: str, source: str, status: int) -> tuple[dic
     args = ["--config=configs/default.py", *(f"--config.{setting}" for setting in settings)]
     args += ["--precisions=fp32", "--optimizers=adamw", "--kills=2", f"--folder={home / name}", "--json"]
     command = [sys.executable, ROOT / "scripts" / "verify_resume.py", *args]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | runs.ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
@@ -36,7 +37,7 @@ def study(make, tok, tmp_path_factory):
     return home / "study", source, verify(home, "study", source, 0)[0]
 
 
-def runs(study, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
+def copies(study, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
     """Copies of the run left alone and the one killed, to be changed."""
     for name in ("alone", "killed1"):
         (tmp_path / name).mkdir()
@@ -78,7 +79,7 @@ def test_a_process_that_fails_is_shown_with_what_it_said(study):
 
 @pytest.mark.parametrize("key", ["step", "tokens", "data_sha256", "params_sha256"])
 def test_another_end_is_a_difference(study, tmp_path, key):
-    alone, killed = runs(study, tmp_path)
+    alone, killed = copies(study, tmp_path)
     assert verify_resume.difference(alone, killed) == ""
     edit(killed / "events.jsonl", lambda rows: [*rows[:-1], rows[-1] | {key: "other"}])
     assert verify_resume.difference(alone, killed).startswith(f"{key} is other, not ")
@@ -94,13 +95,13 @@ METRICS = {
 
 @pytest.mark.parametrize("edits", METRICS.values(), ids=METRICS)
 def test_another_row_is_a_difference(study, tmp_path, edits):
-    alone, killed = runs(study, tmp_path)
+    alone, killed = copies(study, tmp_path)
     edit(killed / "metrics.jsonl", edits)
     assert "of metrics.jsonl is " in verify_resume.difference(alone, killed)
 
 
 def test_speed_is_not_compared_and_the_end_is_needed(study, tmp_path):
-    alone, killed = runs(study, tmp_path)
+    alone, killed = copies(study, tmp_path)
     edit(killed / "metrics.jsonl", lambda rows: [row | {"tokens_per_s": 1.0, "mfu": 0.5} for row in rows])
     assert verify_resume.difference(alone, killed) == ""
     edit(killed / "events.jsonl", lambda rows: rows[:-1])
