@@ -44,46 +44,33 @@ def test_a_run_leaves_everything_the_contract_names(reference):
     assert len(list((reference / "checkpoints").glob("[0-9]*"))) == 2  # every.keep of the quickstart
 
 
-@pytest.mark.parametrize(
-    "faults",
-    [
-        [
-            "kill@step=4",
-            "kill@save=1",
-            "kill@step=10",
-            "kill@step=11",
-        ],  # at a new length, in a save, at SFT, inside SFT
-        [
-            "kill@save=1",
-            "kill@step=6",
-            "kill@step=9",
-            "kill@step=13",
-        ],  # before any whole checkpoint, mid-stage, at an end
-        ["term@step=5", "term@step=10", "term@step=12"],
-    ],
-)
-def test_a_run_that_is_stopped_ends_like_one_that_is_not(data, reference, tmp_path, faults):
-    for fault in faults:
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(data, reference, tmp_path):
+    """Before any whole checkpoint, at a new length, in a later save, at the end of a phase, at SFT and inside it."""
+    for fault in ("kill@save=1", "kill@step=4", "kill@save=2", "kill@step=9", "kill@step=10", "kill@step=12"):
         code, _, err = train(data, tmp_path / "run", faults=fault)
-        assert code == (128 + signal.SIGTERM if fault.startswith("term") else -signal.SIGKILL), err
+        assert code == -signal.SIGKILL, err
     code, _, err = train(data, tmp_path / "run")
     assert code == 0, err
     assert same_end(tmp_path / "run", reference)
 
 
-@pytest.mark.parametrize("number, rows_before", [(signal.SIGTERM, 4), (signal.SIGINT, 4), (signal.SIGINT, 0)])
-def test_a_signal_at_any_moment_saves_and_exits_with_its_number(data, reference, tmp_path, number, rows_before):
-    process = launch("main", *train_args(data, tmp_path / "run"))
-    assert process.stdout.readline().startswith("stage")  # the plan: from here on nothing may be lost
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while rows_before and not (metrics.exists() and len(metrics.read_text().splitlines()) >= rows_before):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number and "saved at step" in err
-    at = rows(tmp_path / "run", "events.jsonl")[-1]
-    assert at["event"] == "preempt" and (tmp_path / "run" / "checkpoints" / str(at["step"])).is_dir()
+def test_signals_at_any_moment_save_and_exit_with_their_number(data, reference, tmp_path):
+    """Before the first step, between any two, and before the first update of SFT."""
+    metrics, saved = tmp_path / "run" / "metrics.jsonl", []
+    for number, rows_before in ((signal.SIGINT, 0), (signal.SIGTERM, 4), (signal.SIGINT, 8)):
+        process = launch("main", *train_args(data, tmp_path / "run"))
+        assert process.stdout.readline().startswith("stage")  # the plan: from here on nothing may be lost
+        while rows_before and not (metrics.exists() and len(metrics.read_text().splitlines()) >= rows_before):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + number and "saved at step" in err
+        last = rows(tmp_path / "run", "events.jsonl")[-1]
+        saved.append(last["step"])
+        assert last["event"] == "preempt" and (tmp_path / "run" / "checkpoints" / str(saved[-1])).is_dir()
+    assert saved == sorted(saved)
+    assert train(data, tmp_path / "run", faults="term@step=10")[0] == 128 + signal.SIGTERM
     assert train(data, tmp_path / "run")[0] == 0
     assert same_end(tmp_path / "run", reference)
 
