@@ -7,9 +7,15 @@ import pathlib
 import random
 import types
 
-import jax
-import pytest
 import runs
+
+# Nearly all that tests do is compile: without LLVM's passes in half the time, and what one of pytest's processes has
+# compiled the others load. What follows imports JAX.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {runs.ENVIRONMENT['XLA_FLAGS']}".strip()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = runs.CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings
 
 from configs import default

@@ -1,8 +1,10 @@
 """The commands as real processes, for the tests that start them: a tiny run, its settings, and what it leaves."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,10 +43,14 @@ TINY = {
 STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
 
 
-# Compiled programs, for all processes of a session: dozens of them run the same ones. Without LLVM's passes a program
-# compiles in half the time; huge pages are asked for, so that no command starts itself anew for them (startup.py).
-SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-CACHE = os.path.join(tempfile.gettempdir(), f"lowrank_jax_test_cache_{SESSION}")
+# Compiled programs, for all processes of a session: dozens of them run the same ones. The first process makes the
+# folder and deletes it; a folder that LOWRANK_TEST_CACHE names stays, and makes later sessions faster.
+CACHE = os.environ.get("LOWRANK_TEST_CACHE") or tempfile.mkdtemp(prefix="lowrank_jax_test_cache_")
+if "LOWRANK_TEST_CACHE" not in os.environ:
+    os.environ["LOWRANK_TEST_CACHE"] = CACHE
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# Without LLVM's passes a program compiles in half the time. Huge pages are asked for, so that no command starts itself
+# anew for them (startup.py).
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": CACHE,
