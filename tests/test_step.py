@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from configs import default
-from lowrank_jax import loss, model, optim, stages, step
+from lowrank_jax import model, optim, stages, step
 from lowrank_jax.config import RunConfig, UsageError
 
 ROWS, LENGTH = 8, 16
@@ -269,9 +269,9 @@ def test_clipping_bounds_the_gradient_norm_and_leaves_small_gradients_alone(name
 
 
 def test_reported_gradient_norm_is_the_one_before_clipping():
-    (_, lightly), (_, hard) = (updated(toy(name="adamw", clip=clip), ragged_batch()) for clip in (1.0, 1e-3))
-    np.testing.assert_allclose(lightly["grad_norm"], hard["grad_norm"], rtol=1e-6)
-    assert hard["grad_norm"] > 0.1
+    _, metrics = updated(toy(name="adamw", clip=1e-3), ragged_batch())
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(by_definition()[1]), rtol=1e-4)
+    assert metrics["grad_norm"] > 0.1
 
 
 # ------------------------------------------------------------------------------- groups, freezing, averages, objectives
@@ -329,19 +329,6 @@ def test_smoothing_and_z_loss_move_the_gradient_as_defined_and_not_the_reported_
         _, grads = by_definition(change.get("label_smoothing", 0.0), change.get("z_loss", 0.0))
         np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
         assert abs(metrics["grad_norm"] / optax.tree.norm(by_definition()[1]) - 1) > 1e-3
-
-
-def test_the_objective_is_the_definition_in_numpy():
-    rng = np.random.default_rng(0)
-    logits, weights = rng.standard_normal((2, 3, 7)).astype(np.float32), rng.random((2, 3)).astype(np.float32)
-    targets = rng.integers(0, 7, (2, 3))
-    log_z = np.log(np.exp(logits).sum(-1))
-    smooth = 0.9 * np.eye(7)[targets] + 0.1 / 7
-    expected = (-(smooth * (logits - log_z[..., None])).sum(-1) + 0.01 * log_z**2) * weights
-    objective, nats = loss.objective_sum(logits, targets, weights, 0.1, 0.01)
-    np.testing.assert_allclose(objective, expected.sum(), rtol=1e-5)
-    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(nats, ((log_z - picked) * weights).sum(), rtol=1e-5)
 
 
 def test_in_sft_the_average_follows_the_weights_from_its_start_at_its_own_settings():
