@@ -1,7 +1,6 @@
 """The one loss of pretraining, SFT and evaluation: a weighted sum over tokens, divided by nobody here."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +59,9 @@ def through_head(table_VE, x_BTE, targets_BT, weights_BT, scale=1.0, smoothing: 
         objective, nats = objective_sum(logits_BTV, *part[1:], smoothing, z_loss)
         return (sums[0] + scale * objective, sums[1] + nats), None
 
+    rows = len(x_BTE) // sharding.context_size(*_row_axes(len(x_BTE)))
     # Of sums over rows that several devices have, XLA makes sums over devices.
-    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), _parts(x_BTE, targets_BT, weights_BT))[0]
+    return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), _parts(rows, x_BTE, targets_BT, weights_BT))[0]
 
 
 def _forward(table_VE, x_BTE, targets_BT, weights_BT, scale, smoothing, z_loss):
@@ -89,7 +89,7 @@ def _with_gradients(table_VE, x_BTE, targets_BT, weights_BT, scale, smoothing, z
         return jax.tree.map(jnp.add, sums, new), jnp.einsum("BTV,VE->BTE", grad_BTV, table_VE)
 
     zero = jnp.zeros(()), jnp.zeros(()), jnp.zeros(table_VE.shape)
-    parts = _parts(x_BTE, targets_BT, weights_BT)
+    parts = _parts(len(x_BTE), x_BTE, targets_BT, weights_BT)
     (objective, nats, grad_VE), grads = jax.lax.scan(add, zero, parts)
     grad_VE = grad_VE.astype(table_VE.dtype)
     if scatter:
@@ -113,10 +113,9 @@ def _logits(table_VE, x_BTE):
     return jnp.einsum("BTE,VE->BTV", x_BTE, table_VE, preferred_element_type=jnp.float32)
 
 
-def _parts(*arrays):
-    """Arrays [B, T, ...] as [n, B, T / n, ...], in as few parts as TOKENS allows."""
+def _parts(rows: int, *arrays):
+    """Arrays [B, T, ...] as [n, B, T / n, ...], in as few parts as TOKENS allows a device that has `rows` of the B."""
     B, T = arrays[0].shape[:2]
-    rows = B // math.prod(sharding.context_size(axis) for axis in _row_axes(B))
     n = T // max((d for d in range(1, T + 1) if T % d == 0 and rows * d <= TOKENS), default=1)
     return tuple(x.reshape(B, n, T // n, *x.shape[2:]).swapaxes(0, 1) for x in arrays)
 

@@ -35,9 +35,15 @@ def attend_on_cpu(q, k, v, segments_BT=None, backend="auto") -> jax.Array:
     """`attend`, with XLA's attention in the place of cuDNN's: the same call, and the same q, k and v."""
     if backend != "cudnn":
         return attention.attend(q, k, v, segments_BT, backend)
-    K = q.shape[-1]
-    qkv = attention._cudnn_inputs(q, k, v, attention.alibi_slopes(q.shape[2]), segments_BT)
-    return jax.nn.dot_product_attention(*qkv, scale=1 / math.sqrt(K), is_causal=True, implementation="xla")[..., :K]
+    of_jax = jax.nn.dot_product_attention
+
+    def by_xla(*qkv, implementation: str, **options):
+        assert implementation == "cudnn"
+        return of_jax(*qkv, implementation="xla", **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.nn, "dot_product_attention", by_xla)
+        return attention._cudnn(q, k, v, attention.alibi_slopes(q.shape[2]), segments_BT)
 
 
 attend = jax.jit(attend_on_cpu, static_argnames="backend")

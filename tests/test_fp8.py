@@ -1,11 +1,15 @@
-"""float8 matmuls: how near they are to fp32, that nothing hides in them, and that a compiler for an H100 keeps them."""
+"""float8 matmuls: how near to fp32, nothing hidden, kept by a compiler for an H100, and given up where they are off."""
+
+import json
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax import hlo, sharding, stages, step
+from lowrank_jax import hlo, precision, sharding, stages, step, train
 from lowrank_jax.precision import fp8_matmul
 
 
@@ -117,3 +121,94 @@ def test_rounding_to_f8_before_a_bf16_matmul_is_not_the_same(compiled):
 
 def test_bf16_matmuls_are_not_counted(compiled):
     assert all(hlo.f8_matmuls(compiled(jnp.matmul, options)) == 0 for options in (TRITON, CUBLASLT))
+
+
+# ------------------------------------------------------------------------------------------------------ beside bf16
+
+
+ROWS, LENGTH = 4, 16  # of which two rows go through the device at a time
+
+
+@pytest.fixture(scope="module")
+def beside_bf16():
+    """`disagreement` on a model of width 256, where the MLP has the only fp8 products, spoilt on request.
+
+    Their values are multiplied by `forward`, their weights' gradients by `weights`; tokens of `nan_rows` weigh NaN.
+    """
+    sizes = {"model__d": 256, "model__mlp": 256, "model__rank": 32, "model__layers": 1, "model__vocab": 64}
+    sizes |= {"pretrain__block": LENGTH, "pretrain__tokens_per_step": ROWS * LENGTH}
+    config = run_config(precision="fp8", pretrain__microbatch_tokens=2 * LENGTH, **sizes)
+    (stage,) = stages.plan(config)
+    rng = np.random.default_rng(0)
+    draw = lambda x: (0.06 * rng.standard_normal(x.shape) + (x.size == 256)).astype(np.float32)
+    params = jax.tree.map(draw, jax.eval_shape(lambda: step._init(config)))
+    ids = rng.integers(0, 64, (2, ROWS, LENGTH)).astype(np.int32)
+    batch = {"tokens": ids[0], "targets": ids[1], "segments": np.zeros((ROWS, LENGTH), np.int32)}
+
+    def run(params, batch, forward, weights):
+        def spoilt(x, w):
+            y = fp8_matmul(x, weights.astype(w.dtype) * w + jax.lax.stop_gradient((1 - weights).astype(w.dtype) * w))
+            return y + jax.lax.stop_gradient((forward - 1).astype(y.dtype) * y)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(precision, "fp8_matmul", spoilt)
+            return step.disagreement(config, stage, params, batch)
+
+    compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+    def apart(forward=1.0, weights=1.0, nan_rows=()):
+        trained = np.ones((ROWS, LENGTH), np.float32)
+        trained[list(nan_rows)] = np.nan
+        return compiled(params, batch | {"weights": trained}, np.float32(forward), np.float32(weights))
+
+    return apart
+
+
+def gives_up(folder, check, at_step: int = 4, every: int = 4) -> bool:
+    """Whether training leaves fp8 after such a look at bf16."""
+    programs = types.SimpleNamespace(running=types.SimpleNamespace(check=check))
+    config = types.SimpleNamespace(every=types.SimpleNamespace(fp8_check=every))
+    run = types.SimpleNamespace(programs=programs, config=config, folder=str(folder))
+    meter = types.SimpleNamespace(restart_clock=lambda: None)
+    return train._fp8_is_off(run, types.SimpleNamespace(params={}), {}, {"step": at_step}, meter)
+
+
+def test_healthy_fp8_is_near_bf16_and_a_spoilt_one_is_given_up(beside_bf16, tmp_path):
+    """Values of four times their size, and weights' gradients of zero, which leave the loss as it was."""
+    healthy, scaled, untrained = beside_bf16(), beside_bf16(forward=4.0), beside_bf16(weights=0.0)
+    assert healthy["known"] and 0 < healthy["loss"] < 0.005 and 0.01 < healthy["gradient"] < 0.15
+    assert scaled["known"] and scaled["loss"] > 0.015 and scaled["gradient"] > 0.25
+    assert untrained["known"] and untrained["loss"] == healthy["loss"] and untrained["gradient"] > 0.35
+    assert [gives_up(tmp_path, lambda *_, x=x: x) for x in (healthy, scaled, untrained)] == [False, True, True]
+
+
+def test_the_first_rows_alone_are_compared_and_only_where_bf16_is_finite(beside_bf16):
+    healthy, ours_not_finite = beside_bf16(nan_rows=(2, 3)), beside_bf16(forward=np.inf)
+    assert healthy == beside_bf16()  # the second microbatch is not looked at
+    assert not beside_bf16(nan_rows=(1,))["known"]
+    assert ours_not_finite["known"] and not np.isfinite(ours_not_finite["loss"])
+
+
+@pytest.mark.parametrize(
+    "loss, gradient, known, is_off",
+    [
+        (0.0099, 0.249, True, False),
+        (0.0101, 0.0, True, True),  # the loss by more than 1%
+        (0.0, 0.251, True, True),  # the gradient by more than a quarter of its norm
+        (np.nan, 0.0, True, True),
+        (0.0, np.nan, True, True),
+        (np.inf, np.inf, True, True),
+        (np.nan, np.nan, False, False),  # bf16 makes nothing of the batch either
+    ],
+)
+def test_fp8_is_given_up_where_the_loss_or_the_gradient_is_off(tmp_path, loss, gradient, known, is_off):
+    assert gives_up(tmp_path, lambda *_: {"loss": loss, "gradient": gradient, "known": known}) == is_off
+    events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").open()] if known else []
+    assert events == ([] if not known else ["fallback"] if is_off else ["fp8_check"])
+
+
+def test_bf16_is_looked_at_every_so_many_steps_and_only_for_fp8(tmp_path):
+    looks = []
+    check = lambda *_: looks.append(1) or {"loss": 1.0, "gradient": 1.0, "known": True}
+    assert [gives_up(tmp_path, check, at_step=k, every=3) for k in range(5)] == [True, False, False, True, False]
+    assert len(looks) == 2 and not gives_up(tmp_path, None)
