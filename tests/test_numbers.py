@@ -76,7 +76,7 @@ def test_tokens_per_second_are_those_since_the_row_before_without_what_was_not_t
     assert {row["mfu"] for row in rows(tmp_path)} == {None}  # the peak of a CPU is not known
 
 
-def test_mfu_is_the_model_s_flops_over_what_all_devices_could_have_done(start, clock, tmp_path, monkeypatch):
+def test_mfu_is_the_models_flops_over_what_all_devices_could_have_done(start, clock, tmp_path, monkeypatch):
     monkeypatch.setattr(meter.devices, "peak_flops", lambda: 1e6)
     monkeypatch.setattr(meter.jax, "device_count", lambda: 4)
     monkeypatch.setattr(meter.costs, "train_flops_per_token", lambda model, length: 100.0 * length)
@@ -112,7 +112,7 @@ def test_a_stall_is_what_the_first_step_took_longer_than_an_ordinary_one(start, 
     assert [second[key] for key in facts] == [4, "pretrain-32", 4.5, 6.0, 3.0]  # 8 s, of which a step takes 2
 
 
-def test_a_row_has_its_own_step_s_numbers_and_what_is_not_finite_is_none(start, tmp_path):
+def test_a_row_has_the_numbers_of_its_own_step_and_none_for_what_is_not_finite(start, tmp_path):
     m, (short, _) = start(log=1)
     m.add(short, at(1), metrics(loss=1.5, lr=0.25, grad_norm=4.0))
     m.add(short, at(2), metrics(loss=float("nan"), grad_norm=float("inf"), ok=0.0, refused=1, in_a_row=1))
