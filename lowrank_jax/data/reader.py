@@ -36,15 +36,21 @@ class Limit:
         self.name, self.most, self.note = name, most, note
         self.skipped, self.last, self._lock = 0, None, threading.Lock()
 
-    def skip(self, bad: BadRecord) -> None:
-        """Counts a bad record; raises UsageError, with its file and line, where it is one too many."""
+    def skip(self, bad: BadRecord, is_new: bool = True) -> None:
+        """Counts a bad record, and tells of a new one; raises UsageError, with its file and line, if it is too many."""
         with self._lock:
             self.skipped, self.last = self.skipped + 1, bad
             if self.skipped <= self.most:
-                self.note("skip", source=self.name, where=bad.where, reason=bad.reason)
+                if is_new:
+                    self.note("skip", source=self.name, where=bad.where, reason=bad.reason)
                 return
         told = f"; {self.skipped} such records, and max_skipped={self.most}" if self.most else ""
         raise UsageError(f"{describe(bad)}{told}")
+
+    def take_back(self, count: int) -> None:
+        """Counts so many bad records less: they are about to be met again."""
+        with self._lock:
+            self.skipped -= count
 
 
 def describe(bad: BadRecord) -> str:
@@ -164,9 +170,9 @@ class Reader:
 
     def _skip(self, bad: BadRecord, at: dict, counting: bool) -> None:
         if counting:
-            self.limit.skip(bad)
-            at["skipped"] += 1
             self._skipping += 1
+            self.limit.skip(bad, is_new=self._skipping > self._told)
+            at["skipped"] += 1
 
     def _shuffled(self, window: list[Document]) -> list[Document]:
         if not self._part.shuffled:
@@ -177,12 +183,14 @@ class Reader:
 
     def _patiently(self, read: Callable):
         """Tries again when a read fails, each time after twice as long; raises OSError when that did not help."""
+        self._told = 0  # bad records that an earlier attempt told of: each attempt meets the same ones first
         for attempt in range(ATTEMPTS):
             self._skipping = 0
             try:
                 return read()
             except OSError as e:
-                self.limit.skipped -= self._skipping  # they are about to be met again
+                self.limit.take_back(self._skipping)
+                self._told = max(self._told, self._skipping)
                 if attempt == ATTEMPTS - 1:
                     raise OSError(f"source {self.limit.name}: {e} (tried {ATTEMPTS} times)") from e
                 wait = FIRST_WAIT * 2**attempt
