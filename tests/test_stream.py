@@ -532,27 +532,30 @@ def test_skipped_records_are_told_counted_and_the_same_after_a_resume(make, tok,
         assert stream.summary(documents.cursor())[0]["skipped"] == 10
 
 
-def test_an_error_that_passes_is_waited_for_and_told(make, tok, tmp_path, monkeypatch):
+def test_an_error_that_passes_is_waited_for_and_told_and_no_record_counts_twice(make, tok, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "FIRST_WAIT", 0.01)
-    source = make.write_jsonl(tmp_path / "a.jsonl", [{"text": "ba ce"}] * 20)
-    phase, told, failing = make.phase(source, readers=1), [], [3]
+    rows = [{"texts": i} if i in (0, 1, 5) else {"text": "ba ce"} for i in range(20)]
+    source = make.write_jsonl(tmp_path / "a.jsonl", rows)
+    phase, told, failing = make.phase(source, readers=1, max_skipped=3), [], [3]
     expected = stream.open_phase(phase, tok, 0, False).next(2, 40)
-    rows = files.JsonFiles.rows
+    read = files.JsonFiles.rows
 
     def flaky(self, block, start=0):
-        yield from itertools.islice(rows(self, block, start), 2)
+        yield from itertools.islice(read(self, block, start), 2)
         if failing[0]:
             failing[0] -= 1
             raise OSError("the disk is away")
-        yield from rows(self, block, start + 2)
+        yield from read(self, block, start + 2)
 
-    documents = stream.open_phase(
-        phase, tok, 0, False, note=lambda event, **facts: told.append((event, facts["reason"]))
-    )
+    note = lambda event, **facts: told.append((event, facts["where"] if event == "skip" else facts["reason"]))
+    documents = stream.open_phase(phase, tok, 0, False, note=note)
     broken = stream.open_phase(phase, tok, 0, False)
     monkeypatch.setattr(files.JsonFiles, "rows", flaky)
     assert same([documents.next(2, 40)], [expected])
-    assert told == [("retry", "the disk is away")] * 3
+    assert stream.summary(documents.cursor())[0]["skipped"] == 3
+    *first, last = [f"{tmp_path}/a.jsonl, byte {sum(len(json.dumps(row)) + 1 for row in rows[:i])}" for i in (0, 1, 5)]
+    skips, retries = [("skip", where) for where in first], [("retry", "the disk is away")] * 3
+    assert told == [*skips, *retries, ("skip", last)]
     failing[0] = 99
     with pytest.raises(OSError, match="source json:.*the disk is away .tried 6 times"):
         broken.next(2, 40)
