@@ -1,6 +1,5 @@
 """What a run survives, as real processes: no memory, fp8 that is off, awkward signals; and other runs' weights."""
 
-import json
 import pathlib
 import shutil
 import signal
@@ -208,10 +207,14 @@ def test_a_deeper_run_begins_where_a_shallower_one_ended(data, reference, tmp_pa
 
 
 def test_a_run_is_traced_and_tracked_where_it_is_asked_to_be(data, reference, tmp_path):
-    assert list((reference / "tensorboard").glob("events.out.tfevents.*"))
+    tracked = sorted((reference / "tensorboard").glob("events.out.tfevents.*"))
+    assert tracked
     shutil.copytree(reference, tmp_path / "run")
     code, _, err = train(data, tmp_path / "run", sft__steps=20, profile=2, track="")
     assert code == 0 and "traced 2 steps" in err, err
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert [path.name for path in sorted((tmp_path / "run" / "tensorboard").iterdir())] == [p.name for p in tracked]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "stall" in page and json.dumps(STEPS + 7) in page
+    stage = events(tmp_path / "run", "stage")[-1]
+    assert stage["step"] == STEPS and stage["stall_seconds"] > 0
+    assert f"<dt>steps</dt><dd>{STEPS + 16}</dd>" in page and f">{stage['stall_seconds']:.4g}</td>" in page
