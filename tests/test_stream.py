@@ -317,6 +317,35 @@ def test_another_number_of_readers_is_refused(large, open_stream):
         open_stream(large, cursor=cursor, readers=4, **SHARED)
 
 
+def spent(tok, batches: list[stream.Batch], lanes: int) -> list[list[tuple[str, int]]]:
+    """Of every lane, the (first word, size) of each document of which the batches hold the end."""
+    documents = []
+    for lane in range(lanes):
+        parts = [np.split(batch["tokens"], lanes)[lane].ravel() for batch in batches]
+        whole = np.concatenate(parts) if parts else np.zeros(0, int)
+        *ended, _ = np.split(whole, np.flatnonzero(whole == tok.eos) + 1)
+        documents.append([(tok.decode(ids).split()[0], len(ids)) for ids in ended])
+    return documents
+
+
+def test_what_was_read_of_each_source_is_told_as_a_count_of_the_batches_has_it(corpus, large, tok, open_stream):
+    cases = [([corpus["few"], corpus["many"]], ("few", "many"), (5, 60), 1), ([large[1]["spec"]], ("zip",), (300,), 8)]
+    apart = 0
+    for specs, names, sizes, lanes in cases:
+        documents, batches = open_stream(specs, **SHARED), []
+        for step in range(12):
+            read_of, told = spent(tok, batches, lanes), stream.summary(documents.cursor())
+            for name, size, said in zip(names, sizes, told):
+                own = [[n for word, n in lane if word.startswith(name)] for lane in read_of]
+                assert said["documents"] == sum(map(len, own)) and said["tokens"] == sum(map(sum, own))
+                shares = [sum((row + row // lanes) % lanes == lane for row in range(size)) for lane in range(lanes)]
+                epochs = [len(lane) // share for lane, share in zip(own, shares)]
+                assert said["epochs"] == min(epochs)
+                apart += min(epochs) < max(epochs)
+            batches.append(documents.next(16, 128, step))
+    assert apart, "some reader must be ahead of another"
+
+
 def test_shares_follow_their_schedule(large, tok, open_stream):
     batches = read(open_stream(large, **SHARED), [(16, 64)] * 30)
 
