@@ -249,7 +249,7 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_three_times_in_a_row(
 
 
 def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data, tok, tmp_path, monkeypatch, capfd):
-    """And until then it is saved every 20 minutes, by a clock on which a step takes one."""
+    """And until then it is saved every 10 minutes, by a clock on which a step takes one."""
     from lowrank_jax import cli, main
     from lowrank_jax import train as training
     from lowrank_jax.data import files, reader, stream
@@ -266,14 +266,14 @@ def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data
     (tmp_path / "late.jsonl").write_text(good * 2 + "{broken\n" + good * 2)
     tok.save(tmp_path / "tokenizer")  # to learn one would be to read everything
     changes = {"tokenizer__path": tmp_path / "tokenizer", "pretrain__sources": f"json:{tmp_path}/late.jsonl"}
-    changes |= {"pretrain__max_skipped": 0, "pretrain__steps": 999, "every__save": 999, "every__save_minutes": 20}
+    changes |= {"pretrain__max_skipped": 0, "pretrain__steps": 999, "every__save": 999, "every__save_minutes": 10}
     with pytest.raises(SystemExit) as exit:
         cli.main(main.command, train_args(data, tmp_path / "run", **changes))
     assert_one_line(exit.value.code, capfd.readouterr().err, 2, "late.jsonl, record 121", "not JSON")
     *_, last = events = rows(tmp_path / "run", "events.jsonl")
-    assert last["event"] == "save" and 40 < last["step"] < 999
+    assert last["event"] == "save" and 20 < last["step"] < 999
     saves = [event["step"] for event in events if event["event"] == "save"]
-    assert saves == [*range(20, last["step"], 20), last["step"]]
+    assert saves == [*range(10, last["step"], 10), last["step"]]
 
 
 NO_SKIP = {"sft__max_skipped": 0}

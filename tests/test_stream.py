@@ -123,12 +123,18 @@ def test_arrays_have_the_types_that_training_is_compiled_for(corpus, open_stream
         assert kinds == {"tokens": "int32", "targets": "int32", "weights": "float32", "segments": "int32"}
 
 
-def test_every_epoch_reads_every_document_once_in_an_order_of_its_own(corpus, tok, open_stream):
-    read = texts(tok, take(open_stream(corpus["many"]), [(1, 4000)]))
-    expected = sorted(row["text"] for row in corpus["rows"]["many"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_epoch_reads_every_document_once_in_an_order_of_its_own(corpus, tok, tmp_path, open_stream, packed):
+    """Of a packed file there is one block, so that only the order within it can differ."""
+    source, written = corpus["many"], [row["text"] for row in corpus["rows"]["many"]]
+    if packed:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in written)
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        source = f"json:{tmp_path}/a.jsonl.gz"
+    read = texts(tok, take(open_stream(source), [(1, 4000)]))
     first, second = read[:60], read[60:120]
-    assert sorted(first) == sorted(second) == expected
-    assert first != second and first != [row["text"] for row in corpus["rows"]["many"]]
+    assert sorted(first) == sorted(second) == sorted(written)
+    assert first != second and written not in (first, second)
 
 
 def test_documents_without_text_are_skipped(corpus, tok, read_once, open_stream):
