@@ -85,9 +85,10 @@ def test_the_page_tells_the_run(folder):
 
 def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder):
     skipped = {"event": "skip", "step": 5, "loss": 90.0, "grad_norm": 1.0, "reason": "spike"}
+    record = {"event": "skip", "step": 3, "source": "json:a", "where": "a, record 7", "reason": "not JSON"}
     stages = plan.describe(workdir.read_config(str(folder)))["stages"]
     rows = [row | {"loss": None} if row["step"] == 5 else row for row in TRAIN] + EVALS
-    figure = report._figure(rows, EVENTS + [skipped], stages)
+    figure = report._figure(rows, EVENTS + [record, skipped], stages)
     loss, bits, length, speed, rate = figure.axes
     lines = {line.get_label(): line for line in loss.lines}
     assert list(lines["pretrain"].get_xdata()) == [256 * step for step in (1, 2, 3, 4, 6)]

@@ -205,3 +205,15 @@ def test_stage_names_are_unique_within_a_run():
     grow = {"auto_grow": True, "block": 2, "grow_plan": "2,4,8", "grow_every_steps": 2, "steps": 9}
     plan = stages.plan(run_config(grow, grow))
     assert [s.name for s in plan] == [f"{p}-{n}" for p in ("pretrain", "sft") for n in (2, 4, 8)]
+
+
+def test_an_evaluation_is_due_where_a_phase_starts_every_so_many_steps_and_where_it_ends():
+    plan = stages.plan(run_config({"steps": 9}, {"steps": 4}))
+    due = {done: stages.milestones(plan, 5, done) for done in range(14)}
+    assert {done: kinds for done, kinds in due.items() if kinds} == {
+        0: [("eval", "pretrain", 0)],
+        5: [("eval", "pretrain", 5)],
+        9: [("eval", "pretrain", 9), ("end", "pretrain", 9), ("eval", "sft", 9)],
+        10: [("eval", "sft", 10)],
+        13: [("eval", "sft", 13), ("end", "sft", 13)],
+    }

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat, files, reader, stream
+from lowrank_jax.data import chat, files, packing, reader, stream, tokenizer
 from lowrank_jax.data.packing import WINDOW_ROWS
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=12)
@@ -520,6 +520,47 @@ def test_a_short_conversation_goes_where_it_leaves_the_least_room(make, tok, tmp
 def test_the_rest_of_the_held_out_conversations_is_a_batch_too(corpus, open_stream):
     batches = take(open_stream(corpus["chats"], chats=True, held_out=True, eval_fraction=0.5), [(2, 100)] * 100)
     assert 1 < len(batches) < 100 and len(packed(batches)) in (14, 15, 16)
+
+
+def test_conversations_that_are_cut_unanswered_refused_or_skipped_are_counted(make, tok, tmp_path):
+    refusing = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.CHATML
+    picky = tokenizer.SentencePiece(tok.model, refusing)
+    talk = lambda user, answer: {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    }
+    whole, cut, unanswered, refused = (
+        talk("ba", "ce"),
+        talk("ba", make.prose(60)),
+        talk(make.prose(60), "ce"),
+        talk("no", "ce"),
+    )
+    held_out = [whole] * 5 + [cut] * 4 + [unanswered] * 3 + [refused] * 2 + [{"texts": "ba"}]
+    rows = [row for pair in zip(held_out, held_out) for row in pair]  # every second row is held out
+    phase = make.phase(make.write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.5, max_skipped=3)
+    documents = stream.open_held_out(phase, picky, 0, True)
+    while documents.next(2, 40) is not None:
+        pass
+    (told,) = stream.summary(documents.cursor())
+    size = lambda row: len(chat.encode(tok, row["messages"])[0]) + 2
+    assert size(whole) < 40 < min(size(cut), size(unanswered))
+    assert told["tokens"] == 5 * size(whole) + 4 * size(cut) + 3 * size(unanswered)
+    counts = {"documents": 12, "cut": 4 + 3, "unanswered": 3, "refused": 2, "skipped": 1, "empty": 0}
+    assert {key: told[key] for key in counts} == counts
+
+
+def test_documents_without_text_are_counted(corpus, read_once):
+    documents = read_once(corpus["gaps"])
+    take(documents, [(1, 1)] * 9999)
+    blank = sum(not row["text"].strip() for row in corpus["rows"]["gaps"])
+    assert stream.summary(documents.cursor())[0]["empty"] == blank == 13
+
+
+def test_what_is_trained_is_shown_between_marks(make, tok, tmp_path, open_stream):
+    rows = [{"messages": [{"role": "user", "content": "ba ce"}, {"role": "assistant", "content": "di fo"}]}]
+    batch = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), chats=True).next(1, 60)
+    one = "<|im_start|>user\nba ce<|im_end|>\n<|im_start|>assistant\n[[di fo<|im_end|>]]\n</s>"
+    count = 60 // (len(chat.encode(tok, rows[0]["messages"])[0]) + 1)
+    assert count > 1 and packing.show(batch, tok, ("[[", "]]"), 60) == "<s>" + count * one
 
 
 def test_only_answers_carry_weight_in_sft_and_everything_in_pretraining(corpus, tok, open_stream):
