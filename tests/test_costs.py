@@ -66,6 +66,15 @@ def test_parameters_equal_the_arrays_of_the_model(changes):
     }
 
 
+@variants
+def test_parameters_of_the_dense_twin_are_those_of_plain_matrices(changes):
+    c = toy(**changes)
+    counts, table = costs.dense_parameters(c), c.vocab * c.d
+    assert (counts["attention"], counts["mlp"]) == (c.layers * 4 * c.d**2, c.layers * 3 * c.d * c.hidden)
+    assert (counts["embedding"], counts["head"]) == (table, 0 if c.tied else table)
+    assert counts["norm"] == costs.parameters(c)["norm"]
+
+
 @pytest.mark.parametrize("d, heads, rank", [(64, 8, 8), (48, 6, 20), (96, 12, 12)])
 def test_attention_is_8dr_a_layer_and_7dr_when_keys_and_values_share(d, heads, rank):
     sizes = {"d": d, "heads": heads, "rank": rank, "layers": 5}

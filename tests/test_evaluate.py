@@ -1,6 +1,7 @@
-"""Evaluation is compiled before it is needed, and JAX finds that."""
+"""Held-out numbers are what NumPy makes of the same tokens; evaluation is compiled early, and JAX finds that."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -24,14 +25,80 @@ def compiled():
     monitoring.unregister_event_duration_listener(note)
 
 
-def test_what_was_compiled_for_a_shape_is_what_evaluates_it(compiled):
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
     values = default.get_config()
     values.model.update(d=32, layers=2, heads=2, rank=4, scan=False)
-    config = RunConfig.from_dict(values.to_dict()).with_vocab(48)
-    config = dataclasses.replace(config, precision="fp32")
-    mesh = sharding.one_device()
-    params = step.init_params(config, mesh)
+    return dataclasses.replace(RunConfig.from_dict(values.to_dict()).with_vocab(48), precision="fp32")
 
+
+@pytest.fixture(scope="module")
+def params(config) -> dict:
+    """A new model's, whose blocks add nothing yet."""
+    return step.init_params(config, sharding.one_device())
+
+
+def random_batch(seed: int, rows: int = 2, length: int = 24) -> dict:
+    """Rows of two documents, with weight on about half of the targets."""
+    draw = np.random.default_rng(seed)
+    tokens, targets = draw.integers(0, 48, (2, rows, length)).astype(np.int32)
+    segments = np.broadcast_to(1 + (np.arange(length) >= 10), (rows, length)).astype(np.int32)
+    weights = draw.integers(0, 2, (rows, length)).astype(np.float32)
+    return {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
+
+
+def test_loss_perplexity_and_bits_per_byte_are_the_definitions_in_numpy(config, params):
+    """Where blocks add nothing, a token's logits are its normalised row of the table times the table."""
+    batches, byte_lengths = [random_batch(0), random_batch(1)], np.arange(48) % 5
+    table = np.asarray(params["embed"]["table"], np.float64)
+    logits = table / np.sqrt((table**2).mean(1, keepdims=True) + 1e-6) @ table.T
+    surprise = np.log(np.exp(logits).sum(1, keepdims=True)) - logits  # [token, target], in nats
+    scored = [
+        (surprise[token, target], byte_lengths[target])
+        for batch in batches
+        for token, target, weight in zip(*(batch[key].ravel() for key in ("tokens", "targets", "weights")))
+        if weight
+    ]
+    nats, size = (sum(values) for values in zip(*scored))
+    result = evaluate.evaluate(config, params, batches, byte_lengths)
+    assert result["tokens"] == len(scored) and 30 < len(scored) < 66
+    assert result["loss"] == pytest.approx(nats / len(scored), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.e ** (nats / len(scored)), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_a_document_is_scored_without_the_one_before_it_in_its_row(config, params):
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jax.device_put(0.3 * draw.standard_normal(x.shape, np.float32), x.sharding), params)
+    batch = random_batch(0)
+    batch["weights"] = (batch["segments"] == 2).astype(np.float32)
+    loss_of = lambda tokens: evaluate.evaluate(config, params, [batch | {"tokens": tokens}], np.ones(48))["loss"]
+    other_before, other_within = batch["tokens"].copy(), batch["tokens"].copy()
+    other_before[:, 9] = (other_before[:, 9] + 1) % 48
+    other_within[:, 10] = (other_within[:, 10] + 1) % 48
+    assert loss_of(other_before) == pytest.approx(loss_of(batch["tokens"]), rel=1e-6)
+    assert abs(loss_of(other_within) - loss_of(batch["tokens"])) > 1e-3
+
+
+def test_rows_are_shared_out_anew_and_what_fills_the_last_batch_has_no_weight():
+    whole = [random_batch(seed, rows=3) for seed in range(2)]
+    for rows, of, shapes in ((4, 1, [4, 4]), (5, 2, [4, 4]), (3, 4, [4, 4]), (100, 1, [6]), (2, 1, [2, 2, 2])):
+        parts = evaluate.split(whole, rows, of)
+        assert [len(part["tokens"]) for part in parts] == shapes
+        for key in whole[0]:
+            before, after = (np.concatenate([batch[key] for batch in some]) for some in (whole, parts))
+            assert np.array_equal(after[:6], before) and not after[6:].any()
+
+
+def test_only_the_first_tokens_of_the_stream_keep_their_weight():
+    batches = [random_batch(seed) for seed in range(2)]
+    before = np.concatenate([batch["weights"].ravel() for batch in batches])
+    evaluate._ignore_after(batches, 55)
+    after = np.concatenate([batch["weights"].ravel() for batch in batches])
+    assert np.array_equal(after[:55], before[:55]) and before[55:].any() and not after[55:].any()
+
+
+def test_what_was_compiled_for_a_shape_is_what_evaluates_it(config, params, compiled):
     def nats(rows: int, length: int) -> float:
         tokens = np.arange(rows * length).reshape(rows, length).astype(np.int32) % 48
         batch = {"tokens": tokens, "targets": tokens, "segments": np.ones_like(tokens)}
@@ -39,8 +106,7 @@ def test_what_was_compiled_for_a_shape_is_what_evaluates_it(compiled):
         return evaluate.evaluate(config, params, [batch], np.ones(48))["loss"]
 
     nats(2, 24)  # what else it needs is there now
-    jax.block_until_ready(params)
-    evaluate.compile_for(config, mesh, 4, 24)
+    evaluate.compile_for(config, sharding.one_device(), 4, 24)
     compiled.clear()
     assert np.isfinite(nats(4, 24))
     assert not compiled

@@ -1,6 +1,5 @@
 """What a run survives, as real processes: no memory, fp8 that is off, awkward signals; and other runs' weights."""
 
-import json
 import pathlib
 import shutil
 import signal
@@ -214,4 +213,6 @@ def test_a_run_is_traced_and_tracked_where_it_is_asked_to_be(data, reference, tm
     assert code == 0 and "traced 2 steps" in err, err
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "stall" in page and json.dumps(STEPS + 7) in page
+    stage = events(tmp_path / "run", "stage")[-1]
+    assert stage["step"] == STEPS and stage["stall_seconds"] > 0
+    assert f"<dt>steps</dt><dd>{STEPS + 16}</dd>" in page and f">{stage['stall_seconds']:.4g}</td>" in page

@@ -24,8 +24,9 @@ def eval_row(step: int, split: str, bits: float) -> dict:
 
 
 TRAIN = [train_row(step, "pretrain-16" if step <= 3 else "pretrain-32") for step in range(1, 7)]
-TRAIN += [train_row(step, "sft-32") for step in range(7, 9)]
-EVALS = [eval_row(0, "pretrain", 4.0), eval_row(6, "pretrain", 2.0), eval_row(6, "sft", 3.0), eval_row(8, "sft", 2.5)]
+TRAIN += [train_row(7, "sft-32"), train_row(8, "sft-32", tokens_per_s=128.0)]
+EVALS = [eval_row(0, "pretrain", 4.0), eval_row(6, "pretrain", 2.0)]
+EVALS += [eval_row(6, "sft", 3.0), eval_row(7, "sft", 2.25), eval_row(8, "sft", 2.5)]
 EVENTS = [{"event": "start", "step": 0, "resumes": False, "changed": []}]
 EVENTS += [
     {"event": "stage", "step": start, "stage": name, "compile_seconds": 7.25, "stall_seconds": 0.5, "stall_steps": 3.25}
@@ -72,10 +73,10 @@ def test_the_page_stands_alone_and_holds_the_picture(folder):
 def test_the_page_tells_the_run(folder):
     page = page_of(folder, TRAIN + EVALS, EVENTS)
     head = " ".join(re.sub("<[^>]*>", " ", page.split("<h2>")[0]).split())
-    assert "state finished steps 8 tokens 2.05k last loss 0.000" in head
-    assert "pretrain 2 4.000 2.000 2.000 50.0% sft 2 3.000 2.500 2.500 16.7%" in section(page, "Held-out text")
+    assert "state finished steps 8 tokens 2.05k last loss 0.000 median tokens/s 512" in head
+    assert "pretrain 2 4.000 2.000 2.000 50.0% sft 3 3.000 2.250 2.500 16.7%" in section(page, "Held-out text")
     assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
-    assert "&lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
+    assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
     config = workdir.read_config(str(folder))
     assert plan.table(plan.describe(config)).splitlines()[0].split()[0] in section(page, "Plan")
     assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
@@ -84,14 +85,15 @@ def test_the_page_tells_the_run(folder):
 
 def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder):
     skipped = {"event": "skip", "step": 5, "loss": 90.0, "grad_norm": 1.0, "reason": "spike"}
+    record = {"event": "skip", "step": 3, "source": "json:a", "where": "a, record 7", "reason": "not JSON"}
     stages = plan.describe(workdir.read_config(str(folder)))["stages"]
     rows = [row | {"loss": None} if row["step"] == 5 else row for row in TRAIN] + EVALS
-    figure = report._figure(rows, EVENTS + [skipped], stages)
+    figure = report._figure(rows, EVENTS + [record, skipped], stages)
     loss, bits, length, speed, rate = figure.axes
     lines = {line.get_label(): line for line in loss.lines}
     assert list(lines["pretrain"].get_xdata()) == [256 * step for step in (1, 2, 3, 4, 6)]
     assert list(lines["pretrain"].get_ydata()) == [7, 6, 5, 4, 2]
-    assert list(lines["sft, held out"].get_xdata()) == [6 * 256, 8 * 256]
+    assert list(lines["sft, held out"].get_xdata()) == [6 * 256, 7 * 256, 8 * 256]
     assert list(lines["skipped update"].get_xdata()) == [5 * 256]
     assert list(bits.lines[0].get_ydata()) == [4, 2]
     assert list(length.lines[0].get_ydata()) == [16] * 3 + [32] * 5
@@ -111,8 +113,8 @@ def test_long_lines_are_drawn_as_means_over_the_whole_run(folder):
 
 def test_what_saving_cost_is_set_against_the_time_of_the_steps(folder):
     saves = [{"event": "save", "step": step, "data_sha256": "0", "blocked_seconds": 0.05} for step in (6, 8)]
-    page = page_of(folder, TRAIN + EVALS, EVENTS + saves)  # 8 steps of 256 tokens at 512 a second
-    assert "2 saves held up training for 0.1 s in all, 2.50% of the 4 s" in section(page, "Stage switches")
+    page = page_of(folder, TRAIN + EVALS, EVENTS + saves)  # 7 steps take 0.5 s each, and the last 2 s
+    assert "2 saves held up training for 0.1 s in all, 1.82% of the 5.5 s" in section(page, "Stage switches")
 
 
 def test_saves_of_which_the_time_is_not_known_are_left_out_of_it(folder):

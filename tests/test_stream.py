@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat, files, reader, stream
+from lowrank_jax.data import chat, files, packing, reader, stream, tokenizer
 from lowrank_jax.data.packing import WINDOW_ROWS
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=12)
@@ -123,12 +123,18 @@ def test_arrays_have_the_types_that_training_is_compiled_for(corpus, open_stream
         assert kinds == {"tokens": "int32", "targets": "int32", "weights": "float32", "segments": "int32"}
 
 
-def test_every_epoch_reads_every_document_once_in_an_order_of_its_own(corpus, tok, open_stream):
-    read = texts(tok, take(open_stream(corpus["many"]), [(1, 4000)]))
-    expected = sorted(row["text"] for row in corpus["rows"]["many"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_epoch_reads_every_document_once_in_an_order_of_its_own(corpus, tok, tmp_path, open_stream, packed):
+    """Of a packed file there is one block, so that only the order within it can differ."""
+    source, written = corpus["many"], [row["text"] for row in corpus["rows"]["many"]]
+    if packed:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in written)
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+        source = f"json:{tmp_path}/a.jsonl.gz"
+    read = texts(tok, take(open_stream(source), [(1, 4000)]))
     first, second = read[:60], read[60:120]
-    assert sorted(first) == sorted(second) == expected
-    assert first != second and first != [row["text"] for row in corpus["rows"]["many"]]
+    assert sorted(first) == sorted(second) == sorted(written)
+    assert first != second and written not in (first, second)
 
 
 def test_documents_without_text_are_skipped(corpus, tok, read_once, open_stream):
@@ -216,7 +222,8 @@ def test_equal_hashes_mean_equal_batches_in_equal_order(corpus, open_stream):
     shapes = [(2, 16)] * 3
     assert digest(shapes) == digest(shapes)
     others = [digest(shapes[:2]), digest(shapes, seed=1), digest([(1, 32)] * 3), digest([])]
-    assert len({digest(shapes), *others}) == 5
+    others.append(digest([(1, 32)] * 2 + shapes[2:]))  # the last batch is the same
+    assert len({digest(shapes), *others}) == 6
 
 
 # ---------------------------------------------------------------------------------------------- many readers and hosts
@@ -285,9 +292,9 @@ def test_readers_share_an_epoch_without_overlap(large, tok, open_stream):
                 if reader.cursor()["epoch"] == 0 and (document := reader.next()):
                     texts_of[lane._readers[0]._index].append(document["text"])
             ended = all(lane._readers[0].cursor()["epoch"] for lane in lanes._lanes)
-        firsts = [{text.split()[0] for text in some} for some in texts_of]
-        assert min(map(len, firsts)) > documents / 16
-        assert sum(map(len, firsts)) >= documents and set().union(*firsts) == {f"{begins}{i}" for i in range(documents)}
+        firsts = [text.split()[0] for some in texts_of for text in some]
+        assert min(map(len, texts_of)) > documents / 16
+        assert sorted(firsts) == sorted(f"{begins}{i}" for i in range(documents))
 
 
 def test_a_reader_without_a_document_stays_without_one_after_a_resume(make, tmp_path, open_stream):
@@ -314,6 +321,35 @@ def test_another_number_of_readers_is_refused(large, open_stream):
     cursor = open_stream(large, **SHARED).cursor()
     with pytest.raises(UsageError, match="began with readers=8 and the config now gives 4"):
         open_stream(large, cursor=cursor, readers=4, **SHARED)
+
+
+def spent(tok, batches: list[stream.Batch], lanes: int) -> list[list[tuple[str, int]]]:
+    """Of every lane, the (first word, size) of each document of which the batches hold the end."""
+    documents = []
+    for lane in range(lanes):
+        parts = [np.split(batch["tokens"], lanes)[lane].ravel() for batch in batches]
+        whole = np.concatenate(parts) if parts else np.zeros(0, int)
+        *ended, _ = np.split(whole, np.flatnonzero(whole == tok.eos) + 1)
+        documents.append([(tok.decode(ids).split()[0], len(ids)) for ids in ended])
+    return documents
+
+
+def test_what_was_read_of_each_source_is_told_as_a_count_of_the_batches_has_it(corpus, large, tok, open_stream):
+    cases = [([corpus["few"], corpus["many"]], ("few", "many"), (5, 60), 1), ([large[1]["spec"]], ("zip",), (300,), 8)]
+    apart = 0
+    for specs, names, sizes, lanes in cases:
+        documents, batches = open_stream(specs, **SHARED), []
+        for step in range(12):
+            read_of, told = spent(tok, batches, lanes), stream.summary(documents.cursor())
+            for name, size, said in zip(names, sizes, told):
+                own = [[n for word, n in lane if word.startswith(name)] for lane in read_of]
+                assert said["documents"] == sum(map(len, own)) and said["tokens"] == sum(map(sum, own))
+                shares = [sum((row + row // lanes) % lanes == lane for row in range(size)) for lane in range(lanes)]
+                epochs = [len(lane) // share for lane, share in zip(own, shares)]
+                assert said["epochs"] == min(epochs)
+                apart += min(epochs) < max(epochs)
+            batches.append(documents.next(16, 128, step))
+    assert apart, "some reader must be ahead of another"
 
 
 def test_shares_follow_their_schedule(large, tok, open_stream):
@@ -468,20 +504,63 @@ def test_rows_are_packed_tightly(make, tok, tmp_path, open_stream):
 
 
 def test_a_short_conversation_goes_where_it_leaves_the_least_room(make, tok, tmp_path, open_stream):
-    middle, long, short = ([{"role": "assistant", "content": make.prose(words)}] for words in (20, 40, 2))
+    """It just fits beside the two middle ones; beside the long one, which is packed first, it would leave room."""
+    middle, long, short = ([{"role": "assistant", "content": make.prose(words)}] for words in (20, 30, 2))
     held_out = [{"messages": messages} for messages in (short, middle, long, middle)]  # every second row is
     rows = [row for pair in zip(held_out, held_out) for row in pair]
     source = make.write_jsonl(tmp_path / "a.jsonl", rows)
-    n_long, n_short = (len(as_packed(tok, messages, 9999)[0]) for messages in (long, short))
-    batch = open_stream(source, chats=True, held_out=True, eval_fraction=0.5).next(4, n_long + n_short)
-    found = [(segments == 1).sum() for segments in batch["segments"] if segments.max() == 2]
-    n_middle = len(as_packed(tok, middle, 9999)[0])
-    assert sorted(found) == [n_middle, n_long], "the short one is beside the long one, not the middle ones"
+    n_middle, n_long, n_short = (len(as_packed(tok, messages, 9999)[0]) for messages in (middle, long, short))
+    length = 2 * n_middle + n_short
+    assert n_short < length - n_long < n_middle
+    batch = open_stream(source, chats=True, held_out=True, eval_fraction=0.5).next(2, length)
+    sizes = [[int((segments == i).sum()) for i in range(1, segments.max() + 1)] for segments in batch["segments"]]
+    assert sorted(sizes) == sorted([[n_long], [n_middle, n_middle, n_short]])
 
 
 def test_the_rest_of_the_held_out_conversations_is_a_batch_too(corpus, open_stream):
     batches = take(open_stream(corpus["chats"], chats=True, held_out=True, eval_fraction=0.5), [(2, 100)] * 100)
     assert 1 < len(batches) < 100 and len(packed(batches)) in (14, 15, 16)
+
+
+def test_conversations_that_are_cut_unanswered_refused_or_skipped_are_counted(make, tok, tmp_path):
+    refusing = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.CHATML
+    picky = tokenizer.SentencePiece(tok.model, refusing)
+    talk = lambda user, answer: {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    }
+    whole, cut, unanswered, refused = (
+        talk("ba", "ce"),
+        talk("ba", make.prose(60)),
+        talk(make.prose(60), "ce"),
+        talk("no", "ce"),
+    )
+    held_out = [whole] * 5 + [cut] * 4 + [unanswered] * 3 + [refused] * 2 + [{"texts": "ba"}]
+    rows = [row for pair in zip(held_out, held_out) for row in pair]  # every second row is held out
+    phase = make.phase(make.write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.5, max_skipped=3)
+    documents = stream.open_held_out(phase, picky, 0, True)
+    size = lambda row: len(chat.encode(tok, row["messages"])[0]) + 2
+    length = size(whole) - 1  # which just takes it: the last token is only a target
+    while documents.next(2, length) is not None:
+        pass
+    (told,) = stream.summary(documents.cursor())
+    assert told["tokens"] == 5 * size(whole) + 4 * size(cut) + 3 * size(unanswered)
+    counts = {"documents": 12, "cut": 4 + 3, "unanswered": 3, "refused": 2, "skipped": 1, "empty": 0}
+    assert {key: told[key] for key in counts} == counts
+
+
+def test_documents_without_text_are_counted(corpus, read_once):
+    documents = read_once(corpus["gaps"])
+    take(documents, [(1, 1)] * 9999)
+    blank = sum(not row["text"].strip() for row in corpus["rows"]["gaps"])
+    assert stream.summary(documents.cursor())[0]["empty"] == blank == 13
+
+
+def test_what_is_trained_is_shown_between_marks(make, tok, tmp_path, open_stream):
+    rows = [{"messages": [{"role": "user", "content": "ba ce"}, {"role": "assistant", "content": "di fo"}]}]
+    batch = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), chats=True).next(1, 60)
+    one = "<|im_start|>user\nba ce<|im_end|>\n<|im_start|>assistant\n[[di fo<|im_end|>]]\n</s>"
+    count = 60 // (len(chat.encode(tok, rows[0]["messages"])[0]) + 1)
+    assert count > 1 and packing.show(batch, tok, ("[[", "]]"), 60) == "<s>" + count * one
 
 
 def test_only_answers_carry_weight_in_sft_and_everything_in_pretraining(corpus, tok, open_stream):
@@ -513,46 +592,48 @@ def test_more_mistakes_than_may_be_skipped_are_found_before_training(make, tok, 
 
 
 def test_skipped_records_are_told_counted_and_the_same_after_a_resume(make, tok, tmp_path):
-    rows = [{"text": make.prose(20, i)} if i % 10 else {"texts": i} for i in range(100)]
+    rows = [{"text": make.prose(12, i)} if i % 10 else {"texts": i} for i in range(100)]
     phase = make.phase(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=10)
     told = []
     note = lambda event, **facts: told.append((event, facts["where"], facts["reason"]))
     documents = stream.open_phase(phase, tok, 0, False, note=note)
-    batches = take(documents, [(8, 50)] * 60)
-    assert (
-        stream.summary(documents.cursor())[0]["skipped"] == 10 and stream.summary(documents.cursor())[0]["epochs"] > 1
-    )
+    batches = take(documents, [(8, 50)] * 20)
+    (read,) = stream.summary(documents.cursor())
+    assert read["skipped"] == 10 and read["epochs"] > 1
     assert len(told) == len(set(told)) == 10 and {event for event, *_ in told} == {"skip"}
     assert all("a.jsonl, byte" in where and "texts" in reason for _, where, reason in told)
-    for stop in (0, 1, 20):
+    for stop in (0, 1, 8):
         documents = stream.open_phase(phase, tok, 0, False)
         take(documents, [(8, 50)] * stop)
         documents = stream.open_phase(phase, tok, 0, False, documents.cursor())
-        assert same(take(documents, [(8, 50)] * (60 - stop)), batches[stop:])
+        assert same(take(documents, [(8, 50)] * (20 - stop)), batches[stop:])
         assert stream.summary(documents.cursor())[0]["skipped"] == 10
 
 
-def test_an_error_that_passes_is_waited_for_and_told(make, tok, tmp_path, monkeypatch):
+def test_an_error_that_passes_is_waited_for_and_told_and_no_record_counts_twice(make, tok, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "FIRST_WAIT", 0.01)
-    source = make.write_jsonl(tmp_path / "a.jsonl", [{"text": "ba ce"}] * 20)
-    phase, told, failing = make.phase(source, readers=1), [], [3]
+    rows = [{"texts": i} if i in (0, 1, 5) else {"text": "ba ce"} for i in range(20)]
+    source = make.write_jsonl(tmp_path / "a.jsonl", rows)
+    phase, told, failing = make.phase(source, readers=1, max_skipped=3), [], [3]
     expected = stream.open_phase(phase, tok, 0, False).next(2, 40)
-    rows = files.JsonFiles.rows
+    read = files.JsonFiles.rows
 
     def flaky(self, block, start=0):
-        yield from itertools.islice(rows(self, block, start), 2)
+        yield from itertools.islice(read(self, block, start), 2)
         if failing[0]:
             failing[0] -= 1
             raise OSError("the disk is away")
-        yield from rows(self, block, start + 2)
+        yield from read(self, block, start + 2)
 
-    documents = stream.open_phase(
-        phase, tok, 0, False, note=lambda event, **facts: told.append((event, facts["reason"]))
-    )
+    note = lambda event, **facts: told.append((event, facts["where"] if event == "skip" else facts["reason"]))
+    documents = stream.open_phase(phase, tok, 0, False, note=note)
     broken = stream.open_phase(phase, tok, 0, False)
     monkeypatch.setattr(files.JsonFiles, "rows", flaky)
     assert same([documents.next(2, 40)], [expected])
-    assert told == [("retry", "the disk is away")] * 3
+    assert stream.summary(documents.cursor())[0]["skipped"] == 3
+    *first, last = [f"{tmp_path}/a.jsonl, byte {sum(len(json.dumps(row)) + 1 for row in rows[:i])}" for i in (0, 1, 5)]
+    skips, retries = [("skip", where) for where in first], [("retry", "the disk is away")] * 3
+    assert told == [*skips, *retries, ("skip", last)]
     failing[0] = 99
     with pytest.raises(OSError, match="source json:.*the disk is away .tried 6 times"):
         broken.next(2, 40)

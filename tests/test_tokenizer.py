@@ -66,6 +66,13 @@ def test_byte_lengths_add_up_to_the_bytes_of_the_text(tok, text):
     assert tok.byte_lengths()[tok.encode(text)].sum() == len(text.encode())
 
 
+def test_byte_lengths_count_bytes_where_a_piece_holds_characters_of_several():
+    text = "déjà vu 漢字 déjà 漢字"
+    wide = tokenizer.train([f"{text} {i % 7}" for i in range(99)], 372)
+    ids = wide.encode(text)
+    assert len(ids) < len(text) and wide.byte_lengths()[ids].sum() == len(text.encode()) == len(text) + 12
+
+
 def test_byte_lengths_has_an_entry_for_every_id_and_none_for_control_symbols(tok):
     lengths = tok.byte_lengths()
     assert lengths.shape == (tok.vocab_size,)

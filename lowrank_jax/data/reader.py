@@ -8,6 +8,7 @@ resume reads one window again, wherever it is.
 Several readers share a source: by blocks where there are plenty, or else by rows.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -36,15 +37,21 @@ class Limit:
         self.name, self.most, self.note = name, most, note
         self.skipped, self.last, self._lock = 0, None, threading.Lock()
 
-    def skip(self, bad: BadRecord) -> None:
-        """Counts a bad record; raises UsageError, with its file and line, where it is one too many."""
+    def skip(self, bad: BadRecord, is_new: bool = True) -> None:
+        """Counts a bad record, and tells of a new one; raises UsageError, with its file and line, if it is too many."""
         with self._lock:
             self.skipped, self.last = self.skipped + 1, bad
             if self.skipped <= self.most:
-                self.note("skip", source=self.name, where=bad.where, reason=bad.reason)
+                if is_new:
+                    self.note("skip", source=self.name, where=bad.where, reason=bad.reason)
                 return
         told = f"; {self.skipped} such records, and max_skipped={self.most}" if self.most else ""
         raise UsageError(f"{describe(bad)}{told}")
+
+    def take_back(self, count: int) -> None:
+        """Counts so many bad records less: they are about to be met again."""
+        with self._lock:
+            self.skipped -= count
 
 
 def describe(bad: BadRecord) -> str:
@@ -70,8 +77,6 @@ class Reader:
         self._index, self._readers = share
         self._by_blocks = source.blocks >= PLENTY * self._readers
         self._first, self._stride = share if self._by_blocks else (0, 1)
-        order = grain.MapDataset.range(source.blocks)
-        self._order = order.seed(seed).shuffle().repeat() if part.shuffled else order.repeat()
         self._at = cursor or {
             "epoch": 0,
             "block": self._first,
@@ -121,7 +126,7 @@ class Reader:
         enough = HELD_OUT_WINDOW if self._part.held_out else WINDOW
         counting = at["epoch"] == 0  # what is wrong with the data, later epochs only meet again
         while at["block"] < self._source.blocks:
-            block = self._order[at["epoch"] * self._source.blocks + at["block"]]
+            block = self._block(at["epoch"], at["block"])
             try:
                 for row in self._source.rows(block, at["row"]):
                     mine = self._takes(block, at["row"])
@@ -145,6 +150,9 @@ class Reader:
             at["block"], at["row"] = at["block"] + self._stride, 0
         return self._shuffled(window), at | {"epoch": at["epoch"] + 1, "block": self._first, "row": 0}
 
+    def _block(self, epoch: int, place: int) -> int:
+        return _shuffled_block(self._source.blocks, self._seed, epoch, place) if self._part.shuffled else place
+
     def _takes(self, block: int, row: int) -> bool:
         held_out = self._part.period > 0 and (block + row) % self._part.period == 0
         return held_out == self._part.held_out and self._owns(row)
@@ -164,9 +172,9 @@ class Reader:
 
     def _skip(self, bad: BadRecord, at: dict, counting: bool) -> None:
         if counting:
-            self.limit.skip(bad)
-            at["skipped"] += 1
             self._skipping += 1
+            self.limit.skip(bad, is_new=self._skipping > self._told)
+            at["skipped"] += 1
 
     def _shuffled(self, window: list[Document]) -> list[Document]:
         if not self._part.shuffled:
@@ -177,17 +185,30 @@ class Reader:
 
     def _patiently(self, read: Callable):
         """Tries again when a read fails, each time after twice as long; raises OSError when that did not help."""
+        self._told = 0  # bad records that an earlier attempt told of: each attempt meets the same ones first
         for attempt in range(ATTEMPTS):
             self._skipping = 0
             try:
                 return read()
             except OSError as e:
-                self.limit.skipped -= self._skipping  # they are about to be met again
+                self.limit.take_back(self._skipping)
+                self._told = max(self._told, self._skipping)
                 if attempt == ATTEMPTS - 1:
                     raise OSError(f"source {self.limit.name}: {e} (tried {ATTEMPTS} times)") from e
                 wait = FIRST_WAIT * 2**attempt
                 self.limit.note("retry", source=self.limit.name, reason=str(e), attempt=attempt + 1, wait_seconds=wait)
                 time.sleep(wait)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _shuffled_block(blocks: int, seed: int, epoch: int, place: int) -> int:
+    """The block at a place in an epoch's order: 11 ms where there are two of them, which is why readers share it."""
+    return _blocks(blocks, seed)[epoch * blocks + place]
+
+
+@functools.lru_cache
+def _blocks(count: int, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
 
 def _size(document: Document) -> int:
