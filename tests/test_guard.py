@@ -44,6 +44,27 @@ def test_a_spike_of_loss_or_gradient_is_refused_and_forgotten(loss, norm):
     np.testing.assert_allclose(spiked.mean, g.mean, atol=0.1)
 
 
+def settled(count: int = 100) -> guard.Guard:
+    """After so many steps of loss 3 and gradient norm 1 that did not vary."""
+    return guard.start(False)._replace(mean=np.float32([3, 0]), count=np.int32(count))
+
+
+def test_a_spike_enters_the_statistics_as_the_bound_that_it_broke():
+    """Of 8 sigmas of 0.1 nats, or of 0.25 in the log of the gradient norm, and one in fifty steps."""
+    for at, bound, spike in ((0, 0.8, [9.0, 1.0]), (1, 2.0, [3.0, 1e4])):
+        (ok,), g = after(*[[x] for x in spike], g=settled())
+        assert not ok and g.count == 101
+        np.testing.assert_allclose(g.mean, [3 + 0.02 * bound, 0] if at == 0 else [3, 0.02 * bound], atol=1e-6)
+        np.testing.assert_allclose(g.variance[at], 0.98 * 0.02 * bound**2, rtol=1e-3)
+        assert g.variance[1 - at] < 1e-12
+    (ok,), g = after([2.0], g=settled())
+    np.testing.assert_allclose((g.mean[0], g.variance[0]), (3 - 0.02, 0.98 * 0.02), rtol=1e-5)
+
+
+def test_spikes_are_refused_from_the_step_after_the_first_fifty():
+    assert after([9.0], g=settled(49))[0] == [True] and after([9.0], g=settled(50))[0] == [False]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_and_teaches_nothing(bad):
     _, g = after(noisy(100))
