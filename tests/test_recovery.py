@@ -280,7 +280,7 @@ def test_no_failure_waits_for_a_compiler(ends, failure, status):
         compiler.join()
 
 
-def test_signals_are_noted_and_told_once_and_handlers_put_back(capfd):
+def test_signals_are_noted_and_told_once_and_handlers_put_back(ends, capfd):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with interrupt.signals() as received:
         assert received == []
