@@ -1,12 +1,15 @@
-"""Which updates are refused, and how fp16's loss scale moves."""
+"""Which updates are refused, how fp16's loss scale moves, and what a run tells of it."""
 
+import contextlib
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from lowrank_jax import guard
+from lowrank_jax import guard, stages, workdir
+from lowrank_jax.config import RunFailure
+from lowrank_jax.meter import MOST_IN_A_ROW, Meter
 
 judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
 
@@ -39,6 +42,27 @@ def test_a_spike_of_loss_or_gradient_is_refused_and_forgotten(loss, norm):
     assert verdicts == [False] + [True] * 20
     assert spiked.refused == 1 and spiked.in_a_row == 0
     np.testing.assert_allclose(spiked.mean, g.mean, atol=0.1)
+
+
+def settled(count: int = 100) -> guard.Guard:
+    """After so many steps of loss 3 and gradient norm 1 that did not vary."""
+    return guard.start(False)._replace(mean=np.float32([3, 0]), count=np.int32(count))
+
+
+def test_a_spike_enters_the_statistics_as_the_bound_that_it_broke():
+    """Of 8 sigmas of 0.1 nats, or of 0.25 in the log of the gradient norm, and one in fifty steps."""
+    for at, bound, spike in ((0, 0.8, [9.0, 1.0]), (1, 2.0, [3.0, 1e4])):
+        (ok,), g = after(*[[x] for x in spike], g=settled())
+        assert not ok and g.count == 101
+        np.testing.assert_allclose(g.mean, [3 + 0.02 * bound, 0] if at == 0 else [3, 0.02 * bound], atol=1e-6)
+        np.testing.assert_allclose(g.variance[at], 0.98 * 0.02 * bound**2, rtol=1e-3)
+        assert g.variance[1 - at] < 1e-12
+    (ok,), g = after([2.0], g=settled())
+    np.testing.assert_allclose((g.mean[0], g.variance[0]), (3 - 0.02, 0.98 * 0.02), rtol=1e-5)
+
+
+def test_spikes_are_refused_from_the_step_after_the_first_fifty():
+    assert after([9.0], g=settled(49))[0] == [True] and after([9.0], g=settled(50))[0] == [False]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -80,3 +104,49 @@ def test_an_overflow_that_no_scale_cures_counts():
 
 def test_without_fp16_the_scale_is_one_for_ever():
     assert after([np.inf, *noisy(5)])[1].scale == 1
+
+
+# ---------------------------------------------------------------------------------------------------- told by the run
+
+
+@pytest.fixture
+def report(make, tmp_path):
+    """A function: lets a run's meter read the metrics of its steps, each a dict of what is unusual."""
+
+    def read(*steps: dict, precision: str = "fp32") -> None:
+        config = make.run_config(precision=precision, track="", every__log=1, every__fp8_check=5)
+        (stage,) = stages.plan(config)
+        usual = {"loss": 3.0, "lr": 0.1, "grad_norm": 2.0, "ok": True, "scale": 1.0, "refused": 0, "in_a_row": 0}
+        with contextlib.closing(Meter(config, str(tmp_path), len(steps), 0)) as meter:
+            for number, unusual in enumerate(steps, 1):
+                metrics = jax.tree.map(np.asarray, usual | unusual)
+                meter.add(stage, {"step": number, "tokens": number * stage.tokens_per_step}, metrics)
+            meter.flush()
+
+    return read
+
+
+def test_every_refused_update_is_in_the_ledger_with_its_reason(report, tmp_path):
+    report(
+        {"ok": False, "loss": 9.0, "refused": 1, "in_a_row": 1},
+        {"ok": False, "grad_norm": 80.0, "refused": 2, "in_a_row": 2},
+        {"refused": 2},
+        {"ok": False, "loss": np.nan, "refused": 3, "in_a_row": 1},
+        {"ok": False, "grad_norm": np.inf, "refused": 4, "in_a_row": 2},
+    )
+    skips = workdir.read_rows(str(tmp_path), "events.jsonl")
+    assert {e["event"] for e in skips} == {"skip"}
+    assert [(e["step"], e["reason"], e["loss"], e["grad_norm"], e["in_a_row"]) for e in skips] == [
+        (1, "spike", 9.0, 2.0, 1), (2, "spike", 3.0, 80.0, 2),
+        (4, "not finite", None, 2.0, 1), (5, "not finite", 3.0, None, 2),
+    ]  # fmt: skip
+    assert [row["skipped"] for row in workdir.read_rows(str(tmp_path), "metrics.jsonl")] == [1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize("precision, most", [("fp32", MOST_IN_A_ROW), ("fp8", MOST_IN_A_ROW + 5)])
+def test_a_run_ends_after_too_many_refused_updates_in_a_row(report, precision, most):
+    """With fp8 only once the next look at bf16 has been taken as well."""
+    refused = lambda n: {"ok": False, "refused": n + 7, "in_a_row": n}
+    report(refused(most - 1), precision=precision)
+    with pytest.raises(RunFailure, match=f"{most} updates in a row were refused, up to step 2"):
+        report(refused(most - 1), refused(most), precision=precision)

@@ -1,12 +1,22 @@
-"""What a run survives, as real processes: no memory, fp8 that is off, awkward signals; and other runs' weights."""
+"""What a run survives, mostly as real processes: no memory, fp8 that is off, awkward signals; other runs' weights."""
 
+import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
-from runs import STEPS, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
+from runs import CACHE, ROOT, STEPS, assert_one_line, last_json, rows, run, same_end, train, train_args
+
+from lowrank_jax import cli, interrupt, step, workdir
+from lowrank_jax import train as training
+from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.data import tokenizer
 
 HALF = {"pretrain__microbatch_tokens": 64, "sft__microbatch_tokens": 64}  # of the 128 tokens that the runs begin with
 
@@ -149,30 +159,142 @@ def test_signals_during_evaluations_and_a_save_cost_nothing(data, reference, tmp
     assert same_end(tmp_path / "run", reference)
 
 
-def test_a_signal_during_compilation_ends_the_process_at_once_and_it_starts_again(data, reference, tmp_path):
-    deep = {"model__layers": 24, "model__scan": False, "pretrain__steps": 1, "sft__steps": 0}  # compiles for minutes
-    process = launch("main", *train_args(data, tmp_path / "run", **deep))
-    while not (tmp_path / "run").exists():  # the lock: the folder is made before the gate
-        assert process.poll() is None
-        time.sleep(0.05)
-    time.sleep(3)
-    asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and "saved at step 0" in err, err
-    assert time.monotonic() - asked < 30
-    assert events(tmp_path / "run", "preempt")[0]["step"] == 0
+class StuckCompiler:
+    """In place of `step.lower`: does as asked once it has begun, and never ends while anybody waits for it."""
+
+    def __init__(self, begin: Callable[[], None] = lambda: None):
+        self.begin, self.begun, self.end = begin, threading.Event(), threading.Event()
+
+    def __call__(self, *_):
+        self.begin()
+        self.begun.set()
+        self.end.wait(30)
+        raise AssertionError("the compiler was waited for")
 
 
-def test_a_mistake_in_the_data_does_not_wait_for_the_compiler(data, tmp_path):
+@pytest.fixture
+def stick(monkeypatch):
+    """A function: sticks the compiler of this process, until the test is over."""
+    compilers = []
+
+    def stuck(*begin: Callable[[], None]) -> StuckCompiler:
+        compilers.append(StuckCompiler(*begin))
+        monkeypatch.setattr(step, "lower", compilers[-1])
+        return compilers[-1]
+
+    yield stuck
+    for compiler in compilers:
+        compiler.end.set()
+
+
+def tiny(make, data, **changes):
+    settings = {"tokens_per_step": 32, "block": 16, "steps": 1, "eval_fraction": 0.0, "sources": f"text:{data}/a.txt"}
+    settings = {f"pretrain__{key}": value for key, value in settings.items()}
+    return make.run_config(**settings | {"track": "", "model__vocab": 0, "tokenizer__vocab_size": 400} | changes)
+
+
+def test_a_signal_while_the_first_program_compiles_saves_the_start_and_nobody_waits(make, data, stick, tmp_path):
+    """Also where a run goes on: it begins with the compiler."""
+    folder = str(tmp_path / "run")
+    for resumes in (False, True):
+        received = []
+        stick(lambda received=received: received.append(signal.SIGTERM))
+        with pytest.raises(SystemExit) as end:
+            training.run(tiny(make, data), folder, received)
+        assert end.value.code == 143 and workdir.newest_checkpoint(folder) == 0
+        assert events(folder, "start")[-1]["resumes"] is resumes
+    assert [e["step"] for e in events(folder, "preempt")] == [0, 0]
+
+
+def test_a_mistake_in_the_data_does_not_wait_for_the_compiler(make, data, stick, monkeypatch, tmp_path):
     (tmp_path / "blank.txt").write_text(" \n \n")
-    deep = {"model__layers": 24, "model__scan": False, "pretrain__steps": 1, "sft__steps": 0}  # compiles for minutes
-    source = {"pretrain__sources": f"text:{tmp_path}/blank.txt", "tokenizer__vocab_size": 500}
-    started = time.monotonic()
-    code, _, err = train(data, tmp_path / "run", **deep, **source)
-    assert_one_line(code, err, 2, "there is no text")
-    assert time.monotonic() - started < 30
-    assert not (tmp_path / "run").exists()
+    compiler, learn = stick(), tokenizer.train
+    monkeypatch.setattr(tokenizer, "train", lambda *args: compiler.begun.wait(30) and learn(*args))
+    with pytest.raises(UsageError, match="there is no text"):
+        training.run(tiny(make, data, pretrain__sources=f"text:{tmp_path}/blank.txt"), str(tmp_path / "run"))
+    assert compiler.begun.is_set() and not (tmp_path / "run").exists()
+
+
+# A command whose compiler never comes back from any program but the first.
+STUCK = """
+import threading
+from lowrank_jax import cli, main, step
+
+def lower(config, stage, *rest, first=step.lower):
+    return threading.Event().wait() if stage.start else first(config, stage, *rest)
+
+step.lower = lower
+cli.main(main.command)
+"""
+
+
+def test_a_signal_while_the_next_program_compiles_ends_the_process_at_once_with_its_state(data, tmp_path):
+    env = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE, "LOWRANK_FAULTS": ""}
+    env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-c", STUCK, *train_args(data, tmp_path / "run")]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, text=True, **pipes)
+    try:
+        while 3 not in [row["step"] for row in workdir.read_rows(tmp_path / "run", "metrics.jsonl")]:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)  # the compiler never ends
+    finally:
+        process.kill()
+    assert process.returncode == 143 and "saved at step 3" in err, err
+    assert events(tmp_path / "run", "preempt")[0]["step"] == 3
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+
+
+class Ended(BaseException):
+    """In place of the end of this process."""
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    def end(status: int):
+        raise Ended(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+
+
+@pytest.mark.parametrize("failure, status", [
+    (UsageError("text"), 2), (RunFailure("disk"), 1), (OSError("disk"), 1), (SystemExit(143), 143),
+    (KeyboardInterrupt(), 130), (RuntimeError("RESOURCE_EXHAUSTED: memory"), 1),
+])  # fmt: skip
+def test_no_failure_waits_for_a_compiler(ends, failure, status):
+    def command(argv: list[str]):
+        raise failure
+
+    over = threading.Event()
+    compiler = threading.Thread(target=over.wait, name=f"{cli.ABANDONED}_0")
+    compiler.start()
+    try:
+        with pytest.raises(Ended, match=f"^{status}$"):
+            cli.main(command)
+    finally:
+        over.set()
+        compiler.join()
+
+
+def test_signals_are_noted_and_told_once_and_handlers_put_back(ends, capfd):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with interrupt.signals() as received:
+        assert received == []
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert set(received) == {signal.SIGTERM, signal.SIGINT} and received[0] == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [line.split(":")[0] for line in capfd.readouterr().err.splitlines()] == ["SIGTERM", "SIGINT"]
+
+
+def test_a_second_interrupt_from_the_keyboard_ends_the_process_at_once(ends):
+    with interrupt.signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(Ended, match="^130$"):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(data, reference, tmp_path):

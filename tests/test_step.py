@@ -1,5 +1,6 @@
 """One update: accumulation, clipping, what each optimizer touches, the learning rate, precision and weights."""
 
+import contextlib
 import functools
 import re
 
@@ -10,8 +11,9 @@ import optax
 import pytest
 
 from configs import default
-from lowrank_jax import model, optim, stages, step
+from lowrank_jax import model, optim, stages, step, workdir
 from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.meter import Meter
 
 ROWS, LENGTH = 8, 16
 TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "latent_norm": True, "mlp": 24}
@@ -218,13 +220,26 @@ def split(tree: dict) -> tuple[list, list]:
     return [x for p, x in leaves if is_block_matrix(p, x)], [x for p, x in leaves if not is_block_matrix(p, x)]
 
 
+def newton_schulz(x: np.ndarray) -> np.ndarray:
+    """The five iterations of Muon's author, which take every singular value to about 1 (0.7 to 1.2)."""
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
 def test_muon_orthogonalises_each_layers_matrices_and_nothing_else():
-    matrices, others = split(updates_of([random_gradients(1.0, 0)], name="muon"))
+    gradients = random_gradients(1.0, 0)
+    (matrices, others), (of_matrices, _) = split(updates_of([gradients], name="muon")), split(gradients)
     assert len(matrices) == 11 and len(others) == 4
-    for update in matrices:
-        for layer in np.asarray(update):
-            values = np.linalg.svd(layer, compute_uv=False) / (0.2 * max(layer.shape) ** 0.5)
+    for update, gradient in zip(matrices, of_matrices):
+        for layer, g in zip(np.asarray(update), gradient):
+            size = 0.2 * max(layer.shape) ** 0.5
+            values = np.linalg.svd(layer, compute_uv=False) / size
             assert 0.6 < values.min() and values.max() < 1.3
+            expected = newton_schulz(g) if g.shape[0] <= g.shape[1] else newton_schulz(g.T).T
+            np.testing.assert_allclose(layer, -size * expected, atol=1e-3 * size)
     for update in others:  # the first update of AdamW has one size for every element
         assert 0.9 < np.abs(update).min() and np.ptp(np.abs(update)) < 1e-3
 
@@ -331,6 +346,9 @@ def test_smoothing_and_z_loss_move_the_gradient_as_defined_and_not_the_reported_
         assert abs(metrics["grad_norm"] / optax.tree.norm(by_definition()[1]) - 1) > 1e-3
 
 
+AVERAGED = {"ema": 0.75, "skip_sigma": 4.0}
+
+
 def test_in_sft_the_average_follows_the_weights_from_its_start_at_its_own_settings():
     values = with_optim(ema=0.75).to_dict()
     values["sft"].update(PHASE | {"lr": 3e-2, "lr_head": 6e-3, "freeze": "mlp"})
@@ -387,3 +405,57 @@ def test_accumulation_of_8_and_2_with_every_option_makes_the_loss_and_gradient_o
     close(metrics, its_metrics, rtol=1e-6)
     close(ours.opt_state, theirs.opt_state, rtol=1e-4, atol=1e-7)  # the gradients, a tenth of them
     close((ours.params, ours.average), (theirs.params, theirs.average), atol=TINY_CHANGE)
+
+
+# ------------------------------------------------------------------------------------------------------refused updates
+
+
+def remembering(state: step.TrainState, loss: float, log_norm: float, count: int = 100, scale: float = 1.0):
+    """The state after so many steps that all had this loss and this log of the gradient norm."""
+    g = state.guard
+    after = g._replace(mean=np.array([loss, log_norm]), count=count, scale=scale)
+    as_it_was = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)  # or it compiles anew
+    return state._replace(guard=jax.tree.map(as_it_was, after, g))
+
+
+# How far the loss and the log of the gradient norm are above their means, and whether that is accepted. As those have
+# not varied, the bounds are 4 of the least deviations: 0.4 nats and 1.
+JUMPS = [
+    (0.39, 0.0, True), (0.41, 0.0, False), (0.0, 0.98, True), (0.0, 1.02, False), (0.39, 0.98, True), (-5, -5, True)
+]  # fmt: skip
+
+
+def test_a_finite_spike_of_the_loss_or_of_the_gradient_alone_is_refused(tmp_path):
+    """The same update each time; only what the steps before were like differs."""
+    config = with_optim(**AVERAGED)
+    stage, run = compiled(config)
+    first = state_of(config)
+    _, metrics = run(first, ragged_batch())
+    usual, usual_norm = float(metrics["loss"]), float(np.log(metrics["grad_norm"]))
+    assert abs(usual - usual_norm) > 1 and metrics["ok"]
+    for number, (off_loss, off_norm, ok) in enumerate(JUMPS, 1):
+        before = remembering(first, usual - off_loss, usual_norm - off_norm)
+        after, metrics = run(before, ragged_batch())
+        assert (metrics["ok"], metrics["refused"], metrics["in_a_row"]) == (ok, not ok, not ok), (off_loss, off_norm)
+        assert after.step == 1
+        for new, old in zip((*after[:2], after.average), (*before[:2], before.average)):
+            same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old))]
+            assert not any(same) if ok else all(same)
+        with contextlib.closing(Meter(config, str(tmp_path), len(JUMPS), 0)) as meter:
+            meter.add(stage, {"step": number, "tokens": number * ROWS * LENGTH}, metrics)
+            meter.flush()
+    skips = [(e["step"], e["reason"]) for e in workdir.read_rows(str(tmp_path), "events.jsonl")]
+    assert skips == [(2, "spike"), (4, "spike")]
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_refused():
+    """The gradient alone is taken of the scaled loss, for which fp16 has no room; also before spikes are looked for."""
+    config = toy("fp16", name="adamw")
+    _, run = compiled(config)
+    for count in (0, 100):
+        before = remembering(state_of(config), 1e6, 1e6, count, scale=2.0**60)
+        after, metrics = run(before, ragged_batch())
+        assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+        assert not metrics["ok"] and metrics["refused"] == 1 and after.guard.scale == 2.0**59
+        close((after.params, after.opt_state), (before.params, before.opt_state), rtol=0)
+        np.testing.assert_array_equal(after.guard.mean, before.guard.mean)
