@@ -154,9 +154,9 @@ def test_state_dicts_are_read(as_hf, as_torch, model, tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_refused(as_torch, make, tmp_path, capsys):
-    tokenizer.train([make.prose(300)], 300).save(str(tmp_path / "other"))
+    tokenizer.train([make.prose(2000)], 400).save(str(tmp_path / "other"))
     args = (f"--from={as_torch}", f"--workdir={tmp_path}/run", f"--tokenizer={tmp_path}/other")
-    refused(command(importer, capsys, *args), "the weights are of 521 pieces, and the tokenizer has 300")
+    refused(command(importer, capsys, *args), "the weights are of 521 pieces, and the tokenizer has 400")
     assert not (tmp_path / "run").exists()
 
 

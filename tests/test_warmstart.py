@@ -91,11 +91,8 @@ def reasons(taken: warmstart.Taken) -> dict[str, str]:
 
 def outputs(c: ModelConfig, params: dict) -> list[np.ndarray]:
     """The last factors of attention and MLP, [layers, in, D] each."""
-    blocks = params["blocks"]
-    return [
-        blocks["attention"]["o"]["up" if c.rank else "kernel"],
-        blocks["mlp"]["out"]["up" if c.mlp_rank else "kernel"],
-    ]
+    attention, mlp = params["blocks"]["attention"]["o"], params["blocks"]["mlp"]["out"]
+    return [attention["up" if c.rank else "kernel"], mlp["up" if c.mlp_rank else "kernel"]]
 
 
 # ------------------------------------------------------------------------------------------------- deeper models
