@@ -66,6 +66,13 @@ def _sums(state):
     return jax.tree.map(sums, state)
 
 
+def _lacks_memory(e: BaseException | None) -> bool:
+    """True also of an error that came from a lack of memory: orbax wraps what fails while it reads an array."""
+    if e is None:
+        return False
+    return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e) or _lacks_memory(e.__cause__ or e.__context__)
+
+
 class Checkpoints:
     """The checkpoints of a run's folder; a context manager that waits for the last write."""
 
@@ -137,7 +144,7 @@ class Checkpoints:
                 if _checksum(restored.state, progress) != restored.meta["checksum"]:
                     raise ValueError("its contents do not match their checksum")
             except Exception as e:  # what orbax raises for a truncated array has no narrower class
-                if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):  # no fault of the checkpoint's
+                if _lacks_memory(e):  # no fault of the checkpoint's
                     raise
                 broken.append((step, " ".join(str(e).split())[:200]))
                 continue

@@ -17,8 +17,8 @@ from lowrank_jax.sharding import path_name
 
 TABLES = ("embed/table", "head/table")
 BLOCKS = "blocks/"
-# The last factors of what a block adds to the residual stream; the MLP's is `up` with mlp_rank, `kernel` without.
-OUTPUTS = ("blocks/attention/o/up", "blocks/mlp/out/kernel", "blocks/mlp/out/up")
+# The last factors of what a block adds to the residual stream: `up` where it is factored, `kernel` where not.
+OUTPUTS = tuple(f"blocks/{name}/{last}" for name in ("attention/o", "mlp/out") for last in ("kernel", "up"))
 
 
 class Taken(NamedTuple):

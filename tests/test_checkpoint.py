@@ -1,14 +1,18 @@
 """Checkpoints: what is saved comes back bit for bit, and what is broken on disk is noticed and passed over."""
 
+import hashlib
+import json
 import os
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import step, workdir
+from lowrank_jax import checkpoint, step, workdir
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.config import UsageError
 
@@ -31,13 +35,20 @@ def states(make) -> list:
     return [jax.tree.map(lambda x, n=n: jnp.asarray(noise(np.asarray(x), n)), first) for n in range(3)]
 
 
-@pytest.fixture
-def run(tmp_path, states) -> str:
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory, states) -> pathlib.Path:
     """A folder with the checkpoints 1, 2 and 3."""
-    with Checkpoints(str(tmp_path)) as saved:
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    with Checkpoints(str(folder)) as saved:
         for i, state in enumerate(states):
             saved.save(i + 1, state, PROGRESS | {"step": i + 1})
-    return str(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def run(saved_run, tmp_path) -> str:
+    """A copy of it, to be harmed."""
+    return str(shutil.copytree(saved_run, tmp_path / "run"))
 
 
 def restore(folder: str, template, **options):
@@ -189,6 +200,41 @@ def test_checkpoints_of_which_none_can_be_restored_are_kept_and_named(run, make)
         assert saved.steps() == [3, 2, 1]
 
 
+def test_progress_that_was_changed_on_disk_is_noticed(run, template):
+    path = pathlib.Path(run, "checkpoints", "3", "meta", "metadata")
+    changed, count = re.subn(r'("offset": ?)3', r"\g<1>4", path.read_text(encoding="utf-8"))
+    assert count == 1
+    path.write_text(changed, encoding="utf-8")
+    assert restore(run, template, delete_broken=True)[1]["step"] == 2
+    assert failures(run) == [3]
+
+
+NO_MEMORY = {
+    "the device has none": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+    "the reader has none": ValueError("RESOURCE_EXHAUSTED: Error reading state/ocdbt.process_0/d/1"),
+    "the host has none": MemoryError(),
+    "orbax tells where the host had none": Exception("Encountered error while reading array index: ()"),
+}
+NO_MEMORY["orbax tells where the host had none"].__cause__ = MemoryError()
+
+
+@pytest.mark.parametrize("reason", NO_MEMORY)
+@pytest.mark.parametrize("place", ["reading", "checksum"])
+def test_a_lack_of_memory_is_no_damage(run, states, template, monkeypatch, reason, place):
+    """It is raised as it is: nothing is removed, no older step is used, and later the newest one is whole."""
+
+    def fail(*args, **options):
+        raise NO_MEMORY[reason]
+
+    with Checkpoints(run) as saved, monkeypatch.context() as patch:
+        patch.setattr(*((saved._manager, "restore") if place == "reading" else (checkpoint, "_checksum")), fail)
+        with pytest.raises(type(NO_MEMORY[reason])) as e:
+            saved.restore(template, delete_broken=True)
+        assert e.value is NO_MEMORY[reason] and saved.steps() == [3, 2, 1] and failures(run) == []
+    state, progress = restore(run, template, delete_broken=True)
+    assert progress["step"] == 3 and bits(state) == bits(states[2])
+
+
 def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
     whole = pathlib.Path(run, "checkpoints", "3")
     whole.rename(whole.with_name("3.orbax-checkpoint-tmp"))
@@ -197,6 +243,38 @@ def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
 
 
 # ------------------------------------------------------------------------------------------------------------ hash
+
+
+def mixed(h: np.ndarray) -> np.ndarray:
+    """The last part of MurmurHash3, in Python's whole numbers."""
+
+    def one(h: int) -> int:
+        h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
+        h = (h ^ h >> 13) * 0xC2B2AE35 % 2**32
+        return h ^ h >> 16
+
+    return np.array([one(int(x)) for x in h], np.uint64)
+
+
+def test_the_checksum_is_that_of_checkpoints_that_were_written_before():
+    """Of every value with its place, every array with its name, and the progress."""
+    draw = np.random.default_rng(0)
+    state = {
+        "a": jnp.asarray(draw.standard_normal((2, 3, 4)), jnp.float32),
+        "b": {"half": jnp.asarray(draw.standard_normal(5), jnp.bfloat16), "count": jnp.asarray(7, jnp.int32)},
+        "c": jnp.asarray([3, -1], jnp.int8),
+    }
+    kinds = {"['a']": np.uint32, "['b']['count']": np.uint32, "['b']['half']": np.uint16, "['c']": np.uint8}
+    named = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        values = np.asarray(x).reshape(-1).view(kinds[name]).astype(np.uint64)
+        places = np.arange(x.size, dtype=np.uint64)
+        first = mixed(values ^ mixed(places + 1))
+        named[name] = [int(first.sum()) % 2**32, int(mixed((first + places) % 2**32).sum()) % 2**32]
+    for progress in ({"step": 3, "cursor": {"drawn": [2**40]}}, {"step": 4}):
+        text = json.dumps([named, progress], sort_keys=True)
+        assert checkpoint._checksum(state, progress) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_the_hash_sees_every_number(states):

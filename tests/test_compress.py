@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
+import scipy.linalg
 
 from lowrank_jax import compress, factorize, model, sharding, workdir
 from lowrank_jax.config import UsageError
@@ -82,7 +83,7 @@ def test_a_model_of_full_rank_computes_the_same(dense, mlp_rank):
         )
 
 
-def test_more_rank_is_less_error_and_the_activations_are_the_models(dense):
+def test_more_rank_is_less_error(dense):
     text, held_out = compress.texts(dense, "", 960)
     found = []
     for rank in (4, 16):
@@ -90,25 +91,65 @@ def test_more_rank_is_less_error_and_the_activations_are_the_models(dense):
         found.append(compress.errors(dense.config.model, dense.params, params, held_out))
     assert all(0 < high[name] < low[name] < 1 for low, high in zip(*found) for name in low)
     assert [set(row) for row in found[0]] == [set("qkvo") | {"gate", "up", "out"}] * 2
-    last = list(compress.activations(dense.config.model, dense.params, held_out))[-1]
-    assert all(np.linalg.eigvalsh(moments).min() > -1e-3 for moments in last[1].values())
 
 
-def test_errors_of_queries_count_by_the_keys_and_those_of_keys_by_the_queries(dense):
-    text, _ = compress.texts(dense, "", 960)
+def normed(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain
+
+
+def row_inputs(c, params: dict, tokens_T: np.ndarray, segments_T: np.ndarray) -> list[dict]:
+    """Of each layer what its matrices read in one row of the text, with its keys and queries: loops in float64."""
+    T, rows = len(tokens_T), []
+    x = params["embed"]["table"][tokens_T]
+    for i in range(c.layers):
+        block = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
+        w = {name: block[group][name]["kernel"] for group, names in compress.MATRICES.items() for name in names}
+        h = normed(x, block["attention_norm"]["gain"])
+        q, k, v = ((h @ w[name]).reshape(T, c.heads, c.head_dim) for name in "qkv")
+        o = np.zeros((T, c.heads, c.head_dim))
+        for t in range(T):
+            past = np.array([s for s in range(t + 1) if segments_T[s] == segments_T[t]])
+            for head in range(c.heads):  # of 8, whose slopes are 1/2, 1/4, ...
+                e = np.exp(k[past, head] @ q[t, head] / c.head_dim**0.5 - 0.5 ** (head + 1) * (t - past))
+                o[t, head] = e / e.sum() @ v[past, head]
+        o = o.reshape(T, c.d)
+        x = x + o @ w["o"]
+        m = normed(x, block["mlp_norm"]["gain"])
+        gate = m @ w["gate"]
+        out = gate / (1 + np.exp(-gate)) * (m @ w["up"])
+        x = x + out @ w["out"]
+        rows.append(dict.fromkeys("qkv", h) | {"o": o, "gate": m, "up": m, "out": out, "keys": k, "queries": q})
+    return rows
+
+
+def test_the_moments_are_those_of_an_explicit_forward_pass(dense):
+    """Of all layers and batches, with texts that do not see each other; factors and errors are by these moments."""
     c = dense.config.model
-    block, seen = next(compress.activations(c, dense.params, text))
-    for name, other in (("q", "k"), ("k", "q")):
-        w_DHK = block["attention"][other]["kernel"].reshape(c.d, c.heads, c.head_dim).astype(float)
-        metric = compress._metric(block, name, seen)
-        for h in range(c.heads):
-            at = slice(h * c.head_dim, (h + 1) * c.head_dim)
-            expected = w_DHK[:, h].T @ seen[other] @ w_DHK[:, h]
-            np.testing.assert_allclose(metric[at, at], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
-            metric[at, at] = 0
-        assert not metric.any()
-    o_DD = block["attention"]["o"]["kernel"].astype(float)
-    np.testing.assert_allclose(compress._metric(block, "v", seen), o_DD @ o_DD.T)
+    tokens = np.random.default_rng(0).integers(0, c.vocab, (4, 24)).astype(np.int32)
+    segments = np.array([[1] * n + [2] * (24 - n) for n in (5, 24, 17, 12)], np.int32)
+    batches = [{"tokens": tokens[at], "segments": segments[at]} for at in (slice(0, 2), slice(2, 4))]
+    params = jax.tree.map(lambda w: np.asarray(w, np.float64), dense.params)
+    rows = [row_inputs(c, params, *row) for row in zip(tokens, segments)]
+    seen = [moments for _, moments in compress.activations(c, dense.params, batches)]
+    _, low = compress.compress(dense, 16, (1, 1, 1, 1), 16, batches)
+    errors = compress.errors(c, dense.params, low, batches)
+    assert len(seen) == len(errors) == c.layers == 2
+    for i in range(c.layers):
+        inputs = {name: np.concatenate([row[i][name] for row in rows]) for name in rows[0][i]}
+        moments = {name: np.einsum("n...i,n...j->...ij", x, x) for name, x in inputs.items()}
+        assert set(seen[i]) == set(moments)
+        for name, expected in moments.items():
+            np.testing.assert_allclose(seen[i][name], expected, atol=1e-4 * np.abs(expected).max())
+        # An error of a query costs what the keys of its head make of it, that of a value what O makes of it.
+        metrics = {name: scipy.linalg.block_diag(*moments[other]) for name, other in (("q", "keys"), ("k", "queries"))}
+        o = params["blocks"]["attention"]["o"]["kernel"][i]
+        metrics["v"] = o @ o.T
+        for group, name in ((group, name) for group, names in compress.MATRICES.items() for name in names):
+            w, factors = params["blocks"][group][name]["kernel"][i], low["blocks"][group][name]
+            best = np.matmul(*factorize.factors(w, moments[name], 16, metrics.get(name)))
+            np.testing.assert_allclose(factors["down"][i] @ factors["up"][i], best, atol=1e-3 * np.abs(w).max())
+            share = np.linalg.norm(inputs[name] @ (w - best)) / np.linalg.norm(inputs[name] @ w)
+            assert errors[i][name] == pytest.approx(share, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -220,6 +220,65 @@ def test_an_impossible_value_is_named(changes, named):
     assert named in rejection(changes)
 
 
+# Keys with the last value that may be and the first that may not, alone and in an SFT phase as well.
+EDGES = [("model.vocab model.rank model.mlp model.mlp_rank model.embed_rank seed profile", 0, -1)]
+EDGES += [("mesh.data mesh.fsdp mesh.tensor", 0, -1)]
+EDGES += [("model.d model.layers model.heads tokenizer.vocab_size tokenizer.train_bytes", 1, 0)]
+EDGES += [("every.log every.eval every.save every.keep every.fp8_check", 1, 0)]
+EDGES += [("memory_gb every.save_minutes optim.weight_decay optim.clip optim.z_loss optim.skip_sigma", 0.0, -1e-9)]
+EDGES += [("optim.beta1 optim.beta2 optim.label_smoothing optim.ema", *ends) for ends in ((0.0, -1e-9), (0.999, 1.0))]
+EDGES += [("model.rank", 512, 513)]
+PHASE = [("steps microbatch_tokens max_skipped readers", 0, -1), ("block eval_tokens", 1, 0), ("lr", 1e-9, 0.0)]
+PHASE += [("lr_core lr_head tokens_per_param", 0.0, -1e-9), ("tokens_per_step", 1024, 0)]
+PHASE += [("warmup cooldown lr_end eval_fraction", 0.0, -1e-9)]
+PHASE += [("warmup cooldown lr_end", 1.0, 1.001), ("eval_fraction", 0.5, 0.501)]
+EDGES = [(key, *ends) for keys, *ends in EDGES for key in keys.split()]
+PHASE = [(key, *ends) for keys, *ends in PHASE for key in keys.split()]
+EDGES += [(f"{phase}.{key}", *ends) for phase in ("pretrain", "sft") for key, *ends in PHASE]
+# What has to change along with a key.
+WITH = {"model.rank": {"model.rank_split": (1, 1, 1, 1)}}
+WITH |= {"model.d": {"model.heads": 1, "model.rank": 1, "model.rank_split": (1, 1, 1, 1)}}
+WITH |= {f"{phase}.warmup": {f"{phase}.cooldown": 0.0} for phase in ("pretrain", "sft")}
+WITH |= {f"{phase}.cooldown": {f"{phase}.warmup": 0.0} for phase in ("pretrain", "sft")}
+WITH |= {"pretrain.tokens_per_param": {"pretrain.steps": 1}}
+
+
+@pytest.mark.parametrize("key, last, beyond", EDGES)
+def test_a_key_goes_up_to_its_last_value_and_no_further(key, last, beyond):
+    others = ONE_SFT_STEP | WITH.get(key, {})
+    assert RunConfig.from_dict(changed(others | {key: last}))
+    message = rejection(others | {key: beyond})
+    assert f"config.{key}" in message or message == "config.tokenizer needs a path or a vocab_size"
+
+
+CHOICES = {"precision": "auto fp32 bf16 fp16 fp8", "optim.name": "muon adamw", "track": "tensorboard wandb mlflow"}
+CHOICES |= {"model.attention": "auto reference chunked cudnn splash native"}
+CHOICES |= {"pretrain.schedule": "wsd cosine linear", "sft.schedule": "wsd cosine linear"}
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_of_a_few_words_each_is_accepted_and_another_is_told_them(key):
+    for word in CHOICES[key].split():
+        assert RunConfig.from_dict(changed(ONE_SFT_STEP | {key: word}))
+    message = rejection(ONE_SFT_STEP | {key: "other"})
+    assert message == f"config.{key}='other' must be one of {', '.join(CHOICES[key].split())}"
+
+
+TOGETHER = [
+    ({"pretrain.warmup": 0.6, "pretrain.cooldown": 0.5}, "config.pretrain.warmup + config.pretrain.cooldown must not"),
+    (ONE_SFT_STEP | {"sft.warmup": 0.6, "sft.cooldown": 0.5}, "config.sft.warmup + config.sft.cooldown must not"),
+    ({"pretrain.steps": 0, "pretrain.tokens_per_param": 0.0}, "config.pretrain.steps and config.pretrain.tokens_per_"),
+    ({"model.rank": 0, "model.shared_kv": True}, "config.model.shared_kv needs a rank"),
+    ({"pretrain.freeze": "(embed"}, "config.pretrain.freeze='(embed' is not a regular expression"),
+    (ONE_SFT_STEP | {"sft.freeze": "(embed"}, "config.sft.freeze='(embed' is not a regular expression"),
+]
+
+
+@pytest.mark.parametrize("changes, named", TOGETHER)
+def test_what_cannot_be_together_is_named(changes, named):
+    assert named in rejection(changes)
+
+
 def test_the_suggested_tokens_per_step_is_accepted():
     message = rejection({"pretrain.tokens_per_step": 1000, "pretrain.block": 128})
     suggested = int(message.split("; ")[1].split()[0])

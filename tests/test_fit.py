@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import pytest
 from conftest import run_config
 from hypothesis import given
 from hypothesis import strategies as st
+from test_workdir import FREE, IDENTITY, with_plan
 
 from lowrank_jax import fit, programs, sharding, stages, step
 from lowrank_jax.config import UsageError
@@ -130,6 +132,18 @@ def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
     assert fit.known(events, config, plan, CPU, limit - 1) == {}
     for change in ({"mesh": [1, 8, 1]}, {"device": "TPU v4"}, {"config": "another"}):
         assert fit.known([events[0] | change], config, plan, CPU, limit) == {}
+
+
+@pytest.mark.parametrize("key", IDENTITY | FREE)
+def test_what_the_ledger_has_of_another_config_is_asked_again(key):
+    """Any key may change what a step needs, so the ledger's hash is over all of them."""
+    config, changed = with_plan(), with_plan(**{key: (IDENTITY | FREE)[key]})
+    plan = stages.plan(config)
+    stage = dataclasses.replace(plan[0], precision="fp32", attention="chunked")
+    known_fit = fit.Fit(stage, 9, 99, 0.0, None)
+    events = [{"event": "compile"} | fit.facts(known_fit) | fit.where(config, CPU, 99)]
+    assert fit.known(json.loads(json.dumps(events)), with_plan(), plan, CPU, 99) == {plan[0]: known_fit}
+    assert fit.known(events, changed, plan, CPU, 99) == {}
 
 
 def test_a_kernel_that_a_device_refuses_is_replaced_and_told(monkeypatch):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_jax import cli, importer, trained, workdir
 from lowrank_jax.checkpoint import tree_sha256
 from lowrank_jax.config import ModelConfig, UsageError
+from lowrank_jax.data import tokenizer
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, weights
 from lowrank_jax.export import torch as plain
@@ -150,6 +151,13 @@ def test_state_dicts_are_read(as_hf, as_torch, model, tmp_path):
     for source in ("hf.pt", "plain.bin", "model.safetensors"):
         found = importer.open_export(str(tmp_path / source))
         jax.tree.map(np.testing.assert_array_equal, found.params, model.params)
+
+
+def test_a_tokenizer_of_another_size_is_refused(as_torch, make, tmp_path, capsys):
+    tokenizer.train([make.prose(2000)], 400).save(str(tmp_path / "other"))
+    args = (f"--from={as_torch}", f"--workdir={tmp_path}/run", f"--tokenizer={tmp_path}/other")
+    refused(command(importer, capsys, *args), "the weights are of 521 pieces, and the tokenizer has 400")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_config_says_the_rest_and_the_weights_their_sizes(as_torch, tmp_path, capsys):

@@ -91,8 +91,8 @@ def reasons(taken: warmstart.Taken) -> dict[str, str]:
 
 def outputs(c: ModelConfig, params: dict) -> list[np.ndarray]:
     """The last factors of attention and MLP, [layers, in, D] each."""
-    blocks = params["blocks"]
-    return [blocks["attention"]["o"]["up"], blocks["mlp"]["out"]["up" if c.mlp_rank else "kernel"]]
+    attention, mlp = params["blocks"]["attention"]["o"], params["blocks"]["mlp"]["out"]
+    return [attention["up" if c.rank else "kernel"], mlp["up" if c.mlp_rank else "kernel"]]
 
 
 # ------------------------------------------------------------------------------------------------- deeper models
@@ -107,7 +107,7 @@ def outputs(c: ModelConfig, params: dict) -> list[np.ndarray]:
         (4, ODD),
         (5, {"shared_kv": True, "scan": False}),
         (3, {"mlp_rank": 7, "embed_rank": 9}),
-        (3, {"tied": False}),
+        (3, {"tied": False, "rank": 0}),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """A run's folder: one process at a time, files that a kill leaves readable, and no run continued as another."""
 
+import functools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import run_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,7 +124,7 @@ def test_a_cut_line_is_gone_after_rewinding(tmp_path):
 def test_a_written_config_is_read_back_equal(make, tmp_path):
     sources = [{"spec": "text:a\u6f22.txt", "weight": 2.5}, "json:b"]
     growth = {"pretrain__auto_grow": True, "pretrain__grow_plan": "1024,2048"}
-    config = make.run_config(pretrain__sources=sources, seed=3, **growth)
+    config = make.run_config(pretrain__sources=sources, seed=3, model__tied=False, **growth)
     assert not workdir.holds_run(str(tmp_path))
     workdir.write_config(str(tmp_path), config)
     assert workdir.holds_run(str(tmp_path))
@@ -158,25 +160,88 @@ def test_a_write_that_fails_leaves_the_old_text(tmp_path):
     assert path.read_text() == "old"
 
 
-IDENTITY = {"model__d": 32, "model__rank_split": (1.0, 1.0, 1.0, 1.0), "seed": 1, "precision": "bf16"}
-IDENTITY |= {"tokenizer__vocab_size": 999, "tokenizer__path": "a.model", "optim__name": "adamw", "optim__ema": 0.9}
+# Another value of every key: of those that make a run this run, and of those that may change when it goes on.
+IDENTITY = {"seed": 1, "precision": "bf16", "optim__name": "adamw", "optim__ema": 0.9}
+IDENTITY |= {"tokenizer__vocab_size": 999, "tokenizer__path": "a.model"}
+IDENTITY |= {"model__vocab": 65, "model__d": 32, "model__layers": 3, "model__heads": 4, "model__rank": 5}
+IDENTITY |= {"model__rank_split": (1.0, 1.0, 1.0, 1.0), "model__shared_kv": True, "model__latent_norm": False}
+IDENTITY |= {"model__mlp": 40, "model__mlp_rank": 3, "model__embed_rank": 3, "model__tied": False}
 IDENTITY |= {"pretrain__eval_fraction": 0.3, "sft__eval_fraction": 0.3}
-FREE = {"pretrain__lr": 0.5, "pretrain__steps": 7, "sft__steps": 9, "every__save": 3, "optim__weight_decay": 0.0}
-FREE |= {"pretrain__microbatch_tokens": 2048, "pretrain__sources": "text:other.txt"}
+FREE = {"memory_gb": 2.0, "init_from": "runs/other", "track": "wandb", "profile": 3, "tokenizer__train_bytes": 999}
+FREE |= {"model__attention": "reference", "model__scan": False, "model__remat": True}
+FREE |= {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+FREE |= {"optim__beta1": 0.9, "optim__beta2": 0.99, "optim__weight_decay": 0.0, "optim__clip": 2.0}
+FREE |= {"optim__z_loss": 1e-4, "optim__label_smoothing": 0.1, "optim__skip_sigma": 0.0}
+FREE |= {f"every__{key}": 7 for key in ("log", "eval", "save", "save_minutes", "keep", "fp8_check")}
+PHASE = {"sources": "text:other.txt", "steps": 7, "tokens_per_param": 3.0, "tokens_per_step": 98_304, "block": 512}
+PHASE |= {"microbatch_tokens": 2048, "auto_grow": True, "grow_plan": "1024", "grow_every_steps": 7, "lr": 0.5}
+PHASE |= {"lr_core": 0.5, "lr_head": 0.5, "freeze": "embed", "schedule": "cosine", "warmup": 0.1, "cooldown": 0.1}
+PHASE |= {"lr_end": 0.1, "eval_tokens": 999, "max_skipped": 1, "readers": 4, "sample": "Once"}
+FREE |= {f"{phase}__{key}": value for phase in ("pretrain", "sft") for key, value in PHASE.items()}
+
+
+def with_plan(**changes):
+    """A config of toy size that may grow."""
+    return run_config(**{"pretrain__grow_plan": "1024,2048", "sft__grow_plan": "1024,2048"} | changes)
+
+
+def keys_of(values: dict) -> list[str]:
+    """The keys of a config, by their path with __ between its parts."""
+    parts = lambda key, value: [f"{key}__{k}" for k in keys_of(value)] if isinstance(value, dict) else [key]
+    return [path for key, value in values.items() for path in parts(key, value)]
+
+
+def test_every_key_either_makes_the_run_or_may_change():
+    """A new key of the config belongs into one of the lists above, and into workdir.IDENTITY where it is of the run."""
+    assert sorted([*IDENTITY, *FREE]) == sorted(keys_of(with_plan().to_dict()))
+    assert sorted(workdir.IDENTITY) == sorted(key.replace("__", ".") for key in IDENTITY)
 
 
 @pytest.mark.parametrize("key", IDENTITY)
-def test_another_model_or_split_is_refused_by_the_key_that_differs(make, tmp_path, key):
-    old, new = make.run_config(), make.run_config(**{key: IDENTITY[key]})
-    with pytest.raises(UsageError, match=f"^{tmp_path} holds a different run: its config.{key.replace('__', '.')} is "):
-        workdir.check_same_run(str(tmp_path), old, new)
+def test_another_model_or_split_is_refused_by_the_key_that_differs(tmp_path, key):
+    old, new = with_plan(), with_plan(**{key: IDENTITY[key]})
+    name = key.replace("__", ".")
+    was = functools.reduce(getattr, name.split("."), old)
+    for before, after, line in ((old, new, f"{was}, not {IDENTITY[key]}"), (new, old, f"{IDENTITY[key]}, not {was}")):
+        with pytest.raises(UsageError) as e:
+            workdir.check_same_run(str(tmp_path), before, after)
+        assert str(e.value).startswith(f"{tmp_path} holds a different run: its config.{name} is {line}; use another ")
 
 
 @pytest.mark.parametrize("key", FREE)
-def test_what_may_change_between_resumes_is_accepted_and_listed(make, tmp_path, key):
-    old, new = make.run_config(), make.run_config(**{key: FREE[key]})
+def test_what_may_change_between_resumes_is_accepted_and_listed(tmp_path, key):
+    old, new = with_plan(), with_plan(**{key: FREE[key]})
     workdir.check_same_run(str(tmp_path), old, new)
     assert [name for name, *_ in workdir.differences(old, new)] == [key.replace("__", ".")]
+
+
+# ---------------------------------------------------------------------------------------------------------- ledger
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
+    assert workdir.newest_checkpoint(str(tmp_path)) is None
+    for name in ("9", "100", "20", "300.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert workdir.newest_checkpoint(str(tmp_path)) == 100
+
+
+def test_a_run_is_finished_where_it_last_ended_or_was_imported(tmp_path):
+    folder = str(tmp_path)
+    assert workdir.finished_step(folder) is None
+    for event, step, finished in (("save", 9, None), ("import", 0, 0), ("finish", 12, 12), ("save", 14, 12)):
+        workdir.log_event(folder, event, step)
+        assert workdir.finished_step(folder) == finished
+    workdir.log_event(folder, "finish", 20)
+    assert workdir.finished_step(folder) == 20
+
+
+def test_evaluations_and_ended_phases_are_behind_the_run(tmp_path):
+    folder = str(tmp_path)
+    for row in ({"step": 4, "phase": "pretrain", "loss": 3.0}, {"step": 4, "phase": "pretrain", "split": "eval"}):
+        workdir.append(folder, "metrics.jsonl", row)
+    workdir.log_event(folder, "data", 5, phase="pretrain")
+    workdir.log_event(folder, "save", 5, phase="pretrain")
+    assert workdir.milestones(folder) == {("eval", "pretrain", 4), ("end", "pretrain", 5)}
 
 
 # ---------------------------------------------------------------------------------------------------------- faults
