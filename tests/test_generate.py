@@ -1,5 +1,6 @@
 """Generating from a trained run: from Python, from the command line, in a conversation, with weights of every kind."""
 
+import io
 import json
 import os
 import pty
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from runs import assert_one_line, last_json, run
 
 import lowrank_jax
+from lowrank_jax import generate
 from lowrank_jax.config import UsageError
 from lowrank_jax.writer import Writer
 
@@ -107,14 +110,70 @@ def test_a_wrong_flag_gets_one_line(reference, flags, names):
     assert_one_line(code, err, 2, *names)
 
 
-def test_a_conversation_forgets_its_beginning_and_takes_its_commands(reference):
-    lines = "One two three four.\n/system Be brief.\n" + "And what then, my friend?\n" * 6 + "/nothing\n"
-    flags = [f"--workdir={reference}", "--chat", "--max_tokens=8", "--context=64", "--json", "--preset=det"]
-    code, out, err = run("generate", *flags, stdin=lines)
-    assert code == 0, err
-    assert "forgotten" in err and "there is no /nothing" in out
-    code, _, err = run("generate", *flags, stdin="word " * 200 + "\n")
-    assert_one_line(code, err, 2, "does not fit in --context=64")
+def talk(monkeypatch, lines: list[str], context: int = 1000, **flags) -> tuple[list[list[str]], str, dict]:
+    """A conversation in which a message has a token for each word, and the nth answer is `yes n`.
+
+    Returns the messages behind each answer, what is shown, and the result.
+    """
+    histories, shown = [], []
+
+    def answer(run, prompt, args, show):
+        histories.append(run.read)
+        return {"text": f" yes {len(histories)}\n", "tokens": prompt}
+
+    def prompt(text, history, is_chat):
+        assert is_chat
+        messages = [*history, {"role": "user", "content": text}]
+        run.read = [f"{m['role']}: {m['content']}" for m in messages]
+        return [word for m in messages for word in m["content"].split()]
+
+    run = types.SimpleNamespace(prompt=prompt)
+    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    args = {"prompt": None, "system": "", "max_tokens": 4, "context": context, "json": True} | flags
+    result = generate.converse(run, types.SimpleNamespace(**args), shown.append)
+    return histories, "".join(shown), result
+
+
+def test_an_answer_knows_all_turns_before_it_until_reset_forgets_them(monkeypatch):
+    lines = ["One", "", "Two", "/reset", "Three", "/reset", "/reset", "Four"]
+    histories, shown, result = talk(monkeypatch, lines, system="Be brief")
+    assert histories == [
+        ["system: Be brief", "user: One"],
+        ["system: Be brief", "user: One", "assistant: yes 1", "user: Two"],
+        ["system: Be brief", "user: Three"],
+        ["system: Be brief", "user: Four"],
+    ]
+    assert result["prompt"] == "Four" and result["text"] == " yes 4\n" and shown == "\n" * 4
+
+
+def test_a_new_tone_starts_over_and_an_unknown_command_is_no_message(monkeypatch):
+    lines = ["One", "/system Be kind", "Two", "/nothing", "/system", "Three", "/7 is a number"]
+    histories, shown, _ = talk(monkeypatch, lines, prompt="Zero", json=True)
+    assert histories == [["user: Zero"]]  # with a prompt and --json nothing else is read
+    histories, shown, _ = talk(monkeypatch, lines)
+    assert histories == [
+        ["user: One"],
+        ["system: Be kind", "user: Two"],
+        ["user: Three"],
+        ["user: Three", "assistant: yes 3", "user: /7 is a number"],
+    ]
+    assert "there is no /nothing" in shown
+
+
+def test_a_full_context_keeps_the_system_and_the_newest_turns(monkeypatch, capfd):
+    lines = ["a a", "b b", "c c", "d d d d d"]
+    # With 4 new tokens: 1 + 2 + 4, then 1 + 2 + 2 + 2 + 4, which is 11 and all that fits.
+    histories, _, _ = talk(monkeypatch, lines, context=11, system="S")
+    assert histories == [
+        ["system: S", "user: a a"],
+        ["system: S", "user: a a", "assistant: yes 1", "user: b b"],
+        ["system: S", "user: b b", "assistant: yes 2", "user: c c"],
+        ["system: S", "user: d d d d d"],
+    ]
+    assert capfd.readouterr().err.count("is forgotten") == 3
+    with pytest.raises(UsageError, match="a message of 8 tokens does not fit in --context=11"):
+        talk(monkeypatch, ["x x x x x x x"], context=11, system="S")
 
 
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_not_the_conversation(reference):
