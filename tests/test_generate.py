@@ -135,6 +135,7 @@ def test_every_flag_of_the_sampler_is_read_and_a_preset_is_a_base():
     flags = [f"--{name}={value}" for name, value in values.items()]
     assert read(*flags, "--logit_bias=5:-1,7:2.5") == values | {"logit_bias": ((5, -1.0), (7, 2.5))}
     assert read("--preset=creative", "--top_k=3") == vars(PRESETS["creative"]) | {"top_k": 3}
+    assert read("--preset=balanced", "--temperature=0") == vars(PRESETS["balanced"]) | {"temperature": 0}
     assert read() == vars(Sampling(temperature=0.8, top_p=0.95))
 
 
