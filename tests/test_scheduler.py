@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import json
+import signal
 import time
 
 import httpx2
 import openai
 import pytest
+import uvicorn
 
-from lowrank_jax import api, routes
+from lowrank_jax import api, routes, serve
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.engine import Piece
 from lowrank_jax.routes import Server, Settings
@@ -287,6 +289,30 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
             await routes_over(tok, scheduler, timeout=0.2)(scope, receive, send)
             assert len(sent) == 3 and sent[0]["status"] == 200
             await settled(scheduler)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_a_signal_a_short_answer_is_finished_and_a_long_one_is_told_of_the_end(tok, monkeypatch, number):
+    monkeypatch.setattr(serve, "GRACE", 0.5)
+    listener, url = serve._listen("127.0.0.1", 0)
+
+    async def run():
+        async with scheduling() as (scheduler, *_), asyncio.timeout(30):
+            config = uvicorn.Config(routes_over(tok, scheduler), lifespan="off", timeout_graceful_shutdown=10)
+            serving = asyncio.create_task(serve._run(serve._Uvicorn(config, url), listener, scheduler))
+            client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+            long = await client.completions.create(**ENDLESS, stream=True)
+            short = await client.completions.create(**ENDLESS | {"max_tokens": 40}, stream=True)
+            await anext(aiter(long))
+            await anext(aiter(short))
+            signal.raise_signal(number)
+            assert [chunk.choices[0].finish_reason async for chunk in short][-1] == "length"
+            with pytest.raises(openai.APIError, match="stopping"):
+                async for _ in long:
+                    pass
+            assert await serving == number
 
     asyncio.run(run())
 

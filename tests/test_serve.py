@@ -337,17 +337,16 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
     assert Idle.settings == {"stop_ids": ends, "slots": 3, "context": 99} and Idle.weight_bytes < 0.35 * whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless, number):
+def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless):
     with serving(reference, "--slots=1", "--context=32768", "--json") as server:
         stream = ask(server).completions.create(**endless | {"max_tokens": 30000}, stream=True)
         next(iter(stream))
-        server.process.send_signal(number)
+        server.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         with pytest.raises(openai.APIError, match="stopping"):  # it had a few seconds
             list(stream)
-        assert server.process.wait(20) == 128 + number and time.monotonic() - began < 15
-        assert last_json(server.process.stdout.read())["stopped_by"] == number.name
+        assert server.process.wait(20) == 128 + signal.SIGTERM and time.monotonic() - began < 15
+        assert last_json(server.process.stdout.read())["stopped_by"] == "SIGTERM"
         assert not any("Traceback" in line for line in server.said), server.said
         with pytest.raises(OSError):
             server.get("/healthz")
