@@ -16,6 +16,7 @@ import pytest
 import lowrank_jax
 from lowrank_jax import cli, evaluate, generate, quantize
 from lowrank_jax.config import UsageError
+from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
 from lowrank_jax.sampling import PRESETS, Sampling
 from lowrank_jax.trained import Trained
@@ -215,9 +216,11 @@ def test_a_conversation_is_answered_by_the_model(model, command, monkeypatch):
     result, out = command("--chat", "--max_tokens=8", "--seed=5", "--system=Be brief.")
     messages, texts = [{"role": "system", "content": "Be brief."}], []
     for question in ("One two.", "And then?"):
-        (tokens,) = model.generate([model.prompt(question, messages, is_chat=True)], 8, seed=5, top_p=0.95)
+        messages.append({"role": "user", "content": question})
+        ids = [model.tokenizer.bos, *chat.encode(model.tokenizer, messages, prompt=True)[0]]
+        (tokens,) = model.generate([ids], 8, seed=5, top_p=0.95)
         texts.append(model.tokenizer.decode(tokens))
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": texts[-1].strip()}]
+        messages.append({"role": "assistant", "content": texts[-1].strip()})
     assert result["tokens"] == tokens
     assert out == f"{texts[0]}\nthere is no /nothing: /system TEXT, /reset\n{texts[1]}\n"
 
