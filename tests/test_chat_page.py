@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (
 
 @pytest.fixture(scope="module")
 def server(reference):
-    with serving(reference, "--slots=4", f"--api_key={KEY}") as served:
+    with serving(reference, "--slots=2", f"--api_key={KEY}") as served:
         yield served
 
 
