@@ -175,9 +175,9 @@ class Scheduler:
 
     def _hand_out(self, pieces: dict[int, Piece]) -> None:
         for slot, piece in pieces.items():
-            self._active[slot].ticket.put(self._active[slot].i, piece)
-            if piece.finish:
-                del self._active[slot]
+            # Whoever hears of the end may ask again at once: by then its place is free.
+            job = self._active.pop(slot) if piece.finish else self._active[slot]
+            job.ticket.put(job.i, piece)
 
     def _recover(self, failure: str) -> None:
         """Ends with an error what was under way, whose state is lost, and lets the next turn make a new engine."""

@@ -77,7 +77,7 @@ def _listen(host: str, port: int) -> tuple[socket.socket, str]:
     return listener, f"http://{name}:{listener.getsockname()[1]}"
 
 
-def _arguments(argv: list[str]):
+def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine alone)")
@@ -108,23 +108,27 @@ def _arguments(argv: list[str]):
     return args
 
 
-def command(argv: list[str]) -> dict:
-    args = _arguments(argv)
-    listener, url = _listen(args.host, args.port)
-    for number in (signal.SIGTERM, signal.SIGINT):  # until it serves, there is nothing to finish
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+def prepare(args) -> tuple[Server, Scheduler]:
+    """The server of the run, and its scheduler, which has not begun."""
     run = open_run(args.workdir)
     weights, stop_ids = engine.prepare(run.config, run.params, args.weights), chat.stop_ids(run.tokenizer)
     model, tokenizer = run.config.model, run.tokenizer
-    del run  # and with it the parameters as they were
     make = lambda: engine.Engine(model, weights, stop_ids, args.slots, args.context)
     scheduler = Scheduler(make, args.slots, args.queue)
-    scheduler.start()
     name = args.model_name or os.path.basename(os.path.abspath(args.workdir))
     most = args.max_tokens or args.context
     limits = Limits(name, model.vocab, args.context, most, args.slots + args.queue)
     key = args.api_key or os.environ.get("LOWRANK_API_KEY", "")
-    server = Server(scheduler, tokenizer, Settings(limits, args.timeout, key))
+    return Server(scheduler, tokenizer, Settings(limits, args.timeout, key)), scheduler
+
+
+def command(argv: list[str]) -> dict:
+    args = arguments(argv)
+    listener, url = _listen(args.host, args.port)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until it serves, there is nothing to finish
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    server, scheduler = prepare(args)
+    scheduler.start()
     config = uvicorn.Config(
         server.app(), lifespan="off", loop="asyncio", http="h11", ws="none", log_level="warning", access_log=False,
         server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,

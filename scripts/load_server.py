@@ -3,8 +3,9 @@
     python scripts/load_server.py --workdir=runs/quickstart
     python scripts/load_server.py --workdir=runs/quickstart --clients=16 --seconds=30 --slots=4 --json
 
-Starts the server itself, on this machine's loopback. Questions differ in length and are asked greedily, half of them as
-streams, of which some are left early. Dropped is what got no whole answer; mixed up is what got another than alone.
+Starts the server itself, on this machine's loopback. Questions differ in length and are drawn with a seed each, so that
+no two answers are alike. Half of them are asked as streams, of which some are left early. Dropped is what got no whole
+answer; mixed up is what got another than alone.
 """
 
 import http.client
@@ -46,7 +47,7 @@ def questions(count: int, stop_ids: list[int], seed: int = 0) -> list[dict]:
     draw, bias = random.Random(seed), {str(i): -100 for i in stop_ids}
     prompt = lambda: " ".join(draw.choices(WORDS, k=round(3 * 100 ** draw.random())))
     question = lambda: {"prompt": prompt(), "max_tokens": round(4 * 50 ** draw.random())}
-    return [question() | {"temperature": 0, "logit_bias": bias} for _ in range(count)]
+    return [question() | {"temperature": 1.0, "seed": i, "logit_bias": bias} for i in range(count)]
 
 
 def ask(port: int, question: dict, leaves: bool = False) -> Answer:
@@ -133,9 +134,17 @@ def metric(port: int, name: str) -> float:
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), float("nan"))
 
 
-def run(port: int, asked: list[dict], clients: int, seconds: float) -> dict:
-    """Loads the server for the time; what came of it."""
-    load = Load(port, asked, [ask(port, question).text for question in asked])
+def alone(port: int, asked: list[dict]) -> list[str]:
+    """The answers that a server gives while nobody else asks; raises RunFailure where they could not be told apart."""
+    texts = [ask(port, question).text for question in asked]
+    if len(set(texts)) < len(texts):
+        raise RunFailure("two of the answers are alike: if they were mixed up, nobody would notice")
+    return texts
+
+
+def run(port: int, asked: list[dict], known: list[str], clients: int, seconds: float) -> dict:
+    """Loads the server for the time; what came of it, beside the `known` answers."""
+    load = Load(port, asked, known)
     resident = {"start": metric(port, "process_resident_memory_bytes")}
     threads = [threading.Thread(target=load.client, args=(seed,), daemon=True) for seed in range(clients)]
     began = time.perf_counter()
@@ -192,7 +201,7 @@ def command(argv: list[str]) -> dict:
     asked = questions(QUESTIONS, chat.stop_ids(tokenizer.load(workdir.tokenizer_folder(args.workdir))))
     process, port = start(args)
     try:
-        result = run(port, asked, args.clients, args.seconds)
+        result = run(port, asked, alone(port, asked), args.clients, args.seconds)
         process.send_signal(signal.SIGTERM)
         result["exit_status"] = process.wait(30)
     finally:

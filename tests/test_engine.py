@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import full, make, toy
+from test_model import full, jit, make, toy
 
 from lowrank_jax import costs, engine, quantize, sharding
 from lowrank_jax.config import UsageError
@@ -16,7 +16,7 @@ from lowrank_jax.engine import CHUNKS, REUSED, WINDOW, Engine
 from lowrank_jax.sampling import PRESETS, Sampling
 
 GREEDY = PRESETS["det"]
-CONTEXT = 700
+CONTEXT = 1000
 SETTINGS = [
     GREEDY,
     Sampling(temperature=0.9, seed=5),
@@ -25,6 +25,16 @@ SETTINGS = [
     Sampling(temperature=1.0, min_p=0.05, no_repeat_ngram=2, logit_bias=((5, 2.0), (9, -50.0)), seed=8),
     Sampling(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_to_compile():
+    """Compiling is most of what these tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_read_chunk", "_decode_some"):
+            function = getattr(engine, name).__wrapped__
+            patch.setattr(engine, name, jit(function, static_argnames="c", donate_argnames=("cache", "tokens_BS")))
+        yield
 
 
 @functools.cache
@@ -77,6 +87,20 @@ def test_a_greedy_answer_is_what_the_full_forward_pass_says_far_beyond_what_was_
     assert new == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
+def test_what_repeats_is_looked_for_up_to_the_newest_token_and_in_a_beginning_that_was_kept(alone):
+    c, params, _ = weights()
+    ids = prompt(CHUNKS[0] + 40)
+    answers(alone, [([*ids, *prompt(200)], 1, GREEDY)])
+    (new,) = answers(alone, [(ids, 3 * WINDOW, Sampling(temperature=0.0, no_repeat_ngram=2))])
+    logits = np.asarray(full(c, params, np.asarray([ids + new])))[0].copy()
+    expected = []
+    for at in range(len(ids), len(ids + new)):
+        context = (ids + new)[:at]
+        logits[at - 1, [b for a, b in zip(context, context[1:]) if a == context[-1]]] = -np.inf
+        expected.append(logits[at - 1].argmax())
+    assert new == expected and len(new) == 3 * WINDOW
+
+
 @settings(max_examples=8)
 @given(st.data())
 def test_rows_do_not_feel_each_other(alone, together, data):
@@ -110,20 +134,19 @@ def assert_nothing_is_compiled(e: Engine) -> None:
         jax.monitoring.clear_event_listeners()
 
 
-def test_it_ends_with_a_stop_id_or_the_context_or_the_limit():
-    e = make_engine(2, context=64)
-    (free,) = answers(e, [(prompt(8), 40, GREEDY)])
+def test_it_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
+    (free,) = answers(alone, [(prompt(8), 40, SETTINGS[1])])
     stop = free[20]
     first = free.index(stop)
-    stopping = make_engine(2, context=64, stop=(stop,))
-    slot = stopping.add(prompt(8), 40, GREEDY)
+    stopping = make_engine(1, stop=(stop,))
+    slot = stopping.add(prompt(8), 40, SETTINGS[1])
     got, finish = [], None
     while not finish:
         piece = stopping.step()[slot]
         got, finish = got + piece.ids, piece.finish
-    assert (got, finish) == (free[: first + 1], "stop") and stopping.free == 2
-    (to_the_end,) = answers(e, [(prompt(50), 1000, GREEDY)])
-    assert len(to_the_end) == 64 - 50
+    assert (got, finish) == (free[: first + 1], "stop") and stopping.free == 1
+    (to_the_end,) = answers(alone, [(prompt(CONTEXT - 14), 1000, GREEDY)])
+    assert len(to_the_end) == 14
 
 
 @pytest.mark.parametrize(
@@ -141,7 +164,8 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
         if piece:
             new, logprobs = new + piece.ids, logprobs + piece.logprobs
     expected = jax.nn.log_softmax(full(c, params, np.asarray([ids[:70] + new]))[0, 69:-1])
-    for row, token, (logprob, top) in zip(np.asarray(expected), new, logprobs):
+    assert len(new) == 4 * 64 - 70
+    for row, token, (logprob, top) in zip(np.asarray(expected), new, logprobs, strict=True):
         assert abs(row[token] - logprob) < 1e-5
         assert [i for i, _ in top] == np.argsort(-row, kind="stable")[:3].tolist()
         np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=1e-5)
@@ -159,6 +183,33 @@ def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):
     alone.add([*ids[: REUSED - 1], 60, 60], 1, GREEDY)
     assert alone._held[0] == []  # too little to be worth it
     alone.drop(0)
+    answers(alone, [(more, 1, GREEDY)])
+    other = [*more[:100], (more[100] + 1) % 61, *prompt(20, seed=4)]  # is the same up to there
+    expected = answers(make_engine(1), [(other, 10, GREEDY)])
+    alone.add(other, 10, GREEDY)
+    assert alone._held[0] == more[:100]
+    alone.drop(0)
+    assert answers(alone, [(other, 10, GREEDY)]) == expected
+
+
+def test_a_request_gets_the_slot_that_has_read_most_of_it(together):
+    first, second = prompt(100), prompt(101)
+    answers(together, [([i], 1, GREEDY) for i in range(4)])
+    answers(together, [(first, 1, GREEDY), (second, 1, GREEDY)])
+    for ids, slot in ((second, 1), (first, 0), ([*second[:60], 1], 1), (prompt(50), 0)):
+        assert together.add(ids, 1, GREEDY) == slot
+        together.drop(slot)
+
+
+def test_a_long_prompt_is_read_in_parts_between_which_others_get_their_tokens(together):
+    short = together.add(prompt(3), 300, GREEDY)
+    together.step()
+    long = together.add(prompt(3 * engine.AT_ONCE + 9), 1, GREEDY)
+    pieces = [together.step()]
+    while long not in pieces[-1]:
+        pieces.append(together.step())
+    assert len(pieces) == 4 and all(piece[short].ids for piece in pieces)
+    together.drop(short)
 
 
 def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
@@ -213,6 +264,6 @@ def test_quantized_weights_stay_close_and_are_smaller(kind, most, tied):
         cache = engine.decoder.empty_cache(c, 2, 128, jnp.float32)
         return engine.decoder.logits(w, engine.decoder.read(c, w, cache, window, ids, jnp.zeros(2, int), 0)[0][:, -1])
 
-    close, far = np.asarray(jax.jit(logits)(packed)), np.asarray(jax.jit(logits)(exact))
+    close, far = np.asarray(jit(logits)(packed)), np.asarray(jit(logits)(exact))
     assert 0 < np.sqrt(np.mean((close - far) ** 2)) < most * far.std()
     assert quantize.bytes_of(packed) < quantize.bytes_of(exact) * {"int8": 0.45, "int4": 0.4}[kind]

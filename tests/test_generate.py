@@ -1,20 +1,25 @@
 """Generating from a trained run: from Python, from the command line, in a conversation, with weights of every kind."""
 
-import json
+import io
 import os
 import pty
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
-from runs import assert_one_line, last_json, run
 
 import lowrank_jax
+from lowrank_jax import cli, evaluate, generate, quantize
 from lowrank_jax.config import UsageError
+from lowrank_jax.data import chat
+from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
+from lowrank_jax.sampling import PRESETS, Sampling
+from lowrank_jax.trained import Trained
 from lowrank_jax.writer import Writer
 
 
@@ -23,69 +28,116 @@ def model(reference):
     return lowrank_jax.load(str(reference))
 
 
-def test_prompts_of_any_number_and_length_get_what_each_gets_alone(model):
-    prompts = [model.prompt(text) for text in ("The cat", "a", "Every house in the town has a garden " * 4)] * 13
+def trained_of(model: generate.Model) -> Trained:
+    return Trained(model.config, model.tokenizer, model.params, model.progress)
+
+
+@pytest.fixture
+def command(model, monkeypatch, capsys):
+    """Runs the command in this process, on the run that is open already; returns its result and its output."""
+    monkeypatch.setattr(generate, "open_run", lambda folder: trained_of(model))
+
+    def run(*flags: str) -> tuple[dict, str]:
+        return generate.command(["--workdir=x", *flags]), capsys.readouterr().out
+
+    return run
+
+
+def test_prompts_of_any_number_and_length_get_what_each_gets_alone(model, monkeypatch):
+    monkeypatch.setattr(generate, "SLOTS", 2)  # fewer than there are prompts
+    prompts = [model.prompt(text) for text in ("The cat", "a", "Every house in the town has a garden " * 4)] * 2
     batched = model.generate(prompts, max_new=12, seed=3, temperature=0.9, top_p=0.9)
-    for i in (0, 1, 2, 20, len(prompts) - 1):
-        assert model.generate([prompts[i]], max_new=12, seed=3 + i, temperature=0.9, top_p=0.9) == [batched[i]]
-    assert batched[0] != batched[3]  # the same prompt with another seed
+    alone = [model.generate([p], max_new=12, seed=3 + i, temperature=0.9, top_p=0.9)[0] for i, p in enumerate(prompts)]
+    assert batched == alone and len(set(map(tuple, alone))) == 6  # the same prompt with another seed, too
+    assert all(type(i) is int for ids in batched for i in ids)  # which json can hold
     assert model.generate([], max_new=5) == []
+
+
+@pytest.mark.parametrize("symbol", [EOS, TURN_END])
+def test_the_end_of_a_text_and_of_a_turn_end_an_answer(model, symbol):
+    likely = lambda symbol: {"temperature": 0.0, "logit_bias": ((model.tokenizer.special(symbol), 100),)}
+    assert model.generate([[5]], max_new=3, **likely(symbol)) == [[model.tokenizer.special(symbol)]]
+    assert model.generate([[5]], max_new=3, **likely(TURN_START)) == [[model.tokenizer.special(TURN_START)] * 3]
 
 
 def test_a_stream_is_what_generate_returns_and_its_first_token_comes_alone(model):
     prompt = model.prompt("The")
-    pieces = list(model.stream(prompt, max_new=30, most=7, temperature=0.0, logprobs=2))
-    (whole,) = model.generate([prompt], max_new=30, temperature=0.0)
+    never = tuple((i, -100) for i in model.tokenizer.specials.values())
+    pieces = list(model.stream(prompt, max_new=30, most=7, temperature=0.0, logprobs=2, logit_bias=never))
+    (whole,) = model.generate([prompt], max_new=30, temperature=0.0, logit_bias=never)
     assert [i for piece in pieces for i in piece.ids] == whole
     assert len(pieces[0].ids) == 1 and max(len(piece.ids) for piece in pieces) <= 7
     assert pieces[-1].finish and not any(piece.finish for piece in pieces[:-1])
     logits = np.asarray(model.logits([prompt + whole]))[0, len(prompt) - 1 : -1]
     expected = np.asarray(jax.nn.log_softmax(logits))
     told = [told for piece in pieces for told in piece.logprobs]
-    for row, token, (logprob, top) in zip(expected, whole, told):
+    assert len(told) == len(whole) == 30
+    for row, token, (logprob, top) in zip(expected, whole, told, strict=True):
         assert abs(row[token] - logprob) < 1e-4 and top[0][0] == row.argmax() and len(top) == 2
     writer = Writer(model.tokenizer)
     assert "".join(writer.add(piece.ids) for piece in pieces) + writer.end() == model.tokenizer.decode(whole)
 
 
 def test_leaving_a_stream_early_frees_its_slot(model):
-    for _ in range(3):
-        assert next(model.stream(model.prompt("The"), max_new=50)).ids
-    assert list(model.stream(model.prompt("The"), max_new=5))
+    stream = model.stream(model.prompt("The"), max_new=50)
+    assert next(stream).ids
+    engine = model.engine(1, 1)
+    assert engine.free == engine.slots - 1
+    stream.close()
+    assert engine.free == engine.slots
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_weights_of_every_kind_generate(reference, kind):
-    small = lowrank_jax.load(str(reference), weights=kind)
-    (ids,) = small.generate([small.prompt("The cat")], max_new=6, temperature=0.0)
-    assert 1 <= len(ids) <= 6
+@pytest.mark.parametrize("kind, size, error", [("bf16", 0.51, 0.02), ("int8", 0.35, 0.02), ("int4", 0.25, 0.06)])
+def test_weights_of_every_kind_are_smaller_and_change_answers_a_little(model, command, kind, size, error):
+    result, _ = command(f"--weights={kind}", "--prompt=The cat", "--max_tokens=6", "--logprobs=1", "--temperature=2")
+    prompt, told = model.prompt("The cat"), [token["logprob"] for token in result["logprobs"]]
+    logits_TV = model.logits([prompt + result["tokens"]])[0, len(prompt) - 1 : -1]
+    exact = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_TV)), np.asarray(result["tokens"])[:, None], 1)
+    assert 1e-4 < np.abs(exact[:, 0] - told).max() < error
+    small = generate.Model(trained_of(model), kind)
+    assert quantize.bytes_of(small.weights) < size * quantize.bytes_of(model.weights)
 
 
-def test_a_kind_that_there_is_not_is_refused(reference):
+def test_a_kind_that_there_is_not_is_refused(model):
     with pytest.raises(UsageError, match="weights must be one of auto, fp32, bf16, fp16, int8, int4, not 'int3'"):
-        lowrank_jax.load(str(reference), weights="int3")
+        generate.Model(trained_of(model), "int3")
 
 
-def test_evaluate_tells_what_small_weights_change(reference):
-    code, out, err = run("evaluate", f"--workdir={reference}", "--weights=int8", "--tokens=256", "--json")
-    assert code == 0, err
-    told = last_json(out)["results"][0]["with"]
-    assert abs(told["change"]) < 0.05 and told["weight_bytes"] < 0.6 * told["weight_bytes_before"]
+def test_evaluate_tells_what_small_weights_change(reference, capsys):
+    (result,) = evaluate.command([f"--workdir={reference}", "--weights=int8", "--tokens=256"])["results"]
+    assert 0 < abs(result["with"]["change"]) < 0.05
+    assert result["with"]["weight_bytes"] < 0.6 * result["with"]["weight_bytes_before"]
+    out = capsys.readouterr().out
     assert "int8 weights: " in out and "bits per byte" in out
 
 
-def test_flags_reach_the_sampler_and_the_answer(reference):
-    args = ["--json", f"--workdir={reference}", "--prompt=The cat", "--max_tokens=30", "--preset=det"]
-    code, out, err = run("generate", *args, "--logprobs=3")
-    assert code == 0, err
-    plain = last_json(out)
+def test_flags_reach_the_sampler_and_the_answer(command):
+    flags = ["--prompt=The cat", "--max_tokens=30", "--seed=4", "--temperature=2"]
+    plain, out = command(*flags, "--logprobs=3")
+    assert out == "The cat" + plain["text"] + "\n"
     assert [x["id"] for x in plain["logprobs"]] == plain["tokens"] and len(plain["logprobs"][0]["top"]) == 3
     stop = plain["text"][5:8]
-    stopped = last_json(run("generate", *args, f"--stop={stop}", "--stop=never said")[1])
+    stopped, out = command(*flags, f"--stop={stop}", "--stop=never said")
     assert stopped["text"] == plain["text"][: plain["text"].index(stop)] and stopped["finish_reason"] == "stop"
-    banned = plain["tokens"][0]
-    biased = last_json(run("generate", *args, f"--logit_bias={banned}:-100", "--repetition_penalty=1.5")[1])
-    assert banned not in biased["tokens"][:1]
+    assert out == "The cat" + stopped["text"] + "\n"
+    assert command(*flags)[0]["tokens"] == plain["tokens"]
+    biased, _ = command(*flags, "--logit_bias=7:100")
+    assert biased["tokens"] == [7] * 30 and biased["finish_reason"] == "length"
+
+
+def test_every_flag_of_the_sampler_is_read_and_a_preset_is_a_base():
+    def read(*flags: str) -> dict:
+        parser = cli.Parser("")
+        generate.add_sampling_flags(parser)
+        return generate.read_sampling(parser.parse_args(flags))
+
+    values = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125, "seed": 11, "penalty_last_n": 9}
+    values |= {"repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.75, "no_repeat_ngram": 3}
+    flags = [f"--{name}={value}" for name, value in values.items()]
+    assert read(*flags, "--logit_bias=5:-1,7:2.5") == values | {"logit_bias": ((5, -1.0), (7, 2.5))}
+    assert read("--preset=creative", "--top_k=3") == vars(PRESETS["creative"]) | {"top_k": 3}
+    assert read("--preset=balanced", "--temperature=0") == vars(PRESETS["balanced"]) | {"temperature": 0}
+    assert read() == vars(Sampling(temperature=0.8, top_p=0.95))
 
 
 @pytest.mark.parametrize(
@@ -102,19 +154,90 @@ def test_flags_reach_the_sampler_and_the_answer(reference):
         (["--chat", "--max_tokens=4096"], ["--max_tokens", "--context"]),
     ],
 )
-def test_a_wrong_flag_gets_one_line(reference, flags, names):
-    code, _, err = run("generate", f"--workdir={reference}", "--prompt=a", *flags)
-    assert_one_line(code, err, 2, *names)
+def test_a_wrong_flag_is_told_with_its_name(command, flags, names):
+    with pytest.raises(UsageError) as e:
+        command("--prompt=a", *flags)
+    assert all(name in str(e.value) for name in names) and "\n" not in str(e.value)
 
 
-def test_a_conversation_forgets_its_beginning_and_takes_its_commands(reference):
-    lines = "One two three four.\n/system Be brief.\n" + "And what then, my friend?\n" * 6 + "/nothing\n"
-    flags = [f"--workdir={reference}", "--chat", "--max_tokens=8", "--context=64", "--json", "--preset=det"]
-    code, out, err = run("generate", *flags, stdin=lines)
-    assert code == 0, err
-    assert "forgotten" in err and "there is no /nothing" in out
-    code, _, err = run("generate", *flags, stdin="word " * 200 + "\n")
-    assert_one_line(code, err, 2, "does not fit in --context=64")
+def talk(monkeypatch, lines: list[str], context: int = 1000, **flags) -> tuple[list[list[str]], str, dict]:
+    """A conversation in which a message has a token for each word, and the nth answer is `yes n`.
+
+    Returns the messages behind each answer, what is shown, and the result.
+    """
+    histories, shown = [], []
+
+    def answer(run, prompt, args, show):
+        histories.append(run.read)
+        return {"text": f" yes {len(histories)}\n", "tokens": prompt}
+
+    def prompt(text, history, is_chat):
+        assert is_chat
+        messages = [*history, {"role": "user", "content": text}]
+        run.read = [f"{m['role']}: {m['content']}" for m in messages]
+        return [word for m in messages for word in m["content"].split()]
+
+    run = types.SimpleNamespace(prompt=prompt)
+    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+    args = {"prompt": None, "system": "", "max_tokens": 4, "context": context, "json": True} | flags
+    result = generate.converse(run, types.SimpleNamespace(**args), shown.append)
+    return histories, "".join(shown), result
+
+
+def test_an_answer_knows_all_turns_before_it_until_reset_forgets_them(monkeypatch):
+    lines = ["One", "", "Two", "/reset", "Three", "/reset", "/reset", "Four"]
+    histories, shown, result = talk(monkeypatch, lines, system="Be brief")
+    assert histories == [
+        ["system: Be brief", "user: One"],
+        ["system: Be brief", "user: One", "assistant: yes 1", "user: Two"],
+        ["system: Be brief", "user: Three"],
+        ["system: Be brief", "user: Four"],
+    ]
+    assert result["prompt"] == "Four" and result["text"] == " yes 4\n" and shown == "\n" * 4
+
+
+def test_a_new_tone_starts_over_and_an_unknown_command_is_no_message(monkeypatch):
+    lines = ["One", "/system Be kind", "Two", "/nothing", "/system", "Three", "/7 is a number"]
+    histories, shown, _ = talk(monkeypatch, lines, prompt="Zero", json=True)
+    assert histories == [["user: Zero"]]  # with a prompt and --json nothing else is read
+    histories, shown, _ = talk(monkeypatch, lines)
+    assert histories == [
+        ["user: One"],
+        ["system: Be kind", "user: Two"],
+        ["user: Three"],
+        ["user: Three", "assistant: yes 3", "user: /7 is a number"],
+    ]
+    assert "there is no /nothing" in shown
+
+
+def test_a_conversation_is_answered_by_the_model(model, command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("One two.\n/nothing\nAnd then?\n"))
+    result, out = command("--chat", "--max_tokens=8", "--seed=5", "--system=Be brief.")
+    messages, texts = [{"role": "system", "content": "Be brief."}], []
+    for question in ("One two.", "And then?"):
+        messages.append({"role": "user", "content": question})
+        ids = [model.tokenizer.bos, *chat.encode(model.tokenizer, messages, prompt=True)[0]]
+        (tokens,) = model.generate([ids], 8, seed=5, top_p=0.95)
+        texts.append(model.tokenizer.decode(tokens))
+        messages.append({"role": "assistant", "content": texts[-1].strip()})
+    assert result["tokens"] == tokens
+    assert out == f"{texts[0]}\nthere is no /nothing: /system TEXT, /reset\n{texts[1]}\n"
+
+
+def test_a_full_context_keeps_the_system_and_the_newest_turns(monkeypatch, capfd):
+    lines = ["a a", "b b", "c c", "d d d d d"]
+    # With 4 new tokens: 1 + 2 + 4, then 1 + 2 + 2 + 2 + 4, which is 11 and all that fits.
+    histories, _, _ = talk(monkeypatch, lines, context=11, system="S")
+    assert histories == [
+        ["system: S", "user: a a"],
+        ["system: S", "user: a a", "assistant: yes 1", "user: b b"],
+        ["system: S", "user: b b", "assistant: yes 2", "user: c c"],
+        ["system: S", "user: d d d d d"],
+    ]
+    assert capfd.readouterr().err.count("is forgotten") == 3
+    with pytest.raises(UsageError, match="a message of 8 tokens does not fit in --context=11"):
+        talk(monkeypatch, ["x x x x x x x"], context=11, system="S")
 
 
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_not_the_conversation(reference):
@@ -152,8 +275,3 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_not_the_conversation(reference
     until(b"> ")
     os.write(ours, b"\x04")
     assert process.wait(timeout=30) == 0, shown
-
-
-def test_python_users_get_a_model_that_json_can_hold(model):
-    ids = model.generate([model.prompt("a")], max_new=3)[0]
-    assert json.dumps(ids)

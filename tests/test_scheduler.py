@@ -3,16 +3,20 @@
 import asyncio
 import contextlib
 import json
+import signal
+import time
 
 import httpx2
+import openai
 import pytest
+import uvicorn
 
-from lowrank_jax import api
+from lowrank_jax import api, routes, serve
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.engine import Piece
 from lowrank_jax.routes import Server, Settings
 from lowrank_jax.sampling import Sampling
-from lowrank_jax.scheduler import Full, Order, Scheduler, Stopping
+from lowrank_jax.scheduler import Full, Order, Scheduler, Stopping, Ticket
 
 
 class Fake:
@@ -37,6 +41,7 @@ class Fake:
     def step(self) -> dict[int, Piece]:
         if self.failures and self.order[-1:] != [0]:  # not while it warms up
             raise self.failures.pop()
+        time.sleep(0.001)  # so that the loop has its turns
         pieces = {}
         for slot, row in list(self.rows.items()):
             row[1] -= 1
@@ -85,6 +90,19 @@ def test_first_come_first_served_and_each_gets_its_own():
                 assert await finish(ticket, 2) == {0: [10 * n + 10] * 5, 1: [10 * n + 11] * 5}
             assert given == [10 * n + 10 + i for n in range(6) for i in range(2)]
             assert scheduler.waiting == scheduler.active == 0
+
+    asyncio.run(run())
+
+
+def test_an_answer_has_left_its_place_when_its_end_is_told(monkeypatch):
+    async def run():
+        async with scheduling(slots=1, queue=0) as (scheduler, *_):
+            put, places = Ticket.put, []
+            note = lambda ticket, i, piece: (places.append((piece.finish, scheduler.active)), put(ticket, i, piece))
+            monkeypatch.setattr(Ticket, "put", note)
+            for n in (1, 2):  # there is no queue, and yet the second is taken
+                assert await finish(scheduler.submit([order(n, max_new=2)])) == {0: [n] * 2}
+            assert places == [(None, 1), ("length", 0)] * 2
 
     asyncio.run(run())
 
@@ -154,12 +172,177 @@ def test_an_end_is_told_to_everyone_and_nobody_waits_longer_than_asked():
     asyncio.run(run())
 
 
+def routes_over(tok, scheduler: Scheduler, timeout: float = 10.0, key: str = ""):
+    """The routes as an application; an answer may have as many tokens as it likes, but for `max_tokens`."""
+    limits = api.Limits("m", tok.vocab_size, context=10**9, max_tokens=10**8, answers=5)
+    return Server(scheduler, tok, Settings(limits, timeout, key)).app()
+
+
+def client_of(app, key: str = "none") -> openai.AsyncOpenAI:
+    http = openai.DefaultAsyncHttpxClient(transport=httpx2.ASGITransport(app))
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key=key, max_retries=0, http_client=http)
+
+
+async def settled(scheduler: Scheduler) -> None:
+    """Returns once no answer waits or has a slot."""
+    async with asyncio.timeout(10):
+        while scheduler.active or scheduler.waiting:
+            await asyncio.sleep(0.002)
+
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+ENDLESS = {"model": "m", "prompt": [500], "max_tokens": 10**8}
+
+
+def test_a_key_is_asked_for_under_v1_alone(tok):
+    async def run():
+        async with scheduling() as (scheduler, *_):
+            app = routes_over(tok, scheduler, key="s3cret")
+            async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
+                for path, body in ((CHAT, "{}"), (TEXT, "{"), ("/v1/nothing", "")):
+                    for key in (None, "Bearer s3cre", "Bearer s3crets", "s3cret", "Bearer "):
+                        response = await http.post(path, content=body, headers={"Authorization": key} if key else {})
+                        assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+                assert (await http.get("/healthz")).status_code == 200 and "<html" in (await http.get("/")).text
+            with pytest.raises(openai.AuthenticationError):
+                await client_of(app, "wrong").models.list()
+            client = client_of(app, "s3cret")
+            assert [m.id for m in (await client.models.list()).data] == ["m"]
+            with pytest.raises(openai.BadRequestError, match="at most 100000000"):
+                await client.completions.create(**ENDLESS | {"max_tokens": 10**8 + 1})
+            assert (await client.completions.create(**ENDLESS | {"max_tokens": 3})).usage.completion_tokens == 3
+
+    asyncio.run(run())
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again(tok):
+    async def run():
+        async with scheduling(slots=1, queue=1) as (scheduler, *_):
+            client = client_of(routes_over(tok, scheduler))
+            before = [scheduler.submit([order(n, max_new=10**9)]) for n in (1, 2)]
+            with pytest.raises(openai.RateLimitError) as e:
+                await client.completions.create(**ENDLESS)
+            assert e.value.response.headers["retry-after"] == "1" and e.value.code == "queue_full"
+            for ticket in before:
+                ticket.cancel()
+            await settled(scheduler)
+            assert (await client.completions.create(**ENDLESS | {"max_tokens": 3})).usage.completion_tokens == 3
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_comes_too_late_is_an_error_and_frees_its_slots(tok):
+    async def run():
+        async with scheduling() as (scheduler, *_), asyncio.timeout(8):
+            client = client_of(routes_over(tok, scheduler, timeout=0.25))
+            with pytest.raises(openai.InternalServerError, match="within 0.25 seconds") as e:
+                await client.completions.create(**ENDLESS, n=2)
+            assert e.value.status_code == 504 and e.value.code == "timeout"
+            await settled(scheduler)
+            texts = []
+            with pytest.raises(openai.APIError, match="within 0.25 seconds"):
+                async for chunk in await client.completions.create(**ENDLESS, stream=True):
+                    texts.append(chunk.choices[0].text)
+            assert texts
+            await settled(scheduler)
+
+    asyncio.run(run())
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(tok, monkeypatch):
+    assert routes.SLOW == 30  # as the documentation says
+    monkeypatch.setattr(routes, "SLOW", 0.2)
+
+    async def half():
+        yield b'{"prompt": '
+        await asyncio.Event().wait()
+
+    async def run():
+        async with scheduling() as (scheduler, *_):
+            transport = httpx2.ASGITransport(routes_over(tok, scheduler))
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http, asyncio.timeout(8):
+                response = await http.post(TEXT, content=half())
+            assert response.status_code == 408 and "did not arrive" in response.json()["error"]["message"]
+
+    asyncio.run(run())
+
+
+def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
+    monkeypatch.setattr(routes, "SLOW", 0.2)
+    scope = {"type": "http", "method": "POST", "path": TEXT, "query_string": b"", "headers": [], "root_path": ""}
+
+    async def run():
+        sent, body = [], iter([json.dumps(ENDLESS | {"stream": True}).encode()])
+
+        async def receive():
+            for part in body:
+                return {"type": "http.request", "body": part, "more_body": False}
+            await asyncio.Event().wait()  # the client does not leave
+
+        async def send(message):
+            sent.append(message)
+            if len(sent) == 3:  # and after its first two messages takes nothing
+                assert scheduler.active == 1
+                await asyncio.Event().wait()
+
+        async with scheduling() as (scheduler, *_), asyncio.timeout(8):
+            await routes_over(tok, scheduler, timeout=0.2)(scope, receive, send)
+            assert len(sent) == 3 and sent[0]["status"] == 200
+            await settled(scheduler)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_after_a_signal_a_short_answer_is_finished_and_a_long_one_is_told_of_the_end(tok, monkeypatch, number):
+    monkeypatch.setattr(serve, "GRACE", 0.5)
+    listener, url = serve._listen("127.0.0.1", 0)
+
+    async def run():
+        async with scheduling() as (scheduler, *_), asyncio.timeout(30):
+            config = uvicorn.Config(routes_over(tok, scheduler), lifespan="off", timeout_graceful_shutdown=10)
+            serving = asyncio.create_task(serve._run(serve._Uvicorn(config, url), listener, scheduler))
+            client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+            long = await client.completions.create(**ENDLESS, stream=True)
+            short = await client.completions.create(**ENDLESS | {"max_tokens": 40}, stream=True)
+            await anext(aiter(long))
+            await anext(aiter(short))
+            signal.raise_signal(number)
+            assert [chunk.choices[0].finish_reason async for chunk in short][-1] == "length"
+            with pytest.raises(openai.APIError, match="stopping"):
+                async for _ in long:
+                    pass
+            assert await serving == number
+
+    asyncio.run(run())
+
+
+def test_each_of_many_answers_goes_to_its_own_place(tok):
+    """Two prompts with three answers each, whole and as a stream, beside another client."""
+
+    async def run():
+        async with scheduling(slots=3, queue=20) as (scheduler, *_):
+            client = client_of(routes_over(tok, scheduler))
+            question = {"model": "m", "prompt": [[400], [300]], "n": 2, "max_tokens": 4}
+            beside = client.completions.create(model="m", prompt=[200], max_tokens=4)
+            whole, other = await asyncio.gather(client.completions.create(**question), beside)
+            expected = [tok.decode([i] * 4) for i in (400, 400, 300, 300)]
+            assert len(set(expected)) == 2 and [c.text for c in whole.choices] == expected
+            assert [c.index for c in whole.choices] == [0, 1, 2, 3]
+            assert [c.text for c in other.choices] == [tok.decode([200] * 4)]
+            texts = [""] * 4
+            async for chunk in await client.completions.create(**question, stream=True):
+                texts[chunk.choices[0].index] += chunk.choices[0].text
+            assert texts == expected
+
+    asyncio.run(run())
+
+
 def test_a_failing_engine_is_a_500_or_the_streams_last_event_and_the_server_lives_on(tok):
     async def run():
         async with scheduling(slots=1) as (scheduler, _, failures):
-            settings = Settings(api.Limits("m", tok.vocab_size, 64, 64, 5), 10.0, "")
-            app = httpx2.ASGITransport(Server(scheduler, tok, settings).app())
-            async with httpx2.AsyncClient(transport=app, base_url="http://test") as client:
+            transport = httpx2.ASGITransport(routes_over(tok, scheduler))
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
                 ask = {"prompt": [500], "max_tokens": 5}
                 failures.append(RuntimeError("lost"))
                 response = await client.post("/v1/completions", json=ask)

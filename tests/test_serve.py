@@ -14,12 +14,15 @@ from runs import WORDS, assert_one_line, last_json
 from servers import serving, until
 
 import lowrank_jax
-from lowrank_jax import cli, serve
-from lowrank_jax.data import tokenizer
+from lowrank_jax import cli, quantize, serve
+from lowrank_jax.api import Limits
+from lowrank_jax.config import RunFailure
+from lowrank_jax.data.tokenizer import EOS, TURN_END
+from lowrank_jax.routes import Settings
+from lowrank_jax.trained import Trained
 from scripts import load_server
 
 HELLO = [{"role": "user", "content": "The cat sat."}]
-KEY = "s3cret"
 LONG = {"prompt": "The dogs", "max_tokens": 4000, "temperature": 0.9}
 
 
@@ -35,10 +38,15 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def endless(reference) -> dict:
+def model(reference):
+    """The run in this process: what the server should say."""
+    return lowrank_jax.load(reference)
+
+
+@pytest.fixture(scope="module")
+def endless(model) -> dict:
     """A long request whose answer no stop symbol ends."""
-    specials = tokenizer.load(str(reference / "tokenizer")).specials
-    return LONG | {"model": "reference", "logit_bias": {str(i): -100 for i in specials.values()}}
+    return LONG | {"model": "reference", "logit_bias": {str(i): -100 for i in model.tokenizer.specials.values()}}
 
 
 def greedy(client, prompt: str, **options):
@@ -46,20 +54,38 @@ def greedy(client, prompt: str, **options):
     return client.completions.create(model="reference", prompt=prompt, **options)
 
 
-def test_answers_are_those_of_the_library(client, reference):
-    model = lowrank_jax.load(reference)
-    ids = [model.tokenizer.bos, *model.tokenizer.encode("The cat")]
-    (tokens,) = model.generate([ids], max_new=24, temperature=0)
-    response = greedy(client, "The cat")
-    assert response.choices[0].text == model.tokenizer.decode(tokens)
+def drawn(model, prompt: str, seed: int, max_new: int = 24, **sampling) -> str:
+    """The text that the library draws at temperature 1 after a prompt."""
+    (tokens,) = model.generate([model.prompt(prompt)], max_new, seed, temperature=1.0, **sampling)
+    return model.tokenizer.decode(tokens)
+
+
+def test_answers_are_those_of_the_library(client, model):
+    ids = model.prompt("The cat")
+    (tokens,) = model.generate([ids], max_new=24, seed=7, temperature=1.0)
+    sampled = {"temperature": 1.0, "seed": 7}
+    response = greedy(client, "The cat", **sampled)
+    assert response.choices[0].text == model.tokenizer.decode(tokens) and len(set(tokens)) > 9
     assert response.usage.prompt_tokens == len(ids) and response.usage.completion_tokens == len(tokens)
-    assert greedy(client, ids).choices[0].text == response.choices[0].text  # ids are taken as they are
-    chat = client.chat.completions.create(model="reference", messages=HELLO, max_tokens=24, temperature=0)
-    (tokens,) = model.generate([model.prompt("The cat sat.", is_chat=True)], max_new=24, temperature=0)
+    assert greedy(client, ids, **sampled).choices[0].text == response.choices[0].text  # ids are taken as they are
+    (tokens,) = model.generate([ids], max_new=24, temperature=0)
+    assert greedy(client, "The cat").choices[0].text == model.tokenizer.decode(tokens)
+    messages = [{"role": "system", "content": "Be brief."}, *HELLO]
+    chat = client.chat.completions.create(model="reference", messages=messages, max_tokens=24, **sampled)
+    (tokens,) = model.generate([model.prompt("The cat sat.", messages[:1], is_chat=True)], 24, seed=7, temperature=1.0)
     assert chat.choices[0].message.content == model.tokenizer.decode(tokens)
     assert chat.choices[0].message.role == "assistant" and chat.choices[0].finish_reason in ("stop", "length")
     assert [m.id for m in client.models.list()] == ["reference"]
     assert client.models.retrieve("reference").owned_by == "lowrank_jax"
+
+
+@pytest.mark.parametrize("symbol", [EOS, TURN_END])
+def test_the_end_of_a_text_and_of_a_turn_end_an_answer(client, model, symbol):
+    bias = {str(model.tokenizer.special(symbol)): 100}
+    ask = {"model": "reference", "messages": HELLO, "max_tokens": 9, "logit_bias": bias}
+    chat = client.chat.completions.create(**ask)
+    assert (chat.choices[0].message.content, chat.choices[0].finish_reason) == ("", "stop")
+    assert chat.usage.completion_tokens == 1
 
 
 def test_a_stream_says_what_the_whole_response_does(client):
@@ -80,31 +106,31 @@ def test_logprobs_belong_to_the_text(client):
     chat = client.chat.completions.create(
         model="reference", messages=HELLO, max_tokens=20, temperature=0, logprobs=True, top_logprobs=3
     ).choices[0]
-    assert "".join(t.token for t in chat.logprobs.content) == chat.message.content
+    assert "".join(t.token for t in chat.logprobs.content) == chat.message.content != ""
     for token in chat.logprobs.content:  # greedy: the likeliest is the one that was taken
         assert len(token.top_logprobs) == 3 and token.top_logprobs[0].logprob == token.logprob <= 0
         assert token.top_logprobs[0].token == token.token and bytes(token.bytes).decode() == token.token
         assert token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob >= token.top_logprobs[2].logprob
     text = greedy(client, "The cat", logprobs=0).choices[0]
-    places = zip(text.logprobs.text_offset, text.logprobs.tokens)
-    assert all(text.text[at:].startswith(token) for at, token in places)
+    places = list(zip(text.logprobs.text_offset, text.logprobs.tokens))
+    assert len(places) > 20 and all(text.text[at:].startswith(token) for at, token in places)
     assert text.logprobs.top_logprobs == [{t: p} for t, p in zip(text.logprobs.tokens, text.logprobs.token_logprobs)]
     assert greedy(client, "The cat").choices[0].logprobs is None
 
 
-def test_seeds_choices_and_many_prompts(client):
+def test_seeds_choices_and_many_prompts(client, model):
     draw = lambda **options: [c.text for c in greedy(client, "The cat", temperature=1.0, **options).choices]
-    assert draw(seed=5) == draw(seed=5) != draw(seed=6)
-    assert draw(seed=5, n=3) == draw(seed=5) + draw(seed=6) + draw(seed=7)
+    assert draw(seed=5, n=3) == [drawn(model, "The cat", seed) for seed in (5, 6, 7)]
     assert draw() != draw()  # random without a seed
     prompts = ["The cat", "Two dogs", "A mat"]
-    together = greedy(client, prompts, n=2)
-    assert [c.index for c in together.choices] == list(range(6))
-    assert [c.text for c in together.choices] == [greedy(client, p).choices[0].text for p in prompts for _ in "ab"]
-    streamed = [""] * 3
-    for chunk in greedy(client, prompts, stream=True):
+    expected = [drawn(model, prompt, seed) for prompt in prompts for seed in (5, 6)]
+    together = greedy(client, prompts, n=2, temperature=1.0, seed=5)
+    assert [c.index for c in together.choices] == list(range(6)) and len(set(expected)) == 6
+    assert [c.text for c in together.choices] == expected
+    streamed = [""] * 6
+    for chunk in greedy(client, prompts, n=2, temperature=1.0, seed=5, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
-    assert streamed == [greedy(client, p).choices[0].text for p in prompts]
+    assert streamed == expected
 
 
 def test_an_answer_ends_before_its_stop_string_and_at_its_limits(client, endless):
@@ -112,8 +138,8 @@ def test_an_answer_ends_before_its_stop_string_and_at_its_limits(client, endless
     stop = full[60:64]
     cut = client.completions.create(**endless | {"max_tokens": 200, "seed": 1}, stop=[stop, "not in it"], logprobs=1)
     assert cut.choices[0].text == full[: full.index(stop)] and cut.choices[0].finish_reason == "stop"
-    assert all(at < len(cut.choices[0].text) for at in cut.choices[0].logprobs.text_offset)
-    assert cut.usage.completion_tokens < 200
+    places = cut.choices[0].logprobs.text_offset
+    assert places and all(at < len(cut.choices[0].text) for at in places) and cut.usage.completion_tokens < 200
     stream = list(client.completions.create(**endless | {"max_tokens": 200, "seed": 1}, stop=stop, stream=True))
     assert "".join(c.choices[0].text for c in stream) == cut.choices[0].text
     assert stream[-1].choices[0].finish_reason == "stop"
@@ -213,32 +239,42 @@ def test_a_client_that_leaves_frees_its_slot(server, client, endless):
     assert 'lowrank_requests_total{route="/v1/completions",status="499"}' in server.get("/metrics")
 
 
-def test_sixteen_clients_are_not_mixed_up(server, client):
-    prompts = [f"{WORDS[i]} {WORDS[i * 5 % 18]} " * (i + 1) for i in range(16)]
-    alone = [greedy(client, p, max_tokens=10 + 5 * i).choices[0].text for i, p in enumerate(prompts)]
+def test_sixteen_clients_are_not_mixed_up(server, client, model, endless):
+    """All ask for answers of one length, so that only what is in an answer says whose it is."""
+    prompts = [f"{WORDS[i]} {WORDS[i * 5 % 18]} sat" for i in range(16)]
+    never = tuple((int(i), bias) for i, bias in endless["logit_bias"].items())
+    alone = [drawn(model, prompt, seed, logit_bias=never) for seed, prompt in enumerate(prompts)]
 
     def ask(i: int) -> str:
+        options = {"temperature": 1.0, "seed": i, "logit_bias": endless["logit_bias"]}
         if i % 2:
-            return greedy(client, prompts[i], max_tokens=10 + 5 * i).choices[0].text
-        stream = greedy(client, prompts[i], max_tokens=10 + 5 * i, stream=True)
-        return "".join(chunk.choices[0].text for chunk in stream)
+            return greedy(client, prompts[i], **options).choices[0].text
+        return "".join(chunk.choices[0].text for chunk in greedy(client, prompts[i], **options, stream=True))
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, range(16))) == alone
         assert list(pool.map(ask, reversed(range(16)))) == alone[::-1]
-    assert len(set(alone)) > 8 and server.metric("lowrank_queue_length") == 0
+    assert len(set(alone)) == 16 and server.metric("lowrank_queue_length") == 0
 
 
-def test_a_load_is_answered_and_a_wrong_answer_would_be_noticed(server, endless):
+def test_a_load_is_answered_and_a_wrong_answer_would_be_noticed(server, model, endless):
     port = int(server.url.rsplit(":", 1)[1])
     asked = load_server.questions(4, [int(i) for i in endless["logit_bias"]])
-    result = load_server.run(port, asked, clients=12, seconds=2.0)
-    assert result["requests"] > 20 and result["dropped"] == result["mixed_up"] == result["still_active"] == 0
+    never = tuple((int(i), bias) for i, bias in endless["logit_bias"].items())
+    known = [drawn(model, q["prompt"], q["seed"], q["max_tokens"], logit_bias=never) for q in asked]
+    assert load_server.alone(port, asked) == known and len(set(known)) == 4
+    result = load_server.run(port, asked, known, clients=12, seconds=1.0)
+    assert result["requests"] >= 12 and result["dropped"] == result["mixed_up"] == result["still_active"] == 0
     assert result["tokens_per_s"] > 0 and result["rss_mb"]["end"] > 0 and "p99" in load_server.table(result)
-    load = load_server.Load(port, asked, ["something else"] * 4)
-    threading.Timer(0.2, load.over.set).start()
-    load.client(0)
-    assert load.mixed and len(load.mixed) == len(load.answers)
+    load = load_server.Load(port, asked, [known[1], known[0], *known[2:]])
+    thread = threading.Thread(target=load.client, args=(0,))
+    thread.start()
+    assert until(lambda: len(load.answers) > len(load.mixed) > 0, 60)
+    load.over.set()
+    thread.join()
+    assert set(load.mixed) <= {0, 1} and not load.dropped
+    with pytest.raises(RunFailure, match="alike"):
+        load_server.alone(port, [asked[0] | {"seed": 1}] * 2)
 
 
 def test_metrics_add_up(server, client):
@@ -266,51 +302,51 @@ def ask(served, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=served.url + "/v1", api_key=key, max_retries=0, timeout=60)
 
 
-def test_a_key_is_asked_for_a_full_queue_refuses_and_an_answer_may_come_too_late(reference, endless):
-    flags = ["--slots=1", "--context=32768", "--queue=1", "--timeout=2.5", "--max_tokens=15000", "--model_name=m"]
-    endless = endless | {"model": "m", "max_tokens": 15000}
-    with serving(reference, *flags, f"--api_key={KEY}") as server:
-        for path, body in ((CHAT, {"messages": HELLO}), (TEXT, b"{"), ("/v1/nothing", b"")):
-            for headers in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}):
-                assert server.post(path, body, headers)[0] == 401
-        with pytest.raises(openai.AuthenticationError):
-            ask(server, "wrong").models.list()
-        assert json.loads(server.get("/healthz")) and "<html" in server.get("/")  # neither asks for one
-        client = ask(server, KEY)
-        assert [m.id for m in client.models.list()] == ["m"]
-        with pytest.raises(openai.BadRequestError, match="at most 15000"):
-            client.completions.create(model="m", prompt="a", max_tokens=15001)
+class Idle:
+    """An engine that does nothing, and what the last one was made with."""
 
-        first = client.completions.create(**endless, stream=True)
-        waiting = threading.Thread(target=lambda: server.post(TEXT, endless, {"Authorization": f"Bearer {KEY}"}))
-        waiting.start()
-        assert until(lambda: server.metric("lowrank_queue_length") == 1)
-        status, headers, response = server.post(TEXT, endless, {"Authorization": f"Bearer {KEY}"})
-        assert status == 429 and headers["retry-after"] == "1" and response["error"]["code"] == "queue_full"
-        first.response.close()
-        waiting.join()
-        assert until(lambda: server.metric("lowrank_active_rows") == 0)
+    free, context = 1, 16
 
-        with pytest.raises(openai.InternalServerError, match="2.5 seconds") as e:
-            client.completions.create(**endless, n=2)
-        assert e.value.status_code == 504 and until(lambda: server.metric("lowrank_active_rows") == 0)
-        with pytest.raises(openai.APIError, match="2.5 seconds"):
-            list(client.completions.create(**endless, stream=True))
-        assert until(lambda: server.metric("lowrank_active_rows") == 0)
-        assert client.completions.create(model="m", prompt="a", max_tokens=3).usage.completion_tokens
+    def __init__(self, config, weights, stop_ids, slots: int, context: int):
+        Idle.settings = {"stop_ids": sorted(stop_ids), "slots": slots, "context": context}
+        Idle.weight_bytes = quantize.bytes_of(weights)
+
+    def add(self, *order) -> None: ...
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless, number):
+def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkeypatch):
+    opened = Trained(model.config, model.tokenizer, model.params, model.progress)
+    monkeypatch.setattr(serve, "open_run", lambda folder: opened)
+    monkeypatch.setattr(serve.engine, "Engine", Idle)
+    monkeypatch.setenv("LOWRANK_API_KEY", "of the environment")
+    ends = sorted([model.tokenizer.eos, model.tokenizer.special(TURN_END)])
+
+    def start(*flags: str) -> tuple[Settings, int]:
+        server, scheduler = serve.prepare(serve.arguments(["--workdir=/runs/mine/", *flags]))
+        scheduler.start()
+        scheduler.close()
+        assert scheduler.join(10)
+        return server.settings, scheduler.room
+
+    expected = Settings(Limits("mine", 400, 4096, 4096, answers=72), 600.0, "of the environment")
+    assert start() == (expected, 72) and Idle.settings == {"stop_ids": ends, "slots": 8, "context": 4096}
+    whole = Idle.weight_bytes
+    flags = ["--slots=3", "--context=99", "--queue=2", "--weights=int8", "--api_key=k", "--model_name=m"]
+    expected = Settings(Limits("m", 400, 99, 7, answers=5), 2.5, "k")
+    assert start(*flags, "--max_tokens=7", "--timeout=2.5") == (expected, 5)
+    assert Idle.settings == {"stop_ids": ends, "slots": 3, "context": 99} and Idle.weight_bytes < 0.35 * whole
+
+
+def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless):
     with serving(reference, "--slots=1", "--context=32768", "--json") as server:
         stream = ask(server).completions.create(**endless | {"max_tokens": 30000}, stream=True)
         next(iter(stream))
-        server.process.send_signal(number)
+        server.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         with pytest.raises(openai.APIError, match="stopping"):  # it had a few seconds
             list(stream)
-        assert server.process.wait(20) == 128 + number and time.monotonic() - began < 15
-        assert last_json(server.process.stdout.read())["stopped_by"] == number.name
+        assert server.process.wait(20) == 128 + signal.SIGTERM and time.monotonic() - began < 15
+        assert last_json(server.process.stdout.read())["stopped_by"] == "SIGTERM"
         assert not any("Traceback" in line for line in server.said), server.said
         with pytest.raises(OSError):
             server.get("/healthz")
