@@ -68,11 +68,11 @@ def strings(prose) -> list[str]:
     return ["", " ", *SPACES, *SPECIAL, *EMOJI, *SCRIPTS, *made]
 
 
-def test_a_thousand_strings_have_the_same_ids_everywhere(make, learnt, strings, tmp_path):
+def test_1200_strings_have_the_same_ids_everywhere(make, learnt, strings, tmp_path):
     path = gguf.write(exports.trained(make, learnt, latent_norm=False), str(tmp_path / "gguf"))
     theirs = tokenizers.Tokenizer.from_str(hf_tokenizer.files(learnt, 64)["tokenizer.json"])
     theirs.encode_special_tokens = True  # text that looks like a special token stays text
-    assert len(set(strings)) > 1000
+    assert len(set(strings)) >= 1200
     with llama.opened(path, learnt.vocab_size, 100) as run:
         for text in strings:
             ids = learnt.encode(text)

@@ -1,4 +1,4 @@
-"""A mesh of devices trains as one does: where every array is, and what comes out on 2, 4 and 8 of them."""
+"""A mesh of devices trains as one does: where every array is, and what comes out on 2 to 8 of them."""
 
 import json
 import math
@@ -195,130 +195,25 @@ def test_microbatches_never_grow_past_what_a_device_may_hold():
 # ------------------------------------------------------------------------------------------------- on eight devices
 
 
-EIGHT = """
-import json, sys
-sys.path[:0] = ["tests"]
-import jax, numpy as np, pytest, test_loss
-from conftest import run_config
-from jax.sharding import AxisType
-from lowrank_jax import costs, hlo, sharding, stages, step
-from lowrank_jax.checkpoint import Checkpoints, _checksum
-
-ROWS, T, STEPS = 16, 64, 6
-SIZES = dict(model__d=32, model__heads=4, model__layers=3, model__rank=4, model__vocab=256)
-ODD = dict(model__d=30, model__heads=6, model__layers=3, model__rank=20, model__vocab=257, model__rank_split="1,1,1,1")
-
-def config_of(sizes, mesh, **changes):
-    data = dict(pretrain__tokens_per_step=ROWS * T, pretrain__block=T, pretrain__steps=STEPS, pretrain__lr=1e-2,
-                pretrain__microbatch_tokens=T, precision="fp32", optim__ema=0.9)
-    return run_config(**sizes | data | changes | {f"mesh__{axis}": size for axis, size in mesh.items()})
-
-def batch(i, vocab):
-    draw = np.random.default_rng(i)
-    ids = draw.integers(0, vocab, (ROWS, T + 1)).astype(np.int32)
-    segments = np.sort(draw.integers(1, 4, (ROWS, T)), axis=1).astype(np.int32)
-    weights = (draw.random((ROWS, T)) < 0.8).astype(np.float32)
-    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "segments": segments, "weights": weights}
-
-def train(devices, mesh, sizes=SIZES, **changes):
-    config = config_of(sizes, mesh, **changes)
-    mesh = sharding.make_mesh(config, jax.devices()[:devices])
-    stage = stages.plan(config, sharding.row_shards(mesh))[0]
-    first = step.init_params(config, mesh)
-    begun = jax.tree.map(sharding.fetch, first)
-    state, losses = step.first_state(config, first, 0, mesh), []
-    compiled = step.lower(config, stage, mesh).compile()
-    for i in range(STEPS):
-        placed = {k: sharding.put(x, sharding.of_rows(mesh, ROWS)) for k, x in batch(i, config.model.vocab).items()}
-        state, metrics = compiled(state, placed)
-        losses.append(float(metrics["loss"]))
-    for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(step.abstract_state(config, mesh))):
-        assert x.sharding == at.sharding  # no layout has drifted
-    return config, mesh, begun, np.array(losses), state, compiled
-
-def apart(a, b):
-    both = zip(jax.tree.leaves(a), jax.tree.leaves(b))
-    return float(max(np.abs(sharding.fetch(x) - sharding.fetch(y)).max() for x, y in both))
-
-told = []
-MESHES = [dict(data=2), dict(fsdp=2), dict(tensor=2), dict(data=2, fsdp=2), dict(fsdp=2, tensor=2),
-          dict(data=2, fsdp=2, tensor=2), dict(fsdp=8), dict(data=2, tensor=4)]
-for sizes, changes, meshes in (
-    (SIZES, {}, MESHES),
-    # AdamW divides gradients of about 0 by themselves: what rounding does to a parameter is of the size of its rate.
-    (SIZES, {"optim__name": "adamw", "pretrain__lr": 2e-3}, [dict(data=2, fsdp=2, tensor=2)]),
-    (ODD, {}, [dict(data=2, fsdp=2, tensor=2)]),
-):
-    _, _, begun, losses, state, _ = train(1, {}, sizes, **changes)
-    for mesh in meshes:
-        ones = {axis: 1 for axis in sharding.AXES} | mesh
-        devices = int(np.prod(list(ones.values())))
-        config, _, here, found, ours, compiled = train(devices, ones, sizes, **changes)
-        told.append({"mesh": mesh, "loss": float(np.abs(found / losses - 1).max()), "start": apart(here, begun),
-                     "params": apart(ours.params, state.params), "average": apart(ours.average, state.average)})
-        if mesh == dict(fsdp=8) and not changes:
-            twin = config_of(SIZES | dict(model__rank=0), ones)
-            dense = step.lower(twin, stages.plan(twin, 8)[0], sharding.make_mesh(twin, jax.devices())).compile()
-            for c, program in ((config, compiled), (twin, dense)):
-                gathered = hlo.collective_bytes(program.as_text())["all-gather"]
-                told.append({"gathered": gathered, "microbatches": ROWS // 8, "weights": costs.parameters(c.model)})
-            eight = config, ours
-        if mesh == dict(data=2) and not changes:
-            one = config_of(SIZES, {}), state
-
-progress = {"step": STEPS, "phase": "pretrain"}
-for (config, state), counts in ((eight, (4, 1, 8)), (one, (8,))):
-    folder = f"{sys.argv[1]}-{len(jax.tree.leaves(state)[0].sharding.device_set)}"
-    with Checkpoints(folder) as saved:
-        saved.save(STEPS, state, progress)
-    for devices in counts:
-        there = config_of(SIZES, {"data": 1, "fsdp": devices, "tensor": 1})
-        mesh = sharding.make_mesh(there, jax.devices()[:devices])
-        with Checkpoints(folder, read_only=True) as saved:
-            restored, _ = saved.restore(step.abstract_state(there, mesh))
-        assert len(jax.tree.leaves(restored.params)[0].sharding.device_set) == devices
-        told.append({"restored": f"{folder[-1]} on {devices}", "apart": apart(restored, state),
-                     "same": _checksum(restored, progress) == _checksum(state, progress)})
-x = np.arange(ROWS * T).reshape(ROWS, T)
-mesh = sharding.make_mesh(eight[0], jax.devices())
-with jax.set_mesh(mesh):
-    placed = sharding.put(x, sharding.of_rows(mesh, ROWS))
-    cut = jax.jit(lambda x: sharding.microbatches(x, 8))
-    moved = hlo.collective_bytes(cut.lower(placed).compile().as_text())
-    whole = sorted(np.asarray(cut(placed)).ravel().tolist()) == x.ravel().tolist()
-    told.append({"whole": whole, "moved": moved})
-
-# The head's loss in parts of at most 6 or 24 tokens a device. A width of 5 is not cut over fsdp; 6 rows are over data.
-for sizes, rows, width in (((2, 2, 2), 8, 6), ((2, 4, 1), 64, 5), ((2, 2, 2), 6, 6), ((1, 8, 1), 64, 8)):
-    mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    table, *of_tokens = arrays = test_loss.draw(rows, 12, width, 10)
-    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
-        parts = test_loss.Parts(6 if rows < 64 else 24, patch)
-        placed = [sharding.put(x, sharding.of_rows(mesh, rows)) for x in of_tokens]
-        placed = [sharding.put(table, sharding.whole(mesh)), *placed]
-        results = jax.jit(test_loss.by_parts, static_argnums=(4, 5))(*placed, 0.2, 0.03)
-    told.append({"head": sizes, "parts": sorted(set(parts)), "errors": test_loss.errors(arrays, results, 0.2, 0.03)})
-print(json.dumps(told))
-"""
-
-
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", EIGHT, str(tmp_path_factory.mktemp("eight") / "run")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    """What tests/eight.py tells. (Without XLA's own fusion code its programs compile in a third of the time.)"""
+    flags = ["force_host_platform_device_count=8", "backend_optimization_level=0", "cpu_use_fusion_emitters=false"]
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}", "XLA_FLAGS": " ".join(f"--xla_{flag}" for flag in flags)}
+    command = [sys.executable, ROOT / "tests" / "eight.py", tmp_path_factory.mktemp("eight") / "run"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Involuntary full rematerialization" not in done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_every_mesh_trains_as_one_device(eight):
     trained = [row for row in eight if "mesh" in row]
-    assert len(trained) == 10
+    assert len(trained) == 13 and {math.prod(row["mesh"]) for row in trained} == {2, 3, 4, 5, 6, 7, 8}
     for row in trained:
         assert row["start"] == 0 and row["loss"] <= 1e-5, row
         assert row["params"] <= 1e-4 and row["average"] <= 1e-4, row
+        assert row["learnt"] >= 40 * row["params"], row  # or else these bounds would hold without a mesh's gradients
 
 
 def test_the_weights_are_gathered_and_for_attention_less_than_in_the_dense_twin(eight):
@@ -326,12 +221,13 @@ def test_the_weights_are_gathered_and_for_attention_less_than_in_the_dense_twin(
     for row in (ours, dense):  # in fp32, the blocks' forward and backward for each microbatch, the embedding's once
         times, weights = 2 * row["microbatches"], row["weights"]
         assert 0 < row["gathered"] <= 4 * (times * (weights["attention"] + weights["mlp"]) + weights["embedding"]), row
+        assert row["is_native"]  # what the meshes of 2, 4, 5 and 8 attend with
     assert ours["weights"]["mlp"] == dense["weights"]["mlp"] and ours["gathered"] < dense["gathered"]
 
 
 def test_a_checkpoint_goes_on_any_mesh_bit_for_bit(eight):
     rows = [row for row in eight if "restored" in row]
-    assert [row["restored"] for row in rows] == ["8 on 4", "8 on 1", "8 on 8", "1 on 8"]
+    assert [row["restored"] for row in rows] == ["8 on 4", "8 on 1", "8 on 7", "1 on 8"]
     assert all(row["apart"] == 0 and row["same"] for row in rows)
 
 

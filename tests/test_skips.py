@@ -1,0 +1,68 @@
+"""A test that is skipped has failed, where the whole suite is run."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import conftest
+import pytest
+
+pytest_plugins = ["pytester"]
+SKIPS = """
+import pytest
+
+@pytest.fixture
+def browser():
+    pytest.skip("no browser")
+
+def test_in_a_fixture(browser):
+    pass
+
+def test_in_its_body():
+    pytest.skip("no compiler")
+
+@pytest.mark.skipif(True, reason="no device")
+def test_by_a_mark():
+    pass
+
+def test_that_runs():
+    pass
+"""
+REASONS = ("no browser", "no compiler", "no device", "could not import 'no_such_package'")
+
+
+@pytest.mark.parametrize("variable, allowed", [("1", False), ("", True), (None, True)])
+def test_a_skip_fails_with_its_reason_where_none_is_allowed(pytester, monkeypatch, variable, allowed):
+    monkeypatch.delenv("LOWRANK_NO_SKIP", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("LOWRANK_NO_SKIP", variable)
+    pytester.makepyfile(test_a=SKIPS, test_b='import pytest\npytest.importorskip("no_such_package")')
+    report = pytester.inline_run("-ra", "--continue-on-collection-errors", "-p", "no:cacheprovider", plugins=[conftest])
+    passed, skipped, failed = report.listoutcomes()
+    assert [item.nodeid for item in passed] == ["test_a.py::test_that_runs"]
+    assert len(skipped if allowed else failed) == 4 and not (failed if allowed else skipped)
+    assert report.ret == (0 if allowed else 1)
+    reasons = sorted(str(item.longrepr) for item in (skipped if allowed else failed))
+    assert all(any(reason in text for text in reasons) for reason in REASONS), reasons
+
+
+@pytest.mark.parametrize("browser", ["chromium", "google-chrome", None])
+def test_the_script_allows_no_skip_and_goes_on_only_with_a_browser(tmp_path, browser):
+    """The script itself, between stand-ins for all that it calls."""
+    script, tools = pathlib.Path(__file__).parents[1] / "scripts" / "test.sh", tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(script, tmp_path / "test.sh")
+    (tmp_path / "setup.sh").write_text("")
+    for name in ("bash", "dirname", "id"):
+        (tools / name).symlink_to(shutil.which(name))
+    says = {"python": 'echo "pytest $* no_skip=$LOWRANK_NO_SKIP"', "ruff": "", "apt-get": "exit 1", "sudo": "exit 1"}
+    for name, line in (says | ({browser: ""} if browser else {})).items():
+        (tools / name).write_text(f"#!{tools}/bash\n{line}\n")
+        (tools / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key != "LOWRANK_NO_SKIP"} | {"PATH": str(tools)}
+    done = subprocess.run([tools / "bash", tmp_path / "test.sh", "-k", "x"], env=env, capture_output=True, text=True)
+    if browser:
+        assert done.returncode == 0 and "-k x no_skip=1" in done.stdout.splitlines()[-1], done
+    else:
+        assert done.returncode == 1 and "error: the chat page" in done.stderr and "pytest" not in done.stdout, done
