@@ -9,8 +9,8 @@ import types
 
 import runs
 
-# Nearly all that tests do is compile: without LLVM's passes in half the time, and what one of pytest's processes has
-# compiled the others load. What follows imports JAX.
+# What compiles quickly for commands does so for tests, and what one of pytest's processes has compiled the others load.
+# What follows imports JAX.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {runs.ENVIRONMENT['XLA_FLAGS']}".strip()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = runs.CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
