@@ -7,15 +7,10 @@ import pathlib
 import random
 import types
 
+import backend  # noqa: F401, which starts JAX
+import jax
+import pytest
 import runs
-
-# What compiles quickly for commands does so for tests, and what one of pytest's processes has compiled the others load.
-# What follows imports JAX.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {runs.ENVIRONMENT['XLA_FLAGS']}".strip()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = runs.CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-import jax  # noqa: E402
-import pytest  # noqa: E402
 from hypothesis import settings
 
 from configs import default
@@ -25,12 +20,6 @@ from lowrank_jax.data import tokenizer
 
 settings.register_profile("toy", deadline=None, database=None, derandomize=True)
 settings.load_profile("toy")
-
-# Each of pytest's processes has a core to itself. On two cores the suite took 1,186 s so, and 1,418 s without.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
 
 def _failed_if_skipped(report):
     """The report of a test or file; with LOWRANK_NO_SKIP, as scripts/test.sh sets it, what is skipped has failed."""
