@@ -8,7 +8,7 @@
 | term@save=N | SIGTERM while this process writes its N-th checkpoint |
 | term@eval=N | SIGTERM before the N-th batch that this process evaluates |
 | nan@step=N | the N-th update sees NaN losses |
-| oom@step=N | the N-th update finds no memory, once: its state is lost, as where a donated buffer is |
+| oom@step=N | before the N-th update a program asks for a petabyte, once, and takes the state with it |
 | fp8@step=N | the look at bf16 before the N-th update finds fp8 to be off |
 | io@read=N | reading the N-th record that this process reads fails with an I/O error, once |
 
@@ -21,6 +21,7 @@ import re
 import signal
 
 import jax
+import jax.numpy as jnp
 
 from lowrank_jax import processes
 from lowrank_jax.config import UsageError
@@ -57,12 +58,15 @@ def strike_evaluation() -> None:
 
 
 def run_out_of_memory(step: int, state) -> None:
-    """Loses the arrays of `state` and raises what a device without memory does, if that was asked for at this step."""
+    """Gives `state` to a program that needs more memory than there is, if that was asked for at this step.
+
+    So the error is the device's own, and the arrays are lost as those that a step is given.
+    """
     fault = ("oom", "step", step)
     if due(*fault) and fault not in _struck:
         _struck.add(fault)
-        jax.tree.map(lambda x: x.delete(), state)
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory, as LOWRANK_FAULTS asked for")
+        greedy = lambda state: (jax.tree.map(jnp.copy, state), jnp.zeros(2**50, jnp.uint8))
+        jax.block_until_ready(jax.jit(greedy, donate_argnums=0)(state))
 
 
 def strike_read() -> None:

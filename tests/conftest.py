@@ -21,6 +21,7 @@ from lowrank_jax.data import tokenizer
 settings.register_profile("toy", deadline=None, database=None, derandomize=True)
 settings.load_profile("toy")
 
+
 def _failed_if_skipped(report):
     """The report of a test or file; with LOWRANK_NO_SKIP, as scripts/test.sh sets it, what is skipped has failed."""
     if report.skipped and os.environ.get("LOWRANK_NO_SKIP"):

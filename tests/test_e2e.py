@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import pty
+import random
 import resource
 import signal
 import struct
@@ -21,9 +22,10 @@ import types
 import pyarrow
 import pyarrow.parquet
 import pytest
+import test_tables
 from runs import ROOT, STEPS, TINY, WORDS, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
 
-from lowrank_jax.data import tokenizer
+from lowrank_jax.data import sources, tokenizer
 
 
 def test_a_run_leaves_everything_the_contract_names(reference):
@@ -184,8 +186,8 @@ def test_a_folder_that_holds_another_run_is_refused(data, reference, changes, na
 
 
 @pytest.fixture(scope="session")
-def every_kind(data, tok, tmp_path_factory) -> dict:
-    """Settings of a run that mixes every kind of file, some of them with mistakes in them."""
+def every_kind(data, tok, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    """A folder of every kind of source, some with mistakes in them, and the settings of a run that mixes them."""
     home = tmp_path_factory.mktemp("kinds")
     tok.save(home / "tokenizer")
     notes = (data / "notes.jsonl").read_text().splitlines()
@@ -194,31 +196,55 @@ def every_kind(data, tok, tmp_path_factory) -> dict:
     (home / "b.jsonl").write_text("\n".join(broken))
     packed = gzip.compress("\n".join(json.dumps({"text": os.urandom(9).hex()}) for _ in range(400)).encode())
     (home / "c.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    (home / "d.txt").write_bytes(b"plain text here. " * 2300 + b"caf\xe9 " + b"and more of it. " * 2500)
-    (home / "e.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts[:33]))
+    (home / "d.txt").write_bytes(b"plain text here. " * 300 + b"caf\xe9 " + b"and more of it. " * 300)
+    (home / "e.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts[:9]))
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), home / "f.parquet", row_group_size=9)
     script = [sys.executable, ROOT / "scripts" / "tokenize.py", f"--tokenizer={home}/tokenizer", "--shards=2"]
     subprocess.run([*script, f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", test_tables.BUILDER, home], check=True, capture_output=True)
     specs = [
         f"{spec}{home}/{name}" for spec, name in (("json:", "c.jsonl.gz"), ("text:", "d.txt@3"), ("hf:", "e.csv@4"))
     ]
-    specs += [{"spec": f"json:{home}/b.jsonl", "weight": "0:2/60:0.2"}, f"arrayrecord:{home}/g"]
+    specs += [{"spec": f"json:{home}/b.jsonl", "weight": "0:2/20:0.2"}, f"arrayrecord:{home}/g", "tfds:tiny"]
     specs += [{"spec": f"parquet:{home}/f.parquet", "text_key": "body"}, "builtin:smalltalk"]
-    return {
-        "tokenizer__path": home / "tokenizer",
-        "pretrain__sources": json.dumps(specs),
-        "pretrain__steps": 60,
-        "every__save": 4,
-    }
+    kinds = {str(spec["spec"] if isinstance(spec, dict) else spec).split(":")[0] for spec in specs}
+    assert kinds == set(sources.KINDS)
+    settings = {"tokenizer__path": home / "tokenizer", "pretrain__sources": json.dumps(specs)}
+    return home, settings | {"pretrain__steps": 20, "pretrain__tokens_per_step": 512, "every__save": 4}
 
 
-def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_three_times_in_a_row(data, every_kind, tmp_path):
-    code, _, err = train(data, tmp_path / "alone", **every_kind)
+def kill_at(process: subprocess.Popen, metrics: pathlib.Path, step: int, seconds: float) -> None:
+    """Kills a run so long after it has told of a step."""
+    is_reached = lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
+    while not is_reached() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.kill()
+    process.communicate()
+
+
+def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed(
+    data, every_kind, tmp_path, monkeypatch
+):
+    home, settings = every_kind
+    monkeypatch.setenv("TFDS_DATA_DIR", str(home))
+    code, _, err = train(data, tmp_path / "alone", **settings)
     assert code == 0 and "how sft begins, with marks around what is trained:\n" in err and "<|im_end|>]]" in err, err
-    flaky = ",".join(f"io@read={n}" for n in range(400, 4000, 400))
-    for faults in ("kill@step=6", f"kill@step=40,{flaky}", "kill@step=63", flaky):
-        code, _, err = train(data, tmp_path / "killed", faults=faults, **every_kind)
-        assert code == (-signal.SIGKILL if "kill" in faults else 0), err
+    seed = int(os.environ.get("LOWRANK_TEST_SEED") or random.SystemRandom().randrange(10**6))
+    draw = random.Random(seed)
+    early, late = draw.randint(1, 12), draw.randint(13, 24)
+    moment, after = draw.randint(early, late), draw.random() / 2
+    told = f"killed before step {early}, in a save, {after:.3f} s after step {moment} or before {late}"
+    print(f"LOWRANK_TEST_SEED={seed}: {told}")
+    flaky = ",".join(f"io@read={n}" for n in range(200, 4000, 400))
+    for faults in (f"kill@step={early}", f"kill@save={draw.randint(1, 2)},{flaky}"):
+        code, _, err = train(data, tmp_path / "killed", faults=faults, **settings)
+        assert code == -signal.SIGKILL, err
+    process = launch("main", *train_args(data, tmp_path / "killed", **settings), faults=f"kill@step={late}")
+    kill_at(process, tmp_path / "killed" / "metrics.jsonl", moment, after)
+    assert process.returncode == -signal.SIGKILL
+    code, _, err = train(data, tmp_path / "killed", faults=flaky, **settings)
+    assert code == 0, err
     assert same_end(tmp_path / "killed", tmp_path / "alone")
     events = rows(tmp_path / "alone", "events.jsonl")
     skipped = {

@@ -1,7 +1,9 @@
 """Text and JSON files: every document of real files comes back, and every mistake in them says where it is."""
 
 import bz2
+import errno
 import gzip
+import io
 import json
 import lzma
 import os
@@ -152,6 +154,24 @@ def test_a_damaged_compressed_file_is_named_where_it_breaks(tmp_path, suffix, ki
     with pytest.raises(BadRecord, match=f"{path}, (record|byte) .*damaged or cut short"):
         read += s.rows(0)
     assert len(read) < 5000
+
+
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_a_read_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch, suffix, compress):
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"some text"))
+    text = source(f"text:{tmp_path}/a.txt{suffix}")
+
+    class Away(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        patch.setattr(files, "open_file", lambda path: io.BufferedReader(Away()))
+        list(text.rows(0))
+    assert [text.document(row) for row in text.rows(0)] == [{"text": "some text"}]
 
 
 def test_what_is_not_compressed_at_all_is_named(tmp_path):

@@ -5,13 +5,14 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import run_config
 from hypothesis import given
 from hypothesis import strategies as st
 from test_workdir import FREE, IDENTITY, with_plan
 
-from lowrank_jax import fit, programs, sharding, stages, step
+from lowrank_jax import faults, fit, programs, sharding, stages, step
 from lowrank_jax.config import UsageError
 from lowrank_jax.fit import Learnt
 
@@ -112,8 +113,25 @@ def test_the_ledger_remembers_the_least_for_this_kind_of_device_alone():
     assert fit.remembered([oom(8, True, "TPU v4"), {"event": "oom", "device": "cpu"}], CPU) == fit.NOTHING
 
 
+def test_a_program_that_asks_for_more_than_there_is_has_no_memory_and_loses_what_it_was_given(monkeypatch):
+    """The runtime's own error: the program compiles, and says before it runs how much it would take."""
+    greedy = lambda x: (x + 1, jnp.cumsum(jnp.broadcast_to(x, (2**46,)))[:: 2**30])
+    x = jnp.ones(())
+    program = jax.jit(greedy, donate_argnums=0).lower(x).compile()
+    assert program.memory_analysis().temp_size_in_bytes >= 2**48
+    with pytest.raises(jax.errors.JaxRuntimeError) as e:
+        jax.block_until_ready(program(x))
+    assert fit.is_out_of_memory(e.value) and x.is_deleted()
+    monkeypatch.setenv(faults.VARIABLE, "oom@step=2")
+    state = {"weights": jnp.ones(4), "step": jnp.zeros((), jnp.int32), "average": ()}
+    faults.run_out_of_memory(1, state)
+    with pytest.raises(jax.errors.JaxRuntimeError) as e:
+        faults.run_out_of_memory(2, state)
+    assert fit.is_out_of_memory(e.value)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
 def test_an_error_of_another_kind_is_not_a_lack_of_memory():
-    assert fit.is_out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"))
     assert not fit.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
     assert not fit.is_out_of_memory(MemoryError("RESOURCE_EXHAUSTED"))
 
