@@ -61,8 +61,9 @@ class Meter:
         if self._pending is None:
             return
         stage, at, metrics = self._pending
-        self._pending = None
+        self._pending, self.step = None, at["step"] - 1  # a step that failed on the device raises only now
         values = {name: float(x) for name, x in metrics.items()}
+        self.step = at["step"]
         if not values["ok"]:
             self._refused(stage, at, values)
         self._tokens += stage.tokens_per_step

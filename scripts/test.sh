@@ -1,7 +1,19 @@
 #!/usr/bin/env bash
-# Sets up .venv with the test tools, checks the style, and runs all tests. Arguments go to pytest.
+# Sets up .venv with the test tools, checks the style, and runs the tests.
+#
+#   bash scripts/test.sh           # all of them, as CI does
+#   bash scripts/test.sh quick     # those that take two minutes together, for each commit
+#   bash scripts/test.sh studies   # those of the studies' scripts alone
+#
+# Further arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt requirements-test.txt requirements-aot.txt
+
+marks="not study"
+case "${1:-}" in
+  quick) marks="not slow and not study" && shift ;;
+  studies) marks="study" && shift ;;
+esac
 
 if ! command -v chromium chromium-browser google-chrome > /dev/null; then
   echo "== installing Chromium"
@@ -19,4 +31,4 @@ ruff format --check .
 echo "== tests"
 # A test that is skipped has failed. (LOWRANK_NO_SKIP= allows it, as where no compiler for other devices is made.)
 export LOWRANK_NO_SKIP="${LOWRANK_NO_SKIP-1}"
-python -m pytest -n 2 "$@"
+python -m pytest -n 2 --dist worksteal -m "$marks" "$@"

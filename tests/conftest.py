@@ -22,6 +22,13 @@ settings.register_profile("toy", deadline=None, database=None, derandomize=True)
 settings.load_profile("toy")
 
 
+def pytest_collection_modifyitems(items):
+    """Mark as slow what trains as a process: it needs the files of `data`. Other slow files and tests say so."""
+    for item in items:
+        if {"data", "eight"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 def _failed_if_skipped(report):
     """The report of a test or file; with LOWRANK_NO_SKIP, as scripts/test.sh sets it, what is skipped has failed."""
     if report.skipped and os.environ.get("LOWRANK_NO_SKIP"):

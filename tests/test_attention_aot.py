@@ -19,6 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lowrank_jax import attention
 from lowrank_jax.sharding import AXES, ROWS, TENSOR
 
+pytestmark = pytest.mark.slow
+
 ONE = {"cudnn": "h100:1", "splash": "v5e:1x1"}
 EIGHT = {"cudnn": "h100:8", "splash": "v5e:2x4"}
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"

@@ -14,7 +14,10 @@ SWITCHES = "--no-sandbox --disable-gpu --no-first-run --disable-background-netwo
 SWITCHES += "--disable-sync"
 KEY = "s3cret"
 
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (on Debian: apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed (on Debian: apt-get install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,17 @@ def test_a_run_leaves_everything_the_contract_names(reference):
     assert len(list((reference / "checkpoints").glob("[0-9]*"))) == 2  # every.keep of the quickstart
 
 
+def test_a_python_of_its_own_and_the_compilers_own_settings_train_alike(data, tmp_path):
+    """All other runs are forks, with programs that compile quickly."""
+    small = {"model.layers": 1, "pretrain.steps": 2, "pretrain.auto_grow": False, "pretrain.eval_fraction": 0.0}
+    args = train_args(data, tmp_path / "run", **small | {"pretrain.sample": "", "sft.steps": 0})
+    process = launch("main", "--json", *args, fresh=True, env={"XLA_FLAGS": ""})
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and last_json(out)["step"] == 2, err
+    first, second = (row["loss"] for row in rows(tmp_path / "run", "metrics.jsonl"))
+    assert first == pytest.approx(math.log(TINY["tokenizer.vocab_size"]), abs=0.3) and second < first
+
+
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(data, reference, tmp_path):
     """Before any whole checkpoint, at a new length, in a later save, at the end of a phase, at SFT and inside it."""
     for fault in ("kill@save=1", "kill@step=4", "kill@save=2", "kill@step=9", "kill@step=10", "kill@step=12"):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from lowrank_jax import attention, costs, model, optim
 from lowrank_jax.config import RunFailure, UsageError
@@ -245,7 +246,7 @@ def test_a_line_done_twice_counts_once_and_arms_come_in_the_studys_order(tmp_pat
 
 
 def run(*args: str, faults: str = "") -> tuple[int, str]:
-    script, env = ROOT / "scripts" / "experiment.py", os.environ | {"JAX_PLATFORMS": "cpu", "LOWRANK_FAULTS": faults}
+    script, env = ROOT / "scripts" / "experiment.py", os.environ | runs.ENVIRONMENT | {"LOWRANK_FAULTS": faults}
     done = subprocess.run([sys.executable, script, *args], cwd=ROOT, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -262,6 +263,7 @@ def smoke(tmp_path_factory) -> list[str]:
     return flags
 
 
+@pytest.mark.study
 def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
     path = pathlib.Path(smoke[2].removeprefix("--results=")) / "smoke.jsonl"
     before = path.read_text()
@@ -280,6 +282,7 @@ def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
     assert dense["commit"] and dense["command"].endswith("--seeds=0")
 
 
+@pytest.mark.study
 def test_a_study_is_published_between_its_marks(smoke):
     results = pathlib.Path(smoke[2].removeprefix("--results="))
     (results.parent / "results.md").write_text("above\n<!-- smoke -->\nold\n<!-- /smoke -->\nbelow\n")
@@ -319,6 +322,7 @@ def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, to
 # ---------------------------------------------------------------------------------------------------------------- cost
 
 
+@pytest.mark.study
 def test_a_twin_is_measured_alike_and_shown_beside(make, monkeypatch):
     rank = {"low rank": 4, "dense": 0}
     toy = lambda preset, which, **more: make.run_config(

@@ -13,6 +13,8 @@ from test_hf_tokenizer import LLAMA, write
 from lowrank_jax.data import chat, tokenizer
 from lowrank_jax.export import gguf, llama, mix, template, verify
 
+pytestmark = pytest.mark.slow
+
 EQUAL = {"latent_norm": False, "rank_split": (1, 1, 1, 1)}
 MODELS = {
     "8 heads": EQUAL,

@@ -18,6 +18,8 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat, tokenizer
 from lowrank_jax.export import hf, hf_tokenizer, verify, weights
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)  # others test at the same time, and threads wait for each other by spinning
 
 

@@ -13,6 +13,8 @@ import torch
 
 from lowrank_jax.export import onnx, verify
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 # An export takes some seconds, so each of these is several of exports.MODELS at once.

@@ -9,6 +9,8 @@ import tokenizers
 from lowrank_jax.data import builtin, chat, tokenizer
 from lowrank_jax.export import gguf, hf_tokenizer, llama
 
+pytestmark = pytest.mark.slow
+
 COUNT = 1200
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|im_end", "|im_start|>", "<0x0A>", "[INST]")
 EMOJI = (

@@ -14,6 +14,8 @@ import torch
 from lowrank_jax.export import lowrank, verify, weights
 from lowrank_jax.export import torch as plain
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 
 

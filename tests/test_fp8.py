@@ -102,6 +102,7 @@ def test_an_h100_multiplies_in_f8_forward_and_backward(compiled, options):
     assert ("__cublas$lt$matmul$f8" in text) == (options == CUBLASLT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, count", [({"xla_gpu_dot_merger_threshold_mb": 0}, 3 * 3), ({}, 7)])
 def test_the_training_step_has_three_f8_matmuls_for_each_fp8_layer(options, count):
     """A block has three (gate, up, out); XLA makes one matmul of two by itself where they share an operand."""

@@ -22,6 +22,8 @@ from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, weights
 from lowrank_jax.export import torch as plain
 
+pytestmark = pytest.mark.slow
+
 MODELS = exports.MODELS | {
     "uneven ranks, one latent": {"rank_split": (1, 2, 5, 3), "rank": 5, "shared_kv": True},
     "given width of the MLP": {"mlp": 33},

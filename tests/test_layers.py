@@ -1,6 +1,7 @@
 """A module imports only what stands below it in the house."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -79,6 +80,7 @@ KEEPERS |= {
 }
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     files = [f for f in PACKAGE.rglob("*.py") if f.name != "__init__.py"]
     return {".".join(f.relative_to(PACKAGE).with_suffix("").parts): ast.parse(f.read_text()) for f in files}

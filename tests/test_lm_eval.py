@@ -11,6 +11,8 @@ from jax.nn import log_softmax
 from lowrank_jax import evaluate, sharding
 from lowrank_jax.export import hf, verify
 
+pytestmark = pytest.mark.slow
+
 ROLLING = """task: heldout
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}

@@ -16,6 +16,8 @@ from test_model import jit, make, some_tokens, toy
 from lowrank_jax import compiled, decoder, native, quantize, sharding
 from lowrank_jax.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 # Ranks of 16 and 48, a last panel that is not full of anything, and the query absorbed in one matrix.
 SMALL = {"d": 96, "heads": 6, "rank": 32, "mlp": 40, "vocab": 257}
 MODELS = {
@@ -157,6 +159,7 @@ if os.environ["PATH"] == "/nowhere":
 if sys.argv[1] == "alone":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from lowrank_jax import compiled, panels
+compiled.FLAGS = ("-O0", *compiled.FLAGS[1:])  # 10 CPU seconds less
 if not compiled.load("decode"):
     sys.exit("not built")
 w = np.random.default_rng(0).standard_normal((50, 70)).astype(np.float32)

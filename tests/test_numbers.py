@@ -59,6 +59,22 @@ def rows(folder, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
+class Failed:
+    """A metric of a step that finds no memory once it runs, after it was dispatched."""
+
+    def __float__(self):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+
+def test_a_step_that_fails_on_the_device_is_not_counted_as_done(start, clock):
+    m, (short, _) = start()
+    for step, loss in ((1, 2.0), (2, Failed())):
+        m.add(short, at(step), metrics(loss=loss))
+    with pytest.raises(RuntimeError):
+        m.flush()
+    assert m.step == 1
+
+
 def test_tokens_per_second_are_those_since_the_row_before_without_what_was_not_training(start, clock, tmp_path):
     m, (short, long) = start(log=2)
     seconds = [3.0, 5.0, 1.0, 1.0, 0.5, 1.5, 2.0, 6.0, 4.0]

@@ -18,6 +18,8 @@ import runs
 
 from lowrank_jax import trained, workdir
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 FSDP = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 1}
 TWO_DEVICES = {"XLA_FLAGS": f"{runs.ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}

@@ -4,14 +4,12 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
-from runs import CACHE, ROOT, STEPS, assert_one_line, last_json, rows, run, same_end, train, train_args
+from runs import STEPS, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
 
 from lowrank_jax import cli, interrupt, step, workdir
 from lowrank_jax import train as training
@@ -215,25 +213,14 @@ def test_a_mistake_in_the_data_does_not_wait_for_the_compiler(make, data, stick,
     assert compiler.begun.is_set() and not (tmp_path / "run").exists()
 
 
-# A command whose compiler never comes back from any program but the first.
-STUCK = """
-import threading
-from lowrank_jax import cli, main, step
-
-def lower(config, stage, *rest, first=step.lower):
-    return threading.Event().wait() if stage.start else first(config, stage, *rest)
-
-step.lower = lower
-cli.main(main.command)
-"""
+def lower_the_first(config, stage, *rest, lower=step.lower):
+    """In place of `step.lower`: a compiler that never comes back from any program but the first."""
+    return threading.Event().wait() if stage.start else lower(config, stage, *rest)
 
 
 def test_a_signal_while_the_next_program_compiles_ends_the_process_at_once_with_its_state(data, tmp_path):
-    env = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE, "LOWRANK_FAULTS": ""}
-    env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-c", STUCK, *train_args(data, tmp_path / "run")]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, text=True, **pipes)
+    patches = {"lowrank_jax.step.lower": lower_the_first}
+    process = launch("main", *train_args(data, tmp_path / "run"), patches=patches)
     try:
         while 3 not in [row["step"] for row in workdir.read_rows(tmp_path / "run", "metrics.jsonl")]:
             assert process.poll() is None

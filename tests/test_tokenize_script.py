@@ -14,6 +14,8 @@ import pytest
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import packing, sources, tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "tokenize.py"
 

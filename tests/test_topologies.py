@@ -11,6 +11,8 @@ from conftest import described, run_config
 
 from lowrank_jax import devices, fit, hlo, plan, sharding, stages, step
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (2048, 8192)
 KERNELS = {"v5e:2x4": "splash", "h100:8": "cudnn"}
 D, LAYERS, VOCAB = 256, 2, 1000
