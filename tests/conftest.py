@@ -23,9 +23,12 @@ settings.load_profile("toy")
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as slow what trains as a process: it needs the files of `data`. Other slow files and tests say so."""
+    """Mark as slow what trains in a process, which needs `data` or `eight`, and the interpreted splash kernel.
+
+    Other slow files and tests say so themselves.
+    """
     for item in items:
-        if {"data", "eight"} & set(item.fixturenames):
+        if {"data", "eight"} & set(item.fixturenames) or "splash" in item.name:
             item.add_marker(pytest.mark.slow)
 
 

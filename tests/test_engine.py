@@ -15,6 +15,8 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.engine import CHUNKS, REUSED, WINDOW, Engine
 from lowrank_jax.sampling import PRESETS, Sampling
 
+pytestmark = pytest.mark.slow
+
 GREEDY = PRESETS["det"]
 CONTEXT = 1000
 SETTINGS = [

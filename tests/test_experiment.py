@@ -18,6 +18,8 @@ from lowrank_jax import attention, costs, model, optim
 from lowrank_jax.config import RunFailure, UsageError
 from scripts import bench_twin, experiment, studies, tables
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 ARMS = [(study, arm) for study, s in studies.STUDIES.items() for arm in s["arms"]]
 

@@ -16,6 +16,8 @@ from lowrank_jax import faults, fit, programs, sharding, stages, step
 from lowrank_jax.config import UsageError
 from lowrank_jax.fit import Learnt
 
+pytestmark = pytest.mark.slow
+
 CPU = sharding.one_device()
 
 

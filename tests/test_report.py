@@ -9,6 +9,8 @@ import pytest
 from lowrank_jax import plan, report, workdir
 from lowrank_jax.config import UsageError
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"pretrain-16": (0, 16), "pretrain-32": (3, 32), "sft-32": (6, 32)}  # first step and length
 
 

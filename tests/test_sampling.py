@@ -254,6 +254,7 @@ def draws(logits_V, of_rows: list[Sampling], context=(0,), lengths=None) -> np.n
     return np.asarray(choose(tile(logits_V, np.float32), rows(of_rows), tile(context, np.int32), lengths))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [5, 128, 300])  # one block, a whole one, and three of which the last is padded
 @pytest.mark.parametrize(
     "s",

@@ -18,6 +18,8 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import files, tables
 from lowrank_jax.data.records import BadRecord
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 KEYS = ("text", "messages", False)
 

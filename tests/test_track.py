@@ -14,6 +14,8 @@ import pytest
 from lowrank_jax import track
 from lowrank_jax.config import UsageError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = {"step": 10, "phase": "sft", "stage": "sft-64", "seq_len": 64, "batch": 4, "tokens": 2560, "loss": 3.5}
 TRAIN |= {"lr": 0.01, "grad_norm": math.inf, "tokens_per_s": 99.5, "mfu": None, "skipped": 0}

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lowrank_jax import model, warmstart
 from lowrank_jax.config import ModelConfig, UsageError
 
+pytestmark = pytest.mark.slow
+
 TOY = {
     "vocab": 61,
     "d": 24,
