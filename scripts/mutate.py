@@ -4,8 +4,9 @@
     python scripts/mutate.py --only=guard --jobs=1
 
 A mutation replaces one piece of text in one file and names the tests that must fail then. Each runs in a copy of the
-tracked files. First the same tests run without any mutation, and have to pass. Outcomes go to --results as they come,
-one JSON object a line, and a second start goes on from there; at the end --out gets the table.
+tracked files. First the same tests run without any mutation, and have to pass (unless --trust says that they just did).
+Outcomes go to --results as they come, one JSON object a line, and a second start goes on from there; at the end --out
+gets the table.
 
 mutmut 3 and cosmic-ray make mutants by rules, thousands of them. A test process imports JAX for 2 CPU seconds and
 compiles for more, so that a sample is all that fits; these were chosen by hand instead, for what a user would lose.
@@ -60,8 +61,8 @@ def copy_tree(folder: pathlib.Path) -> pathlib.Path:
 
 def run_tests(folder: pathlib.Path, tests: list[str], *options: str) -> tuple[int, str]:
     """Return pytest's exit status and the first line that tells of a failure; a status of -1 is a time-out."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *options, *tests]
-    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests]
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "LOWRANK_TEST_CACHE": str(folder.parent / "cache")}
     process = subprocess.Popen(
         command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
     )
@@ -129,6 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="those whose area or name contains it")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time (2)")
+    parser.add_argument("--trust", action="store_true", help="do not run the tests without a mutation first")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "runs" / "mutations.jsonl", metavar="FILE")
     parser.add_argument("--out", type=pathlib.Path, default=None, metavar="FILE", help="the table, as Markdown")
     args = parser.parse_args()
@@ -141,7 +143,7 @@ def main() -> int:
         folders: queue.Queue = queue.Queue()
         for i in range(args.jobs):
             folders.put(copy_tree(pathlib.Path(home, str(i))))
-        if left:
+        if left and not args.trust:
             first, tests = folders.get(), sorted({test for m in left for test in m["tests"]})
             status, line = run_tests(first, tests, f"-n{args.jobs}")
             if status:
