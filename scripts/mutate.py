@@ -150,7 +150,8 @@ def main() -> int:
                 print(f"error: without any mutation the tests fail: {line}", file=sys.stderr)
                 return 1
             folders.put(first)
-        for outcome in pool.map(lambda m: try_mutation(folders, m), left):
+        tried = [pool.submit(try_mutation, folders, mutation) for mutation in left]
+        for outcome in (future.result() for future in concurrent.futures.as_completed(tried)):
             outcomes[outcome["key"]] = outcome
             print(f"{'noticed ' if outcome['fails'] else 'SURVIVED'} {outcome['area']}: {outcome['name']}", flush=True)
             with args.results.open("a") as f:

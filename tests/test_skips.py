@@ -61,8 +61,13 @@ def test_the_script_allows_no_skip_and_goes_on_only_with_a_browser(tmp_path, bro
         (tools / name).write_text(f"#!{tools}/bash\n{line}\n")
         (tools / name).chmod(0o755)
     env = {key: value for key, value in os.environ.items() if key != "LOWRANK_NO_SKIP"} | {"PATH": str(tools)}
-    done = subprocess.run([tools / "bash", tmp_path / "test.sh", "-k", "x"], env=env, capture_output=True, text=True)
+    pipes = {"capture_output": True, "text": True}
+    run = lambda *args: subprocess.run([tools / "bash", tmp_path / "test.sh", *args, "-k", "x"], env=env, **pipes)
     if browser:
-        assert done.returncode == 0 and "-k x no_skip=1" in done.stdout.splitlines()[-1], done
+        marks = {(): "not study", ("quick",): "not slow and not study", ("studies",): "study"}
+        for args, expected in marks.items():
+            done = run(*args)
+            assert done.returncode == 0 and f"-m {expected} -k x no_skip=1" in done.stdout.splitlines()[-1], done
     else:
+        done = run()
         assert done.returncode == 1 and "error: the chat page" in done.stderr and "pytest" not in done.stdout, done
