@@ -39,17 +39,18 @@ class Fork:
 
     def __init__(self, module: str, args: list[str], cwd, env, patches: dict, stdin=None, stdout=None, stderr=None):
         ours, theirs = {}, {}
-        for number, asked in enumerate((stdin, stdout, stderr)):
-            if asked == subprocess.PIPE:
+        for number, stream in enumerate((stdin, stdout, stderr)):
+            if stream == subprocess.PIPE:
                 read, write = os.pipe()
                 ours[number], theirs[number] = (write, read) if number == 0 else (read, write)
-            elif asked == subprocess.DEVNULL:
+            elif stream == subprocess.DEVNULL:
                 theirs[number] = os.open(os.devnull, os.O_RDWR)
-            elif asked is not None:
-                theirs[number] = os.dup(asked if isinstance(asked, int) else asked.fileno())
+            elif stream is not None:
+                theirs[number] = os.dup(stream if isinstance(stream, int) else stream.fileno())
         streams = _Streams(theirs)
         self._process = _context.Process(target=_run, args=(module, args, os.fspath(cwd), env, patches, streams))
         self._process.start()
+        atexit.register(self._process.kill)  # what a failed test leaves behind; this process would wait for it
         for fd in theirs.values():
             os.close(fd)
         self.pid = self._process.pid
