@@ -36,10 +36,10 @@ def together(data, folder, faults: str = "", patches: dict | None = None, **chan
         both = [start(i) for i in range(2)]
         ends = [pool.submit(process.communicate, None, 300) for process in both]
         futures.wait(ends, return_when=futures.FIRST_COMPLETED)
-        if not all(process.poll() in (0, None) for process in both):
+        if any(process.poll() for process in both):
             futures.wait(ends, 10)
-        for process in both:
-            process.kill() if any(other.poll() for other in both) else None
+            for process in both:
+                process.kill()
         outs, errs = zip(*(end.result() for end in ends))
     return [process.returncode for process in both], "".join(outs), "".join(errs)
 
