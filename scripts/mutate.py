@@ -110,7 +110,8 @@ def table(mutations: list[dict], outcomes: dict[str, dict]) -> str:
     return f"""# Mutations
 
 Do the tests fail when the code is wrong? `python scripts/mutate.py` breaks the code in {len(rows)} ways, each a change
-that a user would notice, and runs the tests that should fail.
+that a user would notice, and runs the tests that should fail. Most were written together with these tests. Those of the
+area `blind` were written from the code alone, by somebody who had not read the tests; they run whole test files.
 
 **{counts[True]} of {len(rows)} mutations fail at least one test.**
 
