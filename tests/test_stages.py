@@ -208,7 +208,9 @@ def test_stage_names_are_unique_within_a_run():
 
 
 def test_an_evaluation_is_due_where_a_phase_starts_every_so_many_steps_and_where_it_ends():
-    plan = stages.plan(run_config({"steps": 9}, {"steps": 4}))
+    growth = {"auto_grow": True, "block": 4, "grow_plan": (4, 8, 16), "grow_every_steps": 3, "tokens_per_step": 64}
+    plan = stages.plan(run_config({"steps": 9} | growth, {"steps": 4}))
+    assert [stage.end for stage in plan] == [3, 6, 9, 13]  # where the length alone changes, nothing is due
     due = {done: stages.milestones(plan, 5, done) for done in range(14)}
     assert {done: kinds for done, kinds in due.items() if kinds} == {
         0: [("eval", "pretrain", 0)],
@@ -217,3 +219,24 @@ def test_an_evaluation_is_due_where_a_phase_starts_every_so_many_steps_and_where
         10: [("eval", "sft", 10)],
         13: [("eval", "sft", 13), ("end", "sft", 13)],
     }
+
+
+def test_the_average_begins_where_its_phase_does_and_not_where_the_length_grows():
+    growth = {"auto_grow": True, "block": 4, "grow_plan": (4, 8), "grow_every_steps": 3, "tokens_per_step": 64}
+    plan = stages.plan(run_config({"steps": 9} | growth, {"steps": 4}))
+    decays = [float(stages.average_decay(0.5, stages.stage_at(plan, step), step)) for step in range(13)]
+    ramp = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 9 / 18]
+    np.testing.assert_allclose(decays, ramp + ramp[:4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows, readers", [(1, 1), (6, 6), (7, 7), (8, 8), (9, 3), (11, 1), (16, 8), (30, 6)])
+def test_readers_are_as_many_as_divide_the_rows_and_at_most_eight(rows, readers):
+    phase = run_config({"block": 16, "tokens_per_step": 16 * rows}).pretrain
+    assert stages.readers(phase) == readers
+    asked_for = run_config({"block": 16, "tokens_per_step": 16 * rows, "readers": rows}).pretrain
+    assert stages.readers(asked_for) == rows
+
+
+def test_readers_divide_the_rows_of_every_length():
+    growth = {"auto_grow": True, "block": 16, "grow_plan": (16, 32, 64)}
+    assert stages.readers(run_config(growth | {"tokens_per_step": 16 * 24}).pretrain) == 6  # of 24, 12 and 6 rows

@@ -445,6 +445,15 @@ def test_the_held_out_part_of_every_source_is_read(corpus, tok, open_stream):
     assert set(counts) == {"few", "man"} and counts["few"] == 1 and abs(counts["man"] - 12) <= 2
 
 
+def test_the_only_row_of_a_source_is_trained_and_of_two_the_first_is_held_out(make, tok, open_stream, tmp_path):
+    rows = [{"text": f"row {i} ba ce di"} for i in range(2)]
+    for count, held_out, trained in ((1, set(), {0}), (2, {0}, {1})):
+        source = make.write_jsonl(tmp_path / f"{count}.jsonl", rows[:count])
+        for is_held_out, expected in ((True, held_out), (False, trained)):
+            batches = take(open_stream(source, held_out=is_held_out, eval_fraction=0.5), [(1, 1)] * 40)
+            assert {int(text.split()[1]) for text in texts(tok, batches) if text.startswith("row ")} == expected
+
+
 def test_a_source_with_nothing_held_out_has_an_empty_held_out_stream(corpus, open_stream):
     documents = open_stream(corpus["few"], held_out=True, eval_fraction=0.0)
     assert documents.next(1, 1) is None
