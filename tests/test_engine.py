@@ -141,12 +141,13 @@ def test_it_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
     stop = free[20]
     first = free.index(stop)
     stopping = make_engine(1, stop=(stop,))
-    slot = stopping.add(prompt(8), 40, SETTINGS[1])
-    got, finish = [], None
-    while not finish:
-        piece = stopping.step()[slot]
-        got, finish = got + piece.ids, piece.finish
-    assert (got, finish) == (free[: first + 1], "stop") and stopping.free == 1
+    for most, length, why in ((40, first + 1, "stop"), (first + 1, first + 1, "stop"), (first, first, "length")):
+        slot = stopping.add(prompt(8), most, SETTINGS[1])
+        got, finish = [], None
+        while not finish:
+            piece = stopping.step()[slot]
+            got, finish = got + piece.ids, piece.finish
+        assert (got, finish) == (free[:length], why) and stopping.free == 1
     (to_the_end,) = answers(alone, [(prompt(CONTEXT - 14), 1000, GREEDY)])
     assert len(to_the_end) == 14
 
