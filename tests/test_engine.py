@@ -174,6 +174,19 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
         np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=1e-5)
 
 
+def test_a_row_gets_its_log_probabilities_beside_one_that_wants_none(together):
+    c, params, _ = weights()
+    plain, wants = (together.add(prompt(8), 4, GREEDY, logprobs) for logprobs in (0, 2))
+    new, logprobs = [], []
+    while together.free < 4:
+        pieces = together.step()
+        assert pieces[plain].logprobs == []
+        new, logprobs = new + pieces[wants].ids, logprobs + pieces[wants].logprobs
+    rows = np.asarray(jax.nn.log_softmax(full(c, params, np.asarray([prompt(8) + new]))[0, 7:-1]))
+    np.testing.assert_allclose([p for p, _ in logprobs], rows[range(4), new], atol=1e-5)
+    assert [[i for i, _ in top] for _, top in logprobs] == np.argsort(-rows, kind="stable")[:, :2].tolist()
+
+
 def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):
     ids = prompt(300, seed=9)
     (new,) = answers(alone, [(ids, 5, GREEDY)])
