@@ -160,6 +160,14 @@ def test_an_answer_is_not_cut_at_a_tag_that_it_spells_out(tok, answer):
     assert runs(ids, said) == [[*tok.encode(answer), tok.special(TURN_END)]]
 
 
+@pytest.mark.parametrize("content", ["<|im_end|", "<|im_end| \n", "|im_end|>", "\n |im_end|>"])
+def test_a_template_that_trims_a_message_does_not_complete_a_symbol_around_it(tok, content):
+    quoted = UNMARKED.replace("{{ message.content }}", "<{{ message.content | trim }}>")
+    ids, _ = chat.encode(tokenizer.SentencePiece(tok.model, quoted), [turn("user", content), turn("assistant", "ba")])
+    assert [i for i in ids if i in map(tok.special, SYMBOLS)] == [*map(tok.special, (TURN_START, TURN_END))] * 2
+    assert tok.decode(ids) == f"user\n<{content.strip()}>\nassistant\n<ba>\n"
+
+
 def test_only_eos_ends_an_answer_where_the_template_takes_no_exchange(tok):
     refuses = tokenizer.SentencePiece(tok.model, "{{ raise_exception('a system message must come first') }}")
     assert chat.stop_ids(refuses) == [tok.eos]

@@ -141,12 +141,13 @@ def test_it_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
     stop = free[20]
     first = free.index(stop)
     stopping = make_engine(1, stop=(stop,))
-    slot = stopping.add(prompt(8), 40, SETTINGS[1])
-    got, finish = [], None
-    while not finish:
-        piece = stopping.step()[slot]
-        got, finish = got + piece.ids, piece.finish
-    assert (got, finish) == (free[: first + 1], "stop") and stopping.free == 1
+    for most, length, why in ((40, first + 1, "stop"), (first + 1, first + 1, "stop"), (first, first, "length")):
+        slot = stopping.add(prompt(8), most, SETTINGS[1])
+        got, finish = [], None
+        while not finish:
+            piece = stopping.step()[slot]
+            got, finish = got + piece.ids, piece.finish
+        assert (got, finish) == (free[:length], why) and stopping.free == 1
     (to_the_end,) = answers(alone, [(prompt(CONTEXT - 14), 1000, GREEDY)])
     assert len(to_the_end) == 14
 
@@ -171,6 +172,19 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
         assert abs(row[token] - logprob) < 1e-5
         assert [i for i, _ in top] == np.argsort(-row, kind="stable")[:3].tolist()
         np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=1e-5)
+
+
+def test_a_row_gets_its_log_probabilities_beside_one_that_wants_none(together):
+    c, params, _ = weights()
+    plain, wants = (together.add(prompt(8), 4, GREEDY, logprobs) for logprobs in (0, 2))
+    new, logprobs = [], []
+    while together.free < 4:
+        pieces = together.step()
+        assert pieces[plain].logprobs == []
+        new, logprobs = new + pieces[wants].ids, logprobs + pieces[wants].logprobs
+    rows = np.asarray(jax.nn.log_softmax(full(c, params, np.asarray([prompt(8) + new]))[0, 7:-1]))
+    np.testing.assert_allclose([p for p, _ in logprobs], rows[range(4), new], atol=1e-5)
+    assert [[i for i, _ in top] for _, top in logprobs] == np.argsort(-rows, kind="stable")[:, :2].tolist()
 
 
 def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):

@@ -531,12 +531,18 @@ def test_the_rest_of_the_held_out_conversations_is_a_batch_too(corpus, open_stre
     assert 1 < len(batches) < 100 and len(packed(batches)) in (14, 15, 16)
 
 
-def test_conversations_that_are_cut_unanswered_refused_or_skipped_are_counted(make, tok, tmp_path):
+def talk(user: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def picky(tok) -> tokenizer.Tokenizer:
+    """A tokenizer whose template refuses a conversation that begins with `no`."""
     refusing = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.CHATML
-    picky = tokenizer.SentencePiece(tok.model, refusing)
-    talk = lambda user, answer: {
-        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-    }
+    return tokenizer.SentencePiece(tok.model, refusing)
+
+
+def test_conversations_that_are_cut_unanswered_refused_or_skipped_are_counted(make, tok, picky, tmp_path):
     whole, cut, unanswered, refused = (
         talk("ba", "ce"),
         talk("ba", make.prose(60)),
@@ -555,6 +561,23 @@ def test_conversations_that_are_cut_unanswered_refused_or_skipped_are_counted(ma
     assert told["tokens"] == 5 * size(whole) + 4 * size(cut) + 3 * size(unanswered)
     counts = {"documents": 12, "cut": 4 + 3, "unanswered": 3, "refused": 2, "skipped": 1, "empty": 0}
     assert {key: told[key] for key in counts} == counts
+
+
+def test_the_limit_remembers_after_a_resume_which_conversations_the_template_refused(make, picky, tmp_path):
+    rows = [talk("ba", "ce")] * 8 + [talk("no", "ce")] * 8
+    phase = make.phase(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=3)
+    too_many = pytest.raises(UsageError, match="; 4 such records, and max_skipped=3$")
+    documents, cursors = stream.open_phase(phase, picky, 0, False), []
+    with too_many:
+        for _ in range(99):
+            cursors.append(json.dumps(documents.cursor()))
+            documents.next(1, 8)
+    assert stream.summary(json.loads(cursors[-1]))[0]["refused"] > 0
+    for k, cursor in enumerate(cursors):  # each fails at the same batch
+        resumed = stream.open_phase(phase, picky, 0, False, json.loads(cursor))
+        assert len(take(resumed, [(1, 8)] * (len(cursors) - 1 - k))) == len(cursors) - 1 - k
+        with too_many:
+            resumed.next(1, 8)
 
 
 def test_documents_without_text_are_counted(corpus, read_once):
