@@ -214,8 +214,10 @@ NO_MEMORY = {
     "the reader has none": ValueError("RESOURCE_EXHAUSTED: Error reading state/ocdbt.process_0/d/1"),
     "the host has none": MemoryError(),
     "orbax tells where the host had none": Exception("Encountered error while reading array index: ()"),
+    "what came of it hides where the host had none": Exception("the array was not read"),
 }
 NO_MEMORY["orbax tells where the host had none"].__cause__ = MemoryError()
+NO_MEMORY["what came of it hides where the host had none"].__context__ = MemoryError()
 
 
 @pytest.mark.parametrize("reason", NO_MEMORY)
