@@ -14,7 +14,7 @@ import pytest
 
 from lowrank_jax import checkpoint, step, workdir
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import RunFailure, UsageError
 
 # Orbax leaves coroutines behind where it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -133,6 +133,28 @@ def test_saving_a_step_twice_keeps_the_first(run, states, template):
         assert saved.steps() == [4, 3, 2, 1]
     state, progress = restore(run, template)
     assert progress["step"] == 4 and bits(state) == bits(states[0])
+
+
+def test_a_last_write_that_fails_is_raised_unless_something_failed_before(tmp_path, monkeypatch):
+    """At the end of the context the disk is full."""
+
+    def leave(failure: Exception | None) -> None:
+        with Checkpoints(str(tmp_path)) as saved:
+            close = saved._manager.close
+            monkeypatch.setattr(saved._manager, "close", fail)
+            close()
+            if failure:
+                raise failure
+
+    def fail():
+        raise OSError("No space left on device")
+
+    with pytest.raises(RunFailure, match="could not be written.*No space left"):
+        leave(None)
+    first = ValueError("the loss is not finite")
+    with pytest.raises(ValueError) as e:
+        leave(first)
+    assert e.value is first
 
 
 @pytest.mark.parametrize("read_only", [False, True])
