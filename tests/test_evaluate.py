@@ -90,6 +90,18 @@ def test_rows_are_shared_out_anew_and_what_fills_the_last_batch_has_no_weight():
             assert np.array_equal(after[:6], before) and not after[6:].any()
 
 
+@pytest.mark.parametrize("tokens, batches", [(8192, 1), (16384, 2), (16385, 3)])
+def test_batches_end_as_soon_as_they_have_the_tokens(tokens, batches):
+    """A batch of rows of 1024 has 8 of them, 8192 tokens, and the stream has no end."""
+
+    class Endless:
+        def next(self, rows: int, length: int) -> dict:
+            return random_batch(0, rows, length)
+
+    cut = evaluate._batches(Endless(), 1024, tokens)
+    assert [batch["tokens"].shape for batch in cut] == [(8, 1024)] * batches
+
+
 def test_only_the_first_tokens_of_the_stream_keep_their_weight():
     batches = [random_batch(seed) for seed in range(2)]
     before = np.concatenate([batch["weights"].ravel() for batch in batches])
