@@ -14,7 +14,7 @@ import pytest
 
 from lowrank_jax import checkpoint, step, workdir
 from lowrank_jax.checkpoint import Checkpoints, tree_sha256
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import RunFailure, UsageError
 
 # Orbax leaves coroutines behind where it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -135,6 +135,28 @@ def test_saving_a_step_twice_keeps_the_first(run, states, template):
     assert progress["step"] == 4 and bits(state) == bits(states[0])
 
 
+def test_a_last_write_that_fails_is_raised_unless_something_failed_before(tmp_path, monkeypatch):
+    """At the end of the context the disk is full."""
+
+    def leave(failure: Exception | None) -> None:
+        with Checkpoints(str(tmp_path)) as saved:
+            close = saved._manager.close
+            monkeypatch.setattr(saved._manager, "close", fail)
+            close()
+            if failure:
+                raise failure
+
+    def fail():
+        raise OSError("No space left on device")
+
+    with pytest.raises(RunFailure, match="could not be written.*No space left"):
+        leave(None)
+    first = ValueError("the loss is not finite")
+    with pytest.raises(ValueError) as e:
+        leave(first)
+    assert e.value is first
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_run_without_checkpoints_restores_none(tmp_path, template, read_only):
     with Checkpoints(str(tmp_path), read_only=read_only) as saved:
@@ -214,8 +236,10 @@ NO_MEMORY = {
     "the reader has none": ValueError("RESOURCE_EXHAUSTED: Error reading state/ocdbt.process_0/d/1"),
     "the host has none": MemoryError(),
     "orbax tells where the host had none": Exception("Encountered error while reading array index: ()"),
+    "what came of it hides where the host had none": Exception("the array was not read"),
 }
 NO_MEMORY["orbax tells where the host had none"].__cause__ = MemoryError()
+NO_MEMORY["what came of it hides where the host had none"].__context__ = MemoryError()
 
 
 @pytest.mark.parametrize("reason", NO_MEMORY)

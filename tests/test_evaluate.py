@@ -47,24 +47,44 @@ def random_batch(seed: int, rows: int = 2, length: int = 24) -> dict:
     return {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
 
 
-def test_loss_perplexity_and_bits_per_byte_are_the_definitions_in_numpy(config, params):
-    """Where blocks add nothing, a token's logits are its normalised row of the table times the table."""
-    batches, byte_lengths = [random_batch(0), random_batch(1)], np.arange(48) % 5
-    table = np.asarray(params["embed"]["table"], np.float64)
+def scores(table: np.ndarray, batches: list[dict], byte_lengths: np.ndarray) -> list[tuple[float, int]]:
+    """(nats, bytes) of every target with weight, for `params` with such a table.
+
+    Where blocks add nothing, a token's logits are its normalised row of the table times the table.
+    """
     logits = table / np.sqrt((table**2).mean(1, keepdims=True) + 1e-6) @ table.T
     surprise = np.log(np.exp(logits).sum(1, keepdims=True)) - logits  # [token, target], in nats
-    scored = [
+    return [
         (surprise[token, target], byte_lengths[target])
         for batch in batches
         for token, target, weight in zip(*(batch[key].ravel() for key in ("tokens", "targets", "weights")))
         if weight
     ]
+
+
+def test_loss_perplexity_and_bits_per_byte_are_the_definitions_in_numpy(config, params):
+    batches, byte_lengths = [random_batch(0), random_batch(1)], np.arange(48) % 5
+    scored = scores(np.asarray(params["embed"]["table"], np.float64), batches, byte_lengths)
     nats, size = (sum(values) for values in zip(*scored))
     result = evaluate.evaluate(config, params, batches, byte_lengths)
     assert result["tokens"] == len(scored) and 30 < len(scored) < 66
     assert result["loss"] == pytest.approx(nats / len(scored), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.e ** (nats / len(scored)), rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_the_change_that_int8_makes_is_its_bits_per_byte_less_those_of_the_run(config, params):
+    """In int8 a row's largest number is 127.5 steps; with a table of large numbers the loss falls by it."""
+    batches, byte_lengths = [random_batch(0), random_batch(1)], np.arange(48) % 5
+    table = 10 * np.asarray(params["embed"]["table"])
+    steps = np.abs(table.astype(np.float64)).max(1, keepdims=True) / 127.5
+    rounded = np.clip(np.round(table / steps), -127, 127) * steps
+    nats, size = np.transpose([np.sum(scores(x, batches, byte_lengths), axis=0) for x in (table, rounded)])
+    before, after = nats / math.log(2) / size
+    params = params | {"embed": {"table": jax.device_put(table, params["embed"]["table"].sharding)}}
+    result = evaluate.compare_weights(config, params, batches, byte_lengths, "int8")
+    assert result["bits_per_byte"] == pytest.approx(after, rel=1e-5)
+    assert after - before < -0.02 and result["change"] == pytest.approx(after - before, rel=0.01)
 
 
 def test_a_document_is_scored_without_the_one_before_it_in_its_row(config, params):
@@ -88,6 +108,18 @@ def test_rows_are_shared_out_anew_and_what_fills_the_last_batch_has_no_weight():
         for key in whole[0]:
             before, after = (np.concatenate([batch[key] for batch in some]) for some in (whole, parts))
             assert np.array_equal(after[:6], before) and not after[6:].any()
+
+
+@pytest.mark.parametrize("tokens, batches", [(8192, 1), (16384, 2), (16385, 3)])
+def test_batches_end_as_soon_as_they_have_the_tokens(tokens, batches):
+    """A batch of rows of 1024 has 8 of them, 8192 tokens, and the stream has no end."""
+
+    class Endless:
+        def next(self, rows: int, length: int) -> dict:
+            return random_batch(0, rows, length)
+
+    cut = evaluate._batches(Endless(), 1024, tokens)
+    assert [batch["tokens"].shape for batch in cut] == [(8, 1024)] * batches
 
 
 def test_only_the_first_tokens_of_the_stream_keep_their_weight():
