@@ -166,6 +166,17 @@ def test_what_is_saved_is_the_same_tokenizer(tok, tmp_path):
     assert chat.encode(again, CHAT) == chat.encode(tok, CHAT)
 
 
+def test_ids_with_gaps_all_fit_into_the_vocabulary(tmp_path):
+    folder = write(tmp_path / "gaps", template=LLAMA)
+    facts = json.loads((tmp_path / "gaps" / "tokenizer.json").read_text())
+    vocab = facts["model"]["vocab"]
+    last = max(vocab, key=vocab.get)
+    count, vocab[last] = len(vocab), vocab[last] + 7
+    (tmp_path / "gaps" / "tokenizer.json").write_text(json.dumps(facts))
+    tok = tokenizer.load(folder)
+    assert tok.vocab_size == count + 7 == vocab[last] + 1 and len(tok.byte_lengths()) == tok.vocab_size
+
+
 def test_without_a_template_there_is_chatml_and_its_tags_are_added(tmp_path):
     tok = tokenizer.load(write(tmp_path / "a"))
     assert tok.chat_template == CHATML and tok.bos == tok.eos == tok.special(END)

@@ -319,3 +319,17 @@ def test_later_tokens_do_not_change_earlier_logits():
     logits = np.asarray(full(c, params, tokens))
     np.testing.assert_allclose(logits[0, :17], logits[1, :17], atol=1e-6)
     assert np.abs(logits[0, 17] - logits[1, 17]).max() > 0.05
+
+
+def test_the_gradient_of_swiglu_is_that_of_its_definition():
+    gate, up, g = 3 * np.random.default_rng(0).standard_normal((3, 500)).astype(np.float32)
+    definition = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up
+    (ours, pull), (theirs, its_pull) = jax.vjp(model.swiglu, gate, up), jax.vjp(definition, gate, up)
+    for a, b in zip((ours, *pull(g)), (theirs, *its_pull(g)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_model_has_no_latents_to_normalise():
+    plain, normed = (toy(rank=0, latent_norm=latent_norm) for latent_norm in (False, True))
+    params, tokens = make(plain), some_tokens(plain, 1, 9)
+    np.testing.assert_array_equal(full(plain, params, tokens), full(normed, params, tokens))
