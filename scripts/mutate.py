@@ -110,9 +110,9 @@ def table(mutations: list[dict], outcomes: dict[str, dict]) -> str:
     return f"""# Mutations
 
 Do the tests fail when the code is wrong? `python scripts/mutate.py` breaks the code in {len(rows)} ways, each a change
-that a user would notice, and runs the tests that should fail. Most were written together with these tests. The 72 of the
-area `blind` were written from the code alone, by somebody who had not read the tests: 57 were noticed at first, and the
-others have tests since.
+that a user would notice, and runs the tests that should fail. Most were written together with these tests. The 72
+of the area `blind` were written from the code alone, by somebody who had not read the tests: 57 were noticed at first,
+and the others have tests since.
 
 **{counts[True]} of {len(rows)} mutations fail at least one test.**
 
