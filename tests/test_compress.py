@@ -13,6 +13,8 @@ from lowrank_jax import compress, factorize, model, sharding, workdir
 from lowrank_jax.config import UsageError
 from lowrank_jax.trained import open_run
 
+pytestmark = pytest.mark.slow
+
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape)

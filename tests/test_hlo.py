@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from lowrank_jax import hlo, roofline
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH, ROWS = 5, 512, 64  # rows of a device
 MATMUL = 2 * ROWS * WIDTH * WIDTH  # FLOPs of one layer on one device
 WEIGHTS = 4 * LAYERS * WIDTH * WIDTH
