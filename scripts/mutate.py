@@ -86,7 +86,7 @@ def try_mutation(folders: queue.Queue, mutation: dict) -> dict:
     finally:
         path.write_text(original)
         folders.put(folder)
-    if status not in (-1, 0, 1, 2):  # no tests, a usage error: nothing is known
+    if status not in (-1, 0, 1):  # no tests, or none that can be collected: nothing is known
         raise SystemExit(f"error: {mutation['name']}: pytest ended with {status}: {line}")
     return {
         "key": key(mutation),

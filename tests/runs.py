@@ -75,8 +75,8 @@ def launch(module: str, *args: str, faults: str = "", fresh: bool = False, patch
     return forks.Fork(f"lowrank_jax.{module}", list(args), ROOT, env, patches or {}, **pipes)
 
 
-def run(module: str, *args: str, faults: str = "", stdin: str | None = None, fresh: bool = False):
-    process = launch(module, *args, faults=faults, fresh=fresh, stdin=subprocess.PIPE)
+def run(module: str, *args: str, faults: str = "", stdin: str | None = None):
+    process = launch(module, *args, faults=faults, stdin=subprocess.PIPE)
     out, err = process.communicate(stdin, timeout=300)
     return process.returncode, out, err
 
