@@ -49,7 +49,7 @@ def groups() -> dict:
             # where that cannot be
             "attention": "auto",
             # One compiled block for all layers, so that compile time does not grow with depth. False unrolls them: the
-            # quickstart's step runs 1.1 times as fast on a CPU (scripts/bench_step.py ... model.scan=True).
+            # quickstart's step runs 1.1 times as fast on a CPU (scripts/bench/step.py ... model.scan=True).
             "scan": True,
             # Recompute each block in the backward pass: less memory, a third more work. Done anyway where not even one
             # row fits without it.

@@ -6,6 +6,7 @@ def load(folder: str, weights: str = "auto"):
 
     `weights` is how generation keeps them: fp32, bf16, fp16, int8, int4, or auto as the run computed.
     """
-    from lowrank_jax import generate, trained  # here, so that importing the package starts neither jax nor orbax
+    from lowrank_jax import generate  # here, so that importing the package starts neither jax nor orbax
+    from lowrank_jax.training import trained  # here, so that importing the package starts neither jax nor orbax
 
     return generate.Model(trained.open_run(folder), weights)

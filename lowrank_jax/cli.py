@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from lowrank_jax import processes
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
+from lowrank_jax.machine import processes
 
 ABANDONED = "abandoned"  # how the names of threads begin that a process does not wait for at its end
 

@@ -19,11 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from lowrank_jax import cli, evaluate, factorize, foreign, importer, model, sharding, stages, workdir
+from lowrank_jax import cli, evaluate, importer
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
+from lowrank_jax.export import factorize, foreign
 from lowrank_jax.export.folder import whole_folder
-from lowrank_jax.trained import Trained, open_run
+from lowrank_jax.machine import sharding
+from lowrank_jax.model import network
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import run_folder
+from lowrank_jax.training.trained import Trained, open_run
 
 TOKENS = 32_768  # to calibrate on
 ROWS = 8192  # tokens that go through a layer at a time
@@ -77,11 +82,11 @@ def activations(c: ModelConfig, params: dict, batches: list[stream.Batch]) -> It
 
     Those of the keys and queries are there too, of each head alone [H, K, K], as "keys" and "queries".
     """
-    xs = [model.embed(c, params, batch["tokens"]) for batch in batches]
+    xs = [network.embed(c, params, batch["tokens"]) for batch in batches]
     for i in range(c.layers):
         block, sums = _layer(params, i), {}
         matmul = _noting(c, block, sums)
-        xs = [model.block(c, block, x, batch["segments"], matmul) for x, batch in zip(xs, batches)]
+        xs = [network.block(c, block, x, batch["segments"], matmul) for x, batch in zip(xs, batches)]
         yield block, sums
 
 
@@ -192,7 +197,7 @@ def measure(dense: Trained, config: RunConfig, params: dict, held_out: list[stre
 
 def open_dense(source: str) -> Trained:
     """The dense model in a run's folder, or in one that was exported for Hugging Face."""
-    if workdir.newest_checkpoint(source) is not None:
+    if run_folder.newest_checkpoint(source) is not None:
         return open_run(source)
     config, tok, params, progress = importer.open_export(source)
     return Trained(config, tok, jax.device_put(params, sharding.whole(sharding.one_device())), progress)

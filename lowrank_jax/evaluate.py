@@ -15,13 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax import cli, decoder, faults, loss, model, native, precision, quantize, sharding, stages, step
+from lowrank_jax import cli
 from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.engine import prepare
-from lowrank_jax.interrupt import Interrupted
-from lowrank_jax.trained import open_run
+from lowrank_jax.inference import cpu_decoder, decoder, quantize
+from lowrank_jax.inference.engine import prepare
+from lowrank_jax.machine import faults, sharding
+from lowrank_jax.machine.interrupt import Interrupted
+from lowrank_jax.model import loss, network, precision
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import step
+from lowrank_jax.training.trained import open_run
 
 ROW_TOKENS = 8192  # tokens evaluated at a time
 
@@ -83,8 +88,8 @@ def _measures(nats: float, batches: list[stream.Batch], byte_lengths: np.ndarray
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array:
     dtype = precision.policy(config.precision).dtype
-    x_BTD = model.features(config.model, params, batch["tokens"], batch["segments"], dtype)
-    return loss.through_head(*model.head(config.model, params, x_BTD), batch["targets"], batch["weights"])[1]
+    x_BTD = network.features(config.model, params, batch["tokens"], batch["segments"], dtype)
+    return loss.through_head(*network.head(config.model, params, x_BTD), batch["targets"], batch["weights"])[1]
 
 
 def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths, kind: str) -> dict:
@@ -109,14 +114,14 @@ def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch]
 @functools.partial(jax.jit, static_argnums=0)
 def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, weights_BT) -> jax.Array:
     B, T = tokens_BT.shape
-    chunk = min(-(-T // native.LANES) * native.LANES, decoder.BLOCK)
+    chunk = min(-(-T // cpu_decoder.LANES) * cpu_decoder.LANES, decoder.BLOCK)
     cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, decoder.dtype(w))
     in_chunks = lambda x: jnp.pad(x, ((0, 0), (0, -T % chunk))).reshape(B, -1, chunk).swapaxes(0, 1)
 
     def score(cache, at):
         i, tokens, targets, weights = at
         starts_B = jnp.full(B, i * chunk)
-        x_BTD, window = native.read(
+        x_BTD, window = cpu_decoder.read(
             c, w, cache, decoder.empty_window(c, B, chunk, decoder.dtype(w)), tokens, starts_B, 0
         )
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))

@@ -13,13 +13,15 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import cli, model, precision, quantize
+from lowrank_jax import cli
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
-from lowrank_jax.engine import TOP, Engine, Piece, prepare
-from lowrank_jax.sampling import PRESETS, Sampling
-from lowrank_jax.trained import Trained, open_run
-from lowrank_jax.writer import Writer
+from lowrank_jax.inference import quantize
+from lowrank_jax.inference.engine import TOP, Engine, Piece, prepare
+from lowrank_jax.inference.sampling import PRESETS, Sampling
+from lowrank_jax.inference.text_stream import Writer
+from lowrank_jax.model import network, precision
+from lowrank_jax.training.trained import Trained, open_run
 
 CONTEXT = 4096  # tokens that a slot has room for, if no request needs more
 SLOTS = 32  # most prompts that are generated for at a time
@@ -39,8 +41,8 @@ class Model:
     def logits(self, tokens) -> jax.Array:
         """[B, T, V] fp32 logits of token ids [B, T], from the full forward pass."""
         dtype = precision.policy(self.config.precision).dtype
-        x_BTD = model.features(self.config.model, self.params, jnp.asarray(tokens), None, dtype)
-        return model.logits(self.config.model, self.params, x_BTD)
+        x_BTD = network.features(self.config.model, self.params, jnp.asarray(tokens), None, dtype)
+        return network.logits(self.config.model, self.params, x_BTD)
 
     def engine(self, slots: int, context: int) -> Engine:
         """One with so many slots and as much context, or more: the last one if it will do."""

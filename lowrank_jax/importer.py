@@ -14,14 +14,16 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from lowrank_jax import checkpoint, cli, sharding, step, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.export import weights
 from lowrank_jax.export.folder import ORIGIN, TOKENIZER, whole_folder
-from lowrank_jax.train import START
-from lowrank_jax.trained import Trained
+from lowrank_jax.machine import sharding
+from lowrank_jax.training import checkpoint, run_folder, step
+from lowrank_jax.training.loop import START
+from lowrank_jax.training.trained import Trained
 
 PICKLED = (".pt", ".pth", ".bin")
 
@@ -52,10 +54,10 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: 
     os.makedirs(folder)
     with checkpoint.Checkpoints(folder, config.every.keep) as saved:
         saved.save(0, state, START)
-    tok.save(workdir.tokenizer_folder(folder))
-    workdir.write_config(folder, config)
+    tok.save(run_folder.tokenizer_folder(folder))
+    run_folder.write_config(folder, config)
     sha256 = checkpoint.tree_sha256(state.params)
-    workdir.log_event(folder, "import", 0, **facts, params_sha256=sha256)
+    run_folder.log_event(folder, "import", 0, **facts, params_sha256=sha256)
     return sha256
 
 

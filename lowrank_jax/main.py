@@ -5,11 +5,13 @@ python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickst
 
 import functools
 
-from lowrank_jax import startup
+from lowrank_jax.machine import startup
 
 if __name__ == "__main__":
     startup.prepare()
-from lowrank_jax import cli, interrupt, processes, train  # noqa: E402, which import JAX
+from lowrank_jax import cli  # noqa: E402, which import JAX
+from lowrank_jax.machine import interrupt, processes  # noqa: E402, which import JAX
+from lowrank_jax.training import loop  # noqa: E402, which import JAX
 
 
 def command(argv: list[str]) -> dict:
@@ -27,7 +29,7 @@ def command(argv: list[str]) -> dict:
     with interrupt.signals() as received:
         args, config = parser.parse_with_config(argv)
         processes.start(args.coordinator, args.processes, args.process, args.cluster)
-        finish = train.run(config, args.workdir, received, show=functools.partial(print, flush=True))
+        finish = loop.run(config, args.workdir, received, show=functools.partial(print, flush=True))
     if processes.is_first():
         print(
             f"done: step {finish['step']}, {finish['tokens']:,} tokens; report: {args.workdir}/report.html", flush=True

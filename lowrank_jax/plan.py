@@ -14,11 +14,15 @@ from types import MappingProxyType
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax import cli, costs, devices, fit, hlo, precision, roofline, sharding, stages, step
+from lowrank_jax import cli
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import tokenizer
-from lowrank_jax.fit import Fit
-from lowrank_jax.stages import Stage
+from lowrank_jax.machine import devices, hlo, roofline, sharding
+from lowrank_jax.model import costs, precision
+from lowrank_jax.training import memory, step
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.memory import Fit
+from lowrank_jax.training.plan import Stage
 
 COMPILED = ("remat", "peak_bytes_per_device", "is_bound", "device_bytes", "fits", "f8_matmuls", "compile_seconds")
 COMPILED += ("note",)
@@ -259,11 +263,11 @@ def for_topology(config: RunConfig, topology: str) -> dict:
     # The cache has no room for described devices; JAX looks at this when it compiles for the first time.
     jax.config.update("jax_enable_compilation_cache", topology == "cpu")
     mesh = sharding.make_mesh(config, devices.topology(topology))
-    limit, plan = fit.limit_bytes(config, mesh), stages.plan(config, sharding.row_shards(mesh))
+    limit, plan = memory.limit_bytes(config, mesh), stages.plan(config, sharding.row_shards(mesh))
     fits, texts = [], {}
     for stage in plan:
         with hlo.written() as (options, read):
-            fits.append(fit.fit(config, stage, mesh, limit, options=options))
+            fits.append(memory.fit(config, stage, mesh, limit, options=options))
             texts[stage.name] = read() if fits[-1].program else None
     described = describe(config, fits, mesh, topology, texts)
     compiled = [found for found in fits if found.program]

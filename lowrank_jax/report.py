@@ -16,8 +16,9 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
-from lowrank_jax import cli, plan, workdir
+from lowrank_jax import cli, plan
 from lowrank_jax.config import UsageError
+from lowrank_jax.training import run_folder
 
 COLORS = {"pretrain": "#1f5a94", "sft": "#b4531f"}
 POINTS = 300  # of a line: more of them are drawn faintly behind their means
@@ -29,10 +30,10 @@ CHARACTERS = 160  # of one fact
 
 def write(folder: str) -> dict:
     """Writes loss.png and report.html; returns their paths. Raises UsageError where nothing was trained yet."""
-    config, rows = workdir.read_config(folder), workdir.read_rows(folder, "metrics.jsonl")
+    config, rows = run_folder.read_config(folder), run_folder.read_rows(folder, "metrics.jsonl")
     if not rows:
         raise UsageError(f"--workdir={folder} has no metrics yet")
-    events, described = workdir.read_rows(folder, "events.jsonl"), plan.describe(config)
+    events, described = run_folder.read_rows(folder, "events.jsonl"), plan.describe(config)
     picture, page = os.path.join(folder, "loss.png"), os.path.join(folder, "report.html")
     _figure(rows, events, described["stages"]).savefig(picture, dpi=150)
     with open(picture, "rb") as f:
@@ -52,7 +53,7 @@ def write(folder: str) -> dict:
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
     facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _glance(rows, events).items())
     name, path = (html.escape(text) for text in (os.path.basename(os.path.abspath(folder)), os.path.abspath(folder)))
-    workdir.write_text(page, _PAGE.format(name=name, path=path, facts=facts, body=body))
+    run_folder.write_text(page, _PAGE.format(name=name, path=path, facts=facts, body=body))
     return {"report": page, "picture": picture}
 
 

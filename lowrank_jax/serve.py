@@ -18,13 +18,14 @@ import sys
 
 import uvicorn
 
-from lowrank_jax import cli, engine, quantize
-from lowrank_jax.api import Limits
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import chat
-from lowrank_jax.routes import Server, Settings
-from lowrank_jax.scheduler import Scheduler
-from lowrank_jax.trained import open_run
+from lowrank_jax.inference import engine, quantize
+from lowrank_jax.inference.server.api import Limits
+from lowrank_jax.inference.server.routes import Server, Settings
+from lowrank_jax.inference.server.scheduler import Scheduler
+from lowrank_jax.training.trained import open_run
 
 GRACE = 3.0  # seconds that requests under way have after a signal
 

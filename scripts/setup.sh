@@ -42,10 +42,10 @@ for file in "$@"; do
   install_requirements "$file"
 done
 export PATH="$PWD/.venv/bin:$PATH"
-# Attention and decoding on a CPU are compiled for it (lowrank_jax/compiled.py).
+# Attention and decoding on a CPU are compiled for it (lowrank_jax/model/kernels/build.py).
 if ! command -v "${CXX:-g++}" clang++ c++ > /dev/null && ! python -c 'import ziglang' 2> /dev/null; then
   echo "== installing a C++ compiler"
   python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1
 fi
 echo "== compiling for this CPU"
-python -c 'from lowrank_jax import compiled; print(*(f"{name}: {compiled.load(name)}" for name in compiled.TARGETS))'
+python -c 'from lowrank_jax.model.kernels import build; print(*(f"{name}: {build.load(name)}" for name in build.TARGETS))'

@@ -36,9 +36,12 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lowrank_jax import cli, faults, stages, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
+from lowrank_jax.machine import faults
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import run_folder
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
@@ -115,10 +118,10 @@ def study(folder: pathlib.Path, args, changes: list[str]) -> list[dict]:
     rows = []
     for arm in arms:
         asked = {"arm": arm.name, "config": arm.config, "seed": args.seed, "asked": each}
-        done = [row for row in workdir.read_rows(folder, "results.jsonl") if asked.items() <= row.items()]
+        done = [row for row in run_folder.read_rows(folder, "results.jsonl") if asked.items() <= row.items()]
         if not done:
             done = [asked | verify(arm, each, random.Random(f"{args.seed} {arm.name}"))]
-            workdir.append(folder, "results.jsonl", done[0])
+            run_folder.append(folder, "results.jsonl", done[0])
         rows.append(done[-1])
         print(shown(rows[-1]), flush=True)
     print(shown(total(rows)), flush=True)
@@ -274,7 +277,7 @@ def place(process: Process) -> str:
         return "start-up"
     if unfinished(process.home) - process.partial:
         return "save"
-    config = workdir.read_config(str(process.home))
+    config = run_folder.read_config(str(process.home))
     step, plan = last_step(process.home), stages.plan(config)
     due = set(stages.milestones(plan, config.every.eval, step)) & evaluations(process.arm.alone)
     if due - evaluations(process.home):
@@ -300,11 +303,11 @@ def unfinished(home: pathlib.Path) -> set[tuple[str, int]]:
 
 def evaluations(home: pathlib.Path) -> set[tuple[str, str, int]]:
     """Those that the run has made, as `stages.milestones` names them."""
-    return {milestone for milestone in workdir.milestones(str(home)) if milestone[0] == "eval"}
+    return {milestone for milestone in run_folder.milestones(str(home)) if milestone[0] == "eval"}
 
 
 def last_step(home: pathlib.Path) -> int:
-    return max((row["step"] for row in workdir.read_rows(str(home), "metrics.jsonl")), default=0)
+    return max((row["step"] for row in run_folder.read_rows(str(home), "metrics.jsonl")), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- an arm
@@ -335,7 +338,7 @@ def verify(arm: Arm, kills: int, draw: random.Random) -> dict:
 
 def resumes(home: pathlib.Path) -> int:
     """How many processes went on from a checkpoint of training; the others began again."""
-    return sum(e["event"] == "start" and e["step"] > 0 for e in workdir.read_rows(str(home), "events.jsonl"))
+    return sum(e["event"] == "start" and e["step"] > 0 for e in run_folder.read_rows(str(home), "events.jsonl"))
 
 
 def train_alone(arm: Arm) -> Pace:
@@ -348,7 +351,7 @@ def train_alone(arm: Arm) -> Pace:
 
 def moments(arm: Arm, kills: int) -> list[tuple[int, str]]:
     """(step, fault) of the kills that are not left to chance, the rarest first where there is no room for all."""
-    later = stages.plan(workdir.read_config(str(arm.alone)))[1:]
+    later = stages.plan(run_folder.read_config(str(arm.alone)))[1:]
     found = [(0, "kill@save=1")]
     for stage in sorted(later, key=lambda s: s.start != s.phase_start):
         both = ("kill", "term") if stage.start == stage.phase_start else (("kill", "term")[len(found) % 2],)
@@ -360,7 +363,7 @@ def train_killed(arm: Arm, home: pathlib.Path, pace: Pace, pending, struck, kill
     """Trains to the end in as many processes as it takes; adds to `struck`, takes from `pending`; steps done twice."""
     repeated, killed = 0, True
     while killed:
-        newest = workdir.newest_checkpoint(str(home)) or 0
+        newest = run_folder.newest_checkpoint(str(home)) or 0
         fault = next((f for f in pending if not f[0] or f[0] >= newest), None)
         by_chance = kills - len(struck) > len(pending)
         with Process(arm, home, fault[1] if fault else "") as process:
@@ -397,12 +400,12 @@ def balance(struck: list[dict], draw: random.Random) -> int:
 def place_of(fault: tuple[int, str], home: pathlib.Path) -> str:
     if "@save" in fault[1]:
         return "save"
-    return switch(stages.stage_at(stages.plan(workdir.read_config(str(home))), fault[0]))
+    return switch(stages.stage_at(stages.plan(run_folder.read_config(str(home))), fault[0]))
 
 
 def notes(arm: Arm) -> list[str]:
     """What the run left alone went through that weakens the comparison."""
-    events = workdir.read_rows(str(arm.alone), "events.jsonl")
+    events = run_folder.read_rows(str(arm.alone), "events.jsonl")
     return [f"{e['event']} at step {e['step']}" for e in events if e["event"] in ("fallback", "oom", "skip")]
 
 
@@ -421,7 +424,7 @@ def difference(alone: pathlib.Path, killed: pathlib.Path) -> str:
 
 
 def last_event(home: pathlib.Path) -> dict:
-    events = workdir.read_rows(str(home), "events.jsonl")
+    events = run_folder.read_rows(str(home), "events.jsonl")
     return events[-1] if events and events[-1]["event"] == "finish" else {}
 
 

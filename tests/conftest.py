@@ -14,9 +14,9 @@ import runs
 from hypothesis import settings
 
 from configs import default
-from lowrank_jax import devices
 from lowrank_jax.config import PhaseConfig, RunConfig, UsageError
 from lowrank_jax.data import tokenizer
+from lowrank_jax.machine import devices
 
 settings.register_profile("toy", deadline=None, database=None, derandomize=True)
 settings.load_profile("toy")

@@ -10,8 +10,11 @@ import test_loss
 from conftest import run_config
 from jax.sharding import AxisType
 
-from lowrank_jax import costs, hlo, sharding, stages, step
-from lowrank_jax.checkpoint import Checkpoints, _checksum
+from lowrank_jax.machine import hlo, sharding
+from lowrank_jax.model import costs
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import step
+from lowrank_jax.training.checkpoint import Checkpoints, _checksum
 
 STEPS = 3
 COMMON = dict(model__layers=2, pretrain__steps=STEPS, pretrain__lr=1e-2, precision="fp32")

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import cli, model
+from lowrank_jax import cli
 from lowrank_jax.export import __main__ as export
-from lowrank_jax.trained import Trained
+from lowrank_jax.model import network
+from lowrank_jax.training.trained import Trained
 
 # Before transformers is imported: it keeps a copy of a model's code there, and asks the hub for updates.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lowrank_jax_test_modules_")
@@ -41,7 +42,7 @@ def trained(make, tok, **changes) -> Trained:
         noise = rng.standard_normal(w.shape, np.float32)
         return jnp.asarray(1 + 0.3 * noise if path[-1].key == "gain" else w.shape[-2] ** -0.5 * noise)
 
-    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: network.init(config.model, jax.random.key(0)))
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     return Trained(config, tok, params, {"step": 7, "tokens": 1234, "phase": "pretrain", "cursor": {}})
 

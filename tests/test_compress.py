@@ -9,9 +9,13 @@ import pytest
 import runs
 import scipy.linalg
 
-from lowrank_jax import compress, factorize, model, sharding, workdir
+from lowrank_jax import compress
 from lowrank_jax.config import UsageError
-from lowrank_jax.trained import open_run
+from lowrank_jax.export import factorize
+from lowrank_jax.machine import sharding
+from lowrank_jax.model import network
+from lowrank_jax.training import run_folder
+from lowrank_jax.training.trained import open_run
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +73,7 @@ def dense(make, tok, tmp_path_factory):
 
 
 def features(config, params, batch) -> np.ndarray:
-    return np.asarray(model.features(config.model, params, batch["tokens"], batch["segments"]))
+    return np.asarray(network.features(config.model, params, batch["tokens"], batch["segments"]))
 
 
 @pytest.mark.parametrize("mlp_rank", [0, 32])
@@ -77,7 +81,7 @@ def test_a_model_of_full_rank_computes_the_same(dense, mlp_rank):
     text, held_out = compress.texts(dense, "", 960)
     config, params = compress.compress(dense, 32, (1, 1, 1, 1), mlp_rank, text)
     assert config.model.ranks == (32,) * 4 and not config.model.latent_norm and config.model.mlp_rank == mlp_rank
-    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: network.init(config.model, jax.random.key(0)))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
     for batch in held_out:
         np.testing.assert_allclose(
@@ -176,7 +180,7 @@ def test_a_run_is_compressed_and_trained_on(run, data, tmp_path):
     assert code == 0, err
     first = [row for row in runs.rows(out, "metrics.jsonl") if "split" in row][0]
     assert first["step"] == 0 and first["bits_per_byte"] == pytest.approx(facts["bits_per_byte_after"], abs=0.2)
-    assert workdir.newest_checkpoint(str(out)) == 9
+    assert run_folder.newest_checkpoint(str(out)) == 9
 
 
 def test_mistakes_get_one_line_and_leave_nothing(run, dense, tmp_path):

@@ -1,4 +1,4 @@
-"""scripts/experiment.py: arms are what they claim, baselines compute what they should, lines resume."""
+"""scripts/studies/experiment.py: arms are what they claim, baselines compute what they should, lines resume."""
 
 import dataclasses
 import json
@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 import runs
 
-from lowrank_jax import attention, costs, model, optim
 from lowrank_jax.config import RunFailure, UsageError
-from scripts import bench_twin, experiment, studies, tables
+from lowrank_jax.model import attention, costs, network
+from lowrank_jax.training import optim
+from scripts.bench import dense_twin
+from scripts.studies import arms, experiment, tables
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-ARMS = [(study, arm) for study, s in studies.STUDIES.items() for arm in s["arms"]]
+ARMS = [(study, arm) for study, s in arms.STUDIES.items() for arm in s["arms"]]
 
 
 def sizes(study: str, arm: str) -> dict[str, float]:
-    config = experiment.config_of(study, arm).with_vocab(studies.VOCAB)
+    config = experiment.config_of(study, arm).with_vocab(arms.VOCAB)
     counts = costs.parameters(config.model)
     return counts | {"parameters": counts["total"], "flops": experiment.flops_of(config)}
 
@@ -37,13 +39,13 @@ def sizes(study: str, arm: str) -> dict[str, float]:
 def test_every_arm_is_a_config_with_variants_that_exist(study, arm):
     config = experiment.config_of(study, arm)
     assert config.pretrain.steps > 0 and config.sft.steps == 0
-    assert set(filter(None, studies.changes(study, arm).get("variant", "").split("+"))) <= set(studies.VARIANTS)
-    assert studies.STUDIES[study]["reference"] in studies.STUDIES[study]["arms"]
+    assert set(filter(None, arms.changes(study, arm).get("variant", "").split("+"))) <= set(arms.VARIANTS)
+    assert arms.STUDIES[study]["reference"] in arms.STUDIES[study]["arms"]
 
 
-@pytest.mark.parametrize("study", studies.STUDIES)
+@pytest.mark.parametrize("study", arms.STUDIES)
 def test_arms_keep_to_their_limits(study):
-    for arm, than, *what in studies.STUDIES[study]["limits"]:
+    for arm, than, *what in arms.STUDIES[study]["limits"]:
         ours, theirs = sizes(study, arm), sizes(study, than)
         for name in what:
             assert ours[name] <= 1.002 * theirs[name], (arm, than, name)
@@ -67,9 +69,9 @@ def put_back(monkeypatch):
         (attention, "attend"),
         (attention, "_chunked"),
         (attention, "resolve"),
-        (model.Linear, "__init__"),
-        (model.Linear, "reduce"),
-        (model.Attention, "__init__"),
+        (network.Linear, "__init__"),
+        (network.Linear, "reduce"),
+        (network.Attention, "__init__"),
         (optim, "_orthogonalized"),
         (optim, "make"),
     ):
@@ -88,11 +90,11 @@ def qkv(T=48, H=4, K=8):
 def test_a_norm_on_q_k_and_v_is_the_products_own(make, put_back):
     with_norm, without = (small(make, model__latent_norm=norm).model for norm in (True, False))
     draw = lambda w: 0.2 * jax.random.normal(jax.random.key(w.size), w.shape)
-    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(with_norm, jax.random.key(1))))
+    params = jax.tree.map(draw, jax.eval_shape(lambda: network.init(with_norm, jax.random.key(1))))
     tokens = jax.random.randint(jax.random.key(2), (2, 20), 0, 64)
-    features = lambda c: jax.jit(lambda p: model.features(c, p, tokens))(params)
+    features = lambda c: jax.jit(lambda p: network.features(c, p, tokens))(params)
     expected, plain = features(with_norm), features(without)
-    studies.apply("norm_qk+norm_v")
+    arms.apply("norm_qk+norm_v")
     np.testing.assert_allclose(features(without), expected, atol=1e-4)
     assert np.abs(plain - expected).max() > 1e-2
 
@@ -100,15 +102,15 @@ def test_a_norm_on_q_k_and_v_is_the_products_own(make, put_back):
 def test_nope_knows_no_distance_and_rope_knows_nothing_else(put_back):
     q, k, v = qkv()
     alibi = attention.attend(q, k, v)
-    studies.apply("nope")
+    arms.apply("nope")
     swapped = [x.at[:, [3, 9]].set(x[:, [9, 3]]) for x in (k, v)]
     nope = attention.attend(q, k, v)
     np.testing.assert_allclose(attention.attend(q, *swapped)[:, 20:], nope[:, 20:], atol=1e-5)
     assert np.abs(alibi - nope).max() > 1e-2
-    studies.apply("rope")
+    arms.apply("rope")
     rope = attention.attend(q, k, v)
     assert np.abs(attention.attend(q, *swapped)[:, 20:] - rope[:, 20:]).max() > 1e-2
-    score = lambda i, j: jnp.einsum("BHK,BHK->BH", *(studies.rotate(x)[:, at] for x, at in ((same_q, i), (same_k, j))))
+    score = lambda i, j: jnp.einsum("BHK,BHK->BH", *(arms.rotate(x)[:, at] for x, at in ((same_q, i), (same_k, j))))
     same_q, same_k = (jnp.broadcast_to(x[:, :1], x.shape) for x in (q, k))
     np.testing.assert_allclose(score(40, 33), score(12, 5), atol=1e-4)
     assert np.abs(score(40, 33) - score(40, 20)).max() > 1e-2
@@ -117,21 +119,21 @@ def test_nope_knows_no_distance_and_rope_knows_nothing_else(put_back):
 @pytest.mark.parametrize("names", ["", "rope"])
 def test_a_window_sees_the_last_tokens_and_no_others(put_back, names):
     q, k, v = qkv()
-    studies.apply(names)
+    arms.apply(names)
     whole = attention.attend(q, k, v)
-    studies.see_only(8)
+    arms.see_only(8)
     seen = attention.attend(q, k, v)
     np.testing.assert_allclose(seen[:, :8], whole[:, :8], atol=1e-5)
     for at in (8, 15, 16, 47):
         last = [x[:, at - 7 : at + 1] for x in (q, k, v)]
         np.testing.assert_allclose(seen[:, at], attention.attend(*last)[:, -1], atol=1e-5)
-    studies.see_only(64)
+    arms.see_only(64)
     np.testing.assert_allclose(attention.attend(q, k, v), whole, atol=1e-5)
 
 
 def updates(variant: str) -> tuple[dict, dict]:
     """(attention weights, what one Muon update adds to them) with d=32, 4 heads and a rank of 8."""
-    studies.apply(variant)
+    arms.apply(variant)
     draw = lambda seed, *shape: 0.3 * np.random.default_rng(seed).standard_normal(shape, np.float32)
     tree = lambda seed: {
         name: {"down": draw((seed, i, 0), 2, 32, 8), "up": draw((seed, i, 1), 2, 8, 32)}
@@ -160,7 +162,7 @@ def test_a_bounded_update_moves_the_product_no_more_than_twice_as_a_dense_one(pu
 
 
 def test_muon_for_each_head_orthogonalises_every_head(put_back, monkeypatch):
-    monkeypatch.setitem(studies.SETTINGS, "model.heads", 4)
+    monkeypatch.setitem(arms.SETTINGS, "model.heads", 4)
     _, moved = updates("muon_heads")
     v_NRHK = np.asarray(moved["v"]["up"]).reshape(2, -1, 4, 8)
     spread = np.linalg.svd(v_NRHK.swapaxes(1, 2), compute_uv=False)  # of each head [R, K]
@@ -168,17 +170,17 @@ def test_muon_for_each_head_orthogonalises_every_head(put_back, monkeypatch):
 
 
 def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
-    studies.apply("spectral")
-    a = jax.jit(lambda: model.init(small(make).model, jax.random.key(0)))()["blocks"]["attention"]
+    arms.apply("spectral")
+    a = jax.jit(lambda: network.init(small(make).model, jax.random.key(0)))()["blocks"]["attention"]
     down, up = a["v"]["down"][0], a["v"]["up"][0]
     np.testing.assert_allclose(down.T @ down, up @ up.T, atol=1e-5)
     assert not a["o"]["up"].any() and a["o"]["down"].any()
 
 
 def test_a_start_of_half_the_size_is_half_the_products_own(make, put_back):
-    first = lambda: model.init(small(make).model, jax.random.key(0))["blocks"]
+    first = lambda: network.init(small(make).model, jax.random.key(0))["blocks"]
     whole = first()
-    studies.apply("half_start")
+    arms.apply("half_start")
     half = first()
     for name, part in (("q", "down"), ("v", "up"), ("o", "up")):
         np.testing.assert_array_equal(half["attention"][name][part], whole["attention"][name][part] / 2)
@@ -186,9 +188,9 @@ def test_a_start_of_half_the_size_is_half_the_products_own(make, put_back):
 
 
 def test_fan_in_starts_have_the_variance_of_a_dense_draw(make, put_back):
-    studies.apply("fan_in")
+    arms.apply("fan_in")
     c = make.run_config(model__d=256, model__heads=8, model__rank=32, model__layers=1).model
-    a = jax.jit(lambda: model.init(c, jax.random.key(0)))()["blocks"]["attention"]
+    a = jax.jit(lambda: network.init(c, jax.random.key(0)))()["blocks"]["attention"]
     np.testing.assert_allclose(np.std(a["v"]["down"]), 256**-0.5, rtol=0.05)
     np.testing.assert_allclose(np.std(a["v"]["down"][0] @ a["v"]["up"][0]), 256**-0.5, rtol=0.05)
     assert not a["o"]["up"].any() and a["o"]["down"].any()
@@ -272,7 +274,7 @@ def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
     code, out = run("run", *smoke, "--arms=grown,dense")
     assert code == 0 and path.read_text() == before and "stage" not in out
     grown, dense = (json.loads(text) for text in before.splitlines())
-    config = experiment.config_of("smoke", "dense").with_vocab(studies.VOCAB)
+    config = experiment.config_of("smoke", "dense").with_vocab(arms.VOCAB)
     assert dense["parameters"] == costs.parameters(config.model)["total"] and dense["flops"] == experiment.flops_of(
         config
     )
@@ -308,7 +310,7 @@ def test_mistakes_are_one_line():
 def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, tok, monkeypatch):
     config = make.run_config(model__vocab=tok.vocab_size)
     draw = lambda w: 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)  # a new model's blocks do nothing
-    params = jax.tree.map(draw, jax.eval_shape(lambda: model.init(config.model, jax.random.key(3))))
+    params = jax.tree.map(draw, jax.eval_shape(lambda: network.init(config.model, jax.random.key(3))))
     run = experiment.trained.Trained(config, tok, params, {})
     ids = experiment.blocks(tok, [make.prose(400, i) for i in range(3)] + ["short"], 64)
     assert ids.shape == (3, 65)
@@ -333,17 +335,17 @@ def test_a_twin_is_measured_alike_and_shown_beside(make, monkeypatch):
         model__rank=rank[which],
         **{key.replace(".", "__"): value for key, value in more.items()},
     )
-    monkeypatch.setattr(bench_twin, "config_of", toy)
+    monkeypatch.setattr(dense_twin, "config_of", toy)
     for name, value in (("LENGTH", 32), ("VOCAB", 64), ("CONTEXT", 64), ("BEFORE", (8,))):
-        monkeypatch.setattr(bench_twin, name, value)
+        monkeypatch.setattr(dense_twin, name, value)
     rows = []
-    for which in bench_twin.MODELS:
+    for which in dense_twin.MODELS:
         facts = {"preset": "toy", "model": which, "commit": "c0ffee"}
-        rows += [facts | {"what": "train"} | bench_twin.train("toy", which, steps=1)]
+        rows += [facts | {"what": "train"} | dense_twin.train("toy", which, steps=1)]
     low, dense = rows
     assert low["parameters"] - dense["parameters"] == low["attention"] - dense["attention"] < 0
     assert 0 < low["state_bytes"] < dense["state_bytes"] and low["cpu_seconds"] > 0
-    decoded = bench_twin.decode("toy", "low rank", new=5)
+    decoded = dense_twin.decode("toy", "low rank", new=5)
     assert decoded["cache_bytes_per_token"] == 8 * 4 and decoded["tokens_per_s_8"] > 0  # 2 latents of 4 in fp32
-    assert decoded["cache_bytes"] >= bench_twin.CONTEXT * decoded["cache_bytes_per_token"]
+    assert decoded["cache_bytes"] >= dense_twin.CONTEXT * decoded["cache_bytes_per_token"]
     assert "| toy    | training on a CPU: parameters, M" in tables.cost(rows)

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 import lowrank_jax
-from lowrank_jax import cli, evaluate, generate, quantize
+from lowrank_jax import cli, evaluate, generate
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
-from lowrank_jax.sampling import PRESETS, Sampling
-from lowrank_jax.trained import Trained
-from lowrank_jax.writer import Writer
+from lowrank_jax.inference import quantize
+from lowrank_jax.inference.sampling import PRESETS, Sampling
+from lowrank_jax.inference.text_stream import Writer
+from lowrank_jax.training.trained import Trained
 
 
 @pytest.fixture(scope="module")

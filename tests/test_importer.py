@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowrank_jax import cli, importer, trained, workdir
-from lowrank_jax.checkpoint import tree_sha256
+from lowrank_jax import cli, importer
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, weights
 from lowrank_jax.export import torch as plain
+from lowrank_jax.training import run_folder, trained
+from lowrank_jax.training.checkpoint import tree_sha256
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +104,7 @@ def test_a_run_that_was_exported_is_a_run_again(again, reference, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     assert after.tokenizer.sha256 == before.tokenizer.sha256
     assert after.tokenizer.chat_template == before.tokenizer.chat_template
-    changed = {key for key, *_ in workdir.differences(before.config, after.config)}
+    changed = {key for key, *_ in run_folder.differences(before.config, after.config)}
     assert changed <= {"pretrain.sources", "sft.sources"}
     assert export.command([f"--workdir={again}", "--format=torch", f"--out={tmp_path}/out"])["verified"]
     expected = weights.tensors(before.params)
@@ -170,7 +171,7 @@ def test_a_config_says_the_rest_and_the_weights_their_sizes(as_torch, tmp_path, 
     refused(run("--config.seed=3"), "--config=FILE")
     status, _, err = run(f"--config={runs.ROOT}/configs/quickstart.py", "--config.seed=3", "--config.every.keep=1")
     assert status == 0, err
-    config = workdir.read_config(f"{tmp_path}/run")
+    config = run_folder.read_config(f"{tmp_path}/run")
     assert (config.seed, config.every.keep, config.model.d, config.model.vocab) == (3, 1, 32, 521)
 
 

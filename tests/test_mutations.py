@@ -1,4 +1,4 @@
-"""The mutations of scripts/mutations still apply: each finds its text once, and the tests that it names exist."""
+"""Every mutation still applies: its text occurs once, and the tests that it names exist."""
 
 import ast
 import functools
@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("mutate", ROOT / "scripts" / "mutate.py")
+spec = importlib.util.spec_from_file_location("mutate", ROOT / "scripts" / "studies" / "mutate.py")
 mutate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mutate)
 MUTATIONS = mutate.read_mutations()

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank_jax import meter, optim, stages
-from lowrank_jax.fit import Fit
+from lowrank_jax.training import metrics as meter
+from lowrank_jax.training import optim
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.memory import Fit
 
 # --------------------------------------------------------------------------------------------------------- the meter
 

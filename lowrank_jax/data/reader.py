@@ -17,10 +17,10 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from lowrank_jax import faults
 from lowrank_jax.config import UsageError
 from lowrank_jax.data.records import BadRecord, Document
 from lowrank_jax.data.sources import Source
+from lowrank_jax.machine import faults
 
 WINDOW, HELD_OUT_WINDOW = 1 << 20, 1 << 16  # bytes of documents that are shuffled together
 ATTEMPTS, FIRST_WAIT = 6, 0.5  # a read is tried 6 times over 15 seconds

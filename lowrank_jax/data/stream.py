@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 
-from lowrank_jax import interrupt, stages
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
 from lowrank_jax.data import packing, sources
 from lowrank_jax.data.packing import Batch, Lane
@@ -25,6 +24,8 @@ from lowrank_jax.data.reader import Limit, Note, Part, Reader, describe
 from lowrank_jax.data.records import BadRecord
 from lowrank_jax.data.sources import Source
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.machine import interrupt
+from lowrank_jax.training import plan as stages
 
 PATIENCE = 5.0  # seconds that a batch may take to come before a signal is more urgent
 AHEAD = 2  # batches that are on the device before they are used

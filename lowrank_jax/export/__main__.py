@@ -16,11 +16,12 @@ Training can go on from hf and torch: python -m lowrank_jax.importer.
 
 import os
 
-from lowrank_jax import cli, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import UsageError
 from lowrank_jax.export import fidelity, gguf, hf, onnx, torch, verify
 from lowrank_jax.export.folder import whole_folder
-from lowrank_jax.trained import open_run
+from lowrank_jax.training import run_folder
+from lowrank_jax.training.trained import open_run
 
 # A format is a module with `write(trained, folder, ...) -> path` and `check(trained, path, ...) -> largest difference`,
 # which both take its options; with a choice of `TYPES`, also `quality(trained, path, ...) -> facts`.
@@ -45,7 +46,7 @@ def command(argv: list[str]) -> dict:
         raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
     trained, difference, changed = open_run(args.workdir), None, {}
     step = trained.progress["step"]
-    if not args.unfinished and workdir.finished_step(args.workdir) != step:
+    if not args.unfinished and run_folder.finished_step(args.workdir) != step:
         raise UsageError(
             f"--workdir={args.workdir} is not finished (its newest checkpoint is of step {step}); "
             "let lowrank_jax.main end it, or export it as it is with --unfinished"

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lowrank_jax import evaluate, stages
+from lowrank_jax import evaluate
 from lowrank_jax.config import RunFailure, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.export import verify
-from lowrank_jax.trained import Trained
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.trained import Trained
 
 TOKENS = 1024  # to measure on
 LIMIT = 0.5  # nats of KL divergence a token, beyond which it is another model: q4_k_m of small ones had 0.003 to 0.02

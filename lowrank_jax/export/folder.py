@@ -12,7 +12,7 @@ import numpy as np
 
 from lowrank_jax.config import PhaseConfig, RunConfig
 from lowrank_jax.export import hf_tokenizer, verify, weights
-from lowrank_jax.trained import Trained
+from lowrank_jax.training.trained import Trained
 
 ORIGIN, TOKENIZER = "lowrank_jax.json", "tokenizer"  # what an import needs beside the weights, see importer.py
 PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose places are names, not paths

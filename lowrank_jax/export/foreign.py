@@ -11,9 +11,10 @@ import os
 
 import numpy as np
 
-from lowrank_jax import cli, factorize
+from lowrank_jax import cli
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import sources
+from lowrank_jax.export import factorize
 
 # Per family: the fused Q, K and V, whether their rows take turns head by head, and O.
 FAMILIES = {

@@ -14,8 +14,8 @@ from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import SentencePiece, Tokenizer
 from lowrank_jax.export import fidelity, llama, mix, pieces, template, verify
-from lowrank_jax.model import EPS
-from lowrank_jax.trained import Trained
+from lowrank_jax.model.network import EPS
+from lowrank_jax.training.trained import Trained
 
 FORMS, TYPES = ("dense", "latent"), tuple(mix.TYPES)
 FILE = "model.gguf"

@@ -9,7 +9,7 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.export import folder as folders
 from lowrank_jax.export import verify, weights
-from lowrank_jax.trained import Trained
+from lowrank_jax.training.trained import Trained
 
 CODE = "modeling_lowrank.py"
 MERGED = (

@@ -18,7 +18,7 @@ from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.export import fidelity, verify, weights
 from lowrank_jax.export import folder as folders
-from lowrank_jax.trained import Trained
+from lowrank_jax.training.trained import Trained
 
 TYPES = ("f32", "int8")
 FILE = "model.onnx"

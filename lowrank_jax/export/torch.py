@@ -9,7 +9,7 @@ from lowrank_jax.config import RunFailure
 from lowrank_jax.data import tokenizer
 from lowrank_jax.export import folder as folders
 from lowrank_jax.export import verify, weights
-from lowrank_jax.trained import Trained
+from lowrank_jax.training.trained import Trained
 
 CODE = "lowrank.py"
 

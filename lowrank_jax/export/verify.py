@@ -8,11 +8,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from lowrank_jax import model, stages
 from lowrank_jax.config import ModelConfig, RunConfig, RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import PROBE, Tokenizer
-from lowrank_jax.trained import Trained
+from lowrank_jax.model import network
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.trained import Trained
 
 TOLERANCE = 1e-4  # largest difference of two fp32 logits
 PLACES = 16  # of a prompt, where logits are compared
@@ -57,8 +58,8 @@ def logits(trained: Trained, tokens: np.ndarray, places: np.ndarray) -> np.ndarr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(c: ModelConfig, params: dict, tokens_BT: jax.Array, places_P: jax.Array) -> jax.Array:
-    x_BTD = model.features(c, params, tokens_BT)
-    return model.logits(c, params, x_BTD[:, places_P])
+    x_BTD = network.features(c, params, tokens_BT)
+    return network.logits(c, params, x_BTD[:, places_P])
 
 
 def difference(trained: Trained, *theirs: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:

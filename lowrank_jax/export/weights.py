@@ -5,11 +5,11 @@ import math
 import jax
 import numpy as np
 
-from lowrank_jax import model
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.sharding import path_name
+from lowrank_jax.machine.sharding import path_name
+from lowrank_jax.model import network
 
 FILE = "model.safetensors"
 PREFIX = "model."  # of all names but the head's; lowrank.py has no such level
@@ -69,7 +69,7 @@ def params(c: ModelConfig, found: dict[str, np.ndarray]) -> dict:
             return take(name, x.shape, turned)
         return np.stack([take(_in_block(path, i), x.shape[1:], len(x.shape) == 3) for i in range(c.layers)])
 
-    taken = jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: model.init(c, jax.random.key(0))))
+    taken = jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: network.init(c, jax.random.key(0))))
     if c.tied and "lm_head.weight" in left:  # PyTorch's state has what is tied twice
         if not np.array_equal(left.pop("lm_head.weight"), taken["embed"]["table"]):
             raise UsageError("lm_head.weight is not the embedding, though config.json has tie_word_embeddings")
@@ -81,7 +81,7 @@ def params(c: ModelConfig, found: dict[str, np.ndarray]) -> dict:
 def settings(c: ModelConfig, tokenizer: Tokenizer, length: int) -> dict:
     """What config.json says of the model; `length` is the longest it was trained on."""
     ids = {"eos_token_id": chat.stop_ids(tokenizer)} | special_ids(tokenizer)
-    return {"model_type": TYPE, **sizes(c), "rms_norm_eps": model.EPS, "max_position_embeddings": length, **ids}
+    return {"model_type": TYPE, **sizes(c), "rms_norm_eps": network.EPS, "max_position_embeddings": length, **ids}
 
 
 def sizes(c: ModelConfig) -> dict:
@@ -105,8 +105,8 @@ def model_keys(values: dict) -> dict:
     missing = [key for key in (*SIZES, *RANKS, "rms_norm_eps") if key not in values]
     if missing:
         raise UsageError(f"config.json has no {missing[0]}")
-    if values["rms_norm_eps"] != model.EPS:
-        raise UsageError(f"config.json has rms_norm_eps={values['rms_norm_eps']}; the model's is {model.EPS:g}")
+    if values["rms_norm_eps"] != network.EPS:
+        raise UsageError(f"config.json has rms_norm_eps={values['rms_norm_eps']}; the model's is {network.EPS:g}")
     wrong = [key for key in (*SIZES, *RANKS) if not isinstance(values[key], int) or values[key] < 0]
     if wrong:
         raise UsageError(f"config.json has {wrong[0]}={values[wrong[0]]!r}")

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import attention, compiled, decoder, panels, quantize
 from lowrank_jax.config import ModelConfig
-from lowrank_jax.model import rms_norm
+from lowrank_jax.inference import decoder, panels, quantize
+from lowrank_jax.model import attention
+from lowrank_jax.model.kernels import build
+from lowrank_jax.model.network import rms_norm
 
 LANES = 16  # latents, and the tokens of a window, are read so many at a time
 
@@ -23,7 +25,7 @@ def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """
     latent = c.rank and all(rank % LANES == 0 for rank in c.ranks[1:3])
     here = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]
-    if not (latent and here and compiled.load("decode")):
+    if not (latent and here and build.load("decode")):
         return None
     w = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, w)
     some = lambda f, *w: None if w[0] is None else f(*w)

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import attention, quantize
 from lowrank_jax.config import ModelConfig
-from lowrank_jax.model import rms_norm
-from lowrank_jax.quantize import times
+from lowrank_jax.inference import quantize
+from lowrank_jax.inference.quantize import times
+from lowrank_jax.model import attention
+from lowrank_jax.model.network import rms_norm
 
 BLOCK = 128  # cached tokens that are read at a time: a row costs what it holds, however much the cache could
 

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import decoder, native, panels, precision, quantize, sampling, sharding
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError
-from lowrank_jax.sampling import Sampling
+from lowrank_jax.inference import cpu_decoder, decoder, panels, quantize, sampling
+from lowrank_jax.inference.sampling import Sampling
+from lowrank_jax.machine import sharding
+from lowrank_jax.model import precision
 
 CHUNKS = (256, 32, 8)  # tokens of a prompt that are read at once; the last only natively, where few are quick
 AT_ONCE = 256  # tokens of prompts that are read before others get their next ones
@@ -43,7 +45,7 @@ def prepare(config: RunConfig, params: dict, kind: str) -> decoder.Weights:
         raise UsageError(f"weights must be one of auto, {', '.join(quantize.KINDS)}, not {kind!r}")
     computed = kind if kind in ("fp32", "bf16", "fp16") else config.precision
     weights = decoder.prepare(config.model, params, kind, precision.policy(computed).dtype)
-    return native.pack(config.model, weights) or weights
+    return cpu_decoder.pack(config.model, weights) or weights
 
 
 class _Request(NamedTuple):
@@ -211,7 +213,7 @@ def _read_chunk(c: ModelConfig, w, cache, tokens_BS, chunk_1T, start, row):
     """The cache and the tokens with a chunk of a prompt at `start` of `row`."""
     T = chunk_1T.shape[1]
     window = decoder.empty_window(c, 1, max(T, WINDOW), cache["k"].dtype)
-    _, window = native.read(c, w, cache, window, chunk_1T, start[None], 0, row)
+    _, window = cpu_decoder.read(c, w, cache, window, chunk_1T, start[None], 0, row)
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, chunk_1T, (row, start))
     return decoder.keep(cache, window, start[None], row), tokens_BS
 
@@ -229,7 +231,7 @@ def _decode_some(
     at_B = jnp.arange(B)
 
     def body(loop: _Loop) -> _Loop:
-        x_B1D, window = native.read(c, w, cache, loop.window, loop.last_B[:, None], starts_B, loop.i)
+        x_B1D, window = cpu_decoder.read(c, w, cache, loop.window, loop.last_B[:, None], starts_B, loop.i)
         logits_BV = decoder.logits(w, x_B1D[:, 0])
         lengths_B = starts_B + loop.i + 1
         next_B = sampling.choose(logits_BV, drawn, loop.tokens_BS[:B], lengths_B)

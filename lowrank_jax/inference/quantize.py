@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import qwix
 
-from lowrank_jax import panels
+from lowrank_jax.inference import panels
 
 KINDS = ("fp32", "bf16", "fp16", "int8", "int4")
 GROUP = 64  # inputs that share a scale of int4, or the largest divisor of 64 that divides their number

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax.attention import MASKED
 from lowrank_jax.config import UsageError
+from lowrank_jax.model.attention import MASKED
 
 MOST = 2**31 - 1
 MOST_BIASED = 300  # OpenAI's limit

@@ -23,8 +23,8 @@ import signal
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import processes
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import processes
 
 VARIABLE = "LOWRANK_FAULTS"
 _KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("oom", "step"), ("fp8", "step")}

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lowrank_jax import hlo
-from lowrank_jax.devices import Chip
-from lowrank_jax.hlo import Collective
+from lowrank_jax.machine import hlo
+from lowrank_jax.machine.devices import Chip
+from lowrank_jax.machine.hlo import Collective
 
 # ----------------------------------------------------------------------------------------------------------- matmuls
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax import stages
 from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.training import plan as stages
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 ROWS = (DATA, FSDP)  # the axes that share out the rows of a batch

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lowrank_jax import compiled, sharding
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import sharding
+from lowrank_jax.model.kernels import build
 
 MASKED = -1e30  # finite: -inf - -inf is NaN, and no causal row is ever fully masked (each query sees itself)
 
@@ -90,7 +91,7 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return f"splash takes bfloat16 and float32, not {dtype}"
     if kernel == "native" and (dtype != "float32" or head_dim % 16):
         return f"native takes float32 and heads whose width is a multiple of 16, not {dtype} and {head_dim}"
-    if kernel == "native" and not compiled.load("attend"):
+    if kernel == "native" and not build.load("attend"):
         return "native is not compiled here"
     if kernel == "splash" and seq_len % 128:
         return f"splash takes lengths that are a multiple of 128, not {seq_len}"

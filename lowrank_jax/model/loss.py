@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import sharding
+from lowrank_jax.machine import sharding
 
 # Whose logits a device has at a time. Of fewer, adding up the table's gradient (8 V E bytes a part) takes a TPU v5e
 # more than a sixth of the time of the products (6 V E FLOPs a token).

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_jax import attention
 from lowrank_jax.config import ModelConfig
-from lowrank_jax.sharding import ROWS, TENSOR, constrain
+from lowrank_jax.machine.sharding import ROWS, TENSOR, constrain
+from lowrank_jax.model import attention
 
 EPS = 1e-6
 

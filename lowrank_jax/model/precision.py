@@ -2,7 +2,7 @@
 
 fp8 here is stateless (the current maximum of each tensor is its scale), so nothing of it is in a checkpoint. Its
 matmuls hand float8 arrays to `dot_general` and scale the result: the other way, rounding to float8 and back before a
-bf16 matmul, is a pattern that XLA removes without a word, rounding included (tests/test_fp8.py reads the program).
+bf16 matmul, is a pattern that XLA removes without a word, rounding included (see tests/model/test_fp8.py).
 """
 
 from collections.abc import Callable

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from lowrank_jax import faults, sharding, workdir
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.machine import faults, sharding
+from lowrank_jax.training import run_folder
 
 # Orbax narrates every opened folder, and repeats through asyncio each failed part of a write; we report it in one line.
 absl.logging.set_verbosity(absl.logging.FATAL)
@@ -151,7 +152,7 @@ class Checkpoints:
             for failed, reason in broken:
                 say(f"warning: the checkpoint of step {failed} is damaged ({reason}); using step {step}")
                 if delete_broken:
-                    workdir.log_event(self.folder, "restore_failed", failed, reason=reason)
+                    run_folder.log_event(self.folder, "restore_failed", failed, reason=reason)
                     self._manager.delete(failed)
             return restored.state, progress
         if broken:

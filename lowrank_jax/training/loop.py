@@ -13,31 +13,20 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax import (
-    faults,
-    fit,
-    optim,
-    phase,
-    plan,
-    processes,
-    sharding,
-    stages,
-    step,
-    track,
-    trained,
-    warmstart,
-    workdir,
-)
-from lowrank_jax.checkpoint import Checkpoints, tree_sha256
+from lowrank_jax import plan
 from lowrank_jax.cli import ABANDONED, say
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.interrupt import Interrupted
-from lowrank_jax.meter import Meter
-from lowrank_jax.processes import Signals
-from lowrank_jax.programs import Programs
-from lowrank_jax.stages import Stage
+from lowrank_jax.machine import faults, processes, sharding
+from lowrank_jax.machine.interrupt import Interrupted
+from lowrank_jax.machine.processes import Signals
+from lowrank_jax.training import memory, optim, phase, run_folder, step, track, trained, warmstart
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
+from lowrank_jax.training.metrics import Meter
+from lowrank_jax.training.plan import Stage
+from lowrank_jax.training.programs import Programs
 
 # `precision` is what the run has fallen back to: empty is the config's.
 START = {"step": 0, "phase": "pretrain", "tokens": 0, "data_sha256": "", "cursor": None, "precision": ""}
@@ -78,7 +67,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
     faults.check()
     track.check(config.track)
     with contextlib.ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(workdir.lock(folder)))
+        processes.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
         config, old, read = _prepare(config, folder)
         mesh, signals = sharding.make_mesh(config, jax.devices()), Signals(received)
         reading = _while_compiling(read)
@@ -87,7 +76,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
         programs, fits = _gate(config, mesh, folder, lambda: signals.agreed > 0 or bool(failed()))
         stack.enter_context(contextlib.closing(programs))
-        if workdir.newest_checkpoint(folder) is None:
+        if run_folder.newest_checkpoint(folder) is None:
             programs.held = step.first_state(config, _first_params(config, mesh, reading.result), 0, mesh), START
         table = plan.table(plan.describe(config, fits, mesh))
         tok = reading.result()
@@ -96,15 +85,15 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         if processes.is_first():
             show(table)
         if old is None and processes.is_first():
-            tok.save(workdir.tokenizer_folder(folder))  # before config.json: where that is, the tokenizer is too
+            tok.save(run_folder.tokenizer_folder(folder))  # before config.json: where that is, the tokenizer is too
         saved = stack.enter_context(Checkpoints(folder, config.every.keep))
         stages_here = stages.plan(config, sharding.row_shards(mesh))
         r = Run(config, tok, folder, mesh, stages_here, programs, saved, signals)
         state, at = _restore(r)
-        workdir.write_config(folder, config)  # only now is it certain that it can go on here
-        changed = [f"{key}: {was} -> {now}" for key, was, now in workdir.differences(old or config, config)]
+        run_folder.write_config(folder, config)  # only now is it certain that it can go on here
+        changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or config, config)]
         on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(mesh.shape)}
-        workdir.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed, **on)
+        run_folder.log_event(folder, "start", at["step"], resumes=old is not None, changed=changed, **on)
         for found in (found for found in fits if found.seconds):
             _log_compile(r, found)
         while True:
@@ -130,17 +119,17 @@ def _while_compiling(work: Callable) -> Future:
     return future
 
 
-def _gate(config: RunConfig, mesh: Mesh, folder: str, stop: Callable[[], bool]) -> tuple[Programs, list[fit.Fit]]:
+def _gate(config: RunConfig, mesh: Mesh, folder: str, stop: Callable[[], bool]) -> tuple[Programs, list[memory.Fit]]:
     """The programs, and how every stage that is left fits into memory: as the ledger has it, or found by compiling.
 
     `stop` cuts it short, after which nothing is trained.
     """
-    ledger, whole_plan = workdir.read_rows(folder, "events.jsonl"), stages.plan(config, sharding.row_shards(mesh))
-    limit = min(processes.gather(fit.limit_bytes(config, mesh)))
-    programs = Programs(config, mesh, limit, fit.remembered(ledger, mesh), stop)
-    left = tuple(s for s in whole_plan if s.end >= (workdir.newest_checkpoint(folder) or 0))
+    ledger, whole_plan = run_folder.read_rows(folder, "events.jsonl"), stages.plan(config, sharding.row_shards(mesh))
+    limit = min(processes.gather(memory.limit_bytes(config, mesh)))
+    programs = Programs(config, mesh, limit, memory.remembered(ledger, mesh), stop)
+    left = tuple(s for s in whole_plan if s.end >= (run_folder.newest_checkpoint(folder) or 0))
     try:
-        return programs, programs.fit_all(left, fit.known(ledger, config, whole_plan, mesh, limit))
+        return programs, programs.fit_all(left, memory.known(ledger, config, whole_plan, mesh, limit))
     except Interrupted:
         return programs, []
     except BaseException:
@@ -154,16 +143,16 @@ def _prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | Non
     That looks at the data, and returns the tokenizer (learnt for a new run).
     """
     phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
-    if workdir.holds_run(folder):
-        old, tok = workdir.read_config(folder), tokenizer.load(workdir.tokenizer_folder(folder))
+    if run_folder.holds_run(folder):
+        old, tok = run_folder.read_config(folder), tokenizer.load(run_folder.tokenizer_folder(folder))
         config = config.with_vocab(tok.vocab_size)
-        workdir.check_same_run(folder, old, config)
+        run_folder.check_same_run(folder, old, config)
     else:
-        if workdir.newest_checkpoint(folder) is not None:
+        if run_folder.newest_checkpoint(folder) is not None:
             raise UsageError(
                 f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
             )
-        old, home = None, t.path or (config.init_from and workdir.tokenizer_folder(config.init_from))
+        old, home = None, t.path or (config.init_from and run_folder.tokenizer_folder(config.init_from))
         tok = tokenizer.load(home) if home else None
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
     shapes = step.abstract_state(config).params
@@ -204,7 +193,7 @@ def _train(r: Run, state: step.TrainState, at: dict) -> dict:
         try:
             state, at = _loop(r, meter, state, at)
         except jax.errors.JaxRuntimeError as e:
-            if not fit.is_out_of_memory(e):
+            if not memory.is_out_of_memory(e):
                 if processes.count() == 1:
                     raise
                 raise RunFailure(f"a step failed, as where another process ended: {str(e).splitlines()[0]:.200}") from e
@@ -214,7 +203,7 @@ def _train(r: Run, state: step.TrainState, at: dict) -> dict:
             raise OutOfMemory from None
     r.saved.wait()
     hashes = {"data_sha256": at["data_sha256"], "params_sha256": tree_sha256(state.weights)}
-    workdir.log_event(r.folder, "finish", at["step"], tokens=at["tokens"], **hashes)
+    run_folder.log_event(r.folder, "finish", at["step"], tokens=at["tokens"], **hashes)
     return {"workdir": r.folder, "step": at["step"], "tokens": at["tokens"], **hashes}
 
 
@@ -224,7 +213,7 @@ def _loop(r: Run, meter: Meter, state: step.TrainState, at: dict) -> tuple[step.
     What is done is told by `at` and the run's files alone, so that it makes no difference which process did it.
     """
     phase_name, running, last_save = None, None, time.monotonic()
-    done = {tuple(m) for m in processes.on_first(lambda: sorted(workdir.milestones(r.folder)))}
+    done = {tuple(m) for m in processes.on_first(lambda: sorted(run_folder.milestones(r.folder)))}
     measures = {}
     with contextlib.ExitStack() as feeds:
         while True:
@@ -289,7 +278,7 @@ def _enter(r: Run, stage: Stage, state: step.TrainState, at: dict, meter: Meter)
         if at["step"]:  # the run's first state has none yet
             state, old = step.first_state(r.config, state.weights, at["step"], r.mesh), state
             jax.tree.map(lambda x: x.delete(), old)  # callers still hold it
-        workdir.log_event(r.folder, "phase", at["step"], phase=stage.phase)
+        run_folder.log_event(r.folder, "phase", at["step"], phase=stage.phase)
         if r.config.init_from and at["step"] == 0:
             _save(r, meter, state, at)  # from here on the run does not need the other one
     return state, phase.feed(r.config, r.mesh, stage, r.tokenizer, r.folder, at, lambda: meter.step)
@@ -341,7 +330,7 @@ def _fp8_is_off(r: Run, state: step.TrainState, batch: dict, at: dict, meter: Me
         apart["loss"] = float("nan")
     ok = apart["loss"] <= FP8_LOSS and apart["gradient"] <= FP8_GRADIENT  # not so for NaN
     facts = {name: f"{value:.4f}" for name, value in apart.items()}
-    workdir.log_event(r.folder, "fp8_check" if ok else "fallback", at["step"], off_by=facts)
+    run_folder.log_event(r.folder, "fp8_check" if ok else "fallback", at["step"], off_by=facts)
     if not ok:
         say(f"step {at['step']}: fp8 is off from bf16 by {facts}: going on in bf16")
     meter.restart_clock()
@@ -360,7 +349,7 @@ def _save_quietly(r: Run, state: step.TrainState, at: dict) -> dict:
     started, at = time.monotonic(), phase.whole(at)
     if r.saved.save(at["step"], state, at):
         blocked = round(time.monotonic() - started, 3)
-        workdir.log_event(r.folder, "save", at["step"], data_sha256=at["data_sha256"], blocked_seconds=blocked)
+        run_folder.log_event(r.folder, "save", at["step"], data_sha256=at["data_sha256"], blocked_seconds=blocked)
     return at
 
 
@@ -368,7 +357,7 @@ def _leave(r: Run, at_step: int) -> None:
     """Ends the process after a signal, once its state is on disk."""
     r.saved.wait()
     number = r.signals.agreed
-    workdir.log_event(r.folder, "preempt", at_step, signal=number)
+    run_folder.log_event(r.folder, "preempt", at_step, signal=number)
     say(f"{signal.Signals(number).name}: saved at step {at_step}; run the same command again to go on")
     sys.exit(128 + number)
 
@@ -383,13 +372,13 @@ def _learn(r: Run, at_step: int, error: str) -> None:
     facts = {"stage": stage.name, "reason": error.splitlines()[0][:300], "device": kind}
     told = lambda learnt: facts | (learnt._asdict() if learnt else {})
     if not processes.meet(f"out of memory after step {at_step}", ALONE_SECONDS):
-        workdir.log_event(r.folder, "oom", at_step, everyone=True, **told(learnt))
+        run_folder.log_event(r.folder, "oom", at_step, everyone=True, **told(learnt))
         raise RunFailure(
             f"out of memory at step {at_step + 1}, here alone; run the same command again: it will use less"
         )
-    learnt = fit.least(each and fit.Learnt(*each) for each in processes.gather(learnt))
+    learnt = memory.least(each and memory.Learnt(*each) for each in processes.gather(learnt))
     r.programs.learn(learnt)
-    workdir.log_event(r.folder, "oom", at_step, **told(learnt))
+    run_folder.log_event(r.folder, "oom", at_step, **told(learnt))
     if learnt is None:
         raise RunFailure(
             f"out of memory at step {at_step + 1}, in {stage.name} with one row of {stage.seq_len} tokens at a time, "
@@ -422,10 +411,10 @@ def _restore(r: Run) -> tuple[step.TrainState, dict]:
     next_stage = stages.stage_at(r.plan, at["step"])
     if at["step"] > next_stage.phase_start:
         stream.check_sources(at["cursor"], getattr(r.config, next_stage.phase))
-    workdir.rewind_metrics(r.folder, at["step"])
+    run_folder.rewind_metrics(r.folder, at["step"])
     if not (held and at["step"] == 0):
         source = "memory" if held else "checkpoint" if at["step"] else "start"
-        workdir.log_event(r.folder, "restore", at["step"], data_sha256=at["data_sha256"], source=source)
+        run_folder.log_event(r.folder, "restore", at["step"], data_sha256=at["data_sha256"], source=source)
     return state, at
 
 
@@ -434,8 +423,8 @@ def _phase_done(plan: tuple[Stage, ...], done: int) -> str:
     return stages.stage_at(plan, max(done - 1, 0)).phase
 
 
-def _log_compile(r: Run, found: fit.Fit) -> None:
-    where, seconds = fit.where(r.config, r.mesh, r.programs.limit), round(found.seconds, 3)
-    workdir.log_event(r.folder, "compile", found.stage.start, **fit.facts(found), seconds=seconds, **where)
+def _log_compile(r: Run, found: memory.Fit) -> None:
+    where, seconds = memory.where(r.config, r.mesh, r.programs.limit), round(found.seconds, 3)
+    run_folder.log_event(r.folder, "compile", found.stage.start, **memory.facts(found), seconds=seconds, **where)
     if found.note:
         say(f"{found.stage.name}: chunked attention, as {found.note}")

@@ -13,9 +13,12 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax import attention, devices, precision, sharding, stages, step
 from lowrank_jax.config import RunConfig
-from lowrank_jax.stages import Stage
+from lowrank_jax.machine import devices, sharding
+from lowrank_jax.model import attention, precision
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import step
+from lowrank_jax.training.plan import Stage
 
 FAR = 0.5  # share of the limit below which a bound is certain enough to train on
 ROOM = 0.9  # share of a device's memory that a step may take: batches read ahead and evaluation need the rest

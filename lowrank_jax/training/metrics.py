@@ -8,11 +8,13 @@ import time
 import jax
 from tqdm import tqdm
 
-from lowrank_jax import costs, devices, processes, track, workdir
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig, RunFailure
-from lowrank_jax.fit import Fit
-from lowrank_jax.stages import Stage
+from lowrank_jax.machine import devices, processes
+from lowrank_jax.model import costs
+from lowrank_jax.training import run_folder, track
+from lowrank_jax.training.memory import Fit
+from lowrank_jax.training.plan import Stage
 
 TRACE_AFTER = 10  # steps of a process, which then runs as it will
 MOST_IN_A_ROW = 20  # refused updates, after which a run is not going to recover by itself
@@ -87,7 +89,7 @@ class Meter:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         facts = {"loss": _finite(values["loss"]), "grad_norm": _finite(values["grad_norm"])}
         facts |= {"reason": "spike" if finite else "not finite", "in_a_row": int(values["in_a_row"])}
-        workdir.log_event(self.folder, "skip", at["step"], **facts)
+        run_folder.log_event(self.folder, "skip", at["step"], **facts)
         say(f"step {at['step']}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
         # Where fp8 is the cause, the next look at bf16 finds that out.
         most = MOST_IN_A_ROW + (self.config.every.fp8_check if stage.precision == "fp8" else 0)
@@ -114,7 +116,7 @@ class Meter:
         facts |= {"precision": s.precision, "attention": s.attention}
         facts |= {"compile_seconds": round(found.seconds, 3), "stall_seconds": round(stall, 3)}
         facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
-        workdir.log_event(self.folder, "stage", self.step - 1, **facts)
+        run_folder.log_event(self.folder, "stage", self.step - 1, **facts)
         say(f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens a step, {s.microbatch} rows at a time")
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
@@ -124,7 +126,7 @@ class Meter:
         say(f"step {at_step}: held-out {stage.phase} {result['bits_per_byte']:.3f} bits per byte")
 
     def _write(self, row: dict) -> None:
-        workdir.append(self.folder, "metrics.jsonl", row)
+        run_folder.append(self.folder, "metrics.jsonl", row)
         for tracker in self.trackers:
             tracker.log(row["step"], track.values(row))
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from lowrank_jax import sharding
 from lowrank_jax.config import OptimConfig, PhaseConfig, UsageError
-from lowrank_jax.sharding import FSDP, TENSOR, path_name
+from lowrank_jax.machine import sharding
+from lowrank_jax.machine.sharding import FSDP, TENSOR, path_name
 
 # Moonlight (arXiv 2502.16982, section 2.2): with updates scaled to 0.2 sqrt(max(rows, columns)) their size matches
 # AdamW's, so that one learning rate serves both.

@@ -9,13 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax import evaluate, faults, generate, processes, sharding, stages, workdir
+from lowrank_jax import evaluate, generate
 from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import packing, stream
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.stages import Stage
-from lowrank_jax.trained import Trained
+from lowrank_jax.machine import faults, processes, sharding
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import run_folder
+from lowrank_jax.training.plan import Stage
+from lowrank_jax.training.trained import Trained
 
 SAMPLE_TOKENS = 120
 SHOWN_TOKENS = 300  # of the first row of SFT
@@ -87,7 +90,7 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
     told = itertools.count()
 
     def note(event: str, **facts) -> None:
-        workdir.log_event(folder, event, step_now(), **facts)
+        run_folder.log_event(folder, event, step_now(), **facts)
         if (count := next(told)) < NOTES:
             more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
             say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}", everyone=True)
@@ -104,7 +107,7 @@ def show_end(trained: Trained, mesh: Mesh, stage: Stage, folder: str) -> None:
         with jax.set_mesh(mesh):
             (new,) = model.generate([ids], SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
         text = trained.tokenizer.decode(new)
-        workdir.log_event(folder, "sample", at["step"], phase=stage.phase, prompt=prompt, text=text)
+        run_folder.log_event(folder, "sample", at["step"], phase=stage.phase, prompt=prompt, text=text)
         shown = f"step {at['step']}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
         say(shown.replace("\n", "\n  "))
-    workdir.log_event(folder, "data", at["step"], phase=stage.phase, sources=stream.summary(at["cursor"]))
+    run_folder.log_event(folder, "data", at["step"], phase=stage.phase, sources=stream.summary(at["cursor"]))

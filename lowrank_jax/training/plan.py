@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from lowrank_jax import costs
 from lowrank_jax.config import PhaseConfig, RunConfig
+from lowrank_jax.model import costs
 
 # Hosts up to this many read shares of their own. Each reader holds about a megabyte of documents for every source.
 MOST_READERS = 8

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax import fit, interrupt, precision, processes, sharding, step
 from lowrank_jax.cli import ABANDONED
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
-from lowrank_jax.fit import Fit, Learnt
-from lowrank_jax.stages import Stage
+from lowrank_jax.machine import interrupt, processes, sharding
+from lowrank_jax.model import precision
+from lowrank_jax.training import memory, step
+from lowrank_jax.training.memory import Fit, Learnt
+from lowrank_jax.training.plan import Stage
 
 COMPILERS = 2  # at a time: XLA itself uses several threads for a large program
 
@@ -50,7 +52,7 @@ class Programs:
         self._following: Stage | None = None
 
     def fit_all(self, plan: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
-        """Compiles the first stage, and all that are neither known nor far from the limit (`fit.by_bound`).
+        """Compiles the first stage, and all that are neither known nor far from the limit (`memory.by_bound`).
 
         Raises UsageError in one line for one that cannot fit.
 
@@ -61,17 +63,17 @@ class Programs:
         first = self._get(plan[0]).fit
         known = {plan[0]: first} | known
         for stage in (stage for stage in plan if stage not in known):
-            if found := fit.by_bound(first, self.config, stage, self.mesh, self._learnt):
+            if found := memory.by_bound(first, self.config, stage, self.mesh, self._learnt):
                 known[stage], self._chosen[stage] = found, found.stage
                 self._bounded.add(stage)
             else:
                 self._prepare(stage)
         fits = [(known.get(stage) or self._get(stage).fit)._replace(program=None) for stage in plan]
-        if len({str(facts) for facts in processes.gather([fit.facts(found) for found in fits])}) > 1:
+        if len({str(facts) for facts in processes.gather([memory.facts(found) for found in fits])}) > 1:
             raise RunFailure("the processes' compilers disagree on what fits: are their devices and packages the same?")
         for found in fits:
             if not found.fits:
-                raise UsageError(fit.refusal(found))
+                raise UsageError(memory.refusal(found))
         self._keep(plan[:2])
         return fits
 
@@ -83,7 +85,7 @@ class Programs:
         self._keep((stage, following))
         self.running, self._following = self._get(stage), following
         if not self.running.fit.fits:  # one that the gate did not see, as where precision has changed
-            raise RunFailure(fit.refusal(self.running.fit))
+            raise RunFailure(memory.refusal(self.running.fit))
         is_new = stage in self._bounded
         self._bounded.discard(stage)
         return is_new
@@ -96,12 +98,12 @@ class Programs:
 
     def chosen(self, stage: Stage) -> Stage:
         """The stage as it fits, as far as that is known."""
-        return fit.restrict(self._chosen.get(stage, stage), self._learnt, sharding.row_shards(self.mesh))
+        return memory.restrict(self._chosen.get(stage, stage), self._learnt, sharding.row_shards(self.mesh))
 
     def smaller(self) -> Learnt | None:
         """What the running program's end for lack of memory teaches; None where it cannot be any smaller."""
         ran, shards = self.running.stage, sharding.row_shards(self.mesh)
-        smaller = fit.shrink(ran, ran.microbatch // 2, shards)
+        smaller = memory.shrink(ran, ran.microbatch // 2, shards)
         return smaller and Learnt(smaller.microbatch // shards * smaller.seq_len, smaller.remat)
 
     def learn(self, learnt: Learnt | None) -> None:
@@ -125,7 +127,7 @@ class Programs:
 
     def _make(self, stage: Stage) -> Program:
         asked, check = self._chosen.get(stage, stage), None
-        found = fit.fit(self.config, asked, self.mesh, self.limit, self._learnt)
+        found = memory.fit(self.config, asked, self.mesh, self.limit, self._learnt)
         self._chosen[stage] = found.stage
         if precision.policy(stage.precision).name == "fp8" and found.fits:
             check = step.lower_disagreement(self.config, found.stage, self.mesh).compile()

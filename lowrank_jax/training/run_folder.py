@@ -13,8 +13,8 @@ import json
 import os
 import time
 
-from lowrank_jax import processes
 from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.machine import processes
 
 # What makes a run this run: the weights' shapes, the tokens' meaning, the draws and the held-out split.
 IDENTITY = (

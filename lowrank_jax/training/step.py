@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from lowrank_jax import guard, loss, model, optim, precision, sharding, stages
 from lowrank_jax.config import RunConfig
-from lowrank_jax.guard import Guard
-from lowrank_jax.stages import Stage
+from lowrank_jax.machine import sharding
+from lowrank_jax.model import loss, network, precision
+from lowrank_jax.training import guard, optim
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.guard import Guard
+from lowrank_jax.training.plan import Stage
 
 BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
@@ -60,7 +63,7 @@ def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
 
 
 def _init(config: RunConfig) -> dict:
-    return model.init(config.model, jax.random.key(config.seed))
+    return network.init(config.model, jax.random.key(config.seed))
 
 
 def _start(config: RunConfig, params: dict, step: int) -> TrainState:
@@ -108,8 +111,8 @@ def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dic
 
     def sums(params, micro):
         params = jax.tree.map(lambda p, rate: p if rate else jax.lax.stop_gradient(p), params, rates)
-        x_BTD = model.features(c, params, micro["tokens"], micro["segments"], policy.dtype, policy.matmul)
-        head, targets, weights = model.head(c, params, x_BTD), micro["targets"], micro["weights"]
+        x_BTD = network.features(c, params, micro["tokens"], micro["segments"], policy.dtype, policy.matmul)
+        head, targets, weights = network.head(c, params, x_BTD), micro["targets"], micro["weights"]
         return loss.through_head(*head, targets, weights, scale / count, o.label_smoothing, o.z_loss)
 
     def accumulate(total, micro):

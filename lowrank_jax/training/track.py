@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from lowrank_jax import workdir
 from lowrank_jax.cli import say
 from lowrank_jax.config import UsageError
+from lowrank_jax.training import run_folder
 
 PROJECT = "lowrank_jax"
 PATIENCE = 15.0  # seconds that the end of a run waits for rows to be sent: a preempted machine has about 30 left
@@ -125,7 +125,7 @@ def _wandb(folder: str, settings: dict, step: int) -> Iterator[Write]:
 
     path, name = os.path.join(folder, "wandb.id"), _name(folder)
     if not os.path.isfile(path):  # random, since a name that was deleted cannot be used again
-        workdir.write_text(path, f"{re.sub('[^A-Za-z0-9_-]', '-', name)[:40]}-{secrets.token_hex(4)}")
+        run_folder.write_text(path, f"{re.sub('[^A-Za-z0-9_-]', '-', name)[:40]}-{secrets.token_hex(4)}")
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", PROJECT),
         name=name,
@@ -165,8 +165,8 @@ def _mlflow(folder: str, settings: dict, step: int) -> Iterator[Write]:
         experiment = client.get_experiment_by_name(project)
         number = experiment.experiment_id if experiment else client.create_experiment(project)
         run = client.create_run(number, run_name=_name(folder)).info.run_id
-        workdir.write_text(path, run)
-        params = [Param(key, str(value)[:SETTING_CHARACTERS]) for key, value in workdir.flatten(settings).items()]
+        run_folder.write_text(path, run)
+        params = [Param(key, str(value)[:SETTING_CHARACTERS]) for key, value in run_folder.flatten(settings).items()]
         for start in range(0, len(params), SETTINGS_AT_ONCE):
             client.log_batch(run, params=params[start : start + SETTINGS_AT_ONCE])
 

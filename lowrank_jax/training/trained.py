@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from lowrank_jax import step, workdir
-from lowrank_jax.checkpoint import Checkpoints
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.training import run_folder, step
+from lowrank_jax.training.checkpoint import Checkpoints
 
 
 class Trained(NamedTuple):
@@ -25,7 +25,7 @@ def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
 
     Its arrays are on one device, or laid out on `mesh`.
     """
-    config, tokenizer_folder = workdir.read_config(folder), workdir.tokenizer_folder(folder)
+    config, tokenizer_folder = run_folder.read_config(folder), run_folder.tokenizer_folder(folder)
     if not os.path.isdir(tokenizer_folder):
         raise UsageError(f"--workdir={folder} has no tokenizer: {tokenizer_folder} is missing")
     with Checkpoints(folder, read_only=True) as saved:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lowrank_jax import sharding
 from lowrank_jax.config import UsageError
-from lowrank_jax.sharding import path_name
+from lowrank_jax.machine import sharding
+from lowrank_jax.machine.sharding import path_name
 
 TABLES = ("embed/table", "head/table")
 BLOCKS = "blocks/"

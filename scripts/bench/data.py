@@ -1,7 +1,7 @@
 """How fast data arrives, what it holds in memory, and what a resume costs: ours beside Hugging Face `datasets`.
 
-    python scripts/bench_data.py                      # writes 5 GB, and deletes them; about 20 minutes on 2 cores
-    python scripts/bench_data.py --gb=0.1 --kills=3   # the same in little
+    python scripts/bench/data.py                      # writes 5 GB, and deletes them; about 20 minutes on 2 cores
+    python scripts/bench/data.py --gb=0.1 --kills=3   # the same in little
 
 Both sides do the same job in the same run: read the same file, encode with the same tokenizer, put BOS and EOS around
 each document, cut the stream into rows of 1,024 tokens. Ours also makes segments and weights, hashes every batch, and
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 
-sys.path[0] = str(pathlib.Path(__file__).parents[1])
+sys.path[0] = str(pathlib.Path(__file__).parents[2])
 
 ROWS, LENGTH = 16, 1024
 DOCUMENT = 2000  # characters, about
@@ -65,7 +65,7 @@ def bench(folder: str, gb: float, seconds: float) -> dict:
 
 
 def in_process(name: str, *args):
-    """The JSON that `python scripts/bench_data.py NAME ARGS` prints last, from a fresh process."""
+    """The JSON that `python scripts/bench/data.py NAME ARGS` prints last, from a fresh process."""
     command = [sys.executable, __file__, name, *map(str, args)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -132,9 +132,10 @@ def step(folder: str) -> dict:
     """Tokens a second that the quickstart's step takes in, at its first length."""
     import jax
 
-    from lowrank_jax import cli, stages
-    from lowrank_jax import step as step_module
+    from lowrank_jax import cli
     from lowrank_jax.data import stream, tokenizer
+    from lowrank_jax.training import plan as stages
+    from lowrank_jax.training import step as step_module
 
     config = cli.read_config(["--config=configs/quickstart.py"])
     tok = tokenizer.train(stream.texts([config.pretrain], 500_000), config.tokenizer.vocab_size)
@@ -278,10 +279,10 @@ def _read_through(documents, total: float) -> dict:
 
 def memory(folder: str, path: str) -> dict:
     """Every document once, in the shuffled order of training, through every reader, packed in rows."""
-    from lowrank_jax import stages
     from lowrank_jax.config import read_sources
     from lowrank_jax.data import sources
     from lowrank_jax.data.reader import Limit, Part, Reader
+    from lowrank_jax.training import plan as stages
 
     source = sources.open_source(read_sources(f"json:{path}", "sources")[0])
     part, readers = Part(0, held_out=False, shuffled=True, endless=False), stages.MOST_READERS

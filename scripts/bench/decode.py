@@ -1,7 +1,7 @@
 """Decoding beside Hugging Face and llama.cpp: the same random weights, greedy, on this machine's CPU.
 
     pip install torch transformers xllamacpp   # what is missing is left out of the table
-    python scripts/bench_decode.py
+    python scripts/bench/decode.py
 
 Each runtime is a process of its own and they take turns, so that a noisy machine slows them alike; of each figure the
 best of the rounds counts. Tokens a second of one row are those after the first; of several, all of them over the whole
@@ -18,9 +18,10 @@ import tempfile
 import threading
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
-from lowrank_jax import cli, costs
+from lowrank_jax import cli
+from lowrank_jax.model import costs
 
 PRESETS = {"small": 8192, "base": 16_384}  # and the vocabulary: 29 and 98 million parameters as dense models
 LONG, ROWS, CONTEXT = 1500, (1, 8), 2048
@@ -39,7 +40,7 @@ def counts(new: int) -> dict[int, int]:
 
 
 def config_of(preset: str, vocab: int):
-    here = os.path.join(os.path.dirname(__file__), "..", "configs", "preset.py")
+    here = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "preset.py")
     # Without the latents' norm, so that llama.cpp can have the same model; one rank for all, as its latent form needs.
     flags = [f"--config={here}:{preset}", f"--config.model.vocab={vocab}", "--config.model.latent_norm=False"]
     flags += ["--config.model.rank_split=1,1,1,1", "--config.precision=fp32"]
@@ -65,12 +66,13 @@ def make(preset: str, vocab: int):
     import jax
     import numpy as np
 
-    from lowrank_jax import model, sharding
     from lowrank_jax.data import stream, tokenizer
-    from lowrank_jax.trained import Trained
+    from lowrank_jax.machine import sharding
+    from lowrank_jax.model import network
+    from lowrank_jax.training.trained import Trained
 
     config, rng = config_of(preset, vocab), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: model.init(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: network.init(config.model, jax.random.key(0)))
     draw = lambda w: rng.standard_normal(w.shape, np.float32) * w.shape[-2] ** -0.5 if w.ndim > 1 else 1.0
     params = jax.tree.map_with_path(
         lambda path, w: np.ones(w.shape, np.float32) if path[-1].key == "gain" else draw(w), shapes
@@ -87,7 +89,8 @@ def make(preset: str, vocab: int):
 def ours(preset: str, vocab: int, folder: str, kind: str, new: int) -> dict:
     import jax
 
-    from lowrank_jax import engine, sampling, sharding
+    from lowrank_jax.inference import engine, sampling
+    from lowrank_jax.machine import sharding
 
     config = config_of(preset, vocab)
     with open(os.path.join(folder, "params.pickle"), "rb") as f:

@@ -1,7 +1,7 @@
 """Measures a preset beside its dense twin on this machine's CPU, or on chips by their compilers alone.
 
-    python scripts/bench_twin.py --presets=small,base
-    python scripts/bench_twin.py --presets=base,custom --topologies=v5e:2x2,h100:4
+    python scripts/bench/dense_twin.py --presets=small,base
+    python scripts/bench/dense_twin.py --presets=base,custom --topologies=v5e:2x2,h100:4
 
 Each line of docs/results/cost.jsonl is one measurement of a process of its own, and what has a line is not measured
 again (--again does). Low rank and dense take turns. On a CPU: seconds of CPU and of the clock per step, decoded tokens
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
-from lowrank_jax import cli, costs, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.model import costs
+from lowrank_jax.training import run_folder
 
 ROOT = os.path.abspath(sys.path[0])
 VOCAB, LENGTH, CONTEXT = 8192, 1024, 4096
@@ -41,13 +43,13 @@ def command(argv: list[str]) -> dict | None:
         measure = {"train": train, "decode": decode}.get(what) or (lambda preset, which: compiled(preset, which, what))
         return measure(preset, which)
     os.makedirs(args.results, exist_ok=True)
-    done = {(row["preset"], row["model"], row["what"]) for row in workdir.read_rows(args.results, "cost.jsonl")}
+    done = {(row["preset"], row["model"], row["what"]) for row in run_folder.read_rows(args.results, "cost.jsonl")}
     for preset in args.presets.split(","):
         for what in filter(None, args.topologies.split(",")) if args.topologies else ("train", "decode"):
             for which in MODELS:
                 if args.again or (preset, which, what) not in done:
                     row = in_a_process(preset, which, what)
-                    workdir.append(args.results, "cost.jsonl", row)
+                    run_folder.append(args.results, "cost.jsonl", row)
                     print(json.dumps(row), flush=True)
     return None
 
@@ -79,7 +81,8 @@ def train(preset: str, which: str, steps: int = 5) -> dict:
     import jax
     import numpy as np
 
-    from lowrank_jax import stages, step
+    from lowrank_jax.training import plan as stages
+    from lowrank_jax.training import step
 
     shape = {"pretrain.tokens_per_step": 4 * LENGTH, "pretrain.microbatch_tokens": LENGTH, "pretrain.block": LENGTH}
     config = config_of(preset, which, **shape, **{"pretrain.steps": 100, "sft.steps": 0, "model.scan": False})
@@ -109,16 +112,18 @@ def train(preset: str, which: str, steps: int = 5) -> dict:
 def decode(preset: str, which: str, new: int = 33) -> dict:
     """One row, greedy, in fp32, with BEFORE tokens in the cache; random weights.
 
-    Both by XLA: what lowrank_jax/native.py does for the low-rank model alone is in docs/inference.md.
+    Both by XLA: what lowrank_jax/inference/cpu_decoder.py does for the low-rank model alone is in docs/inference.md.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from lowrank_jax import decoder, engine, model, sampling, sharding
+    from lowrank_jax.inference import decoder, engine, sampling
+    from lowrank_jax.machine import sharding
+    from lowrank_jax.model import network
 
     config = config_of(preset, which)
-    make = lambda: jax.tree.map(lambda w: w + 0.01, model.init(config.model, jax.random.key(0)))  # no factor is zero
+    make = lambda: jax.tree.map(lambda w: w + 0.01, network.init(config.model, jax.random.key(0)))  # no factor is zero
     params = jax.jit(make, out_shardings=sharding.whole(sharding.one_device()))()
     weights = decoder.prepare(config.model, params, "fp32", jnp.float32)
     size = sum(x.nbytes for x in jax.tree.leaves(params))

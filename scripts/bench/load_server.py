@@ -1,7 +1,7 @@
 """Loads a server of a run with many clients at once, and checks every answer against the one it gave alone.
 
-    python scripts/load_server.py --workdir=runs/quickstart
-    python scripts/load_server.py --workdir=runs/quickstart --clients=16 --seconds=30 --slots=4 --json
+    python scripts/bench/load_server.py --workdir=runs/quickstart
+    python scripts/bench/load_server.py --workdir=runs/quickstart --clients=16 --seconds=30 --slots=4 --json
 
 Starts the server itself, on this machine's loopback. Questions differ in length and are drawn with a seed each, so that
 no two answers are alike. Half of them are asked as streams, of which some are left early. Dropped is what got no whole
@@ -20,11 +20,12 @@ import threading
 import time
 from typing import NamedTuple
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
-from lowrank_jax import cli, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import chat, tokenizer
+from lowrank_jax.training import run_folder
 
 WORDS = "the king and his queen said to all good people of old that no man may know what love has done here".split()
 QUESTIONS = 24
@@ -198,7 +199,7 @@ def command(argv: list[str]) -> dict:
     args = parser.parse_args(argv)
     if not 1 <= args.clients <= 1000 or not 0 < args.seconds <= 86400:
         raise UsageError("--clients must be between 1 and 1,000 and --seconds at most 86,400")
-    asked = questions(QUESTIONS, chat.stop_ids(tokenizer.load(workdir.tokenizer_folder(args.workdir))))
+    asked = questions(QUESTIONS, chat.stop_ids(tokenizer.load(run_folder.tokenizer_folder(args.workdir))))
     process, port = start(args)
     try:
         result = run(port, asked, alone(port, asked), args.clients, args.seconds)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax import attention, costs, loss, model, optim, precision, stages, step
 from lowrank_jax.config import RunConfig
+from lowrank_jax.model import attention, costs, loss, network, precision
+from lowrank_jax.training import optim, step
+from lowrank_jax.training import plan as stages
 
 ROUNDS = 7
 
@@ -49,8 +51,8 @@ def of_step(config: RunConfig, peak_flops: float, steps: int) -> list[dict]:
     attend = lambda q, k, v: attention.attend(q, k, v, jnp.zeros(targets.shape, jnp.int32))
     measure("attention", often, 3.5 * scores, gradient(attend), q_BTHK, q_BTHK, q_BTHK, q_BTHK)
     measure("mlp", often, 6 * at_once * per_layer["mlp"], gradient(_mlp), x_BTD, weights["mlp"], x_BTD)
-    measure("norms", 2 * often, 0, gradient(model.norm), x_BTD, x_BTD, weights["mlp_norm"]["gain"])
-    table_VE, x_BTE = model.head(c, params, x_BTD)
+    measure("norms", 2 * often, 0, gradient(network.norm), x_BTD, x_BTD, weights["mlp_norm"]["gain"])
+    table_VE, x_BTE = network.head(c, params, x_BTD)
     head = lambda table, x: loss.through_head(table, x, targets, jnp.ones(targets.shape))[0]
     measure("head and loss", once, 6 * at_once * table_VE.size, jax.grad(head, (0, 1)), table_VE, x_BTE)
     make = optim.make(config.optim)
@@ -89,7 +91,7 @@ def _projected(weights: dict, x: jax.Array) -> jax.Array:
 def _mlp(weights: dict, x: jax.Array) -> jax.Array:
     through = lambda x, factors: functools.reduce(precision.matmul, factors.values(), x)
     gate, up = (through(x, weights[name]) for name in ("gate", "up"))
-    return through(model.swiglu(gate, up), weights["out"])
+    return through(network.swiglu(gate, up), weights["out"])
 
 
 def best(run) -> float:

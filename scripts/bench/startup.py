@@ -1,6 +1,6 @@
 """Seconds from the training command to its first step, with an empty compilation cache and with a warm one.
 
-    python scripts/bench_startup.py --config=configs/quickstart.py --config.pretrain.steps=100
+    python scripts/bench/startup.py --config=configs/quickstart.py --config.pretrain.steps=100
 
 Each round is a new run, which learns its tokenizer anew; the second and all later ones find what the first compiled.
 The C++ for CPUs is compiled before, as scripts/setup.sh does.
@@ -12,17 +12,19 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
-from lowrank_jax import cli, compiled, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure
+from lowrank_jax.model.kernels import build
+from lowrank_jax.training import run_folder
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     args, settings = parser.parse_known_args(argv)
-    all(map(compiled.load, compiled.TARGETS))
+    all(map(build.load, build.TARGETS))
     with tempfile.TemporaryDirectory() as folder:
         seconds = [first_step(settings, os.path.join(folder, str(i)), folder) for i in range(args.rounds)]
     print(f"cold {seconds[0]:.1f} s, warm {min(seconds[1:], default=float('nan')):.1f} s", flush=True)
@@ -35,7 +37,7 @@ def first_step(settings: list[str], run: str, folder: str) -> float:
     started = time.monotonic()
     with subprocess.Popen(line, env=os.environ | cache, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while not any(
-            row["event"] == "stage" for row in workdir.read_rows(run, "events.jsonl")
+            row["event"] == "stage" for row in run_folder.read_rows(run, "events.jsonl")
         ):  # after its first step
             if process.poll() is not None:
                 raise RunFailure(process.stderr.read().decode(errors="replace").strip().splitlines()[-1])

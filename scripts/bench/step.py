@@ -1,6 +1,6 @@
 """Times the training step of a config under changes of it, side by side, on random tokens.
 
-    python scripts/bench_step.py --config=configs/quickstart.py model.scan=True pretrain.microbatch_tokens=0
+    python scripts/bench/step.py --config=configs/quickstart.py model.scan=True pretrain.microbatch_tokens=0
 
 Each change is one arm beside the unchanged config. Arms take turns, so that a noisy machine slows them alike; the ratio
 of the best times is what to read.
@@ -10,12 +10,14 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import jax
 import numpy as np
 
-from lowrank_jax import cli, plan, stages, step
+from lowrank_jax import cli, plan
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import step
 
 
 def prepare(config, seq_len: int):

@@ -1,7 +1,7 @@
 """Training beside PyTorch: the same shapes and text, AdamW in fp32, on this machine's CPU.
 
     pip install torch   # what is missing is left out of the table
-    python scripts/bench_train.py
+    python scripts/bench/train.py
 
 Each arm is a process of its own; they take turns for some rounds, and of each the best step counts. PyTorch's model is
 what one would write there: a dense GPT with RMSNorm, SwiGLU, a tied head, and ALiBi as the bias of
@@ -18,9 +18,11 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
-from lowrank_jax import cli, costs, startup
+from lowrank_jax import cli
+from lowrank_jax.machine import startup
+from lowrank_jax.model import costs
 
 SHAPES = (("small", 256), ("small", 1024), ("base", 256))  # preset, length
 TOKENS, AT_ONCE = 2048, 512  # of a step; of which ours has so many in memory at a time, PyTorch all
@@ -36,7 +38,7 @@ ARMS = {
 
 
 def config_of(preset: str, length: int, dense: bool):
-    here = os.path.join(os.path.dirname(__file__), "..", "configs", "preset.py")
+    here = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "preset.py")
     flags = [f"--config={here}:{preset}", f"--config.model.vocab={VOCAB}", "--config.precision=fp32"]
     flags += [f"--config.pretrain.block={length}", "--config.pretrain.auto_grow=False", "--config.sft.steps=0"]
     flags += [f"--config.pretrain.tokens_per_step={TOKENS}", f"--config.pretrain.microbatch_tokens={AT_ONCE}"]
@@ -77,7 +79,8 @@ def ours(kind: str, preset: str, length: int, path: str):
     import jax
     import numpy as np
 
-    from lowrank_jax import stages, step
+    from lowrank_jax.training import plan as stages
+    from lowrank_jax.training import step
 
     config = config_of(preset, length, dense=kind == "dense")
     (stage,) = stages.plan(config)
@@ -121,7 +124,7 @@ def torch_model(c, length: int, naive: bool, rank: int):
     from torch import nn
     from torch.nn import functional as F
 
-    from lowrank_jax.attention import alibi_slopes
+    from lowrank_jax.model.attention import alibi_slopes
 
     def projection():
         dense = nn.Linear(c.d, c.d, bias=False)
@@ -197,7 +200,7 @@ def child(argv: list[str]) -> None:
     elif what == "peak":
         found = {"flops": peak()}
     elif what == "parts":
-        from scripts import bench_parts
+        from scripts.bench import parts as bench_parts
 
         _, dense, preset, length, flops, steps = argv
         config = config_of(preset, int(length), dense == "dense")

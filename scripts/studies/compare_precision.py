@@ -1,6 +1,6 @@
 """Trains one config in several precisions, and tells how far their losses are from the first one's.
 
-    python scripts/compare_precision.py --config=configs/quickstart.py --precisions=bf16,fp8 --steps=500
+    python scripts/studies/compare_precision.py --config=configs/quickstart.py --precisions=bf16,fp8 --steps=500
 
 Only pretraining is done, with the same data in every arm, and each arm is a run of `python -m lowrank_jax.main` in
 FOLDER/PRECISION: one that is finished is not repeated, one that was interrupted goes on. Any key of the config can be
@@ -16,12 +16,13 @@ import signal
 import subprocess
 import sys
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import numpy as np
 
-from lowrank_jax import cli, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.training import run_folder
 
 ROOT = os.path.abspath(sys.path[0])
 WINDOW = 50  # steps
@@ -76,16 +77,16 @@ def _changes(precision: str, steps: int) -> list[str]:
 def _check(folder: str, flags: list[str]) -> None:
     """Raises UsageError where the config cannot be used, or the folder holds a run of another."""
     asked = cli.read_config(flags)
-    if not workdir.holds_run(folder):
+    if not run_folder.holds_run(folder):
         return
-    had = workdir.read_config(folder)
-    for key, was, now in workdir.differences(had, asked):
+    had = run_folder.read_config(folder)
+    for key, was, now in run_folder.differences(had, asked):
         if key != "model.vocab":  # asked for as 0, and resolved in the run
             raise UsageError(f"{folder} holds a run whose config.{key} is {was}, not {now}; use another --folder")
 
 
 def _finished(folder: str) -> bool:
-    return any(event["event"] == "finish" for event in workdir.read_rows(folder, "events.jsonl"))
+    return any(event["event"] == "finish" for event in run_folder.read_rows(folder, "events.jsonl"))
 
 
 def _train(flags: list[str]) -> None:
@@ -113,7 +114,7 @@ def _train(flags: list[str]) -> None:
 
 def read(folder: str, steps: int) -> dict:
     """What a finished run tells by itself."""
-    rows, events = workdir.read_rows(folder, "metrics.jsonl"), workdir.read_rows(folder, "events.jsonl")
+    rows, events = run_folder.read_rows(folder, "metrics.jsonl"), run_folder.read_rows(folder, "events.jsonl")
     train, held = [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
     by_step = {row["step"]: row["loss"] for row in train}
     losses = np.array([by_step.get(step) for step in range(1, steps + 1)], float)  # null or missing: NaN

@@ -1,11 +1,11 @@
 """Trains the arms of a study beside each other and tells which one wins.
 
-    python scripts/experiment.py run --study=quality --lrs=0.0015,0.003,0.006 --seeds=0,1,2
-    python scripts/experiment.py table --study=quality
-    python scripts/experiment.py publish    # every study that has results, into docs/results.md, with plots
+    python scripts/studies/experiment.py run --study=quality --lrs=0.0015,0.003,0.006 --seeds=0,1,2
+    python scripts/studies/experiment.py table --study=quality
+    python scripts/studies/experiment.py publish    # every study that has results, into docs/results.md, with plots
 
-Studies and arms are plain data in scripts/studies.py. Every arm is trained by the product's own loop, in a process of
-its own; its line in docs/results/STUDY.jsonl is written when it is done, and what has a line is not done again: stop
+Studies and arms are plain data in scripts/studies/arms.py. The product's own loop trains every arm in a process of its
+own; its line in docs/results/STUDY.jsonl is written when it is done, and what has a line is not done again: stop
 the command (Ctrl-C) and start it again as you like. Arms of one seed start from the same draw of data, in the same
 order, and are measured on the same held-out text, so that differences are taken within a seed.
 """
@@ -24,17 +24,20 @@ import subprocess
 import sys
 import time
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from configs import default
-from lowrank_jax import cli, costs, model, stages, train, trained, workdir
+from lowrank_jax import cli
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
-from scripts import studies, tables
+from lowrank_jax.model import costs, network
+from lowrank_jax.training import loop, run_folder, trained
+from lowrank_jax.training import plan as stages
+from scripts.studies import arms, tables
 
 ROOT = os.path.abspath(sys.path[0])
 RESULTS = os.path.join(ROOT, "docs", "results")
@@ -43,7 +46,7 @@ RESULTS = os.path.join(ROOT, "docs", "results")
 def command(argv: list[str]) -> dict | None:
     parser = cli.Parser(__doc__)
     parser.add_argument("action", choices=("run", "one", "table", "publish"), help="one: a run in this process")
-    parser.add_argument("--study", default="quality", choices=studies.STUDIES)
+    parser.add_argument("--study", default="quality", choices=arms.STUDIES)
     parser.add_argument("--arms", default="", help="names, with commas between (default: all)")
     parser.add_argument("--lrs", default="", help="learning rates (default: the study's)")
     parser.add_argument("--seeds", default="0,1,2")
@@ -65,14 +68,14 @@ def command(argv: list[str]) -> dict | None:
     for task in tasks:
         if task not in done:
             row = in_a_process(args, *task)
-            workdir.append(args.results, f"{args.study}.jsonl", row)
+            run_folder.append(args.results, f"{args.study}.jsonl", row)
             cli.say(f"{args.study}: {task[0]}, lr {task[1]}, seed {task[2]}: {row['bits_per_byte']:.4f} bits per byte")
     return {"study": args.study, "runs": len(tasks)}
 
 
 def asked(args: argparse.Namespace) -> list[tuple[str, float, int]]:
     """(arm, learning rate, seed) of every run asked for: seed by seed, so that each seed is a whole table early."""
-    study = studies.STUDIES[args.study]
+    study = arms.STUDIES[args.study]
     names = [name.strip() for name in args.arms.split(",") if name.strip()]
     for name in names:
         if name not in study["arms"]:
@@ -91,8 +94,8 @@ def asked(args: argparse.Namespace) -> list[tuple[str, float, int]]:
 def config_of(study: str, arm: str, lr: float = 1e-2, seed: int = 0, tokenizer_path: str = "") -> RunConfig:
     """The config of one run, as the command line would make it."""
     values = default.get_config()
-    changes = studies.changes(study, arm) | {"pretrain.lr": lr, "seed": seed}
-    changes |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": studies.VOCAB}
+    changes = arms.changes(study, arm) | {"pretrain.lr": lr, "seed": seed}
+    changes |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": arms.VOCAB}
     for name, value in changes.items():
         if name != "variant":
             *groups, last = name.split(".")
@@ -103,20 +106,20 @@ def config_of(study: str, arm: str, lr: float = 1e-2, seed: int = 0, tokenizer_p
 
 def one(study: str, arm: str, lr: float, seed: int, folder: str) -> None:
     """Trains a run to its end, in this process, which its variant then has changed for good."""
-    studies.apply(studies.changes(study, arm).get("variant", ""))
+    arms.apply(arms.changes(study, arm).get("variant", ""))
     home = folder_of(folder, study, arm, lr, seed)
-    train.run(config_of(study, arm, lr, seed, learnt_tokenizer(folder)), home)
-    if lengths := studies.STUDIES[study].get("lengths"):
-        workdir.write_text(os.path.join(home, "lengths.json"), json.dumps(by_length(home, lengths)))
+    loop.run(config_of(study, arm, lr, seed, learnt_tokenizer(folder)), home)
+    if lengths := arms.STUDIES[study].get("lengths"):
+        run_folder.write_text(os.path.join(home, "lengths.json"), json.dumps(by_length(home, lengths)))
 
 
 def learnt_tokenizer(folder: str) -> str:
     """The folder of the pieces that all runs share, learnt from the studies' text where they are not there yet."""
     path = os.path.join(folder, "tokenizer")
     if not os.path.isdir(path):
-        study = next(iter(studies.STUDIES))
-        phase = config_of(study, studies.STUDIES[study]["reference"]).pretrain
-        tokenizer.train(stream.texts([phase], 8_000_000), studies.VOCAB).save(f"{path}.tmp")
+        study = next(iter(arms.STUDIES))
+        phase = config_of(study, arms.STUDIES[study]["reference"]).pretrain
+        tokenizer.train(stream.texts([phase], 8_000_000), arms.VOCAB).save(f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     return path
 
@@ -146,16 +149,18 @@ def in_a_process(args: argparse.Namespace, arm: str, lr: float, seed: int) -> di
     row = {"study": args.study, "arm": arm, "lr": lr, "seed": seed, **measured(folder)}
     row |= {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1) if row.pop("starts") == 1 else None}
     row |= {"peak_rss_bytes": used.ru_maxrss * 1024, **provenance()}
-    row["command"] = " ".join(["python scripts/experiment.py run", *(f'"{f}"' if " " in f else f for f in flags[:4])])
-    if not studies.STUDIES[args.study].get("keep"):
+    row["command"] = " ".join(
+        ["python scripts/studies/experiment.py run", *(f'"{f}"' if " " in f else f for f in flags[:4])]
+    )
+    if not arms.STUDIES[args.study].get("keep"):
         shutil.rmtree(os.path.join(folder, "checkpoints"))
     return row
 
 
 def measured(folder: str) -> dict:
     """What a finished run tells of itself. `step_seconds` is the median over groups of ten steps."""
-    rows, events = workdir.read_rows(folder, "metrics.jsonl"), workdir.read_rows(folder, "events.jsonl")
-    config, finish = workdir.read_config(folder), next(e for e in reversed(events) if e["event"] == "finish")
+    rows, events = run_folder.read_rows(folder, "metrics.jsonl"), run_folder.read_rows(folder, "events.jsonl")
+    config, finish = run_folder.read_config(folder), next(e for e in reversed(events) if e["event"] == "finish")
     done, held = [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
     counts, flops = costs.parameters(config.model), flops_of(config)
     seconds = [config.pretrain.tokens_per_step / row["tokens_per_s"] for row in done]
@@ -168,7 +173,7 @@ def measured(folder: str) -> dict:
     }
     facts |= {"rows": [[s.steps, s.batch, s.seq_len] for s in stages.plan(config)]}
     facts |= {"skipped": done[-1]["skipped"], "data_sha256": finish["data_sha256"]}
-    facts |= {"tokenizer_sha256": tokenizer.load(workdir.tokenizer_folder(folder)).sha256}
+    facts |= {"tokenizer_sha256": tokenizer.load(run_folder.tokenizer_folder(folder)).sha256}
     facts |= {"curve": curve(config, done, held)} if len(held) > 2 else {}
     if not os.path.isfile(os.path.join(folder, "lengths.json")):
         return facts
@@ -209,12 +214,12 @@ def by_length(folder: str, lengths: tuple[int, ...]) -> dict:
     length with attention to the last `lengths[0]` tokens only; after it this process can measure nothing else.
     """
     run, found = trained.open_run(folder), {}
-    texts = {kind: blocks(run.tokenizer, texts, max(lengths)) for kind, texts in studies.unseen().items()}
+    texts = {kind: blocks(run.tokenizer, texts, max(lengths)) for kind, texts in arms.unseen().items()}
     for length in lengths:
         for kind, ids in texts.items():
             found.setdefault(kind, {})[str(length)] = bits(run, ids, length)
     jax.clear_caches()
-    studies.see_only(lengths[0])
+    arms.see_only(lengths[0])
     for kind, ids in texts.items():
         found[kind]["window"] = bits(run, ids, max(lengths))
     return found
@@ -244,7 +249,7 @@ def bits(run: trained.Trained, ids: np.ndarray, length: int) -> list[float]:
 @functools.partial(jax.jit, static_argnums=0)
 def losses(c, params: dict, tokens_BT, targets_BT) -> jax.Array:
     """[B, T] nats of each target."""
-    logits_BTV = model.logits(c, params, model.features(c, params, tokens_BT))
+    logits_BTV = network.logits(c, params, network.features(c, params, tokens_BT))
     picked = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits_BTV, axis=-1) - picked
 

@@ -1,7 +1,7 @@
 """Break the code on purpose, one small change at a time, and see whether the tests notice.
 
-    python scripts/mutate.py                      # every mutation of scripts/mutations/*.toml, two at a time
-    python scripts/mutate.py --only=guard --jobs=1
+    python scripts/studies/mutate.py           # every mutation of scripts/studies/mutations/*.toml, two at a time
+    python scripts/studies/mutate.py --only=guard --jobs=1
 
 A mutation replaces one piece of text in one file and names the tests that must fail then. Each runs in a copy of the
 tracked files. First the same tests run without any mutation, and have to pass (unless --trust says that they just did).
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import tomllib
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 300  # after which a mutation's tests count as failed: it made something wait for ever
 
 
@@ -109,8 +109,8 @@ def table(mutations: list[dict], outcomes: dict[str, dict]) -> str:
     named = "\n".join(f"- {m['name']} (`{m['file']}`)" for m in survivors) or "None survives."
     return f"""# Mutations
 
-Do the tests fail when the code is wrong? `python scripts/mutate.py` breaks the code in {len(rows)} ways, each a change
-that a user would notice, and runs the tests that should fail. Most were written together with these tests. The 72
+Do the tests fail when the code is wrong? `python scripts/studies/mutate.py` breaks the code in {len(rows)} ways, each a
+change that a user would notice, and runs the tests that should fail. Most were written with these tests. The 72
 of the area `blind` were written from the code alone, by somebody who had not read the tests: 57 were noticed at first,
 and the others have tests since.
 

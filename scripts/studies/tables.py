@@ -1,4 +1,4 @@
-"""What the lines of results of scripts/experiment.py say: Markdown tables, plots, and both of them in docs/results.md.
+"""Markdown tables and plots from the results of scripts/studies/experiment.py, and both of them in docs/results.md.
 
 A line is one run. Means and deviations are over its seeds; a difference is taken within a seed, between an arm and its
 study's reference, each at the learning rate that suits it best.
@@ -7,9 +7,9 @@ study's reference, each at the learning rate that suits it best.
 import os
 import statistics
 
-from lowrank_jax import workdir
 from lowrank_jax.config import RunFailure, UsageError
-from scripts.studies import STUDIES
+from lowrank_jax.training import run_folder
+from scripts.studies.arms import STUDIES
 
 
 def key(row: dict) -> tuple[str, float, int]:
@@ -18,7 +18,7 @@ def key(row: dict) -> tuple[str, float, int]:
 
 def read(folder: str, study: str) -> list[dict]:
     """The lines of a study, the last one of each run, in the order of the study's arms."""
-    rows = list({key(row): row for row in workdir.read_rows(folder, f"{study}.jsonl")}.values())
+    rows = list({key(row): row for row in run_folder.read_rows(folder, f"{study}.jsonl")}.values())
     arms = list(STUDIES[study]["arms"])
     rows = [row for row in rows if row["arm"] in arms]
     return sorted(rows, key=lambda row: (arms.index(row["arm"]), row["lr"], row["seed"]))
@@ -143,7 +143,7 @@ def made_by(study: str, rows: list[dict]) -> str:
     join = lambda what: ", ".join(map(str, sorted(set(what))))
     lrs = ",".join(f"{lr:g}" for lr in sorted({row["lr"] for row in rows}))
     seeds = ",".join(map(str, sorted({row["seed"] for row in rows})))
-    command = f"python scripts/experiment.py run --study={study} --lrs={lrs} --seeds={seeds}"
+    command = f"python scripts/studies/experiment.py run --study={study} --lrs={lrs} --seeds={seeds}"
     refused, minutes = sum(row["skipped"] for row in rows), sum(row["cpu_seconds"] or 0 for row in rows) / 60
     return (
         f"{len(rows)} runs, {minutes:.0f} CPU minutes, {refused} refused updates; `{command}`; "
@@ -153,7 +153,7 @@ def made_by(study: str, rows: list[dict]) -> str:
 
 
 def cost(rows: list[dict]) -> str:
-    """Of scripts/bench_twin.py's lines: each preset's measurements, low rank beside dense."""
+    """Of scripts/bench/dense_twin.py's lines: each preset's measurements, low rank beside dense."""
     latest = {(row["preset"], row["what"], row["model"]): row for row in rows}
     lines = [["preset", "what", "low rank", "dense", "low rank / dense"]]
     for preset, what in dict.fromkeys((row["preset"], row["what"]) for row in rows):
@@ -165,9 +165,8 @@ def cost(rows: list[dict]) -> str:
                 where = {"train": "training on a CPU", "decode": "decoding on a CPU"}.get(what, what)
                 lines.append([preset, f"{where}: {label}", *shown, f"{values[0] / values[1]:.2f}"])
     commits = ", ".join(sorted({row["commit"] for row in latest.values()}))
-    return (
-        f"{markdown(lines)}\n\n`python scripts/bench_twin.py`, commits {commits}; each line: `docs/results/cost.jsonl`."
-    )
+    source = "each line: `docs/results/cost.jsonl`"
+    return f"{markdown(lines)}\n\n`python scripts/bench/dense_twin.py`, commits {commits}; {source}."
 
 
 # Of a measurement: what it is called, its unit, and how it is shown.
@@ -228,14 +227,14 @@ def publish(folder: str) -> None:
             raise UsageError(f"{path} has {begin} and no {end} behind it")
         before, rest = page.split(begin, 1)
         if study == "cost":
-            rows, shown = [], cost(workdir.read_rows(folder, "cost.jsonl"))
+            rows, shown = [], cost(run_folder.read_rows(folder, "cost.jsonl"))
         else:
             rows = read(folder, study)
             shown = of_study(study, rows) + (f"\n\n![{study}](results/{study}.png)" if rows else "")
         page = f"{before}{begin}\n{shown}\n{end}{rest.split(end, 1)[1]}"
         if rows:
             plot(study, rows, os.path.join(folder, f"{study}.png"))
-    workdir.write_text(path, page)
+    run_folder.write_text(path, page)
 
 
 def plot(study: str, rows: list[dict], path: str) -> None:

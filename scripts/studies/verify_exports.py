@@ -1,7 +1,7 @@
 """The parity table of docs/export.md: for every kind of model, how far each export's logits are from the model's own.
 
     pip install -r requirements-test.txt
-    python scripts/verify_exports.py [--workdir=runs/a,runs/b] [--formats=hf,torch,onnx,gguf,gguf-latent]
+    python scripts/studies/verify_exports.py [--workdir=runs/a,runs/b] [--formats=hf,torch,onnx,gguf,gguf-latent]
 
 Models of toy size with random weights, no factor zero and no gain 1, and the runs that are named besides. Logits are
 compared at random prompts of 1 and 13 tokens and of 1 and 1.5 times the longest trained, whole and against the cache;
@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from lowrank_jax import cli
@@ -41,10 +41,10 @@ def toy(changes: dict, tok):
     """A model with random weights."""
     import jax
 
-    from lowrank_jax import model
-    from lowrank_jax.trained import Trained
+    from lowrank_jax.model import network
+    from lowrank_jax.training.trained import Trained
 
-    here = os.path.join(os.path.dirname(__file__), "..", "configs", "default.py")
+    here = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "default.py")
     values = cli.read_config([f"--config={here}", "--config.pretrain.block=64"]).to_dict()
     values["pretrain"]["tokens_per_step"] = 64
     values["model"] |= TOY | {"vocab": tok.vocab_size} | changes
@@ -54,7 +54,7 @@ def toy(changes: dict, tok):
         if path[-1].key == "gain"
         else w.shape[-2] ** -0.5 * jax.random.normal(next(keys), w.shape)
     )
-    params = jax.tree_util.tree_map_with_path(draw, model.init(config.model, jax.random.key(0)))
+    params = jax.tree_util.tree_map_with_path(draw, network.init(config.model, jax.random.key(0)))
     return Trained(config, tok, params, {"step": 0, "tokens": 0, "phase": "pretrain"})
 
 
@@ -74,7 +74,7 @@ def error(trained, format: str, folder: str) -> float | None:
 
 def command(argv: list[str]) -> dict:
     from lowrank_jax.data import builtin, tokenizer
-    from lowrank_jax.trained import open_run
+    from lowrank_jax.training.trained import open_run
 
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", default="", help="runs to compare besides, with commas between")

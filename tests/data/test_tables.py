@@ -20,7 +20,7 @@ from lowrank_jax.data.records import BadRecord
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 KEYS = ("text", "messages", False)
 
 

@@ -16,7 +16,7 @@ from lowrank_jax.data import packing, sources, tables
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "tokenize.py"
 
 

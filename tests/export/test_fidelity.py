@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank_jax import evaluate, sharding
+from lowrank_jax import evaluate
 from lowrank_jax.config import RunFailure
 from lowrank_jax.export import fidelity, verify
+from lowrank_jax.machine import sharding
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from lowrank_jax import cli, compress, foreign
-from lowrank_jax.export import hf_tokenizer
+from lowrank_jax import cli, compress
+from lowrank_jax.export import foreign, hf_tokenizer
 
 torch.set_num_threads(1)
 

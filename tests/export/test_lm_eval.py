@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.nn import log_softmax
 
-from lowrank_jax import evaluate, sharding
+from lowrank_jax import evaluate
 from lowrank_jax.export import hf, verify
+from lowrank_jax.machine import sharding
 
 pytestmark = pytest.mark.slow
 

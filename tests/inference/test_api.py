@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import api
-from lowrank_jax.answers import Answer, Shapes
-from lowrank_jax.api import Limits, Problem, Question
-from lowrank_jax.engine import Piece
-from lowrank_jax.sampling import PRESETS, Sampling
+from lowrank_jax.inference.engine import Piece
+from lowrank_jax.inference.sampling import PRESETS, Sampling
+from lowrank_jax.inference.server import api
+from lowrank_jax.inference.server.answers import Answer, Shapes
+from lowrank_jax.inference.server.api import Limits, Problem, Question
 
 LIMITS = Limits("m", 521, context=100, max_tokens=50, answers=8)
 

@@ -8,6 +8,7 @@ import pytest
 from servers import serving, until
 
 from lowrank_jax.data import tokenizer
+from lowrank_jax.inference.server import routes
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SWITCHES = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
@@ -202,4 +203,4 @@ def test_copy_takes_the_text_as_it_is(visit):
 def test_nothing_comes_from_elsewhere(server):
     page = server.get("/")
     assert "http:" not in page and "https:" not in page and "innerHTML" not in page
-    assert os.path.getsize(os.path.join(os.path.dirname(__file__), "../lowrank_jax/chat.html")) < 40_000
+    assert os.path.getsize(routes.PAGE) < 40_000

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_engine import GREEDY, SETTINGS, answers, assert_nothing_is_compiled, prompt
-from test_model import jit, make, some_tokens, toy
+from test_network import jit, make, some_tokens, toy
 
-from lowrank_jax import compiled, decoder, native, quantize, sharding
-from lowrank_jax.engine import Engine
+from lowrank_jax.inference import cpu_decoder, decoder, quantize
+from lowrank_jax.inference.engine import Engine
+from lowrank_jax.machine import sharding
+from lowrank_jax.model.kernels import build
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +41,7 @@ def weights(name: str, kind: str):
     c = toy(**SMALL | MODELS[name])
     params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
     w = decoder.prepare(c, params, kind, {"bf16": jnp.bfloat16, "fp16": jnp.float16}.get(kind, jnp.float32))
-    packed = native.pack(c, w)
+    packed = cpu_decoder.pack(c, w)
     assert packed is not None
     return c, widened(w), packed
 
@@ -66,7 +68,7 @@ def both(name: str, kind: str, B: int, T: int, at: int = 5):
     starts = jnp.asarray([(0, 1, 127, 128, 129, 300)[b % 6] for b in range(B)], jnp.int32)
     tokens = some_tokens(c, B, T)
     x, after = reference(c, w, cache, window, tokens, starts, at, 1)
-    y, native_after = jax.jit(native.read, static_argnums=0)(c, packed, cache, window, tokens, starts, at, 1)
+    y, native_after = jax.jit(cpu_decoder.read, static_argnums=0)(c, packed, cache, window, tokens, starts, at, 1)
     return (x, after, decoder.logits(w, x[:, -1])), (y, native_after, jax.jit(decoder.logits)(packed, y[:, -1]))
 
 
@@ -109,7 +111,7 @@ def test_many_tokens_are_read_by_the_expanded_form_with_the_same_panels():
     window = decoder.empty_window(c, 2, T, jnp.float32)
     tokens, starts = some_tokens(c, 2, T), jnp.asarray([0, 200], jnp.int32)
     assert_equal(
-        reference(c, w, cache, window, tokens, starts, 0), native.read(c, packed, cache, window, tokens, starts, 0)
+        reference(c, w, cache, window, tokens, starts, 0), cpu_decoder.read(c, packed, cache, window, tokens, starts, 0)
     )
 
 
@@ -148,7 +150,7 @@ def test_calls_at_once_do_not_meet():
 def test_what_is_not_packed(changes):
     c = toy(**SMALL | changes)
     params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
-    assert native.pack(c, decoder.prepare(c, params, "fp32", jnp.float32)) is None
+    assert cpu_decoder.pack(c, decoder.prepare(c, params, "fp32", jnp.float32)) is None
 
 
 PROBE = """
@@ -158,15 +160,16 @@ if os.environ["PATH"] == "/nowhere":
     sys.modules["ziglang"] = None  # no compiler out of a package either
 if sys.argv[1] == "alone":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from lowrank_jax import compiled, panels
-compiled.FLAGS = ("-O0", *compiled.FLAGS[1:])  # 10 CPU seconds less
-if not compiled.load("decode"):
+from lowrank_jax.inference import panels
+from lowrank_jax.model.kernels import build
+build.FLAGS = ("-O0", *build.FLAGS[1:])  # 10 CPU seconds less
+if not build.load("decode"):
     sys.exit("not built")
 w = np.random.default_rng(0).standard_normal((50, 70)).astype(np.float32)
 x = np.ones((3, 50), np.float32)
 y = jax.jit(panels.times)(x, panels.matrix(w))
 np.testing.assert_allclose(y, x @ w, atol=1e-4)
-print(compiled.compiler()[0])
+print(build.compiler()[0])
 """
 
 
@@ -207,5 +210,5 @@ def test_where_it_cannot_be_compiled_one_line_says_why(tmp_path, environment, re
 
 def test_without_it_weights_stay_as_they_are(monkeypatch):
     c, w, _ = weights("small", "fp32")
-    monkeypatch.setattr(compiled, "load", lambda source: False)
-    assert native.pack(c, w) is None
+    monkeypatch.setattr(build, "load", lambda source: False)
+    assert cpu_decoder.pack(c, w) is None

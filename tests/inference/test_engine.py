@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_model import full, jit, make, toy
+from test_network import full, jit, make, toy
 
-from lowrank_jax import costs, engine, quantize, sharding
 from lowrank_jax.config import UsageError
-from lowrank_jax.engine import CHUNKS, REUSED, WINDOW, Engine
-from lowrank_jax.sampling import PRESETS, Sampling
+from lowrank_jax.inference import engine, quantize
+from lowrank_jax.inference.engine import CHUNKS, REUSED, WINDOW, Engine
+from lowrank_jax.inference.sampling import PRESETS, Sampling
+from lowrank_jax.machine import sharding
+from lowrank_jax.model import costs
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import compiled, panels, quantize
+from lowrank_jax.inference import panels, quantize
+from lowrank_jax.model.kernels import build
 
 OUTPUTS = 50
 GROUPS = {96: 32, 128: 64, 257: 1}  # inputs, and how many of them share a scale of int4
@@ -61,7 +62,7 @@ def test_products_are_those_with_what_the_weights_stand_for(kind, inputs, rows, 
 
     int8 on a CPU goes through integers, and panels through C++.
     """
-    assert compiled.load("decode")
+    assert build.load("decode")
     r = np.random.default_rng(1)
     x = (r.standard_normal((rows, inputs)) * 10.0 ** r.integers(-3, 3, (rows, 1))).astype(np.float32)
     w, dense = packed(inputs, kind, outputs)

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_jax import sampling
-from lowrank_jax.attention import MASKED
 from lowrank_jax.config import UsageError
-from lowrank_jax.sampling import PRESETS, Sampling, rows
+from lowrank_jax.inference import sampling
+from lowrank_jax.inference.sampling import PRESETS, Sampling, rows
+from lowrank_jax.model.attention import MASKED
 
 V, S, B = 12, 16, 3  # a vocabulary so small that contexts repeat themselves
 OFF = Sampling(temperature=1.0)

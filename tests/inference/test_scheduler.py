@@ -11,12 +11,13 @@ import openai
 import pytest
 import uvicorn
 
-from lowrank_jax import api, routes, serve
+from lowrank_jax import serve
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.engine import Piece
-from lowrank_jax.routes import Server, Settings
-from lowrank_jax.sampling import Sampling
-from lowrank_jax.scheduler import Full, Order, Scheduler, Stopping, Ticket
+from lowrank_jax.inference.engine import Piece
+from lowrank_jax.inference.sampling import Sampling
+from lowrank_jax.inference.server import api, routes
+from lowrank_jax.inference.server.routes import Server, Settings
+from lowrank_jax.inference.server.scheduler import Full, Order, Scheduler, Stopping, Ticket
 
 
 class Fake:

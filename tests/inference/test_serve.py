@@ -14,13 +14,14 @@ from runs import WORDS, assert_one_line, last_json
 from servers import serving, until
 
 import lowrank_jax
-from lowrank_jax import cli, quantize, serve
-from lowrank_jax.api import Limits
+from lowrank_jax import cli, serve
 from lowrank_jax.config import RunFailure
 from lowrank_jax.data.tokenizer import EOS, TURN_END
-from lowrank_jax.routes import Settings
-from lowrank_jax.trained import Trained
-from scripts import load_server
+from lowrank_jax.inference import quantize
+from lowrank_jax.inference.server.api import Limits
+from lowrank_jax.inference.server.routes import Settings
+from lowrank_jax.training.trained import Trained
+from scripts.bench import load_server
 
 HELLO = [{"role": "user", "content": "The cat sat."}]
 LONG = {"prompt": "The dogs", "max_tokens": 4000, "temperature": 0.9}

@@ -10,8 +10,8 @@ import jax
 import pytest
 from conftest import described
 
-from lowrank_jax import devices
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import devices
 
 
 def device(kind: str, **attributes) -> types.SimpleNamespace:
@@ -169,7 +169,7 @@ def test_a_missing_compiler_is_one_line_that_says_what_to_install():
     done = python("""
         import sys
         sys.modules["jax_plugins"] = sys.modules["libtpu"] = None  # as if they were not installed
-        from lowrank_jax import devices
+        from lowrank_jax.machine import devices
         for name in ("h100:1", "v6e:1x1"):
             try:
                 devices.topology(name)
@@ -202,7 +202,7 @@ def test_an_h100_is_described_even_after_jax_found_no_gpu():
         import jax
         mine = jax.devices()
         print("now", file=sys.stderr, flush=True)
-        from lowrank_jax import devices
+        from lowrank_jax.machine import devices
         described = devices.topology("h100:1")[0]
         print(described.device_kind, devices.peak_flops(described), devices.memory_bytes(described))
         assert jax.devices() == mine and jax.config.jax_platforms is None

@@ -14,7 +14,7 @@ from conftest import described
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lowrank_jax import hlo, roofline
+from lowrank_jax.machine import hlo, roofline
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def texts(request):
     code = "import json, jax, test_hlo; print(json.dumps(test_hlo.compile_all(jax.devices())))"
     tests = pathlib.Path(__file__).parent
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent)])
+    env["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), str(tests.parents[1])])
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import runs
 
-from lowrank_jax import trained, workdir
+from lowrank_jax.training import run_folder, trained
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FSDP = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 1}
 TWO_DEVICES = {"XLA_FLAGS": f"{runs.ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
 
@@ -87,7 +87,7 @@ def free_address() -> str:
 def alone(data, tmp_path_factory):
     """A run of which one process ran out of memory and the other did not, and how it ended."""
     folder = tmp_path_factory.mktemp("processes") / "run"
-    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.train.ALONE_SECONDS": 2})
+    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.loop.ALONE_SECONDS": 2})
     return folder, statuses[1], err
 
 
@@ -152,7 +152,7 @@ def test_mistakes_end_all_processes_with_one_line_each(data, tmp_path):
 
 
 def test_what_the_first_process_finds_wrong_is_told_by_all(data, tmp_path):
-    with workdir.lock(str(tmp_path)):
+    with run_folder.lock(str(tmp_path)):
         statuses, _, err = together(data, tmp_path)
     assert statuses == [2, 2] and err.count(f"error: another process is training in {tmp_path}") == 2, err
 
@@ -164,7 +164,7 @@ def test_flags_of_many_processes_go_together(data, tmp_path):
 
 MEETING = """
 import sys, time
-from lowrank_jax import processes
+from lowrank_jax.machine import processes
 from lowrank_jax.config import UsageError
 index = int(sys.argv[1])
 processes.start(sys.argv[2], 2, index) if sys.argv[2:] else processes.start()

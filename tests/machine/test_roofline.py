@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 from conftest import described
 
-from lowrank_jax import devices, roofline
-from lowrank_jax.devices import Chip
-from lowrank_jax.hlo import Collective
+from lowrank_jax.machine import devices, roofline
+from lowrank_jax.machine.devices import Chip
+from lowrank_jax.machine.hlo import Collective
 
 STEPS, SIZE = 5, 2**26  # arrays of 256 MB, which no cache and no VMEM holds; nothing of it runs
 PLACES = ["cpu", "v5e:1x1", "h100:1"]

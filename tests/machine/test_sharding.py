@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from lowrank_jax import sharding, stages, step
 from lowrank_jax.config import UsageError
-from lowrank_jax.sharding import TENSOR
+from lowrank_jax.machine import sharding
+from lowrank_jax.machine.sharding import TENSOR
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training import step
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 ODD = {"model__d": 30, "model__heads": 6, "model__rank": 20, "model__vocab": 257, "model__rank_split": "1,1,1,1"}
 MODELS = [
     {},
@@ -199,7 +201,11 @@ def test_microbatches_never_grow_past_what_a_device_may_hold():
 def eight(tmp_path_factory):
     """What tests/eight.py tells. (Without XLA's own fusion code its programs compile in a third of the time.)"""
     flags = ["force_host_platform_device_count=8", "backend_optimization_level=0", "cpu_use_fusion_emitters=false"]
-    env = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}", "XLA_FLAGS": " ".join(f"--xla_{flag}" for flag in flags)}
+    env = {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/model",
+        "XLA_FLAGS": " ".join(f"--xla_{flag}" for flag in flags),
+    }
     command = [sys.executable, ROOT / "tests" / "eight.py", tmp_path_factory.mktemp("eight") / "run"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

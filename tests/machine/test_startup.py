@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from lowrank_jax import startup
+from lowrank_jax.machine import startup
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 ASKED = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 

@@ -9,7 +9,10 @@ import jax
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax import devices, fit, hlo, plan, sharding, stages, step
+from lowrank_jax import plan
+from lowrank_jax.machine import devices, hlo, sharding
+from lowrank_jax.training import memory, step
+from lowrank_jax.training import plan as stages
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +129,7 @@ def test_nor_is_one_in_a_step_of_a_single_v6e():
     mesh, length = sharding.make_mesh(config, described("v6e:1x1")), LENGTHS[-1]
     stage = stages.plan(config)[-1]
     with hlo.written() as (options, read):
-        found = fit.fit(config, stage, mesh, fit.limit_bytes(config, mesh), options=options)
+        found = memory.fit(config, stage, mesh, memory.limit_bytes(config, mesh), options=options)
         text = read()
     assert found.fits and found.stage.attention == "splash" == hlo.attention_kernel(text)
     assert hlo.squares(text, length) == []

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from lowrank_jax import attention
 from lowrank_jax.config import UsageError
+from lowrank_jax.model import attention
 
 BACKENDS = ["reference", "chunked", "cudnn", "splash", "native"]
 ODD = [(b, T) for b in ("reference", "chunked", "native") for T in (7, 300)]  # lengths that splash does not take
-TESTS = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parents[1]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 whether_packed = pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 

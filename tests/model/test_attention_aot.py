@@ -16,8 +16,8 @@ import pytest
 from conftest import described
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax import attention
-from lowrank_jax.sharding import AXES, ROWS, TENSOR
+from lowrank_jax.machine.sharding import AXES, ROWS, TENSOR
+from lowrank_jax.model import attention
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,7 @@ def test_on_8_devices_chunked_and_splash_are_the_reference():
         import functools, re, jax, numpy as np
         from jax.experimental.pallas.ops.tpu import splash_attention as splash
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
-        from lowrank_jax import attention
+        from lowrank_jax.model import attention
 
         splash.make_splash_mha_single_device = functools.partial(splash.make_splash_mha_single_device, interpret=True)
         draw = np.random.default_rng(0)

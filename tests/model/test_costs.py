@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import default
-from lowrank_jax import cli, costs, decoder, model
+from lowrank_jax import cli
 from lowrank_jax.config import ModelConfig, RunConfig
+from lowrank_jax.inference import decoder
+from lowrank_jax.model import costs, network
 
 TOY = {"vocab": 61, "d": 64, "layers": 3, "heads": 8, "rank": 8, "mlp": 0}
 VARIANTS = {
@@ -32,7 +34,7 @@ def toy(**changes) -> ModelConfig:
 
 
 def abstract_params(c: ModelConfig) -> dict:
-    return jax.eval_shape(lambda: model.init(c, jax.random.key(0)))
+    return jax.eval_shape(lambda: network.init(c, jax.random.key(0)))
 
 
 def count_under(params: dict, *prefixes: tuple[str, ...]) -> int:
@@ -107,7 +109,7 @@ def test_train_flops_are_three_forward_passes_over_the_causal_half(changes, T):
     c, rows = toy(**changes, attention="reference"), 2
 
     def forward(params):
-        return model.logits(c, params, model.features(c, params, jnp.zeros((rows, T), jnp.int32)))
+        return network.logits(c, params, network.features(c, params, jnp.zeros((rows, T), jnp.int32)))
 
     traced = matmul_flops(jax.make_jaxpr(forward)(abstract_params(c)).jaxpr)
     masked_half = c.layers * 2 * T * c.d  # the reference multiplies the whole square

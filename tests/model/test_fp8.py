@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax import hlo, precision, sharding, stages, step, train
-from lowrank_jax.precision import fp8_matmul
+from lowrank_jax.machine import hlo, sharding
+from lowrank_jax.model import precision
+from lowrank_jax.model.precision import fp8_matmul
+from lowrank_jax.training import loop, step
+from lowrank_jax.training import plan as stages
 
 
 def forward_and_backward(matmul):
@@ -171,7 +174,7 @@ def gives_up(folder, check, at_step: int = 4, every: int = 4) -> bool:
     config = types.SimpleNamespace(every=types.SimpleNamespace(fp8_check=every))
     run = types.SimpleNamespace(programs=programs, config=config, folder=str(folder))
     meter = types.SimpleNamespace(restart_clock=lambda: None)
-    return train._fp8_is_off(run, types.SimpleNamespace(params={}), {}, {"step": at_step}, meter)
+    return loop._fp8_is_off(run, types.SimpleNamespace(params={}), {}, {"step": at_step}, meter)
 
 
 def test_healthy_fp8_is_near_bf16_and_a_spoilt_one_is_given_up(beside_bf16, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import loss
+from lowrank_jax.model import loss
 
 OPTIONS = [(0.0, 0.0), (0.2, 0.03)]  # (label smoothing, z-loss)
 SCALE, PULL = 0.37, 3.0  # of the objective inside, and of its gradient from outside

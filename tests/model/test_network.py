@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from configs import default
-from lowrank_jax import attention, decoder, model
 from lowrank_jax.config import ModelConfig, RunConfig
+from lowrank_jax.inference import decoder
+from lowrank_jax.model import attention, network
 
 TOY = {"vocab": 61, "d": 48, "layers": 2, "heads": 6, "rank": 10, "latent_norm": True, "mlp": 40}
 EIGHT_HEADS = {"d": 64, "heads": 8}
@@ -37,7 +38,7 @@ def make(c: ModelConfig) -> dict:
             return 1 + 0.2 * noise
         return noise * (c.d**-0.5 if path[-1].key == "table" else w.shape[-2] ** -0.5)
 
-    return jax.tree.map_with_path(draw, jax.eval_shape(lambda: model.init(c, jax.random.key(0))))
+    return jax.tree.map_with_path(draw, jax.eval_shape(lambda: network.init(c, jax.random.key(0))))
 
 
 def some_tokens(c: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
@@ -45,11 +46,11 @@ def some_tokens(c: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
 
 
 def forward(c: ModelConfig, params: dict, tokens, segments=None, dtype=jnp.float32) -> jax.Array:
-    return model.logits(c, params, model.features(c, params, tokens, segments, dtype))
+    return network.logits(c, params, network.features(c, params, tokens, segments, dtype))
 
 
 full = jit(forward, static_argnums=(0, 4))
-init = jit(model.init, static_argnums=0)
+init = jit(network.init, static_argnums=0)
 
 
 @functools.partial(jit, static_argnums=(0, 5))
@@ -290,7 +291,7 @@ def test_every_matrix_starts_with_the_variance_its_docstring_states():
 @pytest.mark.parametrize("d_in, d_out", [(256, 256), (256, 704), (704, 256)])
 def test_factors_start_as_large_as_those_of_a_dense_draw_s_svd(d_in, d_out):
     u, s, vt = np.linalg.svd(np.random.default_rng(0).standard_normal((d_in, d_out)) / d_in**0.5, full_matrices=False)
-    linear = model.Linear(None, nnx.Rngs(0), d_in, d_out, 32)
+    linear = network.Linear(None, nnx.Rngs(0), d_in, d_out, 32)
     np.testing.assert_allclose(np.std(linear.down[...]), np.std(u[:, :32] * s[:32] ** 0.5), rtol=0.1)
     np.testing.assert_allclose(np.std(linear.up[...]), np.std(s[:32, None] ** 0.5 * vt[:32]), rtol=0.1)
 
@@ -324,7 +325,7 @@ def test_later_tokens_do_not_change_earlier_logits():
 def test_the_gradient_of_swiglu_is_that_of_its_definition():
     gate, up, g = 3 * np.random.default_rng(0).standard_normal((3, 500)).astype(np.float32)
     definition = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up
-    (ours, pull), (theirs, its_pull) = jax.vjp(model.swiglu, gate, up), jax.vjp(definition, gate, up)
+    (ours, pull), (theirs, its_pull) = jax.vjp(network.swiglu, gate, up), jax.vjp(definition, gate, up)
     for a, b in zip((ours, *pull(g)), (theirs, *its_pull(g)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import checkpoint, step, workdir
-from lowrank_jax.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.training import checkpoint, run_folder, step
+from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 
 # Orbax leaves coroutines behind where it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -75,7 +75,7 @@ def flip(path: pathlib.Path) -> None:
 
 
 def failures(folder: str) -> list[int]:
-    return [e["step"] for e in workdir.read_rows(folder, "events.jsonl") if e["event"] == "restore_failed"]
+    return [e["step"] for e in run_folder.read_rows(folder, "events.jsonl") if e["event"] == "restore_failed"]
 
 
 # ------------------------------------------------------------------------------------------------- save and restore
@@ -210,7 +210,7 @@ def test_several_broken_checkpoints_are_passed_over(run, states, template):
     state, progress = restore(run, template, delete_broken=True)
     assert progress["step"] == 1 and bits(state) == bits(states[0])
     assert failures(run) == [3, 2]
-    assert all(e["reason"] and "\n" not in e["reason"] for e in workdir.read_rows(run, "events.jsonl"))
+    assert all(e["reason"] and "\n" not in e["reason"] for e in run_folder.read_rows(run, "events.jsonl"))
 
 
 def test_checkpoints_of_which_none_can_be_restored_are_kept_and_named(run, make):

@@ -9,8 +9,10 @@ import pytest
 from jax import monitoring
 
 from configs import default
-from lowrank_jax import evaluate, sharding, step
+from lowrank_jax import evaluate
 from lowrank_jax.config import RunConfig
+from lowrank_jax.machine import sharding
+from lowrank_jax.training import step
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

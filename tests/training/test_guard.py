@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank_jax import guard, stages, workdir
 from lowrank_jax.config import RunFailure
-from lowrank_jax.meter import MOST_IN_A_ROW, Meter
+from lowrank_jax.training import guard, run_folder
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.metrics import MOST_IN_A_ROW, Meter
 
 judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
 
@@ -134,13 +135,13 @@ def test_every_refused_update_is_in_the_ledger_with_its_reason(report, tmp_path)
         {"ok": False, "loss": np.nan, "refused": 3, "in_a_row": 1},
         {"ok": False, "grad_norm": np.inf, "refused": 4, "in_a_row": 2},
     )
-    skips = workdir.read_rows(str(tmp_path), "events.jsonl")
+    skips = run_folder.read_rows(str(tmp_path), "events.jsonl")
     assert {e["event"] for e in skips} == {"skip"}
     assert [(e["step"], e["reason"], e["loss"], e["grad_norm"], e["in_a_row"]) for e in skips] == [
         (1, "spike", 9.0, 2.0, 1), (2, "spike", 3.0, 80.0, 2),
         (4, "not finite", None, 2.0, 1), (5, "not finite", 3.0, None, 2),
     ]  # fmt: skip
-    assert [row["skipped"] for row in workdir.read_rows(str(tmp_path), "metrics.jsonl")] == [1, 2, 2, 3, 4]
+    assert [row["skipped"] for row in run_folder.read_rows(str(tmp_path), "metrics.jsonl")] == [1, 2, 2, 3, 4]
 
 
 @pytest.mark.parametrize("precision, most", [("fp32", MOST_IN_A_ROW), ("fp8", MOST_IN_A_ROW + 5)])

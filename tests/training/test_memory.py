@@ -10,11 +10,13 @@ import pytest
 from conftest import run_config
 from hypothesis import given
 from hypothesis import strategies as st
-from test_workdir import FREE, IDENTITY, with_plan
+from test_run_folder import FREE, IDENTITY, with_plan
 
-from lowrank_jax import faults, fit, programs, sharding, stages, step
 from lowrank_jax.config import UsageError
-from lowrank_jax.fit import Learnt
+from lowrank_jax.machine import faults, sharding
+from lowrank_jax.training import memory, programs, step
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.memory import Learnt
 
 pytestmark = pytest.mark.slow
 
@@ -32,21 +34,21 @@ def stage_of(config):
 
 
 @functools.cache
-def found(memory: int = 0) -> fit.Fit:
+def found(memory: int = 0) -> memory.Fit:
     config = config_of(memory)
-    return fit.fit(config, stage_of(config), CPU, fit.limit_bytes(config, CPU))
+    return memory.fit(config, stage_of(config), CPU, memory.limit_bytes(config, CPU))
 
 
 @functools.cache
 def need(rows: int, remat: bool = False) -> int:
     config = config_of()
     stage = dataclasses.replace(stage_of(config), microbatch=rows, remat=remat)
-    return fit.fit(config, stage, CPU, fit.limit_bytes(config, CPU)).need
+    return memory.fit(config, stage, CPU, memory.limit_bytes(config, CPU)).need
 
 
 def test_with_room_the_stage_stays_as_it_was_asked_for():
     assert found().fits and (found().stage.microbatch, found().stage.remat) == (4, False)
-    assert found().limit == pytest.approx(0.9 * fit.devices.memory_bytes(jax.devices("cpu")[0]))
+    assert found().limit == pytest.approx(0.9 * memory.devices.memory_bytes(jax.devices("cpu")[0]))
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(step.abstract_state(config_of()))]
     assert need(4) > need(2) > need(1) > sum(sizes) and need(1) > need(1, remat=True)
 
@@ -69,12 +71,12 @@ def test_rematerialisation_comes_only_where_one_row_does_not_fit():
 def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
     hopeless = found(need(1, remat=True) - 1)
     assert not hopeless.fits and hopeless.stage.remat and hopeless.stage.microbatch == 1
-    line = fit.refusal(hopeless)
+    line = memory.refusal(hopeless)
     assert "pretrain-64" in line and "one row of 64 tokens" in line and line.count("GiB") == 2
     config = config_of(need(1, remat=True) - 1)
     with pytest.raises(UsageError, match="^stage pretrain-64 needs"):
-        limit = fit.limit_bytes(config, CPU)
-        programs.Programs(config, CPU, limit, fit.NOTHING, lambda: False).fit_all(stages.plan(config), {})
+        limit = memory.limit_bytes(config, CPU)
+        programs.Programs(config, CPU, limit, memory.NOTHING, lambda: False).fit_all(stages.plan(config), {})
 
 
 @given(
@@ -88,7 +90,7 @@ def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(
     stage = dataclasses.replace(stage_of(config_of()), batch=batch * shards, seq_len=length)
     stage = dataclasses.replace(stage, microbatch=stages.divisor(batch * shards, asked, shards))
     for _ in range(halvings):
-        smaller = fit.shrink(stage, stage.microbatch // 2, shards)
+        smaller = memory.shrink(stage, stage.microbatch // 2, shards)
         if smaller is None:
             assert stage.microbatch == shards and stage.remat
             break
@@ -96,9 +98,9 @@ def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(
         assert smaller.microbatch % shards == 0  # every device has as many rows
         assert smaller.microbatch <= max(stage.microbatch // 2, shards) and smaller.remat >= stage.remat
         learnt = Learnt(smaller.microbatch // shards * length, smaller.remat)
-        again = fit.restrict(stage, learnt, shards)
+        again = memory.restrict(stage, learnt, shards)
         assert again.microbatch == smaller.microbatch and again.remat == smaller.remat  # on resume, from the ledger
-        longer = fit.restrict(dataclasses.replace(stage, seq_len=2 * length), learnt, shards)
+        longer = memory.restrict(dataclasses.replace(stage, seq_len=2 * length), learnt, shards)
         assert longer.microbatch // shards * 2 * length <= max(learnt.microbatch_tokens, 2 * length)
         stage = smaller
 
@@ -107,12 +109,12 @@ def test_the_ledger_remembers_the_least_for_this_kind_of_device_alone():
     oom = lambda tokens, remat, device="cpu": {
         "event": "oom", "device": device, "microbatch_tokens": tokens, "remat": remat
     }  # fmt: skip
-    assert fit.remembered([], CPU) == fit.NOTHING
-    assert fit.remembered([oom(512, False), {"event": "save"}, oom(256, True), oom(8, True, "TPU v4")], CPU) == (
+    assert memory.remembered([], CPU) == memory.NOTHING
+    assert memory.remembered([oom(512, False), {"event": "save"}, oom(256, True), oom(8, True, "TPU v4")], CPU) == (
         256,
         True,
     )
-    assert fit.remembered([oom(8, True, "TPU v4"), {"event": "oom", "device": "cpu"}], CPU) == fit.NOTHING
+    assert memory.remembered([oom(8, True, "TPU v4"), {"event": "oom", "device": "cpu"}], CPU) == memory.NOTHING
 
 
 def test_a_program_that_asks_for_more_than_there_is_has_no_memory_and_loses_what_it_was_given(monkeypatch):
@@ -123,35 +125,35 @@ def test_a_program_that_asks_for_more_than_there_is_has_no_memory_and_loses_what
     assert program.memory_analysis().temp_size_in_bytes >= 2**48
     with pytest.raises(jax.errors.JaxRuntimeError) as e:
         jax.block_until_ready(program(x))
-    assert fit.is_out_of_memory(e.value) and x.is_deleted()
+    assert memory.is_out_of_memory(e.value) and x.is_deleted()
     monkeypatch.setenv(faults.VARIABLE, "oom@step=2")
     state = {"weights": jnp.ones(4), "step": jnp.zeros((), jnp.int32), "average": ()}
     faults.run_out_of_memory(1, state)
     with pytest.raises(jax.errors.JaxRuntimeError) as e:
         faults.run_out_of_memory(2, state)
-    assert fit.is_out_of_memory(e.value)
+    assert memory.is_out_of_memory(e.value)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def test_an_error_of_another_kind_is_not_a_lack_of_memory():
-    assert not fit.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
-    assert not fit.is_out_of_memory(MemoryError("RESOURCE_EXHAUSTED"))
+    assert not memory.is_out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+    assert not memory.is_out_of_memory(MemoryError("RESOURCE_EXHAUSTED"))
 
 
 def test_all_processes_do_what_the_least_of_them_can():
-    assert fit.least([Learnt(512, False), Learnt(256, False)]) == Learnt(256, False)
-    assert fit.least([Learnt(64, True), Learnt(512, False)]) == Learnt(64, True)
-    assert fit.least([None, Learnt(9, True)]) is None
+    assert memory.least([Learnt(512, False), Learnt(256, False)]) == Learnt(256, False)
+    assert memory.least([Learnt(64, True), Learnt(512, False)]) == Learnt(64, True)
+    assert memory.least([None, Learnt(9, True)]) is None
 
 
 def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
     config, events = config_of(), []
-    plan, limit = stages.plan(config), fit.limit_bytes(config, CPU)
-    events.append({"event": "compile"} | fit.facts(found()) | fit.where(config, CPU, limit))
-    assert fit.known(events, config, plan, CPU, limit)[plan[0]].stage == found().stage
-    assert fit.known(events, config, plan, CPU, limit - 1) == {}
+    plan, limit = stages.plan(config), memory.limit_bytes(config, CPU)
+    events.append({"event": "compile"} | memory.facts(found()) | memory.where(config, CPU, limit))
+    assert memory.known(events, config, plan, CPU, limit)[plan[0]].stage == found().stage
+    assert memory.known(events, config, plan, CPU, limit - 1) == {}
     for change in ({"mesh": [1, 8, 1]}, {"device": "TPU v4"}, {"config": "another"}):
-        assert fit.known([events[0] | change], config, plan, CPU, limit) == {}
+        assert memory.known([events[0] | change], config, plan, CPU, limit) == {}
 
 
 @pytest.mark.parametrize("key", IDENTITY | FREE)
@@ -160,18 +162,18 @@ def test_what_the_ledger_has_of_another_config_is_asked_again(key):
     config, changed = with_plan(), with_plan(**{key: (IDENTITY | FREE)[key]})
     plan = stages.plan(config)
     stage = dataclasses.replace(plan[0], precision="fp32", attention="chunked")
-    known_fit = fit.Fit(stage, 9, 99, 0.0, None)
-    events = [{"event": "compile"} | fit.facts(known_fit) | fit.where(config, CPU, 99)]
-    assert fit.known(json.loads(json.dumps(events)), with_plan(), plan, CPU, 99) == {plan[0]: known_fit}
-    assert fit.known(events, changed, plan, CPU, 99) == {}
+    known_fit = memory.Fit(stage, 9, 99, 0.0, None)
+    events = [{"event": "compile"} | memory.facts(known_fit) | memory.where(config, CPU, 99)]
+    assert memory.known(json.loads(json.dumps(events)), with_plan(), plan, CPU, 99) == {plan[0]: known_fit}
+    assert memory.known(events, changed, plan, CPU, 99) == {}
 
 
 def test_a_kernel_that_a_device_refuses_is_replaced_and_told(monkeypatch):
     config = config_of(pretrain__block=128, pretrain__tokens_per_step=4 * 128)
-    asked = fit.attention.resolve
+    asked = memory.attention.resolve
     as_on_a_tpu = lambda backend, *rest: ("splash", "") if backend == "auto" else asked(backend, *rest)
-    monkeypatch.setattr(fit.attention, "resolve", as_on_a_tpu)  # a kernel that does not compile for a CPU
-    there = fit.fit(config, stage_of(config), CPU, fit.limit_bytes(config, CPU))
+    monkeypatch.setattr(memory.attention, "resolve", as_on_a_tpu)  # a kernel that does not compile for a CPU
+    there = memory.fit(config, stage_of(config), CPU, memory.limit_bytes(config, CPU))
     assert there.fits and there.stage.attention == "chunked" and there.note.startswith("splash: ")
 
 
@@ -180,10 +182,10 @@ def test_a_bound_holds_and_is_given_far_from_the_limit_alone(kernel):
     config = config_of(model__attention=kernel)
     stage = stage_of(config)
     longer = dataclasses.replace(stage, seq_len=8 * stage.seq_len, batch=2, microbatch=2)
-    found, real = (fit.fit(config, s, CPU, fit.limit_bytes(config, CPU)) for s in (stage, longer))
-    bound = fit.by_bound(found, config, longer, CPU)
+    found, real = (memory.fit(config, s, CPU, memory.limit_bytes(config, CPU)) for s in (stage, longer))
+    bound = memory.by_bound(found, config, longer, CPU)
     assert bound.is_bound and bound.program is None and bound.seconds == 0
     assert real.need <= bound.need and bound.stage == real.stage
-    assert fit.by_bound(found._replace(limit=2 * bound.need - 1), config, longer, CPU) is None
-    assert fit.by_bound(found, config, dataclasses.replace(longer, precision="bf16"), CPU) is None
-    assert fit.by_bound(found, config, dataclasses.replace(longer, remat=True), CPU) is None
+    assert memory.by_bound(found._replace(limit=2 * bound.need - 1), config, longer, CPU) is None
+    assert memory.by_bound(found, config, dataclasses.replace(longer, precision="bf16"), CPU) is None
+    assert memory.by_bound(found, config, dataclasses.replace(longer, remat=True), CPU) is None

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lowrank_jax import evaluate, sharding, stages, step, train, trained, workdir
-from lowrank_jax.checkpoint import Checkpoints, tree_sha256
+from lowrank_jax import evaluate
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, verify
-from lowrank_jax.meter import Meter
-from lowrank_jax.processes import Signals
-from lowrank_jax.train import Run
+from lowrank_jax.machine import sharding
+from lowrank_jax.machine.processes import Signals
+from lowrank_jax.training import loop, run_folder, step, trained
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
+from lowrank_jax.training.loop import Run
+from lowrank_jax.training.metrics import Meter
 
 SWITCH, END = 3, 5  # the steps at which pretraining and SFT end
-AT = train.START | {"step": SWITCH, "tokens": 96, "data_sha256": "ab", "cursor": {}}
+AT = loop.START | {"step": SWITCH, "tokens": 96, "data_sha256": "ab", "cursor": {}}
 
 
 def random_state(config: RunConfig, at: int, seed: int = 0) -> step.TrainState:
@@ -56,8 +59,8 @@ def saved_run(config_of, data, tok, tmp_path_factory):
     folder, state = str(tmp_path_factory.mktemp("saved")), random_state(config, SWITCH)
     table = state.average["embed"]["table"]
     state.average["embed"]["table"] = sharding.put(np.zeros(table.shape, table.dtype), table.sharding)
-    workdir.write_config(folder, config)
-    tok.save(workdir.tokenizer_folder(folder))
+    run_folder.write_config(folder, config)
+    tok.save(run_folder.tokenizer_folder(folder))
     with Checkpoints(folder) as saved:
         saved.save(SWITCH, state, AT)
     return folder, state
@@ -79,7 +82,7 @@ def start(config_of, tok, tmp_path):
 
 
 def events(folder: str, kind: str) -> list[dict]:
-    return [event for event in workdir.read_rows(folder, "events.jsonl") if event["event"] == kind]
+    return [event for event in run_folder.read_rows(folder, "events.jsonl") if event["event"] == kind]
 
 
 # ------------------------------------------------------------------------------------------------- where a phase begins
@@ -88,14 +91,14 @@ def events(folder: str, kind: str) -> list[dict]:
 @pytest.mark.parametrize("precision, scale", [("fp32", 1), ("fp16", 2**15)])
 @pytest.mark.parametrize("ema", [0.9, 0.0])
 def test_sft_begins_with_the_model_and_no_memory_of_pretraining(start, config_of, monkeypatch, ema, precision, scale):
-    monkeypatch.setattr(train.phase, "feed", lambda *args: args)
+    monkeypatch.setattr(loop.phase, "feed", lambda *args: args)
     config = config_of(optim__ema=ema, precision=precision)
     r, meter = start(config)
     old, sft = random_state(config, SWITCH), r.plan[-1]
     model = bits(old.average if ema else old.params)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), old)
 
-    new, fed = train._enter(r, sft, old, AT, meter)
+    new, fed = loop._enter(r, sft, old, AT, meter)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == shapes and new.step == SWITCH
     assert bits(new.params) == model
     assert bits(new.average) == (model if ema else [])
@@ -111,10 +114,10 @@ def test_sft_begins_with_the_model_and_no_memory_of_pretraining(start, config_of
 
 @pytest.mark.parametrize("at_step, begins", [(0, True), (1, False), (SWITCH - 1, False), (SWITCH + 1, False)])
 def test_the_first_phase_and_a_resumed_one_keep_their_state(start, config_of, monkeypatch, at_step, begins):
-    monkeypatch.setattr(train.phase, "feed", lambda *args: args)
+    monkeypatch.setattr(loop.phase, "feed", lambda *args: args)
     r, meter = start()
     state = random_state(r.config, at_step)
-    new, _ = train._enter(r, stages.stage_at(r.plan, at_step), state, AT | {"step": at_step}, meter)
+    new, _ = loop._enter(r, stages.stage_at(r.plan, at_step), state, AT | {"step": at_step}, meter)
     assert new is state and not any(x.is_deleted() for x in jax.tree.leaves(state))
     assert len(events(r.folder, "phase")) == begins
 
@@ -147,7 +150,7 @@ def test_another_run_begins_with_the_average(saved_run, config_of, monkeypatch, 
     folder, state = saved_run
     zeros = lambda config, mesh: jax.tree.map(lambda x: 0 * x, state.params)
     monkeypatch.setattr(step, "init_params", zeros)
-    first = train._first_params(config_of(init_from=folder, optim__ema=0.0), sharding.one_device(), lambda: tok)
+    first = loop._first_params(config_of(init_from=folder, optim__ema=0.0), sharding.one_device(), lambda: tok)
     assert bits(first) == bits(state.average)
 
 
@@ -155,15 +158,15 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(start
     r, meter = start()
     state, used = random_state(r.config, SWITCH), []
     measure = lambda params, stop: used.append(params) or {"loss": 2.5, "bits_per_byte": 1.25, "tokens": 64}
-    monkeypatch.setattr(train.phase, "show_end", lambda model, *_: used.append(model.params))
-    train._reach(r, ("eval", "pretrain", SWITCH), state, AT, meter, {"pretrain": measure})
-    train._reach(r, ("end", "pretrain", SWITCH), state, AT, meter, {})
+    monkeypatch.setattr(loop.phase, "show_end", lambda model, *_: used.append(model.params))
+    loop._reach(r, ("eval", "pretrain", SWITCH), state, AT, meter, {"pretrain": measure})
+    loop._reach(r, ("end", "pretrain", SWITCH), state, AT, meter, {})
     assert len(used) == 2 and all(params is state.average for params in used)
-    (row,) = workdir.read_rows(r.folder, "metrics.jsonl")
+    (row,) = run_folder.read_rows(r.folder, "metrics.jsonl")
     assert (row["step"], row["split"], row["eval_loss"], row["bits_per_byte"]) == (SWITCH, "pretrain", 2.5, 1.25)
 
-    monkeypatch.setattr(train, "_loop", lambda r, meter, state, at: (state, at))
-    finish = train._train(r, state, AT)
+    monkeypatch.setattr(loop, "_loop", lambda r, meter, state, at: (state, at))
+    finish = loop._train(r, state, AT)
     assert finish["params_sha256"] == tree_sha256(state.average) != tree_sha256(state.params)
     assert events(r.folder, "finish")[0]["params_sha256"] == finish["params_sha256"]
 
@@ -173,8 +176,8 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(start
 
 def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
     *_, first, last = stages.plan(config_of(pretrain__tokens_per_step=64))
-    once = train._after(train.START | {"precision": "bf16"}, first, {"row": 1})
-    twice = train._after(once, last, {"row": 2})
+    once = loop._after(loop.START | {"precision": "bf16"}, first, {"row": 1})
+    twice = loop._after(once, last, {"row": 2})
     assert once == {
         "step": 1, "phase": "pretrain", "tokens": 64, "data_sha256": "", "cursor": {"row": 1}, "precision": "bf16"
     }  # fmt: skip
@@ -184,7 +187,7 @@ def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
 @pytest.mark.parametrize("held_at", [None, 2])
 def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run, start, held_at):
     folder, in_checkpoint = saved_run
-    r, _ = start(workdir.read_config(folder), folder)
+    r, _ = start(run_folder.read_config(folder), folder)
     expected, progress = in_checkpoint, AT
     if held_at:
         cursor = {"sources": [source.spec for source in r.config.pretrain.sources]}
@@ -192,11 +195,11 @@ def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run,
         expected = random_state(r.config, held_at, seed=1)
         r.programs.held = jax.tree.map(sharding.to_host, expected), progress
     for at_step in range(1, END + 1):
-        workdir.append(folder, "metrics.jsonl", {"step": at_step})
-    state, at = train._restore(r)
+        run_folder.append(folder, "metrics.jsonl", {"step": at_step})
+    state, at = loop._restore(r)
     assert bits(state) == bits(expected) and at == progress and r.programs.held is None
     assert [x.sharding for x in jax.tree.leaves(state)] == [x.sharding for x in jax.tree.leaves(expected)]
-    steps = [row["step"] for row in workdir.read_rows(folder, "metrics.jsonl")]
+    steps = [row["step"] for row in run_folder.read_rows(folder, "metrics.jsonl")]
     assert steps and max(steps) == progress["step"]
     *_, event = events(folder, "restore")
     assert (event["step"], event["source"]) == (progress["step"], "memory" if held_at else "checkpoint")
@@ -206,9 +209,9 @@ def test_a_new_run_begins_with_its_first_weights(start, monkeypatch):
     r, _ = start()
     params = random_state(r.config, 0).params
     first = bits(params)
-    monkeypatch.setattr(train, "_first_params", lambda *_: params)
-    state, at = train._restore(r)
-    assert bits(state.params) == bits(state.average) == first and state.step == 0 and at == train.START
+    monkeypatch.setattr(loop, "_first_params", lambda *_: params)
+    state, at = loop._restore(r)
+    assert bits(state.params) == bits(state.average) == first and state.step == 0 and at == loop.START
     assert [(e["step"], e["source"]) for e in events(r.folder, "restore")] == [(0, "start")]
 
 
@@ -217,7 +220,7 @@ def test_a_plan_that_takes_back_steps_is_refused(saved_run, start, config_of, ch
     folder, _ = saved_run
     r, _ = start(config_of(**changes), folder)
     with pytest.raises(UsageError, match="saved at step 3 in pretrain, .* steps that are done cannot be changed"):
-        train._restore(r)
+        loop._restore(r)
 
 
 def test_a_save_has_the_state_the_progress_and_every_row_before_it(start, tmp_path):
@@ -225,8 +228,8 @@ def test_a_save_has_the_state_the_progress_and_every_row_before_it(start, tmp_pa
     state, at = random_state(r.config, 1), AT | {"step": 1, "cursor": None}
     usual = {"loss": 3.0, "lr": 0.1, "grad_norm": 2.0, "ok": True, "scale": 1.0, "refused": 0, "in_a_row": 0}
     meter.add(r.plan[0], at, jax.tree.map(np.asarray, usual))
-    assert train._save(r, meter, state, at) == at
-    assert [row["step"] for row in workdir.read_rows(r.folder, "metrics.jsonl")] == [1]
+    assert loop._save(r, meter, state, at) == at
+    assert [row["step"] for row in run_folder.read_rows(r.folder, "metrics.jsonl")] == [1]
     r.saved.wait()
     restored, progress = r.saved.restore(step.abstract_state(r.config, r.mesh))
     assert bits(restored) == bits(state) and progress == at

@@ -7,8 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from lowrank_jax import costs, stages
 from lowrank_jax.config import RunConfig
+from lowrank_jax.model import costs
+from lowrank_jax.training import plan as stages
 
 MOST_STEPS = 60
 many = settings(max_examples=150, deadline=None)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 import pytest
 from runs import STEPS, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
 
-from lowrank_jax import cli, interrupt, step, workdir
-from lowrank_jax import train as training
+from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import tokenizer
+from lowrank_jax.machine import interrupt
+from lowrank_jax.training import loop as training
+from lowrank_jax.training import run_folder, step
 
 HALF = {"pretrain__microbatch_tokens": 64, "sft__microbatch_tokens": 64}  # of the 128 tokens that the runs begin with
 
@@ -199,7 +201,7 @@ def test_a_signal_while_the_first_program_compiles_saves_the_start_and_nobody_wa
         stick(lambda received=received: received.append(signal.SIGTERM))
         with pytest.raises(SystemExit) as end:
             training.run(tiny(make, data), folder, received)
-        assert end.value.code == 143 and workdir.newest_checkpoint(folder) == 0
+        assert end.value.code == 143 and run_folder.newest_checkpoint(folder) == 0
         assert events(folder, "start")[-1]["resumes"] is resumes
     assert [e["step"] for e in events(folder, "preempt")] == [0, 0]
 
@@ -219,10 +221,10 @@ def lower_the_first(config, stage, *rest, lower=step.lower):
 
 
 def test_a_signal_while_the_next_program_compiles_ends_the_process_at_once_with_its_state(data, tmp_path):
-    patches = {"lowrank_jax.step.lower": lower_the_first}
+    patches = {"lowrank_jax.training.step.lower": lower_the_first}
     process = launch("main", *train_args(data, tmp_path / "run"), patches=patches)
     try:
-        while 3 not in [row["step"] for row in workdir.read_rows(tmp_path / "run", "metrics.jsonl")]:
+        while 3 not in [row["step"] for row in run_folder.read_rows(tmp_path / "run", "metrics.jsonl")]:
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)

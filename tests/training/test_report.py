@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from lowrank_jax import plan, report, workdir
+from lowrank_jax import plan, report
 from lowrank_jax.config import UsageError
+from lowrank_jax.training import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -45,15 +46,15 @@ def folder(tmp_path, make):
     changes |= {"sources": "text:x", "tokens_per_step": 256}
     changes = {f"pretrain__{key}": value for key, value in changes.items()}
     sft = {"sft__steps": 2, "sft__block": 32, "sft__tokens_per_step": 256, "sft__sources": "json:x"}
-    workdir.write_config(str(tmp_path), make.run_config(**changes, **sft))
+    run_folder.write_config(str(tmp_path), make.run_config(**changes, **sft))
     return tmp_path
 
 
 def page_of(folder, rows: list[dict], events: list[dict]) -> str:
     for row in rows:
-        workdir.append(str(folder), "metrics.jsonl", row)
+        run_folder.append(str(folder), "metrics.jsonl", row)
     for event in events:
-        workdir.append(str(folder), "events.jsonl", {"time": 1.7e9} | event)
+        run_folder.append(str(folder), "events.jsonl", {"time": 1.7e9} | event)
     report.write(str(folder))
     return (folder / "report.html").read_text()
 
@@ -79,7 +80,7 @@ def test_the_page_tells_the_run(folder):
     assert "pretrain 2 4.000 2.000 2.000 50.0% sft 3 3.000 2.250 2.500 16.7%" in section(page, "Held-out text")
     assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
     assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
-    config = workdir.read_config(str(folder))
+    config = run_folder.read_config(str(folder))
     assert plan.table(plan.describe(config)).splitlines()[0].split()[0] in section(page, "Plan")
     assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
     assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
@@ -88,7 +89,7 @@ def test_the_page_tells_the_run(folder):
 def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder):
     skipped = {"event": "skip", "step": 5, "loss": 90.0, "grad_norm": 1.0, "reason": "spike"}
     record = {"event": "skip", "step": 3, "source": "json:a", "where": "a, record 7", "reason": "not JSON"}
-    stages = plan.describe(workdir.read_config(str(folder)))["stages"]
+    stages = plan.describe(run_folder.read_config(str(folder)))["stages"]
     rows = [row | {"loss": None} if row["step"] == 5 else row for row in TRAIN] + EVALS
     figure = report._figure(rows, EVENTS + [record, skipped], stages)
     loss, bits, length, speed, rate = figure.axes
@@ -107,7 +108,7 @@ def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder
 
 def test_long_lines_are_drawn_as_means_over_the_whole_run(folder):
     rows = [train_row(step, "pretrain-32", loss=step % 2) for step in range(1, 5001)]
-    figure = report._figure(rows, [], plan.describe(workdir.read_config(str(folder)))["stages"])
+    figure = report._figure(rows, [], plan.describe(run_folder.read_config(str(folder)))["stages"])
     every, means = figure.axes[0].lines[:2]
     assert len(every.get_xdata()) == 5000 and len(means.get_xdata()) == report.POINTS
     assert all(abs(y - 0.5) < 0.05 for y in means.get_ydata())

@@ -13,11 +13,18 @@ from conftest import run_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import faults, workdir
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import faults
+from lowrank_jax.training import run_folder
 
-ROOT = pathlib.Path(__file__).parents[1]
-HOLD = "import sys; from lowrank_jax import workdir\nwith workdir.lock(sys.argv[1]): print('held', flush=True); input()"
+ROOT = pathlib.Path(__file__).parents[2]
+HOLD = """
+import sys
+from lowrank_jax.training import run_folder
+with run_folder.lock(sys.argv[1]):
+    print('held', flush=True)
+    input()
+"""
 
 
 # ------------------------------------------------------------------------------------------------------------ lock
@@ -28,27 +35,27 @@ def test_a_folder_that_another_process_trains_in_is_refused_until_that_process_e
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, **pipes) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match=f"^another process is training in {folder}$"), workdir.lock(folder):
+        with pytest.raises(UsageError, match=f"^another process is training in {folder}$"), run_folder.lock(folder):
             pass
         other.kill()
-    with workdir.lock(folder):
+    with run_folder.lock(folder):
         assert os.path.isdir(folder)
 
 
 def test_a_folder_is_held_once_even_within_a_process(tmp_path):
-    with workdir.lock(str(tmp_path)):
-        with pytest.raises(UsageError), workdir.lock(str(tmp_path)):
+    with run_folder.lock(str(tmp_path)):
+        with pytest.raises(UsageError), run_folder.lock(str(tmp_path)):
             pass
-        with workdir.lock(str(tmp_path / "other")):
+        with run_folder.lock(str(tmp_path / "other")):
             pass
-    with workdir.lock(str(tmp_path)):
+    with run_folder.lock(str(tmp_path)):
         pass
 
 
 def test_a_run_that_fails_lets_its_folder_go(tmp_path):
-    with pytest.raises(KeyError), workdir.lock(str(tmp_path)):
+    with pytest.raises(KeyError), run_folder.lock(str(tmp_path)):
         raise KeyError
-    with workdir.lock(str(tmp_path)):
+    with run_folder.lock(str(tmp_path)):
         pass
 
 
@@ -58,15 +65,15 @@ def test_a_run_that_fails_lets_its_folder_go(tmp_path):
 def test_rows_come_back_as_they_were_added(tmp_path):
     rows = [{"step": 1, "loss": math.inf, "name": "\u6f22\n}", "none": None, "list": [1, {"a": 2}]}, {}]
     for row in rows:
-        workdir.append(str(tmp_path), "metrics.jsonl", row)
-    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == rows
+        run_folder.append(str(tmp_path), "metrics.jsonl", row)
+    assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == rows
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_a_run_without_rows_has_none(tmp_path):
-    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == []
+    assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").touch()
-    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == []
+    assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == []
 
 
 @given(st.integers(1, 200))
@@ -76,14 +83,14 @@ def test_a_kill_in_the_middle_of_a_line_costs_that_line_alone(tmp_path_factory, 
     lines = [json.dumps(row) + "\n" for row in rows]
     cut = min(cut, len(lines[2]) - 2)  # at least the closing brace is missing
     (folder / "events.jsonl").write_text(lines[0] + lines[1] + lines[2][:cut])
-    assert workdir.read_rows(str(folder), "events.jsonl") == rows[:2]
-    workdir.append(str(folder), "events.jsonl", rows[3])
-    assert workdir.read_rows(str(folder), "events.jsonl") == [*rows[:2], rows[3]]
+    assert run_folder.read_rows(str(folder), "events.jsonl") == rows[:2]
+    run_folder.append(str(folder), "events.jsonl", rows[3])
+    assert run_folder.read_rows(str(folder), "events.jsonl") == [*rows[:2], rows[3]]
 
 
 def test_an_event_carries_its_step_time_and_facts(tmp_path):
-    workdir.log_event(str(tmp_path), "save", 7, data_sha256="ab")
-    [event] = workdir.read_rows(str(tmp_path), "events.jsonl")
+    run_folder.log_event(str(tmp_path), "save", 7, data_sha256="ab")
+    [event] = run_folder.read_rows(str(tmp_path), "events.jsonl")
     assert event.pop("time") > 1.6e9
     assert event == {"event": "save", "step": 7, "data_sha256": "ab"}
 
@@ -99,22 +106,22 @@ CUTS = [(0, 1), (1, 2), (2, 5), (3, 6), (4, 8)]
 def test_rewinding_drops_exactly_what_is_about_to_be_logged_again(tmp_path, step, kept):
     rows = [{"step": step, "phase": phase, "what": what} for step, phase, what in LOGGED]
     for row in rows:
-        workdir.append(str(tmp_path), "metrics.jsonl", row)
-    workdir.log_event(str(tmp_path), "save", 4)
-    workdir.rewind_metrics(str(tmp_path), step)
-    assert workdir.read_rows(str(tmp_path), "metrics.jsonl") == rows[:kept]
-    assert len(workdir.read_rows(str(tmp_path), "events.jsonl")) == 1
+        run_folder.append(str(tmp_path), "metrics.jsonl", row)
+    run_folder.log_event(str(tmp_path), "save", 4)
+    run_folder.rewind_metrics(str(tmp_path), step)
+    assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == rows[:kept]
+    assert len(run_folder.read_rows(str(tmp_path), "events.jsonl")) == 1
 
 
 def test_rewinding_a_new_folder_leaves_an_empty_file(tmp_path):
-    workdir.rewind_metrics(str(tmp_path), 0)
+    run_folder.rewind_metrics(str(tmp_path), 0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_cut_line_is_gone_after_rewinding(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
-    workdir.rewind_metrics(str(tmp_path), 5)
-    workdir.append(str(tmp_path), "metrics.jsonl", {"step": 2})
+    run_folder.rewind_metrics(str(tmp_path), 5)
+    run_folder.append(str(tmp_path), "metrics.jsonl", {"step": 2})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -125,38 +132,38 @@ def test_a_written_config_is_read_back_equal(make, tmp_path):
     sources = [{"spec": "text:a\u6f22.txt", "weight": 2.5}, "json:b"]
     growth = {"pretrain__auto_grow": True, "pretrain__grow_plan": "1024,2048"}
     config = make.run_config(pretrain__sources=sources, seed=3, model__tied=False, **growth)
-    assert not workdir.holds_run(str(tmp_path))
-    workdir.write_config(str(tmp_path), config)
-    assert workdir.holds_run(str(tmp_path))
-    assert workdir.read_config(str(tmp_path)) == config
-    assert workdir.differences(config, workdir.read_config(str(tmp_path))) == []
+    assert not run_folder.holds_run(str(tmp_path))
+    run_folder.write_config(str(tmp_path), config)
+    assert run_folder.holds_run(str(tmp_path))
+    assert run_folder.read_config(str(tmp_path)) == config
+    assert run_folder.differences(config, run_folder.read_config(str(tmp_path))) == []
 
 
 def test_a_run_from_before_a_key_was_there_opens_as_it_was(make, tmp_path):
     values = make.run_config().to_dict()
     del values["model"]["tied"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert workdir.read_config(str(tmp_path)) == make.run_config(model__tied=True)
+    assert run_folder.read_config(str(tmp_path)) == make.run_config(model__tied=True)
 
 
 def test_a_folder_without_a_run_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=f"--workdir={tmp_path} holds no run"):
-        workdir.read_config(str(tmp_path))
+        run_folder.read_config(str(tmp_path))
 
 
 def test_text_replaces_its_file_in_one_move(tmp_path):
     path = tmp_path / "report.html"
     for text in ("old", "new \u6f22"):
-        workdir.write_text(str(path), text)
+        run_folder.write_text(str(path), text)
         assert path.read_text(encoding="utf-8") == text
         assert os.listdir(tmp_path) == ["report.html"]
 
 
 def test_a_write_that_fails_leaves_the_old_text(tmp_path):
     path = tmp_path / "config.json"
-    workdir.write_text(str(path), "old")
+    run_folder.write_text(str(path), "old")
     with pytest.raises(UnicodeEncodeError):
-        workdir.write_text(str(path), "half of it" * 10_000 + "\ud800")
+        run_folder.write_text(str(path), "half of it" * 10_000 + "\ud800")
     assert path.read_text() == "old"
 
 
@@ -192,9 +199,9 @@ def keys_of(values: dict) -> list[str]:
 
 
 def test_every_key_either_makes_the_run_or_may_change():
-    """A new key of the config belongs into one of the lists above, and into workdir.IDENTITY where it is of the run."""
+    """A new key of the config belongs into one of the lists above, and into run_folder.IDENTITY."""
     assert sorted([*IDENTITY, *FREE]) == sorted(keys_of(with_plan().to_dict()))
-    assert sorted(workdir.IDENTITY) == sorted(key.replace("__", ".") for key in IDENTITY)
+    assert sorted(run_folder.IDENTITY) == sorted(key.replace("__", ".") for key in IDENTITY)
 
 
 @pytest.mark.parametrize("key", IDENTITY)
@@ -204,44 +211,44 @@ def test_another_model_or_split_is_refused_by_the_key_that_differs(tmp_path, key
     was = functools.reduce(getattr, name.split("."), old)
     for before, after, line in ((old, new, f"{was}, not {IDENTITY[key]}"), (new, old, f"{IDENTITY[key]}, not {was}")):
         with pytest.raises(UsageError) as e:
-            workdir.check_same_run(str(tmp_path), before, after)
+            run_folder.check_same_run(str(tmp_path), before, after)
         assert str(e.value).startswith(f"{tmp_path} holds a different run: its config.{name} is {line}; use another ")
 
 
 @pytest.mark.parametrize("key", FREE)
 def test_what_may_change_between_resumes_is_accepted_and_listed(tmp_path, key):
     old, new = with_plan(), with_plan(**{key: FREE[key]})
-    workdir.check_same_run(str(tmp_path), old, new)
-    assert [name for name, *_ in workdir.differences(old, new)] == [key.replace("__", ".")]
+    run_folder.check_same_run(str(tmp_path), old, new)
+    assert [name for name, *_ in run_folder.differences(old, new)] == [key.replace("__", ".")]
 
 
 # ---------------------------------------------------------------------------------------------------------- ledger
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
-    assert workdir.newest_checkpoint(str(tmp_path)) is None
+    assert run_folder.newest_checkpoint(str(tmp_path)) is None
     for name in ("9", "100", "20", "300.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert workdir.newest_checkpoint(str(tmp_path)) == 100
+    assert run_folder.newest_checkpoint(str(tmp_path)) == 100
 
 
 def test_a_run_is_finished_where_it_last_ended_or_was_imported(tmp_path):
     folder = str(tmp_path)
-    assert workdir.finished_step(folder) is None
+    assert run_folder.finished_step(folder) is None
     for event, step, finished in (("save", 9, None), ("import", 0, 0), ("finish", 12, 12), ("save", 14, 12)):
-        workdir.log_event(folder, event, step)
-        assert workdir.finished_step(folder) == finished
-    workdir.log_event(folder, "finish", 20)
-    assert workdir.finished_step(folder) == 20
+        run_folder.log_event(folder, event, step)
+        assert run_folder.finished_step(folder) == finished
+    run_folder.log_event(folder, "finish", 20)
+    assert run_folder.finished_step(folder) == 20
 
 
 def test_evaluations_and_ended_phases_are_behind_the_run(tmp_path):
     folder = str(tmp_path)
     for row in ({"step": 4, "phase": "pretrain", "loss": 3.0}, {"step": 4, "phase": "pretrain", "split": "eval"}):
-        workdir.append(folder, "metrics.jsonl", row)
-    workdir.log_event(folder, "data", 5, phase="pretrain")
-    workdir.log_event(folder, "save", 5, phase="pretrain")
-    assert workdir.milestones(folder) == {("eval", "pretrain", 4), ("end", "pretrain", 5)}
+        run_folder.append(folder, "metrics.jsonl", row)
+    run_folder.log_event(folder, "data", 5, phase="pretrain")
+    run_folder.log_event(folder, "save", 5, phase="pretrain")
+    assert run_folder.milestones(folder) == {("eval", "pretrain", 4), ("end", "pretrain", 5)}
 
 
 # ---------------------------------------------------------------------------------------------------------- faults

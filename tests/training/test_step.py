@@ -11,9 +11,11 @@ import optax
 import pytest
 
 from configs import default
-from lowrank_jax import model, optim, stages, step, workdir
 from lowrank_jax.config import RunConfig, UsageError
-from lowrank_jax.meter import Meter
+from lowrank_jax.model import network
+from lowrank_jax.training import optim, run_folder, step
+from lowrank_jax.training import plan as stages
+from lowrank_jax.training.metrics import Meter
 
 ROWS, LENGTH = 8, 16
 TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "latent_norm": True, "mlp": 24}
@@ -36,7 +38,7 @@ def toy(precision: str = "fp32", name: str = "muon", clip: float = 1.0, decay: f
 
 def params_away_from_init() -> dict:
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: model.init(toy().model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: network.init(toy().model, jax.random.key(0)))
     return jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
 
 
@@ -84,8 +86,8 @@ def _by_definition():
     config, batch = toy(), ragged_batch()
 
     def objective(params, smoothing, z_loss):
-        x = model.features(config.model, params, batch["tokens"], batch["segments"])
-        logits = model.logits(config.model, params, x)
+        x = network.features(config.model, params, batch["tokens"], batch["segments"])
+        logits = network.logits(config.model, params, x)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         log_probs = logits - log_z[..., None]
         of_target = log_probs[np.arange(ROWS)[:, None], np.arange(LENGTH), batch["targets"]]
@@ -446,7 +448,7 @@ def test_a_finite_spike_of_the_loss_or_of_the_gradient_alone_is_refused(tmp_path
         with contextlib.closing(Meter(config, str(tmp_path), len(JUMPS), 0)) as meter:
             meter.add(stage, {"step": number, "tokens": number * ROWS * LENGTH}, metrics)
             meter.flush()
-    skips = [(e["step"], e["reason"]) for e in workdir.read_rows(str(tmp_path), "events.jsonl")]
+    skips = [(e["step"], e["reason"]) for e in run_folder.read_rows(str(tmp_path), "events.jsonl")]
     assert skips == [(2, "spike"), (4, "spike")]
 
 

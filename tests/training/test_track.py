@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from lowrank_jax import track
 from lowrank_jax.config import UsageError
+from lowrank_jax.training import track
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = {"step": 10, "phase": "sft", "stage": "sft-64", "seq_len": 64, "batch": 4, "tokens": 2560, "loss": 3.5}
 TRAIN |= {"lr": 0.01, "grad_norm": math.inf, "tokens_per_s": 99.5, "mfu": None, "skipped": 0}
 EVAL = {"step": 10, "phase": "sft", "stage": "sft-64", "split": "sft", "eval_loss": 3.0, "bits_per_byte": 2.5}

@@ -14,7 +14,7 @@ from scripts import verify_resume
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """model.d=16 model.layers=1 model.heads=2 model.rank=2 pretrain.steps=8 pretrain.tokens_per_step=256
 pretrain.block=16 pretrain.eval_tokens=256 sft.steps=0 every.log=1 every.eval=4 every.save=2 track="""
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax import model, warmstart
 from lowrank_jax.config import ModelConfig, UsageError
+from lowrank_jax.model import network
+from lowrank_jax.training import warmstart
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,7 @@ def trained(c: ModelConfig, seed: int = 0) -> dict:
             return 1 + 0.2 * noise
         return noise * (c.d**-0.5 if path[-1].key == "table" else w.shape[-2] ** -0.5)
 
-    return jax.tree.map_with_path(draw, jax.eval_shape(lambda: model.init(c, jax.random.key(0))))
+    return jax.tree.map_with_path(draw, jax.eval_shape(lambda: network.init(c, jax.random.key(0))))
 
 
 def fresh(c: ModelConfig) -> dict:
@@ -61,7 +62,7 @@ def fresh(c: ModelConfig) -> dict:
 
 
 def forward(c: ModelConfig, params: dict, tokens_BT) -> jax.Array:
-    return model.logits(c, params, model.features(c, params, tokens_BT))
+    return network.logits(c, params, network.features(c, params, tokens_BT))
 
 
 logits = jit(forward, static_argnums=0)
@@ -226,7 +227,7 @@ def test_added_layers_are_identities_also_where_not_all_of_a_block_fits():
     """The outputs that do not fit are then those of a new model, which are zero."""
     other_ranks = {"rank": 10, "rank_split": (1.0, 1.0, 3.0, 3.0)}
     shallow, deep = toy(**other_ranks), toy(**other_ranks, layers=4)
-    params = jit(model.init, static_argnums=0)(deep, jax.random.key(0))
+    params = jit(network.init, static_argnums=0)(deep, jax.random.key(0))
     taken = warmstart.take(params, trained(toy()), same_tokens=True).params
     without = taken | {"blocks": jax.tree.map(lambda w: w[::2], taken["blocks"])}
     tokens = some_tokens(shallow)

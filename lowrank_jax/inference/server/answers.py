@@ -5,10 +5,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_jax.api import Question
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.engine import Piece
-from lowrank_jax.writer import Writer
+from lowrank_jax.inference.engine import Piece
+from lowrank_jax.inference.server.api import Question
+from lowrank_jax.inference.text_stream import Writer
 
 
 @dataclass(frozen=True)

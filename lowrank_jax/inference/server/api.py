@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.engine import TOP
-from lowrank_jax.sampling import PRESETS, Sampling
+from lowrank_jax.inference.engine import TOP
+from lowrank_jax.inference.sampling import PRESETS, Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 MOST_STOPS = 4

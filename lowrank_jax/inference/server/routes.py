@@ -22,13 +22,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from lowrank_jax import api
-from lowrank_jax.answers import Answer, Shapes
-from lowrank_jax.api import Problem, Question
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.sampling import PRESETS
-from lowrank_jax.scheduler import Full, Order, Scheduler, Stopping, Ticket
+from lowrank_jax.inference.sampling import PRESETS
+from lowrank_jax.inference.server import api
+from lowrank_jax.inference.server.answers import Answer, Shapes
+from lowrank_jax.inference.server.api import Problem, Question
+from lowrank_jax.inference.server.scheduler import Full, Order, Scheduler, Stopping, Ticket
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
 MOST_BYTES = 4 << 20  # of a body

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.engine import CHUNKS, Engine, Piece
-from lowrank_jax.sampling import Sampling
+from lowrank_jax.inference.engine import CHUNKS, Engine, Piece
+from lowrank_jax.inference.sampling import Sampling
 
 
 class Full(Exception):

@@ -19,7 +19,7 @@ import warnings
 
 import jax
 
-SOURCES = os.path.join(os.path.dirname(__file__), "cpp")
+SOURCES = os.path.dirname(__file__)
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
 TARGETS = {"decode": ("lowrank_read", "lowrank_times"), "attend": ("lowrank_attend", "lowrank_attend_gradient")}
 

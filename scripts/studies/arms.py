@@ -1,4 +1,4 @@
-"""The studies of scripts/experiment.py as plain data, and the changes to the network that no config has.
+"""The studies of scripts/studies/experiment.py as plain data, and the changes to the network that no config has.
 
 An arm is {config key: value} on top of its study's settings. Its `variant` names functions of VARIANTS, which change
 the product's code in the process that trains the arm: what is only a baseline, or has not won, is not in the product.
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lowrank_jax import attention, model, optim
-from lowrank_jax.sharding import path_name
+from lowrank_jax.machine.sharding import path_name
+from lowrank_jax.model import attention, network
+from lowrank_jax.training import optim
 
 PYTHON = sysconfig.get_path("stdlib")
 _package = lambda name, *parts: os.path.join(importlib.util.find_spec(name).submodule_search_locations[0], *parts)
@@ -65,7 +66,7 @@ def low(rank_split=V_AND_O, norm=False, rank=32, variant="fan_in") -> dict:
 
 
 DENSE = {"model.rank": 0}
-BALANCED = low(variant="")  # as configs/default.py and lowrank_jax/model.py have it
+BALANCED = low(variant="")  # as configs/default.py and lowrank_jax/model/network.py have it
 WHOLE = {"model.mlp_rank": 64, "model.embed_rank": 64}
 LONG = SETTINGS | {"pretrain.sources": LONG_TEXT} | BALANCED
 FIVE = {"model.layers": 5}
@@ -252,7 +253,7 @@ def apply(names: str) -> None:
 
 def _norms(of: str) -> None:
     """RMSNorm, without a gain, on the latents of some of q, k, v and o."""
-    init, reduce = model.Attention.__init__, model.Linear.reduce
+    init, reduce = network.Attention.__init__, network.Linear.reduce
 
     def marked(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -260,9 +261,9 @@ def _norms(of: str) -> None:
             getattr(self, name).normed = True
 
     def normed(self, x):
-        return model.rms_norm(reduce(self, x)) if getattr(self, "normed", False) else reduce(self, x)
+        return network.rms_norm(reduce(self, x)) if getattr(self, "normed", False) else reduce(self, x)
 
-    model.Attention.__init__, model.Linear.reduce = marked, normed
+    network.Attention.__init__, network.Linear.reduce = marked, normed
 
 
 def _scale_updates(**factors: float) -> None:
@@ -338,7 +339,7 @@ def _largest(w_NIJ):
 
 def _spectral() -> None:
     """Factors of the best approximation of a dense draw: U sqrt(S) and sqrt(S) V^T; a zero map keeps its zero."""
-    init = model.Linear.__init__
+    init = network.Linear.__init__
 
     def spectral(self, matmul, rngs, d_in, d_out, rank=0, zero=False, has_down=True):
         init(self, matmul, rngs, d_in, d_out, rank, zero, has_down)
@@ -349,12 +350,12 @@ def _spectral() -> None:
         if not zero:
             self.up[...] = jnp.sqrt(s[:rank])[:, None] * vt[:rank]
 
-    model.Linear.__init__ = spectral
+    network.Linear.__init__ = spectral
 
 
 def _fan_in() -> None:
     """Factors N(0, 1/d_in) and N(0, 1/rank): their product has the variance of a dense fan-in draw."""
-    init = model.Linear.__init__
+    init = network.Linear.__init__
 
     def fan_in(self, matmul, rngs, d_in, d_out, rank=0, zero=False, has_down=True):
         init(self, matmul, rngs, d_in, d_out, rank, zero, has_down)
@@ -364,12 +365,12 @@ def _fan_in() -> None:
         if rank and not zero:
             self.up[...] *= math.sqrt(d_out / (s * rank))
 
-    model.Linear.__init__ = fan_in
+    network.Linear.__init__ = fan_in
 
 
 def _scale_start(by: float) -> None:
     """Factors that start at a number times the product's own, a factor at zero excepted."""
-    init = model.Linear.__init__
+    init = network.Linear.__init__
 
     def scaled(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -377,7 +378,7 @@ def _scale_start(by: float) -> None:
             if hasattr(self, factor):
                 getattr(self, factor)[...] *= by
 
-    model.Linear.__init__ = scaled
+    network.Linear.__init__ = scaled
 
 
 def _no_positions() -> None:
