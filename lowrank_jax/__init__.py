@@ -2,11 +2,12 @@
 
 
 def load(folder: str, weights: str = "auto"):
-    """The trained model of a run's folder, with `.params, .config, .tokenizer, .logits(tokens), .generate(...)`.
+    """Open a run's trained model, with `.params, .config, .tokenizer, .logits(tokens), .generate(...)`.
 
-    `weights` is how generation keeps them: fp32, bf16, fp16, int8, int4, or auto as the run computed.
+    `weights` is the format that generation keeps weights in: fp32, bf16, fp16, int8, int4, or auto as the run computed.
     """
-    from lowrank_jax import generate  # here, so that importing the package starts neither jax nor orbax
-    from lowrank_jax.training import trained  # here, so that importing the package starts neither jax nor orbax
+    from lowrank_jax.inference.session import Model  # imported late: `import lowrank_jax` starts neither JAX nor Orbax
+    from lowrank_jax.training.trained import open_run
 
-    return generate.Model(trained.open_run(folder), weights)
+    run = open_run(folder)
+    return Model(run.config, run.tokenizer, run.params, weights)

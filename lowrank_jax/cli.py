@@ -19,12 +19,10 @@ import traceback
 
 from absl import flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.machine import processes
-
-ABANDONED = "abandoned"  # how the names of threads begin that a process does not wait for at its end
+from lowrank_jax.machine.console import ABANDONED
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,17 +67,6 @@ def read_config(config_args: list[str]) -> RunConfig:
     if unused:
         raise UsageError(f"unknown argument {unused[0]}")
     return RunConfig.from_dict(config)
-
-
-def say(line: str, everyone: bool = False) -> None:
-    """A line for the person who watches; stdout stays for results, the progress bar and --json.
-
-    Of many processes the first one speaks; with `everyone`, each that has something to say, with its name.
-    """
-    if not (everyone or processes.is_first()):
-        return
-    with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop
-        tqdm.write(processes.name() + line if everyone else line, file=sys.stderr)
 
 
 def use_compilation_cache() -> None:

@@ -103,6 +103,11 @@ class PhaseConfig:
     readers: int
     sample: str
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Sequence lengths in order: the block, then every longer length of the growth plan."""
+        return (self.block, *(n for n in self.grow_plan if n > self.block)) if self.auto_grow else (self.block,)
+
 
 @dataclass(frozen=True)
 class OptimConfig:

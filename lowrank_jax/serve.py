@@ -25,6 +25,7 @@ from lowrank_jax.inference import engine, quantize
 from lowrank_jax.inference.server.api import Limits
 from lowrank_jax.inference.server.routes import Server, Settings
 from lowrank_jax.inference.server.scheduler import Scheduler
+from lowrank_jax.machine import console
 from lowrank_jax.training.trained import open_run
 
 GRACE = 3.0  # seconds that requests under way have after a signal
@@ -42,7 +43,7 @@ class _Uvicorn(uvicorn.Server):
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
-        cli.say(f"listening on {self._url}")
+        console.say(f"listening on {self._url}")
 
 
 async def _run(server: uvicorn.Server, listener: socket.socket, scheduler: Scheduler) -> int:

@@ -12,9 +12,9 @@ from jax.sharding import AxisType
 
 from lowrank_jax.machine import hlo, sharding
 from lowrank_jax.model import costs
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training import step
 from lowrank_jax.training.checkpoint import Checkpoints, _checksum
+from lowrank_jax.training.plan import stages_of
 
 STEPS = 3
 COMMON = dict(model__layers=2, pretrain__steps=STEPS, pretrain__lr=1e-2, precision="fp32")
@@ -53,7 +53,7 @@ def batch(i: int, stage, vocab: int) -> dict:
 def train(config, first):
     """(losses, last state, stage, program) of a training on the config's mesh."""
     mesh = mesh_of(config)
-    stage = stages.plan(config, sharding.row_shards(mesh))[0]
+    stage = stages_of(config, sharding.row_shards(mesh))[0]
     state, losses = step.first_state(config, first, 0, mesh), []
     compiled = step.lower(config, stage, mesh).compile()
     for i in range(STEPS):

@@ -9,8 +9,8 @@ import pytest
 
 from lowrank_jax.training import metrics as meter
 from lowrank_jax.training import optim
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training.memory import Fit
+from lowrank_jax.training.plan import Stage, stages_of
 
 # --------------------------------------------------------------------------------------------------------- the meter
 
@@ -40,7 +40,7 @@ def start(make, tmp_path, clock):
         growth = {"pretrain__block": 16, "pretrain__grow_plan": "16,32", "pretrain__grow_every_steps": 4}
         size = {"pretrain__steps": 9, "pretrain__tokens_per_step": 256, "pretrain__auto_grow": True, "sft__steps": 0}
         config = make.run_config(**size, **growth, track="", **{f"every__{key}": n for key, n in every.items()})
-        return meter.Meter(config, str(tmp_path), 9, done), stages.plan(config)
+        return meter.Meter(config, str(tmp_path), 9, done), stages_of(config)
 
     return start
 
@@ -53,7 +53,7 @@ def at(step: int) -> dict:
     return {"step": step, "tokens": 256 * step}
 
 
-def fit_of(stage: stages.Stage, seconds: float) -> Fit:
+def fit_of(stage: Stage, seconds: float) -> Fit:
     return Fit(stage, need=1, limit=1, seconds=seconds, program=None)
 
 

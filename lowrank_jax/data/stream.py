@@ -1,6 +1,6 @@
 """Documents to batches: mix, pack, and a cursor that continues at the exact token.
 
-A batch is made by several readers (`stages.readers`, a function of the config alone): each mixes the sources by itself
+A batch is made by several readers (`readers`, a function of the config alone): each mixes the sources by itself
 and fills an equal part of the rows. Hosts share the readers out, so a run may go on with another number of hosts and
 see the same batches. The cursor is a plain dict of the readers' cursors; it says where every source was before the
 oldest document still in use and how much of that is spent. No token is ever stored.
@@ -10,6 +10,7 @@ The shape of a batch is an argument of `next`, so sequences may grow without a t
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,9 @@ from lowrank_jax.data.records import BadRecord
 from lowrank_jax.data.sources import Source
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import interrupt
-from lowrank_jax.training import plan as stages
 
+# Hosts up to this many read shares of their own. Each reader holds about a megabyte of documents for every source.
+MOST_READERS = 8
 PATIENCE = 5.0  # seconds that a batch may take to come before a signal is more urgent
 AHEAD = 2  # batches that are on the device before they are used
 ONCE = Part(period=0, held_out=False, shuffled=False, endless=False)
@@ -54,7 +56,7 @@ def open_phase(
     what was trained on before the phase. Raises UsageError where the cursor is of other data.
     """
     opened = _open(p.sources, tokenizer, chats)
-    many = stages.readers(p)
+    many = readers(p)
     if any(_is_small(source, many) for source in opened):
         many = 1
     facts = {"sources": [s.spec for s in p.sources], "fingerprints": [s.fingerprint for s in opened], "readers": many}
@@ -75,7 +77,7 @@ def open_phase(
             for i, (source, part, limit, where) in enumerate(zip(opened, parts, limits, cursors))
         ]
         start = hashlib.sha256(f"{previous} {index}".encode()).hexdigest()
-        return Lane(readers, tokenizer, chats, lambda step: stages.mixture(p, step), at[index], start)
+        return Lane(readers, tokenizer, chats, lambda step: mixture(p, step), at[index], start)
 
     return Stream([lane(i) for i in mine], facts, share)
 
@@ -175,6 +177,21 @@ class Stream:
     def close(self) -> None:
         if self._workers:
             self._workers.shutdown(wait=False, cancel_futures=True)
+
+
+def readers(p: PhaseConfig) -> int:
+    """How many readers a phase's batches are made of: each fills an equal part of the rows, whatever the length.
+
+    Without a number of its own, as many as divide the rows of every length, up to MOST_READERS.
+    """
+    common = math.gcd(*(p.tokens_per_step // n for n in p.lengths))
+    return p.readers or max(n for n in range(1, MOST_READERS + 1) if common % n == 0)
+
+
+def mixture(p: PhaseConfig, phase_step: int) -> tuple[float, ...]:
+    """The shares of the sources at a step of the phase: they add up to 1."""
+    weights = [[w for step, w in source.weight if step <= phase_step][-1] for source in p.sources]
+    return tuple(w / sum(weights) for w in weights)
 
 
 def merge(cursors: Sequence[dict]) -> dict:

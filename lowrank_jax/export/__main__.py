@@ -20,6 +20,7 @@ from lowrank_jax import cli
 from lowrank_jax.config import UsageError
 from lowrank_jax.export import fidelity, gguf, hf, onnx, torch, verify
 from lowrank_jax.export.folder import whole_folder
+from lowrank_jax.machine import console
 from lowrank_jax.training import run_folder
 from lowrank_jax.training.trained import open_run
 
@@ -45,7 +46,7 @@ def command(argv: list[str]) -> dict:
     if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
     trained, difference, changed = open_run(args.workdir), None, {}
-    step = trained.progress["step"]
+    step = trained.progress.step
     if not args.unfinished and run_folder.finished_step(args.workdir) != step:
         raise UsageError(
             f"--workdir={args.workdir} is not finished (its newest checkpoint is of step {step}); "
@@ -61,7 +62,7 @@ def command(argv: list[str]) -> dict:
                 told = f"{options['quant']}, {fidelity.describe(changed)}"
         except verify.NotInstalled as e:
             told = f"not verified: nothing here runs it ({e})"
-    cli.say(f"{args.out}: {args.format}, {told}")
+    console.say(f"{args.out}: {args.format}, {told}")
     return {
         "format": args.format,
         "out": args.out,

@@ -11,7 +11,6 @@ same kind with products of that rank in it, and their factors beside them.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -19,15 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from lowrank_jax import cli, evaluate, importer
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
-from lowrank_jax.export import factorize, foreign
-from lowrank_jax.export.folder import whole_folder
+from lowrank_jax.export import factorize, import_weights
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import network
-from lowrank_jax.training import plan as stages
-from lowrank_jax.training import run_folder
+from lowrank_jax.training import evaluation, run_folder
 from lowrank_jax.training.trained import Trained, open_run
 
 TOKENS = 32_768  # to calibrate on
@@ -141,41 +137,6 @@ def _metric(block: dict, name: str, seen: dict) -> np.ndarray | None:
     return None
 
 
-def command(argv: list[str]) -> dict:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="the dense model: a run, or an export of it")
-    parser.add_argument("--rank", type=int, required=True, help="mean rank of Q, K, V and O")
-    parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--rank_split", default="", help="shares of q,k,v,o (default: those in the run's config)")
-    parser.add_argument("--mlp_rank", type=int, default=0, help="rank of the MLP's matrices (default: left dense)")
-    parser.add_argument("--data", default="", help="sources to calibrate with and measure on (default: the run's own)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to calibrate with (default {TOKENS:,})")
-    args = parser.parse_args(argv)
-    out = os.path.realpath(args.out)
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
-    if args.rank < 1 or args.mlp_rank < 0 or args.tokens < 1:
-        raise UsageError("--rank and --tokens must be above 0, and --mlp_rank not below")
-    facts = {"from": args.source, "out": args.out, "rank": args.rank}
-    if foreign.family(args.source):
-        if args.mlp_rank:
-            raise UsageError("--mlp_rank is for models of our own")
-        shares = read_split(args.rank_split) if args.rank_split else (1.0, 1.0, 1.0, 1.0)
-        with whole_folder(out) as made:
-            return facts | foreign.compress(args.source, made, args.rank, shares, args.data or OTHER, args.tokens)
-    dense = open_dense(args.source)
-    split = read_split(args.rank_split) if args.rank_split else dense.config.model.rank_split
-    low_rank(dense.config, args.rank, split, args.mlp_rank)  # what cannot be is refused before anything is computed
-    text, held_out = texts(dense, args.data, args.tokens)
-    config, params = compress(dense, args.rank, split, args.mlp_rank, text)
-    facts |= {"ranks": list(config.model.ranks), "calibration_tokens": sum(batch["tokens"].size for batch in text)}
-    facts |= measure(dense, config, params, held_out)
-    with whole_folder(out) as made:
-        start = {key: dense.progress[key] for key in ("step", "tokens")}
-        importer.write(config, dense.tokenizer, params, {f"trained_{key}": x for key, x in start.items()}, made)
-    return facts
-
-
 def measure(dense: Trained, config: RunConfig, params: dict, held_out: list[stream.Batch]) -> dict:
     """Prints and returns errors per layer, bits per byte and parameters, before and after."""
     rows = errors(dense.config.model, dense.params, params, held_out)
@@ -188,7 +149,7 @@ def measure(dense: Trained, config: RunConfig, params: dict, held_out: list[stre
         (dense.config, dense.params),
         (config, jax.device_put(params, sharding.whole(sharding.one_device()))),
     ):
-        bits.append(evaluate.evaluate(c, weights, held_out, lengths)["bits_per_byte"])
+        bits.append(evaluation.evaluate(c, weights, held_out, lengths)["bits_per_byte"])
         sizes.append(sum(w.size for w in jax.tree.leaves(weights)))
     print(f"bits per byte {bits[0]:.4f} -> {bits[1]:.4f}, parameters {sizes[0]:,} -> {sizes[1]:,}", flush=True)
     both = lambda name, pair: {f"{name}_before": pair[0], f"{name}_after": pair[1]}
@@ -199,7 +160,7 @@ def open_dense(source: str) -> Trained:
     """The dense model in a run's folder, or in one that was exported for Hugging Face."""
     if run_folder.newest_checkpoint(source) is not None:
         return open_run(source)
-    config, tok, params, progress = importer.open_export(source)
+    config, tok, params, progress = import_weights.open_export(source)
     return Trained(config, tok, jax.device_put(params, sharding.whole(sharding.one_device())), progress)
 
 
@@ -209,12 +170,12 @@ def texts(dense: Trained, data: str, tokens: int) -> tuple[list[stream.Batch], l
     if data:
         p = dataclasses.replace(p, sources=read_sources(data, "--data"), eval_fraction=max(p.eval_fraction, HELD_OUT))
     p = dataclasses.replace(p, readers=1)
-    length = min(stages.lengths(p)[-1], tokens)
+    length = min(p.lengths[-1], tokens)
     rows = max(1, min(ROWS, tokens) // length)
     training = stream.open_phase(p, tok, seed, False)
     text = [training.next(rows, length) for _ in range(-(-tokens // (rows * length)))]
     training.close()
-    held_out = evaluate.held_out(p, tok, seed, False, length, lambda *_, **__: None)
+    held_out = evaluation.held_out(p, tok, seed, False, length, lambda *_, **__: None)
     if not held_out:
         raise UsageError(f"the held-out part of the text has no row of {length} tokens; name a longer one with --data")
     return text, held_out
@@ -228,7 +189,3 @@ def read_split(text: str) -> tuple[float, ...]:
     if len(split) != 4 or min(split) <= 0:
         raise UsageError(f"--rank_split={text} must be four shares above 0 for q,k,v,o, such as 1,1,3,3")
     return split
-
-
-if __name__ == "__main__":
-    cli.main(command)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lowrank_jax import evaluate
 from lowrank_jax.config import RunFailure, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.export import verify
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training import evaluation
 from lowrank_jax.training.trained import Trained
 
 TOKENS = 1024  # to measure on
@@ -69,16 +68,16 @@ def _rows(trained: Trained, tokens: int) -> tuple[list[dict], str]:
     """Rows {tokens, targets, weights} of at most so many tokens together, and the name of their text."""
     p, tokenizer = trained.config.pretrain, trained.tokenizer
     p = dataclasses.replace(p, eval_tokens=tokens)
-    length = min(stages.lengths(p)[-1], tokens)
+    length = min(p.lengths[-1], tokens)
     while length > 1:
         try:
-            batches = evaluate.held_out(p, tokenizer, trained.config.seed, False, length, lambda *_, **__: None)
+            batches = evaluation.held_out(p, tokenizer, trained.config.seed, False, length, lambda *_, **__: None)
         except (UsageError, OSError):  # files that were moved, a hub that is out of reach
             break
         if batches:
             return _cut(batches, tokens), "held-out text"
         length //= 2
-    length = min(stages.lengths(p)[-1], tokens)
+    length = min(p.lengths[-1], tokens)
     batch = stream.read_once(read_sources(OTHER, "source"), tokenizer).next(tokens // length, length)
     return _cut([batch], tokens), OTHER
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lowrank_jax.config import PhaseConfig, RunConfig
 from lowrank_jax.export import hf_tokenizer, verify, weights
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
 
 ORIGIN, TOKENIZER = "lowrank_jax.json", "tokenizer"  # what an import needs beside the weights, see importer.py
@@ -63,9 +64,11 @@ def as_json(value: dict) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def plain(progress: dict) -> dict:
+def plain(progress: Progress) -> dict:
     """What a run's progress says in numbers and words."""
-    return {key: value for key, value in progress.items() if isinstance(value, (int, float, str)) and value != ""}
+    return {
+        key: value for key, value in progress.to_dict().items() if isinstance(value, (int, float, str)) and value != ""
+    }
 
 
 def without_places(config: RunConfig) -> RunConfig:
@@ -83,7 +86,7 @@ def without_places(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, init_from="", tokenizer=tokenizer, **phases)
 
 
-def facts(config: RunConfig, progress: dict) -> str:
+def facts(config: RunConfig, progress: Progress) -> str:
     """A table for a card: what the model is and, as far as the progress tells it, what it has been trained on."""
     c, sources = config.model, lambda p: ", ".join(f"`{source.spec}`" for source in p.sources)
     known = without_places(config)

@@ -11,10 +11,10 @@ import os
 
 import numpy as np
 
-from lowrank_jax import cli
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import sources
 from lowrank_jax.export import factorize
+from lowrank_jax.machine import console
 
 # Per family: the fused Q, K and V, whether their rows take turns head by head, and O.
 FAMILIES = {
@@ -72,7 +72,9 @@ def compress(source: str, made: str, rank: int, split: tuple[float, ...], data: 
     for layer, row in errors.items():
         print(f"{layer:>5} " + "".join(f"{row[part]:8.3f}" for part in ranks))
     print(f"bits per byte {before:.4f} -> {after:.4f}", flush=True)
-    cli.say(f"of the class {type(net).__name__}, with products of rank {rank} on average; {FACTORS} has the factors")
+    console.say(
+        f"of the class {type(net).__name__}, with products of rank {rank} on average; {FACTORS} has the factors"
+    )
     return {
         "ranks": list(ranks.values()),
         "calibration_tokens": text.size,

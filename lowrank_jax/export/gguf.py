@@ -9,11 +9,11 @@ import os
 
 import numpy as np
 
-from lowrank_jax import cli
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import SentencePiece, Tokenizer
 from lowrank_jax.export import fidelity, llama, mix, pieces, template, verify
+from lowrank_jax.machine import console
 from lowrank_jax.model.network import EPS
 from lowrank_jax.training.trained import Trained
 
@@ -42,7 +42,9 @@ def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32"
     kinds = {name: mix.kind(name, size, quant, c.layers, c.tied) for name, size in sizes.items()}
     if odd := [name for name in kinds if kinds[name] != mix.wanted(name, quant, c.layers, c.tied)]:
         instead = " or ".join(sorted({kinds[name] for name in odd}))
-        cli.say(f"{quant}: its blocks do not divide the rows of {len(odd)} of {len(kinds)} matrices, kept as {instead}")
+        console.say(
+            f"{quant}: its blocks do not divide the rows of {len(odd)} of {len(kinds)} matrices, kept as {instead}"
+        )
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, FILE)
     out = gguf.GGUFWriter(path, "refact")

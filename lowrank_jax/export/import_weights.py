@@ -7,29 +7,28 @@
 or a state dict (.safetensors, .pt, .bin) with such a config.json beside it.
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from lowrank_jax import cli
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.export import weights
-from lowrank_jax.export.folder import ORIGIN, TOKENIZER, whole_folder
+from lowrank_jax.export.folder import ORIGIN, TOKENIZER
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import checkpoint, run_folder, step
-from lowrank_jax.training.loop import START
+from lowrank_jax.training.progress import START, Progress
 from lowrank_jax.training.trained import Trained
 
 PICKLED = (".pt", ".pth", ".bin")
 
 
-def open_export(source: str, tokenizer_path: str = "", given: Sequence[str] = ()) -> Trained:
-    """What is in an export's folder or in a file of weights, its arrays on the host; `given` are `--config` arguments.
+def open_export(source: str, tokenizer_path: str = "", given: RunConfig | None = None) -> Trained:
+    """Read an export's folder or a file of weights into host arrays; `given` is the config to train with.
 
     `progress` tells the step and the tokens of its training, 0 where that is not known. Raises UsageError for what is
     not there, damaged, or of another architecture.
@@ -44,7 +43,8 @@ def open_export(source: str, tokenizer_path: str = "", given: Sequence[str] = ()
         raise UsageError(f"the weights are of {keys['vocab']} pieces, and the tokenizer has {tok.vocab_size}")
     config = _config(given, origin["config"], values, keys)
     params = weights.params(config.model, _arrays(source))
-    return Trained(config, tok, params, {"step": 0, "tokens": 0} | origin["progress"])
+    known = {f.name: origin["progress"][f.name] for f in dataclasses.fields(Progress) if f.name in origin["progress"]}
+    return Trained(config, tok, params, Progress(**known))
 
 
 def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: str) -> str:
@@ -53,7 +53,7 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: 
     state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
     os.makedirs(folder)
     with checkpoint.Checkpoints(folder, config.every.keep) as saved:
-        saved.save(0, state, START)
+        saved.save(state, START)
     tok.save(run_folder.tokenizer_folder(folder))
     run_folder.write_config(folder, config)
     sha256 = checkpoint.tree_sha256(state.params)
@@ -61,34 +61,11 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, facts: dict, folder: 
     return sha256
 
 
-def command(argv: list[str]) -> dict:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="the export's folder, or a file of weights")
-    parser.add_argument("--workdir", required=True, help="the run's folder to make")
-    parser.add_argument("--tokenizer", default="", help="a tokenizer's folder or file (default: beside the weights)")
-    parser.add_argument("--config", metavar="FILE", help="settings but for the model's (default: the exported run's)")
-    args, rest = parser.parse_known_args(argv)
-    if rest and not args.config:
-        raise UsageError(f"unknown argument {rest[0]}" + " without --config=FILE" * rest[0].startswith("--config."))
-    out = os.path.realpath(args.workdir)
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UsageError(f"--workdir={args.workdir} is there already; name a folder that is new or empty")
-    config, tok, params, progress = open_export(
-        args.source, args.tokenizer, [f"--config={args.config}", *rest] if args.config else []
-    )
-    with whole_folder(out) as made:
-        facts = {f"trained_{key}": progress[key] for key in ("step", "tokens")}
-        sha256 = write(config, tok, params, facts, made)
-    size = sum(w.size for w in jax.tree.leaves(params))
-    cli.say(f"{args.workdir}: {size:,} parameters of {args.source}")
-    return {"workdir": args.workdir, "from": args.source, "parameters": size, "params_sha256": sha256}
-
-
-def _config(given: Sequence[str], origin: dict, values: dict, keys: dict) -> RunConfig:
+def _config(given: RunConfig | None, origin: dict, values: dict, keys: dict) -> RunConfig:
     """The run's config: of `--config`, or of the run that was exported; with the sizes in config.json, `values`."""
     if not given and not origin:
         raise UsageError(f"there is no {ORIGIN} beside the weights; say with --config=FILE how it is to be trained")
-    base = (cli.read_config(list(given)) if given else RunConfig.from_dict(origin)).to_dict()
+    base = (given or RunConfig.from_dict(origin)).to_dict()
     base["model"] |= {"vocab": keys["vocab"]}
     as_it_is = RunConfig.from_dict(base)
     if all(values.get(key, True) == size for key, size in weights.sizes(as_it_is.model).items()):
@@ -163,7 +140,3 @@ def _read_json(folder: str, name: str, otherwise: dict | None = None) -> dict:
     except ValueError as e:
         raise UsageError(f"{path} is damaged: {e}") from None
     return found
-
-
-if __name__ == "__main__":
-    cli.main(command)

@@ -12,7 +12,7 @@ from lowrank_jax.config import ModelConfig, RunConfig, RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import PROBE, Tokenizer
 from lowrank_jax.model import network
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training.plan import make
 from lowrank_jax.training.trained import Trained
 
 TOLERANCE = 1e-4  # largest difference of two fp32 logits
@@ -39,7 +39,7 @@ class NotInstalled(Exception):
 
 def longest(config: RunConfig) -> int:
     """The longest sequence that the run trains on."""
-    return max((stage.seq_len for stage in stages.plan(config)), default=config.pretrain.block)
+    return max(stage.seq_len for stage in make(config).stages)
 
 
 def prompts(trained: Trained) -> list[tuple[np.ndarray, np.ndarray]]:

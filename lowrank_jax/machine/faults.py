@@ -20,9 +20,6 @@ import os
 import re
 import signal
 
-import jax
-import jax.numpy as jnp
-
 from lowrank_jax.config import UsageError
 from lowrank_jax.machine import processes
 
@@ -65,6 +62,9 @@ def run_out_of_memory(step: int, state) -> None:
     fault = ("oom", "step", step)
     if due(*fault) and fault not in _struck:
         _struck.add(fault)
+        import jax  # here, as processes that tokenise import this file and no JAX
+        import jax.numpy as jnp
+
         greedy = lambda state: (jax.tree.map(jnp.copy, state), jnp.zeros(2**50, jnp.uint8))
         jax.block_until_ready(jax.jit(greedy, donate_argnums=0)(state))
 

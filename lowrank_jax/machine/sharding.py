@@ -11,6 +11,7 @@ of R numbers a token instead of a dense model's D: the gradients of theirs, and 
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,6 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.config import RunConfig, UsageError
-from lowrank_jax.training import plan as stages
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 ROWS = (DATA, FSDP)  # the axes that share out the rows of a batch
@@ -45,14 +45,14 @@ RULES = (
 # ---------------------------------------------------------------------------------------------------------- the mesh
 
 
-def shape(config: RunConfig, devices: int) -> tuple[int, int, int]:
+def shape(config: RunConfig, stages: Sequence, devices: int) -> tuple[int, int, int]:
     """Devices along data, fsdp and tensor: as in `config.mesh`, with what is 0 there chosen.
 
     `data` and `fsdp` together are then as many as the rows of every stage can be shared out over, `fsdp` as many of
     these as leave LANES of the width to each, and `tensor` what is left. Raises UsageError in one line where they do
     not come out even.
     """
-    rows = math.gcd(*(stage.batch for stage in stages.plan(config)))
+    rows = math.gcd(*(stage.batch for stage in stages))
     data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
     given = max(data, 1) * max(fsdp, 1)
     left = max(devices // (given * max(tensor, 1)), 1)
@@ -65,7 +65,7 @@ def shape(config: RunConfig, devices: int) -> tuple[int, int, int]:
     if data * fsdp * tensor != devices:
         raise UsageError(f"{said} is for {data * fsdp * tensor} devices and there are {devices}; 0 takes what is left")
     if rows % (data * fsdp) or (not config.mesh.tensor and config.model.heads % tensor):
-        worst = min(stages.plan(config), key=lambda stage: math.gcd(stage.batch, devices))
+        worst = min(stages, key=lambda stage: math.gcd(stage.batch, devices))
         raise UsageError(
             f"{devices} devices cannot share out the {worst.batch} rows of {worst.name} as {said}; make "
             f"config.{worst.phase}.tokens_per_step a multiple of {devices} x {worst.seq_len}, or set config.mesh"
@@ -73,9 +73,9 @@ def shape(config: RunConfig, devices: int) -> tuple[int, int, int]:
     return data, fsdp, tensor
 
 
-def make_mesh(config: RunConfig, devices: list[jax.Device]) -> Mesh:
+def make_mesh(config: RunConfig, stages: Sequence, devices: list[jax.Device]) -> Mesh:
     """The mesh over these devices, here or described; `tensor` groups are the closest neighbours."""
-    sizes = shape(config, len(devices))
+    sizes = shape(config, stages, len(devices))
     if devices[0].platform == "tpu" and len(devices) > 1:  # chips have places in a torus
         return _mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True))
     return _mesh(np.asarray(devices).reshape(sizes))
@@ -212,17 +212,17 @@ def fetch(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-class Held(NamedTuple):
-    """The parts of an array that this process's devices had."""
+class HostCopy(NamedTuple):
+    """The parts of an array that this process's devices had, in host memory."""
 
     shape: tuple[int, ...]
     sharding: NamedSharding
     parts: dict[str, np.ndarray]
 
 
-def to_host(x: jax.Array) -> Held:
-    return Held(x.shape, x.sharding, {str(shard.index): np.array(shard.data) for shard in x.addressable_shards})
+def to_host(x: jax.Array) -> HostCopy:
+    return HostCopy(x.shape, x.sharding, {str(shard.index): np.array(shard.data) for shard in x.addressable_shards})
 
 
-def from_host(held: Held) -> jax.Array:
-    return jax.make_array_from_callback(held.shape, held.sharding, lambda index: held.parts[str(index)])
+def from_host(copy: HostCopy) -> jax.Array:
+    return jax.make_array_from_callback(copy.shape, copy.sharding, lambda index: copy.parts[str(index)])

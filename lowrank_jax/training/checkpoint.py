@@ -6,6 +6,7 @@ What is saved knows nothing of the mesh: it is restored onto whatever `template`
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from lowrank_jax.cli import say
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.machine import faults, sharding
+from lowrank_jax.machine.console import say
 from lowrank_jax.training import run_folder
+from lowrank_jax.training.progress import Progress
 
 # Orbax narrates every opened folder, and repeats through asyncio each failed part of a write; we report it in one line.
 absl.logging.set_verbosity(absl.logging.FATAL)
@@ -105,14 +107,15 @@ class Checkpoints:
         """Steps that can be restored, newest first."""
         return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
-    def save(self, step: int, state, progress: dict) -> bool:
-        """Starts writing `state` and the JSON values `progress`, unless that step is there; whether it did.
+    def save(self, state, progress: Progress) -> bool:
+        """Start writing a checkpoint of `progress.step`; return False where that step has one already.
 
         An earlier write that failed is raised here.
         """
+        step, meta = progress.step, progress.to_dict()
         if step in self.steps():
             return False
-        meta = progress | {"checksum": _checksum(state, progress)}
+        meta["checksum"] = _checksum(state, progress.to_dict())
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.check_for_errors()
@@ -130,7 +133,7 @@ class Checkpoints:
             reason = " ".join(str(e).split())[:300]
             raise RunFailure(f"a checkpoint could not be written to {self.folder}: {reason}") from None
 
-    def restore(self, template, delete_broken: bool = False) -> tuple[object, dict] | None:
+    def restore(self, template, delete_broken: bool = False) -> tuple[object, Progress] | None:
         """The newest checkpoint that is whole, as (state like `template`, progress), or None where there is none.
 
         Broken ones are passed over and, with `delete_broken`, noted in the ledger and removed, so that training may
@@ -141,9 +144,10 @@ class Checkpoints:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
-                progress = {key: value for key, value in restored.meta.items() if key != "checksum"}
-                if _checksum(restored.state, progress) != restored.meta["checksum"]:
+                meta = dict(restored.meta)
+                if meta.pop("checksum") != _checksum(restored.state, meta):
                     raise ValueError("its contents do not match their checksum")
+                progress = Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})
             except Exception as e:  # what orbax raises for a truncated array has no narrower class
                 if _lacks_memory(e):  # no fault of the checkpoint's
                     raise

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax import cli
-from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig, UsageError, read_sources
+from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig
 from lowrank_jax.data import stream
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference import cpu_decoder, decoder, quantize
@@ -24,16 +23,14 @@ from lowrank_jax.inference.engine import prepare
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training import step
-from lowrank_jax.training.trained import open_run
 
 ROW_TOKENS = 8192  # tokens evaluated at a time
 
 
 def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note) -> list[stream.Batch]:
     """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
-    return _batches(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
+    return batches_of(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
 
 
 def split(batches: list[stream.Batch], rows: int, of: int = 1) -> list[stream.Batch]:
@@ -133,7 +130,7 @@ def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, 
     return nats.sum()
 
 
-def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
+def batches_of(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
     batches, rows = [], max(1, min(tokens, ROW_TOKENS) // length)
     while len(batches) * rows * length < tokens:
         batch = documents.next(rows, length)
@@ -146,66 +143,10 @@ def _batches(documents: stream.Stream, length: int, tokens: int) -> list[stream.
     return batches
 
 
-def _ignore_after(batches: list[stream.Batch], tokens: int) -> None:
+def ignore_after(batches: list[stream.Batch], tokens: int) -> None:
     """Takes the weight off every target after the first `tokens` of the stream that the batches are cut from."""
     done = 0
     for batch in batches:
         position = done + np.arange(batch["weights"].size).reshape(batch["weights"].shape)
         batch["weights"] = batch["weights"] * (position < tokens)
         done += batch["weights"].size
-
-
-def command(argv: list[str]) -> dict:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument(
-        "--lengths", default="", help="sequence lengths, such as 256,512,1024 (default: the longest trained)"
-    )
-    parser.add_argument("--data", default="", help="a source to use instead of the held-out part of pretraining")
-    parser.add_argument("--tokens", type=int, default=0, help="how many tokens (default: the config's eval_tokens)")
-    parser.add_argument("--weights", choices=quantize.KINDS, help="tells as well what such weights change")
-    args = parser.parse_args(argv)
-    try:
-        asked = [int(n) for n in args.lengths.split(",") if n.strip()]
-    except ValueError:
-        raise UsageError(f"--lengths={args.lengths} must be whole numbers, such as 256,512,1024") from None
-    if args.tokens < 0 or any(n < 1 for n in asked):
-        raise UsageError("--lengths and --tokens must be above 0")
-    run = open_run(args.workdir)
-    config, phase = run.config, run.config.pretrain
-    tokens, results, cut = args.tokens or phase.eval_tokens, [], {}
-    for length in asked or [stages.lengths(phase)[-1]]:
-        cut[length] = _batches(_open(args.data, phase, run.tokenizer, config.seed), length, tokens)
-        if not cut[length]:
-            raise UsageError(f"the data does not fill one row of {length} tokens")
-    shared = min(tokens, *(sum(batch["tokens"].size for batch in batches) for batches in cut.values()))
-    if shared < tokens:
-        print(f"{tokens} tokens were asked for; the data fills rows of every length with {shared}", flush=True)
-    for length, batches in cut.items():
-        _ignore_after(batches, shared)
-        result = evaluate(config, run.params, batches, run.tokenizer.byte_lengths())
-        results.append({"length": length} | result)
-        print(
-            f"length {length:6d}  loss {result['loss']:.4f}  perplexity {result['perplexity']:8.2f}  "
-            f"bits per byte {result['bits_per_byte']:.4f}  ({result['tokens']} tokens)",
-            flush=True,
-        )
-        if args.weights:
-            changed = compare_weights(config, run.params, batches, run.tokenizer.byte_lengths(), args.weights)
-            results[-1]["with"] = changed
-            print(
-                f"  {args.weights} weights: {changed['weight_bytes'] / 1e6:.1f} MB instead of "
-                f"{changed['weight_bytes_before'] / 1e6:.1f} MB, bits per byte {changed['change']:+.4f}",
-                flush=True,
-            )
-    return {"workdir": args.workdir, "step": run.progress["step"], "results": results}
-
-
-def _open(data: str, phase: PhaseConfig, tokenizer: Tokenizer, seed: int) -> stream.Stream:
-    if not data:
-        return stream.open_held_out(phase, tokenizer, seed, chats=False)
-    return stream.read_once(read_sources(data, "--data"), tokenizer)
-
-
-if __name__ == "__main__":
-    cli.main(command)

@@ -8,13 +8,14 @@ import time
 import jax
 from tqdm import tqdm
 
-from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig, RunFailure
 from lowrank_jax.machine import devices, processes
+from lowrank_jax.machine.console import say
 from lowrank_jax.model import costs
 from lowrank_jax.training import run_folder, track
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import Stage
+from lowrank_jax.training.plan import FittedStage, Stage
+from lowrank_jax.training.progress import Progress
 
 TRACE_AFTER = 10  # steps of a process, which then runs as it will
 MOST_IN_A_ROW = 20  # refused updates, after which a run is not going to recover by itself
@@ -46,10 +47,10 @@ class Meter:
         """Leaves whatever was not training out of tokens/s."""
         self._clock, self._tokens, self._flops = time.monotonic(), 0, 0.0
 
-    def add(self, stage: Stage, at: dict, metrics: dict) -> None:
+    def add(self, fitted: FittedStage, progress: Progress, metrics: dict) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the one before."""
         self.flush()
-        self.step, self._pending = at["step"], (stage, at, metrics)
+        self.step, self._pending = progress.step, (fitted, progress, metrics)
         self._dispatched += 1
         if self.config.profile and self._dispatched == TRACE_AFTER:
             jax.profiler.start_trace(os.path.join(self.folder, "profile"))
@@ -62,12 +63,13 @@ class Meter:
         """Reads the pending step's metrics, which waits for it; raises RunFailure after too many refused updates."""
         if self._pending is None:
             return
-        stage, at, metrics = self._pending
-        self._pending, self.step = None, at["step"] - 1  # a step that failed on the device raises only now
+        fitted, progress, metrics = self._pending
+        stage = fitted.stage
+        self._pending, self.step = None, progress.step - 1  # a step that failed on the device raises only now
         values = {name: float(x) for name, x in metrics.items()}
-        self.step = at["step"]
+        self.step = progress.step
         if not values["ok"]:
-            self._refused(stage, at, values)
+            self._refused(fitted, progress, values)
         self._tokens += stage.tokens_per_step
         self._flops += costs.train_flops_per_token(self.config.model, stage.seq_len) * stage.tokens_per_step
         seconds = max(time.monotonic() - self._clock, 1e-9)
@@ -75,29 +77,29 @@ class Meter:
         self._step_seconds = stage.tokens_per_step / speed
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {values['loss']:.3f} {speed:,.0f} tokens/s", refresh=False)
-        if at["step"] % self.config.every.log == 0 or at["step"] == stage.phase_start + stage.phase_steps:
-            row = {"step": at["step"], "phase": stage.phase, "stage": stage.name, "seq_len": stage.seq_len}
-            row |= {"batch": stage.batch, "tokens": at["tokens"]}
+        if progress.step % self.config.every.log == 0 or progress.step == stage.phase_start + stage.phase_steps:
+            row = {"step": progress.step, "phase": stage.phase, "stage": stage.name, "seq_len": stage.seq_len}
+            row |= {"batch": stage.batch, "tokens": progress.tokens}
             row |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
             row |= {"tokens_per_s": round(speed, 1), "mfu": self._flops / seconds / self._peak if self._peak else None}
             row |= {"skipped": int(values["refused"])}
-            row |= {"loss_scale": values["scale"]} if stage.precision == "fp16" else {}
+            row |= {"loss_scale": values["scale"]} if fitted.precision == "fp16" else {}
             self._write(row)
             self.restart_clock()
 
-    def _refused(self, stage: Stage, at: dict, values: dict) -> None:
+    def _refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         facts = {"loss": _finite(values["loss"]), "grad_norm": _finite(values["grad_norm"])}
         facts |= {"reason": "spike" if finite else "not finite", "in_a_row": int(values["in_a_row"])}
-        run_folder.log_event(self.folder, "skip", at["step"], **facts)
-        say(f"step {at['step']}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
+        run_folder.log_event(self.folder, "skip", progress.step, **facts)
+        say(f"step {progress.step}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
         # Where fp8 is the cause, the next look at bf16 finds that out.
-        most = MOST_IN_A_ROW + (self.config.every.fp8_check if stage.precision == "fp8" else 0)
+        most = MOST_IN_A_ROW + (self.config.every.fp8_check if fitted.precision == "fp8" else 0)
         if values["in_a_row"] >= most:
             raise RunFailure(
-                f"{most} updates in a row were refused, up to step {at['step']}: the loss is {values['loss']} and the "
-                f"gradient norm {values['grad_norm']}; the weights are as they were: lower the learning rate, or raise "
-                "config.optim.skip_sigma, and run again"
+                f"{most} updates in a row were refused, up to step {progress.step}: the loss is {values['loss']} "
+                f"and the gradient norm {values['grad_norm']}; the weights are as they were: lower the learning rate, "
+                "or raise config.optim.skip_sigma, and run again"
             )
 
     def begin_switch(self) -> None:
@@ -105,19 +107,21 @@ class Meter:
         self.flush()
         self._switching = time.monotonic(), self._step_seconds
 
-    def end_switch(self, found: Fit) -> None:
+    def end_switch(self, fit: Fit) -> None:
         """The first step is done: what it took longer than a step did before is what the switch cost."""
         self.flush()
         began, ordinary = self._switching
         seconds = time.monotonic() - began
         stall = max(seconds - ordinary, 0.0) if ordinary else seconds
-        s = found.stage
-        facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": s.microbatch, "remat": s.remat}
-        facts |= {"precision": s.precision, "attention": s.attention}
-        facts |= {"compile_seconds": round(found.seconds, 3), "stall_seconds": round(stall, 3)}
+        s, fitted = fit.stage, fit.fitted
+        facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": fitted.microbatch, "remat": fitted.remat}
+        facts |= {"precision": fitted.precision, "attention": fitted.attention}
+        facts |= {"compile_seconds": round(fit.seconds, 3), "stall_seconds": round(stall, 3)}
         facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
         run_folder.log_event(self.folder, "stage", self.step - 1, **facts)
-        say(f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens a step, {s.microbatch} rows at a time")
+        say(
+            f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens a step, {fitted.microbatch} rows at a time"
+        )
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
         row = {"step": at_step, "phase": stage.phase, "stage": stage.name, "split": stage.phase}

@@ -1,5 +1,6 @@
-"""What a phase of a run is trained on and measured with: its feed of batches, its held-out text, its sample."""
+"""The parts of a phase: its feed of batches, its held-out measurement, and the sample at its end."""
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -9,105 +10,119 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax import evaluate, generate
-from lowrank_jax.cli import say
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import packing, stream
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.machine import faults, processes, sharding
-from lowrank_jax.training import plan as stages
-from lowrank_jax.training import run_folder
-from lowrank_jax.training.plan import Stage
+from lowrank_jax.inference import session
+from lowrank_jax.machine import agreement, faults, sharding
+from lowrank_jax.machine.console import say
+from lowrank_jax.training import evaluation, run_folder
+from lowrank_jax.training.plan import FittedStage, Plan, Stage, last_stage, stage_at
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
 
 SAMPLE_TOKENS = 120
 SHOWN_TOKENS = 300  # of the first row of SFT
-NOTES = 5  # skips and retries that are told on the terminal; the ledger has them all
+NOTES = 5  # skips and retries that are shown on the terminal; the ledger has them all
 
 
-def measure(config: RunConfig, mesh: Mesh, last: Stage, tok: Tokenizer, folder: str) -> Callable | None:
-    """`(params, stop) -> result` of `evaluate.evaluate` on a phase's held-out text, or None where there is none.
+def measure(config: RunConfig, plan: Plan, longest: FittedStage, tok: Tokenizer, folder: str) -> Callable | None:
+    """Return `(params, stop) -> result` of `evaluation.evaluate` on a phase's held-out text; None where there is none.
 
     Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared. As many
-    rows go through the device at a time as in `last`, the phase's last stage.
+    rows go through the device at once as in `longest`, the phase's last stage.
     """
-    phase, note = getattr(config, last.phase), note_to(folder, lambda: 0)
-    longest = stages.lengths(phase)[-1]
-    held_out = evaluate.held_out(phase, tok, config.seed, last.phase == "sft", longest, note)
+    stage = longest.stage
+    p, note = getattr(config, stage.phase), note_to(folder, lambda: 0)
+    length = p.lengths[-1]
+    held_out = evaluation.held_out(p, tok, config.seed, stage.phase == "sft", length, note)
     if not held_out:
-        say(f"the held-out part of {last.phase} has no row of {longest} tokens: no evaluation")
+        say(f"the held-out part of {stage.phase} has no row of {length} tokens: no evaluation")
         return None
-    parts = evaluate.split(held_out, last.microbatch * last.seq_len // longest, sharding.row_shards(mesh))
-    return functools.partial(evaluate.evaluate, config, batches=parts, byte_lengths=tok.byte_lengths())
+    parts = evaluation.split(held_out, longest.microbatch * stage.seq_len // length, plan.row_shards)
+    return functools.partial(evaluation.evaluate, config, batches=parts, byte_lengths=tok.byte_lengths())
 
 
-def compile_measure(config: RunConfig, mesh: Mesh) -> None:
-    """Compiles what `measure` of the first phase runs, if everything fits as planned; JAX then finds it."""
-    plan = stages.plan(config, sharding.row_shards(mesh))
-    last = [s for s in plan if s.phase == plan[0].phase][-1]
+def compile_measure(config: RunConfig, plan: Plan) -> None:
+    """Compile what `measure` of the first phase runs, if everything fits as planned; JAX finds it later."""
+    last = last_stage(plan.stages, plan.stages[0].phase)
     if getattr(config, last.phase).eval_fraction:
-        evaluate.compile_for(config, mesh, last.microbatch, last.seq_len)
+        evaluation.compile_for(config, plan.mesh, last.microbatch, last.seq_len)
 
 
 def feed(
-    config: RunConfig, mesh: Mesh, stage: Stage, tok: Tokenizer, folder: str, at: dict, step_now: Callable[[], int]
+    config: RunConfig,
+    plan: Plan,
+    stage: Stage,
+    tok: Tokenizer,
+    folder: str,
+    progress: Progress,
+    step_now: Callable[[], int],
 ) -> stream.Feed:
-    """(batch on the devices, cursor) of every step that the stage's phase has left, prepared ahead in the background.
+    """Return (batch on the devices, cursor) of every step that the stage's phase has left, prepared in the background.
 
-    Of many processes each reads what its devices need, and its cursors are those of that part: see `whole`.
+    In a multi-process run each process reads what its devices need, and its cursors are those of that part: see
+    `whole`.
     """
-    plan, name, chats = stages.plan(config), stage.phase, stage.phase == "sft"
-    phase, starts, end = getattr(config, name), at["step"] == stage.phase_start, stage.phase_start + stage.phase_steps
+    name, is_chat, end = stage.phase, stage.phase == "sft", stage.phase_start + stage.phase_steps
+    p, cursor = getattr(config, name), None if progress.step == stage.phase_start else progress.cursor
 
-    def shape_at(at_step: int) -> tuple[int, int, int]:
-        now = stages.stage_at(plan, at_step)
-        return now.batch, now.seq_len, at_step - now.phase_start
+    def shape_at(step: int) -> tuple[int, int, int]:
+        stage_now = stage_at(plan.stages, step)
+        return stage_now.batch, stage_now.seq_len, step - stage_now.phase_start
 
-    def place(at_step: int, batch: stream.Batch) -> dict:
-        if chats and at_step == stage.phase_start:
+    def place(step: int, batch: stream.Batch) -> dict:
+        if is_chat and step == stage.phase_start:
             marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
-            shown = packing.show(batch, tok, marks, SHOWN_TOKENS)
-            say(f"how {name} begins, with marks around what is trained:\n{shown}")
-        if faults.due("nan", "step", at_step + 1):
+            row = packing.show(batch, tok, marks, SHOWN_TOKENS)
+            say(f"how {name} begins, with marks around what is trained:\n{row}")
+        if faults.due("nan", "step", step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")
-        rows = stages.stage_at(plan, at_step).batch
-        return {key: sharding.put_rows(mesh, x, rows) for key, x in batch.items()}
+        rows = stage_at(plan.stages, step).batch
+        return {key: sharding.put_rows(plan.mesh, x, rows) for key, x in batch.items()}
 
-    share, cursor = sharding.my_share(mesh), None if starts else at["cursor"]
-    note = note_to(folder, step_now)
-    documents = stream.open_phase(phase, tok, config.seed, chats, cursor, share, note, at["data_sha256"])
-    return stream.Feed(documents, range(at["step"], end), shape_at, place)
+    share, note = sharding.my_share(plan.mesh), note_to(folder, step_now)
+    documents = stream.open_phase(p, tok, config.seed, is_chat, cursor, share, note, progress.data_sha256)
+    return stream.Feed(documents, range(progress.step, end), shape_at, place)
 
 
-def whole(at: dict) -> dict:
-    """The progress with the cursor of all processes and the hash of all their data: each waits for the others."""
-    cursor = stream.merge(processes.gather(at["cursor"])) if at["cursor"] else None
-    return at | {"cursor": cursor, "data_sha256": stream.data_sha256(cursor) if cursor else at["data_sha256"]}
+def whole(progress: Progress) -> Progress:
+    """Return the progress with the cursor and the data hash of all processes; each waits for the others."""
+    if not progress.cursor:
+        return progress
+    cursor = stream.merge(agreement.gather(progress.cursor))
+    return dataclasses.replace(progress, cursor=cursor, data_sha256=stream.data_sha256(cursor))
 
 
 def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
-    """What the data path tells: every skip and retry in the ledger, the first few on the terminal."""
-    told = itertools.count()
+    """Return `note(event, **facts)` for the data path: it logs every skip and retry, and shows the first few."""
+    numbers = itertools.count(1)
 
     def note(event: str, **facts) -> None:
         run_folder.log_event(folder, event, step_now(), **facts)
-        if (count := next(told)) < NOTES:
-            more = " (events.jsonl has all that follow)" if count == NOTES - 1 else ""
+        if (number := next(numbers)) <= NOTES:
+            more = " (events.jsonl has all that follow)" if number == NOTES else ""
             say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}", everyone=True)
 
     return note
 
 
-def show_end(trained: Trained, mesh: Mesh, stage: Stage, folder: str) -> None:
-    """At the end of a phase: what it has read, and what the model makes of its sample prompt."""
-    at, prompt = trained.progress, getattr(trained.config, stage.phase).sample
+def end(trained: Trained, mesh: Mesh, stage: Stage, folder: str) -> None:
+    """End a phase: show the model's sample, and log what the phase has read."""
+    progress, prompt = trained.progress, getattr(trained.config, stage.phase).sample
     if prompt:
-        model = generate.Model(trained)
+        model = session.Model(trained.config, trained.tokenizer, trained.params)
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
         with jax.set_mesh(mesh):
-            (new,) = model.generate([ids], SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
+            new, difference = model.checked_sample(ids, SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
+        if difference > session.DECODE_TOLERANCE:
+            run_folder.log_event(folder, "decode_differs", progress.step, phase=stage.phase, difference=difference)
+            say(
+                f"warning: decoding with the cache differs from the forward pass by {difference:.2g} nats per token; "
+                "generated text is not the model's. Does inference/decoder.py know every option of config.model?"
+            )
         text = trained.tokenizer.decode(new)
-        run_folder.log_event(folder, "sample", at["step"], phase=stage.phase, prompt=prompt, text=text)
-        shown = f"step {at['step']}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
+        run_folder.log_event(folder, "sample", progress.step, phase=stage.phase, prompt=prompt, text=text)
+        shown = f"step {progress.step}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
         say(shown.replace("\n", "\n  "))
-    run_folder.log_event(folder, "data", at["step"], phase=stage.phase, sources=stream.summary(at["cursor"]))
+    run_folder.log_event(folder, "data", progress.step, phase=stage.phase, sources=stream.summary(progress.cursor))

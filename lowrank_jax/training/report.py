@@ -16,9 +16,9 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
-from lowrank_jax import cli, plan
 from lowrank_jax.config import UsageError
-from lowrank_jax.training import run_folder
+from lowrank_jax.training import forecast, plan_table, run_folder
+from lowrank_jax.training.plan import make
 
 COLORS = {"pretrain": "#1f5a94", "sft": "#b4531f"}
 POINTS = 300  # of a line: more of them are drawn faintly behind their means
@@ -33,7 +33,7 @@ def write(folder: str) -> dict:
     config, rows = run_folder.read_config(folder), run_folder.read_rows(folder, "metrics.jsonl")
     if not rows:
         raise UsageError(f"--workdir={folder} has no metrics yet")
-    events, described = run_folder.read_rows(folder, "events.jsonl"), plan.describe(config)
+    events, described = run_folder.read_rows(folder, "events.jsonl"), forecast.describe(config, make(config))
     picture, page = os.path.join(folder, "loss.png"), os.path.join(folder, "report.html")
     _figure(rows, events, described["stages"]).savefig(picture, dpi=150)
     with open(picture, "rb") as f:
@@ -45,7 +45,7 @@ def write(folder: str) -> dict:
         ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
         ("Samples", "".join(samples) or "<p>none: set pretrain.sample and sft.sample</p>"),
-        ("Plan", f'<pre class="wide">{html.escape(plan.table(described))}</pre>'),
+        ("Plan", f'<pre class="wide">{html.escape(plan_table.text(described))}</pre>'),
         ("Events", _table(_counts(events))),
         (f"Out of the ordinary: the last {EACH} of each kind", _table([_flat(event) for event in _trouble(events)])),
         ("Latest events", _table([_flat(event) for event in latest[-LATEST:]])),
@@ -55,14 +55,6 @@ def write(folder: str) -> dict:
     name, path = (html.escape(text) for text in (os.path.basename(os.path.abspath(folder)), os.path.abspath(folder)))
     run_folder.write_text(page, _PAGE.format(name=name, path=path, facts=facts, body=body))
     return {"report": page, "picture": picture}
-
-
-def command(argv: list[str]) -> dict:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run")
-    paths = write(parser.parse_args(argv).workdir)
-    print(paths["report"], flush=True)
-    return paths
 
 
 def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplotlib.figure.Figure:
@@ -265,6 +257,3 @@ pre.wide {{ white-space: pre }}
 <dl>{facts}</dl>
 {body}
 """
-
-if __name__ == "__main__":
-    cli.main(command)

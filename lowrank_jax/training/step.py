@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RunConfig
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import loss, network, precision
-from lowrank_jax.training import guard, optim
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training import guard, optim, schedule
 from lowrank_jax.training.guard import Guard
-from lowrank_jax.training.plan import Stage
+from lowrank_jax.training.plan import FittedStage, Stage
 
 BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
@@ -73,23 +72,24 @@ def _start(config: RunConfig, params: dict, step: int) -> TrainState:
     return TrainState(params, opt_state, jnp.asarray(step, jnp.int32), average, guard.start(scaled))
 
 
-def train_step(config: RunConfig, stage: Stage, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     """One update from a batch whose arrays are [batch, seq_len], unless the guard refuses it.
 
     The loss in the metrics is the cross-entropy alone.
     """
-    o, phase = config.optim, getattr(config, stage.phase)
+    o, stage = config.optim, fitted.stage
+    phase = getattr(config, stage.phase)
     rates = optim.rates(phase, state.params)
-    mean_loss, grads = _loss_and_gradient(config, stage, rates, state.params, batch, state.guard.scale)
+    mean_loss, grads = _loss_and_gradient(config, fitted, rates, state.params, batch, state.guard.scale)
     grad_norm = optax.tree.norm(grads)
-    is_fp16 = precision.policy(stage.precision).name == "fp16"
+    is_fp16 = precision.policy(fitted.precision).name == "fp16"
     ok, after = guard.judge(state.guard, mean_loss, grad_norm, o.skip_sigma, is_fp16)
-    lr = stages.learning_rate(phase, stage, state.step)
+    lr = schedule.learning_rate(phase, stage, state.step)
     updates, opt_state = optim.make(o).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u, rate: p + lr * rate * u if rate else p, state.params, updates, rates)
     average = ()
     if o.ema:
-        kept = stages.average_decay(o.ema, stage, state.step)
+        kept = schedule.average_decay(o.ema, stage, state.step)
         average = optax.incremental_update(params, state.average, 1 - kept)
     new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
     params, opt_state, average = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
@@ -98,15 +98,15 @@ def train_step(config: RunConfig, stage: Stage, state: TrainState, batch: dict) 
     return TrainState(params, opt_state, state.step + 1, average, after), metrics
 
 
-def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dict, batch: dict, scale):
-    """The mean cross-entropy per trained token and the gradient of the objective, `stage.microbatch` rows at a time.
+def _loss_and_gradient(config: RunConfig, fitted: FittedStage, rates: dict, params: dict, batch: dict, scale):
+    """The mean cross-entropy per trained token and the gradient of the objective, `fitted.microbatch` rows at a time.
 
     Losses and token counts are summed over the microbatches and divided once, so that every token weighs the same
     however the batch is cut. Frozen weights have a gradient of zero, which is never computed. What is differentiated is
     already divided by the token count, and multiplied by `scale`: fp16 has no room for sums over thousands of tokens.
     """
-    o, policy = config.optim, precision.policy(stage.precision)
-    c = dataclasses.replace(config.model, remat=stage.remat, attention=stage.attention)
+    o, policy = config.optim, precision.policy(fitted.precision)
+    c = dataclasses.replace(config.model, remat=fitted.remat, attention=fitted.attention)
     count = jnp.maximum(batch["weights"].sum(), 1.0)
 
     def sums(params, micro):
@@ -120,12 +120,12 @@ def _loss_and_gradient(config: RunConfig, stage: Stage, rates: dict, params: dic
         return jax.tree.map(jnp.add, total, (nats, grads)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    micros = jax.tree.map(lambda x: sharding.microbatches(x, stage.microbatch), batch)
+    micros = jax.tree.map(lambda x: sharding.microbatches(x, fitted.microbatch), batch)
     (nats, grads), _ = jax.lax.scan(accumulate, zero, micros)
     return nats / count, jax.tree.map(lambda g: g / scale, grads)
 
 
-def lower(config: RunConfig, stage: Stage, mesh: Mesh | None = None) -> jax.stages.Lowered:
+def lower(config: RunConfig, fitted: FittedStage, mesh: Mesh | None = None) -> jax.stages.Lowered:
     """`train_step` for the stage's batch shape and a mesh, here or described: `.compile()` takes (state, batch).
 
     The compiled step consumes its state.
@@ -133,17 +133,17 @@ def lower(config: RunConfig, stage: Stage, mesh: Mesh | None = None) -> jax.stag
     mesh = mesh or sharding.one_device()
     state = abstract_state(config, mesh)
     layout = jax.tree.map(lambda x: x.sharding, state), sharding.whole(mesh)  # pinned: a layout must not drift
-    step = lambda state, batch: train_step(config, stage, state, batch)
+    step = lambda state, batch: train_step(config, fitted, state, batch)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(state, _abstract_batch(stage, mesh))
+        return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(state, _abstract_batch(fitted.stage, mesh))
 
 
-def lower_disagreement(config: RunConfig, stage: Stage, mesh: Mesh | None = None) -> jax.stages.Lowered:
+def lower_disagreement(config: RunConfig, fitted: FittedStage, mesh: Mesh | None = None) -> jax.stages.Lowered:
     """`disagreement` likewise: `.compile()` takes (params, batch)."""
     mesh = mesh or sharding.one_device()
-    run = jax.jit(lambda params, batch: disagreement(config, stage, params, batch), out_shardings=sharding.whole(mesh))
+    run = jax.jit(lambda params, batch: disagreement(config, fitted, params, batch), out_shardings=sharding.whole(mesh))
     with jax.set_mesh(mesh):
-        return run.lower(abstract_state(config, mesh).params, _abstract_batch(stage, mesh))
+        return run.lower(abstract_state(config, mesh).params, _abstract_batch(fitted.stage, mesh))
 
 
 def _abstract_batch(stage: Stage, mesh: Mesh) -> dict:
@@ -151,17 +151,17 @@ def _abstract_batch(stage: Stage, mesh: Mesh) -> dict:
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, dtype in BATCH.items()}
 
 
-def disagreement(config: RunConfig, stage: Stage, params: dict, batch: dict) -> dict:
+def disagreement(config: RunConfig, fitted: FittedStage, params: dict, batch: dict) -> dict:
     """How far the stage's precision is from bf16 on a batch's first microbatch.
 
     {loss: relative difference, gradient: norm of the difference over the norm of bf16's, known: whether bf16's are
     finite}.
     """
-    micro = jax.tree.map(lambda x: sharding.microbatches(x, stage.microbatch)[0], batch)
-    rates = optim.rates(getattr(config, stage.phase), params)
-    exact = dataclasses.replace(stage, precision="bf16")
+    micro = jax.tree.map(lambda x: sharding.microbatches(x, fitted.microbatch)[0], batch)
+    rates = optim.rates(getattr(config, fitted.stage.phase), params)
+    exact = dataclasses.replace(fitted, precision="bf16")
     (ours, grads), (theirs, their_grads) = (
-        _loss_and_gradient(config, s, rates, params, micro, jnp.float32(1)) for s in (stage, exact)
+        _loss_and_gradient(config, s, rates, params, micro, jnp.float32(1)) for s in (fitted, exact)
     )
     apart = optax.tree.norm(optax.tree.sub(grads, their_grads)) / jnp.maximum(optax.tree.norm(their_grads), 1e-30)
     off = jnp.abs(ours - theirs) / jnp.maximum(jnp.abs(theirs), 1e-30)

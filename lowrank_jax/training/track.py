@@ -23,8 +23,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from lowrank_jax.cli import say
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine.console import say
 from lowrank_jax.training import run_folder
 
 PROJECT = "lowrank_jax"

@@ -11,13 +11,14 @@ from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.training import run_folder, step
 from lowrank_jax.training.checkpoint import Checkpoints
+from lowrank_jax.training.progress import Progress
 
 
 class Trained(NamedTuple):
     config: RunConfig
     tokenizer: Tokenizer
     params: dict
-    progress: dict
+    progress: Progress
 
 
 def open_run(folder: str, mesh: Mesh | None = None) -> Trained:

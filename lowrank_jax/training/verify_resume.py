@@ -40,8 +40,8 @@ from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.machine import faults
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training import run_folder
+from lowrank_jax.training.plan import Stage, milestones, stage_at, stages_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
@@ -278,16 +278,16 @@ def place(process: Process) -> str:
     if unfinished(process.home) - process.partial:
         return "save"
     config = run_folder.read_config(str(process.home))
-    step, plan = last_step(process.home), stages.plan(config)
-    due = set(stages.milestones(plan, config.every.eval, step)) & evaluations(process.arm.alone)
+    step, plan = last_step(process.home), stages_of(config)
+    due = set(milestones(plan, config.every.eval, step)) & evaluations(process.arm.alone)
     if due - evaluations(process.home):
         return "evaluation"
-    stage = stages.stage_at(plan, step)
+    stage = stage_at(plan, step)
     begun = any(event["event"] == "stage" and event["step"] == step for event in process.events())
     return switch(stage) if step == stage.start and not begun else "step"
 
 
-def switch(stage: stages.Stage) -> str:
+def switch(stage: Stage) -> str:
     return "phase switch" if stage.start == stage.phase_start else "stage switch"
 
 
@@ -302,7 +302,7 @@ def unfinished(home: pathlib.Path) -> set[tuple[str, int]]:
 
 
 def evaluations(home: pathlib.Path) -> set[tuple[str, str, int]]:
-    """Those that the run has made, as `stages.milestones` names them."""
+    """Those that the run has made, as `milestones` names them."""
     return {milestone for milestone in run_folder.milestones(str(home)) if milestone[0] == "eval"}
 
 
@@ -351,7 +351,7 @@ def train_alone(arm: Arm) -> Pace:
 
 def moments(arm: Arm, kills: int) -> list[tuple[int, str]]:
     """(step, fault) of the kills that are not left to chance, the rarest first where there is no room for all."""
-    later = stages.plan(run_folder.read_config(str(arm.alone)))[1:]
+    later = stages_of(run_folder.read_config(str(arm.alone)))[1:]
     found = [(0, "kill@save=1")]
     for stage in sorted(later, key=lambda s: s.start != s.phase_start):
         both = ("kill", "term") if stage.start == stage.phase_start else (("kill", "term")[len(found) % 2],)
@@ -400,7 +400,7 @@ def balance(struck: list[dict], draw: random.Random) -> int:
 def place_of(fault: tuple[int, str], home: pathlib.Path) -> str:
     if "@save" in fault[1]:
         return "save"
-    return switch(stages.stage_at(stages.plan(run_folder.read_config(str(home))), fault[0]))
+    return switch(stage_at(stages_of(run_folder.read_config(str(home))), fault[0]))
 
 
 def notes(arm: Arm) -> list[str]:

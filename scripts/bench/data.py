@@ -134,13 +134,13 @@ def step(folder: str) -> dict:
 
     from lowrank_jax import cli
     from lowrank_jax.data import stream, tokenizer
-    from lowrank_jax.training import plan as stages
     from lowrank_jax.training import step as step_module
+    from lowrank_jax.training.plan import stages_of
 
     config = cli.read_config(["--config=configs/quickstart.py"])
     tok = tokenizer.train(stream.texts([config.pretrain], 500_000), config.tokenizer.vocab_size)
     config = config.with_vocab(tok.vocab_size)
-    stage = stages.plan(config)[0]
+    stage = stages_of(config)[0]
     documents = stream.open_phase(config.pretrain, tok, 0, chats=False)
     state = step_module.first_state(config, step_module.init_params(config))
     run = step_module.lower(config, stage).compile()
@@ -282,10 +282,10 @@ def memory(folder: str, path: str) -> dict:
     from lowrank_jax.config import read_sources
     from lowrank_jax.data import sources
     from lowrank_jax.data.reader import Limit, Part, Reader
-    from lowrank_jax.training import plan as stages
+    from lowrank_jax.training.plan import MOST_READERS
 
     source = sources.open_source(read_sources(f"json:{path}", "sources")[0])
-    part, readers = Part(0, held_out=False, shuffled=True, endless=False), stages.MOST_READERS
+    part, readers = Part(0, held_out=False, shuffled=True, endless=False), MOST_READERS
     many = [Reader(source, part, Limit(path, 0, None), False, 0, (i, readers), None) for i in range(readers)]
 
     def documents():

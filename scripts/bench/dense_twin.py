@@ -81,12 +81,12 @@ def train(preset: str, which: str, steps: int = 5) -> dict:
     import jax
     import numpy as np
 
-    from lowrank_jax.training import plan as stages
     from lowrank_jax.training import step
+    from lowrank_jax.training.plan import stages_of
 
     shape = {"pretrain.tokens_per_step": 4 * LENGTH, "pretrain.microbatch_tokens": LENGTH, "pretrain.block": LENGTH}
     config = config_of(preset, which, **shape, **{"pretrain.steps": 100, "sft.steps": 0, "model.scan": False})
-    (stage,) = stages.plan(config)
+    (stage,) = stages_of(config)
     tokens = np.random.default_rng(0).integers(0, VOCAB, (4, LENGTH), np.int32)
     ones = {"weights": np.ones(tokens.shape, np.float32), "segments": np.ones(tokens.shape, np.int32)}
     state, batch = step.first_state(config, step.init_params(config)), {"tokens": tokens, "targets": tokens} | ones

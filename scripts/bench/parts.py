@@ -15,14 +15,14 @@ import numpy as np
 from lowrank_jax.config import RunConfig
 from lowrank_jax.model import attention, costs, loss, network, precision
 from lowrank_jax.training import optim, step
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training.plan import stages_of
 
 ROUNDS = 7
 
 
 def of_step(config: RunConfig, peak_flops: float, steps: int) -> list[dict]:
     """{part, ms, roofline_ms, gflops} of each part of a step, the whole step last; `ms` is the best of some runs."""
-    (stage,) = stages.plan(config)
+    (stage,) = stages_of(config)
     c, at_once = config.model, stage.microbatch * stage.seq_len
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 from lowrank_jax import cli, plan
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training import step
+from lowrank_jax.training.plan import stages_of
 
 
 def prepare(config, seq_len: int):
     """A function that runs one step of the stage of that length, and the seconds its compilation took."""
-    stage = next(s for s in stages.plan(config) if s.seq_len == seq_len)
+    stage = next(s for s in stages_of(config) if s.seq_len == seq_len)
     rng, shape = np.random.default_rng(0), (stage.batch, stage.seq_len)
     tokens = rng.integers(0, config.model.vocab, shape, np.int32)
     ones = {"weights": np.ones(shape, np.float32), "segments": np.ones(shape, np.int32)}
@@ -48,7 +48,7 @@ def command(argv: list[str]) -> dict:
     arms = {"(as it is)": base} | {change: cli.read_config([*fixed, f"--config.{change}"]) for change in changes}
     arms = {name: plan.resolve_vocab(config) for name, config in arms.items()}
     results = []
-    for seq_len in stages.lengths(base.pretrain):
+    for seq_len in base.pretrain.lengths:
         runs = {name: prepare(config, seq_len) for name, config in arms.items()}
         best = dict.fromkeys(runs, float("inf"))
         for _ in range(args.steps):

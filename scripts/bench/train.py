@@ -79,11 +79,11 @@ def ours(kind: str, preset: str, length: int, path: str):
     import jax
     import numpy as np
 
-    from lowrank_jax.training import plan as stages
     from lowrank_jax.training import step
+    from lowrank_jax.training.plan import stages_of
 
     config = config_of(preset, length, dense=kind == "dense")
-    (stage,) = stages.plan(config)
+    (stage,) = stages_of(config)
     state, given = step.first_state(config, step.init_params(config)), batches(path, length)
     compiled = step.lower(config, stage).compile()
     ones = np.ones((stage.batch, length), np.int32)

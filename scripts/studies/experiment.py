@@ -34,9 +34,10 @@ from configs import default
 from lowrank_jax import cli
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
+from lowrank_jax.machine import console
 from lowrank_jax.model import costs, network
 from lowrank_jax.training import loop, run_folder, trained
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training.plan import stages_of
 from scripts.studies import arms, tables
 
 ROOT = os.path.abspath(sys.path[0])
@@ -69,7 +70,9 @@ def command(argv: list[str]) -> dict | None:
         if task not in done:
             row = in_a_process(args, *task)
             run_folder.append(args.results, f"{args.study}.jsonl", row)
-            cli.say(f"{args.study}: {task[0]}, lr {task[1]}, seed {task[2]}: {row['bits_per_byte']:.4f} bits per byte")
+            console.say(
+                f"{args.study}: {task[0]}, lr {task[1]}, seed {task[2]}: {row['bits_per_byte']:.4f} bits per byte"
+            )
     return {"study": args.study, "runs": len(tasks)}
 
 
@@ -171,7 +174,7 @@ def measured(folder: str) -> dict:
         "step_seconds": round(statistics.median(seconds), 4),
         "starts": sum(e["event"] == "start" for e in events),
     }
-    facts |= {"rows": [[s.steps, s.batch, s.seq_len] for s in stages.plan(config)]}
+    facts |= {"rows": [[s.steps, s.batch, s.seq_len] for s in stages_of(config)]}
     facts |= {"skipped": done[-1]["skipped"], "data_sha256": finish["data_sha256"]}
     facts |= {"tokenizer_sha256": tokenizer.load(run_folder.tokenizer_folder(folder)).sha256}
     facts |= {"curve": curve(config, done, held)} if len(held) > 2 else {}
@@ -183,7 +186,7 @@ def measured(folder: str) -> dict:
 
 def curve(config: RunConfig, done: list[dict], held: list[dict]) -> list[dict]:
     """At each evaluation: FLOPs and seconds of the steps until then, at their stage's median, and bits per byte."""
-    plan, points = stages.plan(config), []
+    plan, points = stages_of(config), []
     typical = {
         s.name: statistics.median(s.tokens_per_step / r["tokens_per_s"] for r in done if r["stage"] == s.name)
         for s in plan
@@ -257,7 +260,7 @@ def losses(c, params: dict, tokens_BT, targets_BT) -> jax.Array:
 def flops_of(config: RunConfig) -> float:
     """FLOPs of all the training that a config asks for."""
     each = (
-        s.steps * s.tokens_per_step * costs.train_flops_per_token(config.model, s.seq_len) for s in stages.plan(config)
+        s.steps * s.tokens_per_step * costs.train_flops_per_token(config.model, s.seq_len) for s in stages_of(config)
     )
     return float(sum(each))
 

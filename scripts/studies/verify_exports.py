@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from lowrank_jax import cli
 from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.machine import console
 
 VOCAB = 1001
 TOY = {"d": 96, "layers": 2, "heads": 8, "rank": 12, "mlp": 160, "latent_norm": False, "rank_split": (1, 1, 1, 1)}
@@ -67,7 +68,7 @@ def error(trained, format: str, folder: str) -> float | None:
     try:
         path = module.write(trained, folder, **options)
     except UsageError as e:
-        cli.say(f"{format}: {e}")
+        console.say(f"{format}: {e}")
         return None
     return module.check(trained, path, **options)
 

@@ -164,23 +164,23 @@ def test_flags_of_many_processes_go_together(data, tmp_path):
 
 MEETING = """
 import sys, time
-from lowrank_jax.machine import processes
+from lowrank_jax.machine import agreement, processes
 from lowrank_jax.config import UsageError
 index = int(sys.argv[1])
 processes.start(sys.argv[2], 2, index) if sys.argv[2:] else processes.start()
-print(processes.gather({"mine": index}), processes.index(), processes.count(), processes.is_first())
-print(processes.on_first(lambda: f"from {index}"))
+print(agreement.gather({"mine": index}), processes.index(), processes.count(), processes.is_first())
+print(agreement.on_first(lambda: f"from {index}"))
 def refuse():
     raise UsageError(f"said by {index}")
 try:
-    processes.on_first(refuse)
+    agreement.on_first(refuse)
 except UsageError as e:
     print(e)
-print(processes.meet("both", 30))
+print(agreement.meet("both", 30))
 if index == 0:
-    print(processes.meet("alone", 1))
+    print(agreement.meet("alone", 1))
 sys.stdout.flush()
-processes.meet("end", 30)
+agreement.meet("end", 30)
 """
 
 

@@ -20,8 +20,8 @@ from jax.sharding import AbstractMesh
 from lowrank_jax.config import UsageError
 from lowrank_jax.machine import sharding
 from lowrank_jax.machine.sharding import TENSOR
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training import step
+from lowrank_jax.training.plan import stages_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 ODD = {"model__d": 30, "model__heads": 6, "model__rank": 20, "model__vocab": 257, "model__rank_split": "1,1,1,1"}
@@ -109,7 +109,7 @@ def test_a_mesh_is_found_wherever_one_is_as_asked_for_and_shares_all_rows_out_ev
     sizes |= {"pretrain__grow_plan": "8,16", "pretrain__grow_every_steps": 2, "pretrain__steps": 4}
     sizes |= {"sft__block": 8, "sft__tokens_per_step": 8 * max(sft_rows, 1)}
     config = run_config(**sizes, **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, asked)})
-    batches = [stage.batch for stage in stages.plan(config)]
+    batches = [stage.batch for stage in stages_of(config)]
     assert batches == [2 * rows, rows, *([sft_rows] if sft_rows else [])]
 
     def is_good(data, fsdp, tensor):
@@ -189,7 +189,7 @@ def test_rows_that_processes_share_in_part_are_refused():
 def test_microbatches_never_grow_past_what_a_device_may_hold():
     config = run_config(pretrain__block=64, pretrain__tokens_per_step=64 * 64, pretrain__microbatch_tokens=128)
     for shards in (1, 2, 8, 64):
-        stage = stages.plan(config, shards)[0]
+        stage = stages_of(config, shards)[0]
         assert stage.microbatch % shards == 0 and 64 % stage.microbatch == 0
         assert stage.microbatch // shards == min(2, 64 // shards)
 

@@ -12,7 +12,7 @@ from conftest import described, run_config
 from lowrank_jax import plan
 from lowrank_jax.machine import devices, hlo, sharding
 from lowrank_jax.training import memory, step
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training.plan import stages_of
 
 pytestmark = pytest.mark.slow
 
@@ -127,7 +127,7 @@ def test_nor_is_one_in_a_step_of_a_single_v6e():
     sizes = {"model__heads": 2, "model__d": 128, "model__rank": 16, "model__mlp": 256}
     config = config_of(mesh__fsdp=1, pretrain__tokens_per_step=8192, **sizes)
     mesh, length = sharding.make_mesh(config, described("v6e:1x1")), LENGTHS[-1]
-    stage = stages.plan(config)[-1]
+    stage = stages_of(config)[-1]
     with hlo.written() as (options, read):
         found = memory.fit(config, stage, mesh, memory.limit_bytes(config, mesh), options=options)
         text = read()
@@ -137,5 +137,5 @@ def test_nor_is_one_in_a_step_of_a_single_v6e():
 
 def test_the_search_for_such_an_array_finds_one_where_there_is_one():
     config = config_of(model__attention="reference", model__remat=False, mesh__fsdp=1)
-    text = step.lower(config, stages.plan(config)[0], sharding.one_device()).compile().as_text()
+    text = step.lower(config, stages_of(config)[0], sharding.one_device()).compile().as_text()
     assert any("2048,2048" in shape for shape in hlo.squares(text, 2048))

@@ -13,7 +13,7 @@ from lowrank_jax.machine import hlo, sharding
 from lowrank_jax.model import precision
 from lowrank_jax.model.precision import fp8_matmul
 from lowrank_jax.training import loop, step
-from lowrank_jax.training import plan as stages
+from lowrank_jax.training.plan import stages_of
 
 
 def forward_and_backward(matmul):
@@ -113,7 +113,7 @@ def test_the_training_step_has_three_f8_matmuls_for_each_fp8_layer(options, coun
     sizes |= {"pretrain__block": 128, "pretrain__tokens_per_step": 512, "optim__name": "adamw"}
     config = run_config(precision="fp8", **sizes)
     mesh = sharding.make_mesh(config, described("h100:1"))
-    compiled = step.lower(config, stages.plan(config)[0], mesh).compile(options)
+    compiled = step.lower(config, stages_of(config)[0], mesh).compile(options)
     assert hlo.f8_matmuls(compiled.as_text()) == count
 
 
@@ -142,7 +142,7 @@ def beside_bf16():
     sizes = {"model__d": 256, "model__mlp": 256, "model__rank": 32, "model__layers": 1, "model__vocab": 64}
     sizes |= {"pretrain__block": LENGTH, "pretrain__tokens_per_step": ROWS * LENGTH}
     config = run_config(precision="fp8", pretrain__microbatch_tokens=2 * LENGTH, **sizes)
-    (stage,) = stages.plan(config)
+    (stage,) = stages_of(config)
     rng = np.random.default_rng(0)
     draw = lambda x: (0.06 * rng.standard_normal(x.shape) + (x.size == 256)).astype(np.float32)
     params = jax.tree.map(draw, jax.eval_shape(lambda: step._init(config)))

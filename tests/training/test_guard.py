@@ -9,8 +9,8 @@ import pytest
 
 from lowrank_jax.config import RunFailure
 from lowrank_jax.training import guard, run_folder
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training.metrics import MOST_IN_A_ROW, Meter
+from lowrank_jax.training.plan import stages_of
 
 judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
 
@@ -116,7 +116,7 @@ def report(make, tmp_path):
 
     def read(*steps: dict, precision: str = "fp32") -> None:
         config = make.run_config(precision=precision, track="", every__log=1, every__fp8_check=5)
-        (stage,) = stages.plan(config)
+        (stage,) = stages_of(config)
         usual = {"loss": 3.0, "lr": 0.1, "grad_norm": 2.0, "ok": True, "scale": 1.0, "refused": 0, "in_a_row": 0}
         with contextlib.closing(Meter(config, str(tmp_path), len(steps), 0)) as meter:
             for number, unusual in enumerate(steps, 1):

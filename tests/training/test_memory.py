@@ -15,8 +15,8 @@ from test_run_folder import FREE, IDENTITY, with_plan
 from lowrank_jax.config import UsageError
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.training import memory, programs, step
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training.memory import Learnt
+from lowrank_jax.training.plan import divisor, stages_of
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def config_of(memory: int = 0, **changes):
 
 
 def stage_of(config):
-    return stages.plan(config)[0]
+    return stages_of(config)[0]
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
     config = config_of(need(1, remat=True) - 1)
     with pytest.raises(UsageError, match="^stage pretrain-64 needs"):
         limit = memory.limit_bytes(config, CPU)
-        programs.Programs(config, CPU, limit, memory.NOTHING, lambda: False).fit_all(stages.plan(config), {})
+        programs.Programs(config, CPU, limit, memory.NOTHING, lambda: False).fit_all(stages_of(config), {})
 
 
 @given(
@@ -88,7 +88,7 @@ def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
 )
 def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(batch, length, asked, shards, halvings):
     stage = dataclasses.replace(stage_of(config_of()), batch=batch * shards, seq_len=length)
-    stage = dataclasses.replace(stage, microbatch=stages.divisor(batch * shards, asked, shards))
+    stage = dataclasses.replace(stage, microbatch=divisor(batch * shards, asked, shards))
     for _ in range(halvings):
         smaller = memory.shrink(stage, stage.microbatch // 2, shards)
         if smaller is None:
@@ -148,7 +148,7 @@ def test_all_processes_do_what_the_least_of_them_can():
 
 def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
     config, events = config_of(), []
-    plan, limit = stages.plan(config), memory.limit_bytes(config, CPU)
+    plan, limit = stages_of(config), memory.limit_bytes(config, CPU)
     events.append({"event": "compile"} | memory.facts(found()) | memory.where(config, CPU, limit))
     assert memory.known(events, config, plan, CPU, limit)[plan[0]].stage == found().stage
     assert memory.known(events, config, plan, CPU, limit - 1) == {}
@@ -160,7 +160,7 @@ def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
 def test_what_the_ledger_has_of_another_config_is_asked_again(key):
     """Any key may change what a step needs, so the ledger's hash is over all of them."""
     config, changed = with_plan(), with_plan(**{key: (IDENTITY | FREE)[key]})
-    plan = stages.plan(config)
+    plan = stages_of(config)
     stage = dataclasses.replace(plan[0], precision="fp32", attention="chunked")
     known_fit = memory.Fit(stage, 9, 99, 0.0, None)
     events = [{"event": "compile"} | memory.facts(known_fit) | memory.where(config, CPU, 99)]

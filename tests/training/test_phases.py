@@ -14,12 +14,12 @@ from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, verify
 from lowrank_jax.machine import sharding
-from lowrank_jax.machine.processes import Signals
+from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.training import loop, run_folder, step, trained
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.loop import Run
 from lowrank_jax.training.metrics import Meter
+from lowrank_jax.training.plan import stage_at, stages_of
 
 SWITCH, END = 3, 5  # the steps at which pretraining and SFT end
 AT = loop.START | {"step": SWITCH, "tokens": 96, "data_sha256": "ab", "cursor": {}}
@@ -75,7 +75,7 @@ def start(config_of, tok, tmp_path):
             config = config or config_of()
             saved = stack.enter_context(Checkpoints(folder))
             programs, mesh = types.SimpleNamespace(held=None), sharding.one_device()
-            r = Run(config, tok, folder, mesh, stages.plan(config), programs, saved, Signals([]))
+            r = Run(config, tok, folder, mesh, stages_of(config), programs, saved, Signals([]))
             return r._replace(**parts), stack.enter_context(contextlib.closing(Meter(config, folder, END, SWITCH)))
 
         yield run_and_meter
@@ -117,7 +117,7 @@ def test_the_first_phase_and_a_resumed_one_keep_their_state(start, config_of, mo
     monkeypatch.setattr(loop.phase, "feed", lambda *args: args)
     r, meter = start()
     state = random_state(r.config, at_step)
-    new, _ = loop._enter(r, stages.stage_at(r.plan, at_step), state, AT | {"step": at_step}, meter)
+    new, _ = loop._enter(r, stage_at(r.plan, at_step), state, AT | {"step": at_step}, meter)
     assert new is state and not any(x.is_deleted() for x in jax.tree.leaves(state))
     assert len(events(r.folder, "phase")) == begins
 
@@ -175,7 +175,7 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(start
 
 
 def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
-    *_, first, last = stages.plan(config_of(pretrain__tokens_per_step=64))
+    *_, first, last = stages_of(config_of(pretrain__tokens_per_step=64))
     once = loop._after(loop.START | {"precision": "bf16"}, first, {"row": 1})
     twice = loop._after(once, last, {"row": 2})
     assert once == {

@@ -14,7 +14,7 @@ from runs import STEPS, assert_one_line, last_json, launch, rows, run, same_end,
 from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import tokenizer
-from lowrank_jax.machine import interrupt
+from lowrank_jax.machine import console, interrupt
 from lowrank_jax.training import loop as training
 from lowrank_jax.training import run_folder, step
 
@@ -257,7 +257,7 @@ def test_no_failure_waits_for_a_compiler(ends, failure, status):
         raise failure
 
     over = threading.Event()
-    compiler = threading.Thread(target=over.wait, name=f"{cli.ABANDONED}_0")
+    compiler = threading.Thread(target=over.wait, name=f"{console.ABANDONED}_0")
     compiler.start()
     try:
         with pytest.raises(Ended, match=f"^{status}$"):

@@ -14,8 +14,8 @@ from configs import default
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.model import network
 from lowrank_jax.training import optim, run_folder, step
-from lowrank_jax.training import plan as stages
 from lowrank_jax.training.metrics import Meter
+from lowrank_jax.training.plan import stages_of
 
 ROWS, LENGTH = 8, 16
 TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "latent_norm": True, "mlp": 24}
@@ -58,7 +58,7 @@ def ragged_batch() -> dict:
 
 @functools.cache
 def compiled(config: RunConfig):
-    (stage,) = stages.plan(config)
+    (stage,) = stages_of(config)
     return stage, jit(lambda state, batch: step.train_step(config, stage, state, batch))
 
 
@@ -145,7 +145,7 @@ def test_loss_falls_on_a_repeated_batch(name):
 
 def test_compiled_step_consumes_its_state_and_makes_the_same_update():
     config = toy(name="adamw")
-    (stage,) = stages.plan(config)
+    (stage,) = stages_of(config)
     state = state_of(config)
     after, metrics = step.lower(config, stage).compile()(state, jax.device_put(ragged_batch()))
     expected, its_metrics = updated(config, ragged_batch())
@@ -357,7 +357,7 @@ def test_in_sft_the_average_follows_the_weights_from_its_start_at_its_own_settin
     values = with_optim(ema=0.75).to_dict()
     values["sft"].update(PHASE | {"lr": 3e-2, "lr_head": 6e-3, "freeze": "mlp"})
     config = RunConfig.from_dict(values)
-    before, stage = stages.plan(config)
+    before, stage = stages_of(config)
     run = jit(lambda state, batch: step.train_step(config, stage, state, batch))
     state, expected = state_of(config, before.end), params_away_from_init()
     for k in range(12):

@@ -1,0 +1,21 @@
+"""Lines for the person who watches a command; stdout stays for results."""
+
+import contextlib
+import sys
+
+from tqdm import tqdm
+
+from lowrank_jax.machine import processes
+
+ABANDONED = "abandoned"  # name prefix of the threads that a process does not wait for when it ends
+
+
+def say(line: str, everyone: bool = False) -> None:
+    """Write a line to stderr, above the progress bar.
+
+    In a multi-process run only the first process writes, or with `everyone` each process, with its name in front.
+    """
+    if not (everyone or processes.is_first()):
+        return
+    with contextlib.suppress(OSError):  # nobody reads stderr any more: no reason to stop
+        tqdm.write(processes.name() + line if everyone else line, file=sys.stderr)

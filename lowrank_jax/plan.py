@@ -1,0 +1,31 @@
+"""What a config will do, before anything is trained or rented: its stages, its parameters, the size of its cache.
+
+    python -m lowrank_jax.plan --config=configs/custom.py [--json]
+    python -m lowrank_jax.plan --config=configs/custom.py --topology=v5e:4x4
+
+With a topology, every stage's real step is compiled for it, with no such hardware here: memory, collectives and kernels
+are the compiler's. Times are an estimate from the chip's published peaks, which no program reaches.
+"""
+
+from lowrank_jax import cli
+from lowrank_jax.machine import devices
+from lowrank_jax.training import forecast, plan_table
+from lowrank_jax.training.plan import make
+
+
+def command(argv: list[str]) -> dict:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--topology", default="", help=f"compile every stage for it: {devices.TOPOLOGIES}")
+    args, config = parser.parse_with_config(argv)
+    config = forecast.resolve_vocab(config)
+    plan = forecast.for_topology(config, args.topology) if args.topology else forecast.describe(config, make(config))
+    print(plan_table.text(plan), flush=True)
+    return plan
+
+
+if __name__ == "__main__":
+    cli.main(command)
+
+
+if __name__ == "__main__":
+    cli.main(command)

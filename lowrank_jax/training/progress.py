@@ -1,0 +1,33 @@
+"""Where a run is: what a checkpoint keeps beside the state."""
+
+from dataclasses import asdict, dataclass, replace
+
+from lowrank_jax.training.plan import Stage
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Updates and tokens done, the phase of the last update, and how the data goes on.
+
+    `cursor` is that of data/stream.py, None before a phase's first batch. `data_sha256` is chained over every global
+    batch. `precision` is what the run has fallen back to; empty means the config's.
+    """
+
+    step: int = 0
+    phase: str = "pretrain"
+    tokens: int = 0
+    data_sha256: str = ""
+    cursor: dict | None = None
+    precision: str = ""
+
+    def after(self, stage: Stage, cursor: dict) -> "Progress":
+        """Return the progress after one more update of `stage`, which used the batch before `cursor`."""
+        done = {"step": self.step + 1, "tokens": self.tokens + stage.tokens_per_step}
+        return replace(self, **done, phase=stage.phase, cursor=cursor)
+
+    def to_dict(self) -> dict:
+        """Return JSON values that `Progress(**values)` takes back."""
+        return asdict(self)
+
+
+START = Progress()

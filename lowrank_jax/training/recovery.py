@@ -1,0 +1,82 @@
+"""Running out of memory during a step: the state is kept safe, and the run goes on with fewer rows at once.
+
+A program meets its true need of memory in its first step, which has consumed the state when it fails. So a copy of the
+state waits in host memory until that step is done. A later failure goes back to the newest checkpoint.
+"""
+
+import jax
+
+from lowrank_jax.config import RunFailure
+from lowrank_jax.machine import agreement, sharding
+from lowrank_jax.machine.console import say
+from lowrank_jax.training import memory, run_folder
+from lowrank_jax.training.plan import Plan
+from lowrank_jax.training.programs import Programs
+from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.step import TrainState
+
+ALONE_SECONDS = 60  # after which a process that ran out of memory takes it that the others did not
+
+
+class OutOfMemory(Exception):
+    """A step ran out of memory and consumed the state. The ledger and the programs know the lower cap."""
+
+
+class Recovery:
+    """The state and progress to go back to, from before a program's first step until that is done."""
+
+    def __init__(self):
+        self._state, self._progress = None, None
+
+    @property
+    def holds_state(self) -> bool:
+        return self._state is not None
+
+    def hold(self, state: TrainState, progress: Progress) -> None:
+        """Copy the state to host memory."""
+        self._state, self._progress = jax.tree.map(sharding.to_host, state), progress
+
+    def hold_first(self, state: TrainState, progress: Progress) -> None:
+        """Keep a new run's first state where it is: on the devices, before anything has run."""
+        self._state, self._progress = state, progress
+
+    def release(self) -> None:
+        """Forget the state: the program's first step is done."""
+        self._state, self._progress = None, None
+
+    def take(self) -> tuple[TrainState, Progress] | None:
+        """Return (state on the devices, progress) and forget both; None where nothing is held."""
+        if self._state is None:
+            return None
+        is_copy = lambda x: isinstance(x, sharding.HostCopy)
+        put_back = lambda x: sharding.from_host(x) if is_copy(x) else x
+        state, progress = jax.tree.map(put_back, self._state, is_leaf=is_copy), self._progress
+        self.release()
+        return state, progress
+
+
+def lower_cap(programs: Programs, plan: Plan, folder: str, step: int, error: str) -> None:
+    """Halve what goes through the devices at once, after the step behind `step` ran out of memory; log it.
+
+    All processes agree on the lowest cap first. Raises RunFailure where nothing can be made smaller, or where the other
+    processes did not run out of memory: they wait in the step.
+    """
+    fitted = programs.running.fitted
+    cap, kind = memory.cap_below(fitted, plan.row_shards), sharding.a_device(plan.mesh).device_kind
+    facts = {"stage": fitted.stage.name, "reason": error.splitlines()[0][:300], "device": kind}
+    with_cap = lambda cap: facts | (cap._asdict() if cap else {})
+    if not agreement.meet(f"out of memory after step {step}", ALONE_SECONDS):
+        run_folder.log_event(folder, "oom", step, everyone=True, **with_cap(cap))
+        raise RunFailure(
+            f"out of memory at step {step + 1}, in this process alone; run the same command again: it will use less"
+        )
+    cap = memory.lowest(each and memory.Cap(*each) for each in agreement.gather(cap))
+    programs.lower(cap)
+    run_folder.log_event(folder, "oom", step, **with_cap(cap))
+    if cap is None:
+        raise RunFailure(
+            f"out of memory at step {step + 1}, in {fitted.stage.name} with one row of {fitted.stage.seq_len} tokens "
+            "at once, rematerialised; make the model or the length smaller"
+        )
+    remat = ", rematerialised" if cap.remat else ""
+    say(f"out of memory at step {step + 1}: going on with {cap.microbatch_tokens} tokens at once{remat}")

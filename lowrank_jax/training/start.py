@@ -1,0 +1,102 @@
+"""How a run starts or resumes: the resolved config, the tokenizer, the first weights, and the newest state."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.data import stream, tokenizer
+from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.machine import sharding
+from lowrank_jax.machine.console import say
+from lowrank_jax.training import optim, run_folder, step, trained, warmstart
+from lowrank_jax.training.checkpoint import Checkpoints
+from lowrank_jax.training.plan import Plan, phase_of_last_update, stage_at
+from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.recovery import Recovery
+
+
+def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
+    """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
+
+    That function takes as long as compiling. It checks the data and returns the tokenizer, which a new run learns.
+    Raises UsageError where the folder's run is another one.
+    """
+    phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
+    if run_folder.holds_run(folder):
+        old, tok = run_folder.read_config(folder), tokenizer.load(run_folder.tokenizer_folder(folder))
+        config = config.with_vocab(tok.vocab_size)
+        run_folder.check_same_run(folder, old, config)
+    else:
+        if run_folder.newest_checkpoint(folder) is not None:
+            raise UsageError(
+                f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
+            )
+        old, path = None, t.path or (config.init_from and run_folder.tokenizer_folder(config.init_from))
+        tok = tokenizer.load(path) if path else None
+        config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
+    shapes = step.abstract_state(config).params
+    for p in phases:
+        optim.rates(p, shapes)
+
+    def read_data() -> Tokenizer:
+        learnt = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        for p in phases:
+            stream.check(p, learnt, chats=p is config.sft)  # a skipped record is reported when training meets it
+        return learnt
+
+    return config, old, read_data
+
+
+def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Tokenizer]) -> dict:
+    """Return a new run's first weights: random ones, or as many as fit from the run `init_from`."""
+    params = step.init_params(config, mesh)
+    if not config.init_from:
+        return params
+    source = trained.open_run(config.init_from, mesh)
+    same_tokens = source.tokenizer.sha256 == get_tokenizer().sha256
+    taken = warmstart.take(params, source.params, same_tokens=same_tokens)
+    say(f"first weights from step {source.progress.step} of {config.init_from}\n{warmstart.describe(taken)}")
+    for key in ("heads", "latent_norm"):  # no shape shows these
+        theirs, ours = getattr(source.config.model, key), getattr(config.model, key)
+        if theirs != ours:
+            say(f"  {key} is {theirs} there and {ours} here: the same weights compute something else")
+    place = lambda x, at: x if isinstance(x, jax.Array) else sharding.put(x, at)
+    return jax.tree.map(place, taken.params, sharding.of_tree(mesh, taken.params))
+
+
+def restore(
+    config: RunConfig, plan: Plan, checkpoints: Checkpoints, recovery: Recovery, tok: Tokenizer
+) -> tuple[step.TrainState, Progress]:
+    """Return the newest state and its progress, and cut the metrics to match.
+
+    The state comes from memory where `recovery` holds one, else from the newest checkpoint, else it is a new run's
+    first. Raises UsageError where the config contradicts steps that are done.
+    """
+    folder, from_memory = checkpoints.folder, recovery.take()
+    restored = from_memory or checkpoints.restore(step.abstract_state(config, plan.mesh), delete_broken=True)
+    if restored is None:
+        params = first_params(config, plan.mesh, lambda: tok)
+        restored = step.first_state(config, params, 0, plan.mesh), START
+    state, progress = restored
+    _check_done(config, plan, progress, folder)
+    run_folder.rewind_metrics(folder, progress.step)
+    if not (from_memory and progress.step == 0):
+        source = "memory" if from_memory else "checkpoint" if progress.step else "start"
+        run_folder.log_event(folder, "restore", progress.step, data_sha256=progress.data_sha256, source=source)
+    return state, progress
+
+
+def _check_done(config: RunConfig, plan: Plan, progress: Progress, folder: str) -> None:
+    """Raise UsageError where the plan has another phase for the steps that are done, or other sources."""
+    is_within = progress.step <= plan.end
+    phase = phase_of_last_update(plan.stages, progress.step) if is_within else "already ended"
+    if phase != progress.phase:
+        raise UsageError(
+            f"{folder} was saved at step {progress.step} in {progress.phase}, where this config has {phase}; "
+            "steps that are done cannot be changed"
+        )
+    next_stage = stage_at(plan.stages, progress.step)
+    if progress.step > next_stage.phase_start:
+        stream.check_sources(progress.cursor, getattr(config, next_stage.phase))
