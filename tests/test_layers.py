@@ -13,9 +13,13 @@ KEEPERS = {
     "qwix": "inference/quantize",
 }
 KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "pyarrow": "data/tables"}
-KEEPERS |= {name: "training/track" for name in ("tensorboardX", "wandb", "mlflow")} | {"uvicorn": "serve"}
+KEEPERS |= {name: "training/track" for name in ("tensorboardX", "wandb", "mlflow")} | {
+    "uvicorn": "inference/server/listen"
+}
 KEEPERS |= {"gguf": "export/gguf", "onnx": "export/onnx", "onnxruntime": "export/onnx", "xllamacpp": "export/llama"}
-KEEPERS |= {name: "inference/server/routes" for name in ("starlette", "prometheus_client", "pydantic")}
+KEEPERS |= {name: "inference/server/routes" for name in ("starlette", "prometheus_client")} | {
+    "pydantic": "inference/server/api"
+}
 
 
 def test_imports_go_one_way_and_packages_have_one_keeper():

@@ -61,14 +61,15 @@ def some_latents(c, rows: int, seed: int = 0) -> tuple[dict, tuple]:
     return jax.tree.map(fill, (cache, decoder.empty_window(c, rows, WINDOW, jnp.float32)))
 
 
-def both(name: str, kind: str, B: int, T: int, at: int = 5):
+def both(name: str, kind: str, B: int, T: int, offset: int = 5):
     """(hidden states, window, logits) by decoder.py and natively, of rows that hold from nothing to three blocks."""
     c, w, packed = weights(name, kind)
     cache, window = some_latents(c, B)
     starts = jnp.asarray([(0, 1, 127, 128, 129, 300)[b % 6] for b in range(B)], jnp.int32)
     tokens = some_tokens(c, B, T)
-    x, after = reference(c, w, cache, window, tokens, starts, at, 1)
-    y, native_after = jax.jit(cpu_decoder.read, static_argnums=0)(c, packed, cache, window, tokens, starts, at, 1)
+    place = decoder.Place(starts, offset, 1)
+    x, after = reference(c, w, cache, window, tokens, place)
+    y, native_after = jax.jit(cpu_decoder.read, static_argnums=0)(c, packed, cache, window, tokens, place)
     return (x, after, decoder.logits(w, x[:, -1])), (y, native_after, jax.jit(decoder.logits)(packed, y[:, -1]))
 
 
@@ -89,12 +90,12 @@ def test_small_weights_are_multiplied_by_as_they_are(name, kind):
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "at"), [(1, 1, 0), (1, 1, 31), (2, 1, 3), (8, 1, 15), (15, 1, 7), (1, 8, 0), (2, 3, 9)]
+    ("B", "T", "offset"), [(1, 1, 0), (1, 1, 31), (2, 1, 3), (8, 1, 15), (15, 1, 7), (1, 8, 0), (2, 3, 9)]
 )
-def test_every_number_of_rows_and_tokens(B, T, at):
+def test_every_number_of_rows_and_tokens(B, T, offset):
     c = weights("small", "fp32")[0]
     assert decoder.absorbs(c, T)
-    assert_equal(*both("small", "fp32", B, T, at))
+    assert_equal(*both("small", "fp32", B, T, offset))
 
 
 def test_which_form_each_model_has():
@@ -110,9 +111,9 @@ def test_many_tokens_are_read_by_the_expanded_form_with_the_same_panels():
     cache, _ = some_latents(c, 2)
     window = decoder.empty_window(c, 2, T, jnp.float32)
     tokens, starts = some_tokens(c, 2, T), jnp.asarray([0, 200], jnp.int32)
-    assert_equal(
-        reference(c, w, cache, window, tokens, starts, 0), cpu_decoder.read(c, packed, cache, window, tokens, starts, 0)
-    )
+    place = decoder.Place(starts)
+    expected = reference(c, w, cache, window, tokens, place)
+    assert_equal(expected, cpu_decoder.read(c, packed, cache, window, tokens, place))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int4"])

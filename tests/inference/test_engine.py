@@ -12,7 +12,7 @@ from test_network import full, jit, make, toy
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference import engine, quantize
-from lowrank_jax.inference.engine import CHUNKS, REUSED, WINDOW, Engine
+from lowrank_jax.inference.engine import CHUNKS, REUSED, WINDOW, Engine, Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs
@@ -63,8 +63,8 @@ def answers(e: Engine, requests: list[tuple[list[int], int, Sampling]], late: in
     steps = 0
     while waiting or slots:
         while waiting and e.free and steps >= late * waiting[0][0]:
-            i, (ids, most, drawn) = waiting.pop(0)
-            slots[e.add(ids, most, drawn)] = i
+            i, request = waiting.pop(0)
+            slots[e.add(Request(*request))] = i
         for slot, piece in e.step().items():
             out[slots[slot]] += piece.ids
             if piece.finish:
@@ -144,7 +144,7 @@ def test_it_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
     first = free.index(stop)
     stopping = make_engine(1, stop=(stop,))
     for most, length, why in ((40, first + 1, "stop"), (first + 1, first + 1, "stop"), (first, first, "length")):
-        slot = stopping.add(prompt(8), most, SETTINGS[1])
+        slot = stopping.add(Request(prompt(8), most, SETTINGS[1]))
         got, finish = [], None
         while not finish:
             piece = stopping.step()[slot]
@@ -162,10 +162,10 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
     c, params, _ = weights(**changes)
     ids = prompt(4 * 64)
     logprobs, e = [], make_engine(1, **changes)
-    slot = e.add(ids[:70], 4 * 64 - 70, Sampling(temperature=5.0), logprobs=3)
+    slot = e.add(Request(ids[:70], 4 * 64 - 70, Sampling(temperature=5.0), logprobs=3))
     new = []
     while e.free == 0:
-        piece = e.step()[slot] if len(e._held[slot]) >= 69 else e.step().get(slot)
+        piece = e.step()[slot] if len(e._read[slot]) >= 69 else e.step().get(slot)
         if piece:
             new, logprobs = new + piece.ids, logprobs + piece.logprobs
     expected = jax.nn.log_softmax(full(c, params, np.asarray([ids[:70] + new]))[0, 69:-1])
@@ -178,7 +178,7 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
 
 def test_a_row_gets_its_log_probabilities_beside_one_that_wants_none(together):
     c, params, _ = weights()
-    plain, wants = (together.add(prompt(8), 4, GREEDY, logprobs) for logprobs in (0, 2))
+    plain, wants = (together.add(Request(prompt(8), 4, GREEDY, logprobs)) for logprobs in (0, 2))
     new, logprobs = [], []
     while together.free < 4:
         pieces = together.step()
@@ -194,18 +194,18 @@ def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):
     (new,) = answers(alone, [(ids, 5, GREEDY)])
     more = [*ids, *new, *prompt(20)]
     expected = answers(make_engine(1), [(more, 10, GREEDY)])
-    alone.add(more, 10, GREEDY)
-    assert len(alone._held[0]) == 304  # all but the last new token
+    alone.add(Request(more, 10, GREEDY))
+    assert len(alone._read[0]) == 304  # all but the last new token
     alone.drop(0)
     assert answers(alone, [(more, 10, GREEDY)]) == expected
-    alone.add([*ids[: REUSED - 1], 60, 60], 1, GREEDY)
-    assert alone._held[0] == []  # too little to be worth it
+    alone.add(Request([*ids[: REUSED - 1], 60, 60], 1, GREEDY))
+    assert alone._read[0] == []  # too little to be worth it
     alone.drop(0)
     answers(alone, [(more, 1, GREEDY)])
     other = [*more[:100], (more[100] + 1) % 61, *prompt(20, seed=4)]  # is the same up to there
     expected = answers(make_engine(1), [(other, 10, GREEDY)])
-    alone.add(other, 10, GREEDY)
-    assert alone._held[0] == more[:100]
+    alone.add(Request(other, 10, GREEDY))
+    assert alone._read[0] == more[:100]
     alone.drop(0)
     assert answers(alone, [(other, 10, GREEDY)]) == expected
 
@@ -215,14 +215,14 @@ def test_a_request_gets_the_slot_that_has_read_most_of_it(together):
     answers(together, [([i], 1, GREEDY) for i in range(4)])
     answers(together, [(first, 1, GREEDY), (second, 1, GREEDY)])
     for ids, slot in ((second, 1), (first, 0), ([*second[:60], 1], 1), (prompt(50), 0)):
-        assert together.add(ids, 1, GREEDY) == slot
+        assert together.add(Request(ids, 1, GREEDY)) == slot
         together.drop(slot)
 
 
 def test_a_long_prompt_is_read_in_parts_between_which_others_get_their_tokens(together):
-    short = together.add(prompt(3), 300, GREEDY)
+    short = together.add(Request(prompt(3), 300, GREEDY))
     together.step()
-    long = together.add(prompt(3 * engine.AT_ONCE + 9), 1, GREEDY)
+    long = together.add(Request(prompt(3 * engine.AT_ONCE + 9), 1, GREEDY))
     pieces = [together.step()]
     while long not in pieces[-1]:
         pieces.append(together.step())
@@ -232,8 +232,8 @@ def test_a_long_prompt_is_read_in_parts_between_which_others_get_their_tokens(to
 
 def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
     expected = answers(together, [(prompt(90), 30, SETTINGS[2])])
-    gone = together.add(prompt(256), 40, GREEDY)
-    slot = together.add(prompt(90), 30, SETTINGS[2])
+    gone = together.add(Request(prompt(256), 40, GREEDY))
+    slot = together.add(Request(prompt(90), 30, SETTINGS[2]))
     got = list(together.step().get(slot, engine.Piece([], [], None)).ids)
     together.drop(gone)
     assert together.free == 3
@@ -243,7 +243,7 @@ def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
-    for ids, most, told, words in [
+    for ids, most, logprobs, words in [
         ([], 5, 0, "at least one token"),
         (prompt(CONTEXT), 5, 0, f"does not fit in a context of {CONTEXT}"),
         ([1, 61], 5, 0, "between 0 and 60"),
@@ -252,11 +252,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
         ([1], 1, 21, "between 0 and 20"),
     ]:
         with pytest.raises(UsageError, match=words):
-            together.add(ids, most, GREEDY, told)
+            together.add(Request(ids, most, GREEDY, logprobs))
     assert together.free == 4
-    slots = [together.add([1], 1, GREEDY) for _ in range(4)]
+    slots = [together.add(Request([1], 1, GREEDY)) for _ in range(4)]
     with pytest.raises(UsageError, match="all slots are taken"):
-        together.add([1], 1, GREEDY)
+        together.add(Request([1], 1, GREEDY))
     for slot in slots:
         together.drop(slot)
 
@@ -280,7 +280,9 @@ def test_quantized_weights_stay_close_and_are_smaller(kind, most, tied):
     def logits(w):
         window = engine.decoder.empty_window(c, 2, 40, jnp.float32)
         cache = engine.decoder.empty_cache(c, 2, 128, jnp.float32)
-        return engine.decoder.logits(w, engine.decoder.read(c, w, cache, window, ids, jnp.zeros(2, int), 0)[0][:, -1])
+        return engine.decoder.logits(
+            w, engine.decoder.read(c, w, cache, window, ids, engine.decoder.Place(jnp.zeros(2, int)))[0][:, -1]
+        )
 
     close, far = np.asarray(jit(logits)(packed)), np.asarray(jit(logits)(exact))
     assert 0 < np.sqrt(np.mean((close - far) ** 2)) < most * far.std()

@@ -20,7 +20,15 @@ from lowrank_jax.model.attention import MASKED
 
 V, S, B = 12, 16, 3  # a vocabulary so small that contexts repeat themselves
 OFF = Sampling(temperature=1.0)
-adjust, choose = jax.jit(sampling.adjust), jax.jit(sampling.choose)
+choose = jax.jit(sampling.choose)
+
+
+@jax.jit
+def adjust(logits_BV, rows: sampling.Rows, tokens_BS, lengths_B) -> jax.Array:
+    """Return the logits of the distribution that `choose` draws from."""
+    return sampling.filtered(sampling.edited(logits_BV, rows, tokens_BS, lengths_B), rows)
+
+
 many = settings(max_examples=100, deadline=None)
 
 
