@@ -19,8 +19,8 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.inference import engine, quantize
 from lowrank_jax.inference.server import listen
-from lowrank_jax.inference.server.api import Limits
-from lowrank_jax.inference.server.routes import Server, Settings
+from lowrank_jax.inference.server.api import Settings
+from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.training.trained import open_run
 
@@ -61,9 +61,10 @@ def prepare(args) -> tuple[Server, Scheduler]:
     scheduler = Scheduler(make, args.slots, args.queue)
     name = args.model_name or os.path.basename(os.path.abspath(args.workdir))
     max_tokens = args.max_tokens or args.context
-    limits = Limits(name, run.config.model.vocab, args.context, max_tokens, args.slots + args.queue)
     key = args.api_key or os.environ.get("LOWRANK_API_KEY", "")
-    return Server(scheduler, run.tokenizer, Settings(limits, args.timeout, key)), scheduler
+    vocab, answers = run.config.model.vocab, args.slots + args.queue
+    settings = Settings(name, vocab, args.context, max_tokens, answers, args.timeout, key)
+    return Server(scheduler, run.tokenizer, settings), scheduler
 
 
 def command(argv: list[str]) -> dict:

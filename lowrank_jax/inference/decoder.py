@@ -141,19 +141,21 @@ def read(c: ModelConfig, w: Weights, cache: dict, window: tuple, tokens_BT, plac
 
     The cache is only read: XLA would copy all of it at every step of a loop that also writes to it.
     """
-    x_BTD, windows = _embed(w, tokens_BT), []
+    x_BTD, windows = quantize.rows(w.table, tokens_BT, dtype(w)), []
+    x_BTD = x_BTD if w.table_up is None else times(x_BTD, w.table_up)
     for n, layer in enumerate(w.layers):
-        cached = lambda i, n=n: jax.tree.map(
-            lambda x: jax.lax.dynamic_slice(x, (n, place.row, i * BLOCK, 0), (1, len(tokens_BT), BLOCK, x.shape[-1]))[
-                0
-            ],
-            cache,
-        )
+        cached = functools.partial(_block, cache, n, place.row, len(tokens_BT))
         out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), cached, window[n], place)
         x_BTD += out_BTD
         x_BTD += _mlp(layer, rms_norm(x_BTD))
         windows.append(latents)
     return rms_norm(x_BTD) * w.norm, tuple(windows)
+
+
+def _block(cache: dict, n: int, row, B: int, i) -> dict:
+    """Return block i of layer n's cached latents, for B rows from `row` on."""
+    block = lambda x: jax.lax.dynamic_slice(x, (n, row, i * BLOCK, 0), (1, B, BLOCK, x.shape[-1]))[0]
+    return jax.tree.map(block, cache)
 
 
 def keep(cache: dict, window: tuple, starts_B, row=0) -> dict:
@@ -176,11 +178,6 @@ def logits(w: Weights, x_BD: jax.Array) -> jax.Array:
     if not isinstance(table, jax.Array) or x_BD.dtype != jnp.float32:
         return times(x_BD, table, outputs=0).astype(jnp.float32)
     return jax.lax.optimization_barrier(table @ x_BD.T).T
-
-
-def _embed(w: Weights, tokens):
-    x = quantize.rows(w.table, tokens, dtype(w))
-    return x if w.table_up is None else times(x, w.table_up)
 
 
 def _mlp(layer: Layer, x):

@@ -82,7 +82,9 @@ class Engine:
         self.fresh = True  # nothing has been compiled for it
         self._weights = weights
         size = -(-(context + CHUNKS[0]) // decoder.BLOCK) * decoder.BLOCK  # a chunk is written whole
-        self._cache, self._tokens = _empty(config, weights, slots, size)
+        cache = lambda: decoder.empty_cache(config, slots, size, decoder.dtype(weights))
+        empty = lambda: (cache(), jnp.zeros((slots, size), jnp.int32))
+        self._cache, self._tokens = jax.jit(empty, out_shardings=sharding.whole(weights.norm.sharding.mesh))()
         self._requests: dict[int, Request] = {}  # by slot, in the order in which they came
         self._read: list[list[int]] = [[] for _ in range(slots)]  # the tokens whose latents are in each slot
         self._new: list[list[int]] = [[] for _ in range(slots)]  # the tokens that each request got
@@ -188,12 +190,6 @@ class Engine:
         if finish:
             del self._requests[slot]
         return Piece(ids, logprobs, finish)
-
-
-def _empty(c: ModelConfig, w: decoder.Weights, slots: int, size: int) -> tuple[dict, jax.Array]:
-    """Return the cache and the tokens, on all of the weights' devices."""
-    make = lambda: (decoder.empty_cache(c, slots, size, decoder.dtype(w)), jnp.zeros((slots, size), jnp.int32))
-    return jax.jit(make, out_shardings=sharding.whole(w.norm.sharding.mesh))()
 
 
 def _shared(a: list[int], b: list[int]) -> int:

@@ -12,7 +12,7 @@ COLUMNS = 32  # outputs of a panel
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("panels", "scales"), meta_fields=("outputs",))
 @dataclass(frozen=True)
 class Matrix:
-    """One or more matrices [in, outputs] of one shape, in float32, bfloat16, int8 or int4."""
+    """A stack of matrices [in, outputs] of one shape, in float32, bfloat16, int8 or int4."""
 
     panels: jax.Array  # [count, P, in, COLUMNS], the last panel padded with zeros; int4 as uint8, two to a byte
     scales: jax.Array | None  # of integers: [count, P, groups of inputs, COLUMNS] in float32

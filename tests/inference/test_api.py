@@ -10,14 +10,14 @@ from lowrank_jax.inference.engine import Piece, Request
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
 from lowrank_jax.inference.server.answers import Answer, Shapes
-from lowrank_jax.inference.server.api import Call, Limits, Problem
+from lowrank_jax.inference.server.api import Call, Problem, Settings
 
-LIMITS = Limits("m", 521, context=100, max_tokens=50, answers=8)
+SETTINGS = Settings("m", 521, context=100, max_tokens=50, answers=8)
 
 
 def read(tok, is_chat: bool = False, **fields) -> Call:
     fields = {"messages": [{"role": "user", "content": "hi"}]} | fields if is_chat else {"prompt": "hi"} | fields
-    return api.read(json.dumps(fields).encode(), is_chat, tok, LIMITS)
+    return api.read(json.dumps(fields).encode(), is_chat, tok, SETTINGS)
 
 
 KEYS = st.sampled_from("0 5 role content text type".split())
@@ -33,18 +33,18 @@ NAMES = sorted({*api.Chat.model_fields, *api.Completion.model_fields, *api.DRAWN
 def test_fields_of_any_value_are_read_or_refused(tok, fields, is_chat):
     base = {"messages": [{"role": "user", "content": "hi"}]} if is_chat else {"prompt": "hi"}
     try:
-        call = api.read(json.dumps(base | fields).encode(), is_chat, tok, LIMITS)
+        call = api.read(json.dumps(base | fields).encode(), is_chat, tok, SETTINGS)
     except Problem as problem:
         assert problem.status in (400, 404) and json.dumps(problem.body()) and "\n" not in str(problem)
         return
-    assert all(1 <= request.max_new <= 50 for request in call.requests) and len(call.requests) <= LIMITS.answers
+    assert all(1 <= request.max_new <= 50 for request in call.requests) and len(call.requests) <= SETTINGS.answers
     assert all(0 < len(r.ids) < 100 and all(0 <= i < 521 for i in r.ids) for r in call.requests)
 
 
 @given(st.binary(max_size=60), st.booleans())
 def test_bytes_that_are_no_json_object_are_refused(tok, body, is_chat):
     with pytest.raises(Problem) as e:
-        api.read(body, is_chat, tok, LIMITS)
+        api.read(body, is_chat, tok, SETTINGS)
     assert e.value.status == 400
 
 

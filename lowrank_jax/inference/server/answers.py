@@ -21,7 +21,7 @@ class Token:
 
 
 class Answer:
-    """One answer; `add` returns the part of each piece that the client may see.
+    """An answer as its pieces arrive; `add` returns the part of a piece that the client may see.
 
     A token is sent with the text that it begins. So the symbol that ends an answer and the tokens behind a stop string
     are never sent.

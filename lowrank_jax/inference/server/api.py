@@ -130,14 +130,16 @@ class Completion(Body):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The limits of the server."""
+class Settings:
+    """The model's name and the limits of the server."""
 
-    model: str  # its name
+    model: str
     vocab: int
     context: int  # most tokens of a prompt and its answer
     max_tokens: int  # of an answer
     answers: int  # of one API call
+    timeout: float = 600.0  # seconds from a call to the end of its answers
+    key: str = ""  # empty: no key is needed
 
 
 @dataclass(frozen=True)
@@ -153,26 +155,28 @@ class Call:
     include_usage: bool  # at the end of a stream
 
 
-def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, limits: Limits) -> Call:
+def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> Call:
     """Return the API call in a body of JSON; raises Problem if the server cannot answer it as it is meant."""
     fields = _json(data)
     drawn = {name: value for name in DRAWN if (value := fields.pop(name, None)) is not None}
     model = fields.get("model")
-    if isinstance(model, str) and model != limits.model:
-        message = f"the model {model[:100]!r} does not exist: this is {limits.model!r}"
+    if isinstance(model, str) and model != settings.model:
+        message = f"the model {model[:100]!r} does not exist: this is {settings.model!r}"
         raise Problem(404, message, "model", "model_not_found")
     body = _checked(Chat if is_chat else Completion, fields)
-    prompts = _conversation(body, tokenizer) if is_chat else _prompts(body.prompt, tokenizer, limits)
+    prompts = _conversation(body, tokenizer) if is_chat else _prompts(body.prompt, tokenizer, settings)
     for ids in prompts:
-        if len(ids) >= limits.context:
-            message = f"the prompt has {len(ids)} tokens, and with its answer must fit in a context of {limits.context}"
+        if len(ids) >= settings.context:
+            message = (
+                f"the prompt has {len(ids)} tokens, and with its answer must fit in a context of {settings.context}"
+            )
             raise Problem(400, message, "messages" if is_chat else "prompt", "context_length_exceeded")
-    if body.n * len(prompts) > limits.answers:
-        raise Problem(400, f"this server gives at most {limits.answers} answers to a request", "n")
+    if body.n * len(prompts) > settings.answers:
+        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "n")
     if is_chat and body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs if body.logprobs else None) if is_chat else body.logprobs
-    sampling, max_new = _sampling(body, drawn, limits), _max_tokens(body, is_chat, limits)
+    sampling, max_new = _sampling(body, drawn, settings), _max_tokens(body, is_chat, settings)
     seeds = [(sampling.seed + i) % 2**63 for i in range(body.n)]
     requests = [
         Request(ids, max_new, dataclasses.replace(sampling, seed=seed), 0 if logprobs is None else max(1, logprobs))
@@ -227,35 +231,37 @@ def _conversation(body: Chat, tokenizer: Tokenizer) -> list[list[int]]:
         raise Problem(400, str(e), "messages") from None
 
 
-def _prompts(prompt, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
+def _prompts(prompt, tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
     is_ids = lambda x: isinstance(x, list) and bool(x) and all(type(i) is int for i in x)
     many = prompt if isinstance(prompt, list) and not is_ids(prompt) else [prompt]
     if not many or not all(isinstance(one, str) or is_ids(one) for one in many):
         raise Problem(400, f"prompt={json.dumps(prompt)[:60]} must be {PROMPT}", "prompt")
     for i in (i for one in many if not isinstance(one, str) for i in one):
-        if not 0 <= i < limits.vocab:
-            raise Problem(400, f"prompt has the token id {i}, which is not between 0 and {limits.vocab - 1}", "prompt")
-    if len(many) > limits.answers:  # before all of them are encoded
-        raise Problem(400, f"this server gives at most {limits.answers} answers to a request", "prompt")
+        if not 0 <= i < settings.vocab:
+            raise Problem(
+                400, f"prompt has the token id {i}, which is not between 0 and {settings.vocab - 1}", "prompt"
+            )
+    if len(many) > settings.answers:  # before all of them are encoded
+        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "prompt")
     return [[tokenizer.bos, *tokenizer.encode(one)] if isinstance(one, str) else one for one in many]
 
 
-def _max_tokens(body: Body, is_chat: bool, limits: Limits) -> int:
+def _max_tokens(body: Body, is_chat: bool, settings: Settings) -> int:
     name = "max_completion_tokens" if is_chat and body.max_completion_tokens else "max_tokens"
-    default = min(limits.max_tokens, limits.context if is_chat else COMPLETION_TOKENS)
+    default = min(settings.max_tokens, settings.context if is_chat else COMPLETION_TOKENS)
     max_tokens = getattr(body, name) or default
-    if max_tokens > limits.max_tokens and limits.max_tokens < limits.context:
-        raise Problem(400, f"{name} must be at most {limits.max_tokens}, not {max_tokens}", name)
-    return min(max_tokens, limits.context)
+    if max_tokens > settings.max_tokens and settings.max_tokens < settings.context:
+        raise Problem(400, f"{name} must be at most {settings.max_tokens}, not {max_tokens}", name)
+    return min(max_tokens, settings.context)
 
 
-def _sampling(body: Body, drawn: dict, limits: Limits) -> Sampling:
+def _sampling(body: Body, drawn: dict, settings: Settings) -> Sampling:
     values = dataclasses.asdict(PRESETS[body.preset]) if body.preset else {"temperature": 1.0}  # OpenAI's default
     values["seed"] = secrets.randbits(63) if body.seed is None else body.seed % 2**63
     for key in body.logit_bias:
-        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab):
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < settings.vocab):
             raise Problem(
-                400, f"logit_bias has {key[:60]!r}, but token ids go from 0 to {limits.vocab - 1}", "logit_bias"
+                400, f"logit_bias has {key[:60]!r}, but token ids go from 0 to {settings.vocab - 1}", "logit_bias"
             )
     values["logit_bias"] = tuple((int(key), bias) for key, bias in body.logit_bias.items())
     try:

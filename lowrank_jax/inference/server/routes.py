@@ -13,13 +13,12 @@ import pathlib
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import NamedTuple
 
 import prometheus_client as prometheus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lowrank_jax.config import RunFailure, UsageError
@@ -27,7 +26,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
 from lowrank_jax.inference.server.answers import Answer, Shapes
-from lowrank_jax.inference.server.api import Call, Problem
+from lowrank_jax.inference.server.api import Call, Problem, Settings
 from lowrank_jax.inference.server.scheduler import Full, Scheduler, Stopping
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
@@ -35,12 +34,6 @@ MOST_BYTES = 4 << 20  # of a body
 SLOW = 30.0  # seconds that a client may take to send its body, and to read its answer
 CLIENT_GONE = 499  # the status in the metrics of a request whose client disconnected
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
-class Settings(NamedTuple):
-    limits: api.Limits
-    timeout: float  # seconds from a request to the end of its answer
-    key: str  # empty: no key is needed
 
 
 class Metrics:
@@ -58,8 +51,8 @@ class Metrics:
         self.first = latency("lowrank_time_to_first_token_seconds", "From a request to each answer's first token")
         self.each = latency("lowrank_time_per_token_seconds", "Mean of each answer, after its first token")
         for name, what, value in (
-            ("lowrank_queue_length", "Answers that wait for a slot", lambda: scheduler.waiting),
-            ("lowrank_active_rows", "Answers that have a slot", lambda: scheduler.active),
+            ("lowrank_queue_length", "Answers that wait for a slot", lambda: len(scheduler.waiting)),
+            ("lowrank_active_rows", "Answers that have a slot", lambda: len(scheduler.active)),
             ("lowrank_engine_failures", "Times that the engine failed and was replaced", lambda: scheduler.failures),
         ):
             prometheus.Gauge(name, what, **own).set_function(value)
@@ -141,21 +134,21 @@ class Server:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.settings.limits.model:
+        if name != self.settings.model:
             raise Problem(404, f"the model {name[:100]!r} does not exist", "model", "model_not_found")
         return _json(self._model())
 
     def _model(self) -> dict:
-        limits = self.settings.limits
-        presets = {name: {"temperature": s.temperature, "top_p": s.top_p} for name, s in PRESETS.items()}
-        facts = {"context": limits.context, "max_tokens": min(limits.max_tokens, limits.context), "presets": presets}
-        return {"id": limits.model, "object": "model", "created": self._started, "owned_by": "lowrank_jax", **facts}
+        s = self.settings
+        presets = {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()}
+        facts = {"context": s.context, "max_tokens": min(s.max_tokens, s.context), "presets": presets}
+        return {"id": s.model, "object": "model", "created": self._started, "owned_by": "lowrank_jax", **facts}
 
     async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
         data, is_chat = await _body(request), request.url.path.endswith("/chat/completions")
         # A long prompt takes a while to encode: other requests need not wait for it.
-        call = await asyncio.to_thread(api.read, data, is_chat, self.tokenizer, self.settings.limits)
+        call = await asyncio.to_thread(api.read, data, is_chat, self.tokenizer, self.settings)
         work = Work(self, call, deadline)
         if call.stream:
             return Stream(work, self.settings.timeout + SLOW)
@@ -172,7 +165,7 @@ class Work:
     def __init__(self, server: Server, call: Call, deadline: float):
         self._server, self._call, self._deadline = server, call, deadline
         self._answers = [Answer(call, server.tokenizer) for _ in call.requests]
-        self._shapes = Shapes(call, server.settings.limits.model)
+        self._shapes = Shapes(call, server.settings.model)
         self._began = time.monotonic()
         with _problems(server.settings):
             self.ticket = server.scheduler.submit(call.requests)
@@ -224,28 +217,26 @@ class Work:
                     return
 
 
-class Stream:
+class Stream(StreamingResponse):
     """A response of server-sent events, for as long as the client stays, and `seconds` at most."""
 
     def __init__(self, work: Work, seconds: float):
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._lines(), headers=headers)
         self._work, self._seconds = work, seconds  # a client that stops reading would exceed them
 
     async def __call__(self, scope, receive, send):
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._seconds):
-                    await _while_connected(scope, receive, self._send(send))
+                    await _while_connected(scope, receive, self.stream_response(send))
         finally:
             self._work.ticket.cancel()
 
-    async def _send(self, send) -> None:
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-        headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _lines(self) -> AsyncIterator[str]:
         async for event in self._work.events():
-            body = f"data: {json.dumps(event)}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
 
 
 async def _while_connected(scope, receive, work: Coroutine):

@@ -59,15 +59,15 @@ class Ticket:
 
 
 class Scheduler:
-    """Runs an engine, and makes a new one after a failure."""
+    """Runs an engine for the requests that are `waiting` and `active`, and makes a new one after a failure."""
 
     def __init__(self, make: Callable[[], Engine], slots: int, queue: int):
         self.room = slots + queue
         self.failures = 0
         self._make, self._engine = make, None
         self._changed = threading.Condition()
-        self._waiting: collections.deque[tuple[Ticket, int]] = collections.deque()  # (ticket, number of the request)
-        self._active: dict[int, tuple[Ticket, int]] = {}  # by slot
+        self.waiting: collections.deque[tuple[Ticket, int]] = collections.deque()  # (ticket, number of the request)
+        self.active: dict[int, tuple[Ticket, int]] = {}  # by slot
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -82,10 +82,10 @@ class Scheduler:
         with self._changed:
             if self._stopping:
                 raise Stopping
-            if len(self._waiting) + len(self._active) + len(requests) > self.room:
+            if len(self.waiting) + len(self.active) + len(requests) > self.room:
                 raise Full
             ticket = Ticket(requests)
-            self._waiting += [(ticket, i) for i in range(len(requests))]
+            self.waiting += [(ticket, i) for i in range(len(requests))]
             self._changed.notify()
         return ticket
 
@@ -101,21 +101,13 @@ class Scheduler:
         return not self._thread.is_alive()
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def active(self) -> int:
-        return len(self._active)
-
-    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._active or self._stopping)
+                self._changed.wait_for(lambda: self.waiting or self.active or self._stopping)
                 if self._stopping:
                     break
             if failure := self._turn():
@@ -129,25 +121,25 @@ class Scheduler:
                 self._engine = self._make()
             self._drop_cancelled()
             self._admit()
-            if self._active:
+            if self.active:
                 self._hand_out(self._engine.step())
         except Exception as e:
             traceback.print_exc(file=sys.stderr)
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
     def _drop_cancelled(self) -> None:
-        for slot in [slot for slot, (ticket, i) in self._active.items() if ticket.is_cancelled(i)]:
+        for slot in [slot for slot, (ticket, i) in self.active.items() if ticket.is_cancelled(i)]:
             self._engine.drop(slot)
-            del self._active[slot]
+            del self.active[slot]
         with self._changed:
-            self._waiting = collections.deque((ticket, i) for ticket, i in self._waiting if not ticket.is_cancelled(i))
+            self.waiting = collections.deque((ticket, i) for ticket, i in self.waiting if not ticket.is_cancelled(i))
 
     def _admit(self) -> None:
-        while self._waiting and self._engine.free:
+        while self.waiting and self._engine.free:
             with self._changed:  # so that the request is counted in one place or the other
-                ticket, i = self._waiting.popleft()
+                ticket, i = self.waiting.popleft()
                 try:
-                    self._active[self._engine.add(ticket.requests[i])] = ticket, i
+                    self.active[self._engine.add(ticket.requests[i])] = ticket, i
                 except UsageError as e:
                     ticket.put(i, e)
                 except Exception:
@@ -157,22 +149,22 @@ class Scheduler:
     def _hand_out(self, pieces: dict[int, Piece]) -> None:
         for slot, piece in pieces.items():
             # A client may send its next request as soon as it sees the end: its slot must be free by then.
-            ticket, i = self._active.pop(slot) if piece.finish else self._active[slot]
+            ticket, i = self.active.pop(slot) if piece.finish else self.active[slot]
             ticket.put(i, piece)
 
     def _recover(self, failure: str) -> None:
         """End the active requests, whose state is lost, with an error; the next turn makes a new engine."""
         self.failures += 1
         self._engine = None
-        if not self._active:  # not even an engine could be made
+        if not self.active:  # not even an engine could be made
             time.sleep(1)
-        self._end_all(RunFailure(f"the engine failed ({failure})"), waiting=not self._active)
+        self._end_all(RunFailure(f"the engine failed ({failure})"), waiting=not self.active)
 
     def _end_all(self, reason: Exception, waiting: bool = True) -> None:
         with self._changed:
-            ended, self._active = [*self._active.values()], {}
+            ended, self.active = [*self.active.values()], {}
             if waiting:
-                ended, self._waiting = [*ended, *self._waiting], collections.deque()
+                ended, self.waiting = [*ended, *self.waiting], collections.deque()
         for ticket, i in ended:
             ticket.put(i, reason)
 
