@@ -1,4 +1,4 @@
-"""Continuous batching: rows do not feel each other, nothing is compiled for a length, and the cache is exact."""
+"""Continuous batching: rows are independent, no length compiles a program, and the cache is exact."""
 
 import functools
 
@@ -33,7 +33,7 @@ SETTINGS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_compile():
-    """Compiling is most of what these tests do."""
+    """Compile without optimization, because compiling takes most of these tests' time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_read_chunk", "_decode_some"):
             function = getattr(engine, name).__wrapped__
@@ -58,7 +58,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def answers(e: Engine, requests: list[tuple[list[int], int, Sampling]], late: int = 0) -> list[list[int]]:
-    """What each request gets; with `late`, each joins so many steps after the one before it."""
+    """Return each request's answer; with `late`, each joins that many steps after the one before it."""
     waiting, slots, out = list(enumerate(requests)), {}, [[] for _ in requests]
     steps = 0
     while waiting or slots:
@@ -83,7 +83,7 @@ def together() -> Engine:
     return make_engine(4)
 
 
-def test_a_greedy_answer_is_what_the_full_forward_pass_says_far_beyond_what_was_read(alone):
+def test_a_greedy_answer_is_the_argmax_of_the_full_forward_pass(alone):
     c, params, _ = weights()
     ids = prompt(CHUNKS[0] + 40)
     (new,) = answers(alone, [(ids, 3 * WINDOW, GREEDY)])
@@ -91,7 +91,7 @@ def test_a_greedy_answer_is_what_the_full_forward_pass_says_far_beyond_what_was_
     assert new == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
-def test_what_repeats_is_looked_for_up_to_the_newest_token_and_in_a_beginning_that_was_kept(alone):
+def test_repeats_are_found_up_to_the_newest_token_and_in_a_reused_beginning(alone):
     c, params, _ = weights()
     ids = prompt(CHUNKS[0] + 40)
     answers(alone, [([*ids, *prompt(200)], 1, GREEDY)])
@@ -107,8 +107,8 @@ def test_what_repeats_is_looked_for_up_to_the_newest_token_and_in_a_beginning_th
 
 @settings(max_examples=8)
 @given(st.data())
-def test_rows_do_not_feel_each_other(alone, together, data):
-    """Lengths on both sides of every chunk, any settings, joining at any time: the answers are those of one alone."""
+def test_rows_are_independent(alone, together, data):
+    """Requests of any length and settings, joining at any time, get the answers that they get alone."""
     lengths = st.sampled_from([1, 2, 31, 32, 33, 34, 64, 128, 129, 130, 200, 256, 257, 258, 400])
     request = st.tuples(lengths, st.integers(1, 40), st.sampled_from(SETTINGS), st.integers(0, 99))
     requests = data.draw(st.lists(request, min_size=1, max_size=7))
@@ -123,7 +123,7 @@ def test_no_length_compiles_anything_after_the_first_two_requests():
 
 
 def assert_nothing_is_compiled(e: Engine) -> None:
-    """...after the first two requests of an engine with a context of 1,000."""
+    """Check that only the first two requests of an engine with a context of 1,000 compile programs."""
     compiled = []
     answers(e, [(prompt(2), 3, GREEDY), (prompt(300), 3, GREEDY)])
     listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
@@ -132,13 +132,13 @@ def assert_nothing_is_compiled(e: Engine) -> None:
         for length in (1, 5, 31, 100, 257, 500, 900):
             answers(e, [(prompt(length), 20, SETTINGS[length % len(SETTINGS)])])
         assert not [event for event in compiled if "compile" in event]
-        jax.jit(lambda x: x * 3)(jnp.ones(77))  # that the listener hears at all
+        jax.jit(lambda x: x * 3)(jnp.ones(77))  # the listener does hear compilations
         assert compiled
     finally:
         jax.monitoring.clear_event_listeners()
 
 
-def test_it_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
+def test_an_answer_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
     (free,) = answers(alone, [(prompt(8), 40, SETTINGS[1])])
     stop = free[20]
     first = free.index(stop)
@@ -176,7 +176,7 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
         np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=1e-5)
 
 
-def test_a_row_gets_its_log_probabilities_beside_one_that_wants_none(together):
+def test_a_row_gets_log_probabilities_next_to_one_without(together):
     c, params, _ = weights()
     plain, wants = (together.add(Request(prompt(8), 4, GREEDY, logprobs)) for logprobs in (0, 2))
     new, logprobs = [], []
@@ -242,7 +242,7 @@ def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
     assert [got] == expected
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
+def test_wrong_requests_are_refused_and_take_no_slot(together):
     for ids, most, logprobs, words in [
         ([], 5, 0, "at least one token"),
         (prompt(CONTEXT), 5, 0, f"does not fit in a context of {CONTEXT}"),
@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
         together.drop(slot)
 
 
-def test_the_cache_takes_what_the_plan_says():
+def test_the_cache_has_the_planned_size():
     e = make_engine(2)
     size = sum(x.nbytes for x in jax.tree.leaves(e._cache))
     room = next(iter(e._cache.values())).shape[2]

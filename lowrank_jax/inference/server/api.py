@@ -14,7 +14,7 @@ import operator
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -42,7 +42,7 @@ NEUTRAL = {
     "best_of": (1,),
 }
 DRAWN = {f.name for f in dataclasses.fields(Sampling)} - {"logit_bias", "seed"}
-PROMPT = "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
+Ids = Annotated[list[int], Field(min_length=1)]
 
 
 class Problem(Exception):
@@ -125,7 +125,9 @@ class Chat(Body):
 
 
 class Completion(Body):
-    prompt: Any = _field(..., PROMPT)
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1)] = _field(
+        ..., "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
+    )
     logprobs: int | None = _field(None, f"an integer from 0 to {TOP}", ge=0, le=TOP)
 
 
@@ -232,10 +234,7 @@ def _conversation(body: Chat, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _prompts(prompt, tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
-    is_ids = lambda x: isinstance(x, list) and bool(x) and all(type(i) is int for i in x)
-    many = prompt if isinstance(prompt, list) and not is_ids(prompt) else [prompt]
-    if not many or not all(isinstance(one, str) or is_ids(one) for one in many):
-        raise Problem(400, f"prompt={json.dumps(prompt)[:60]} must be {PROMPT}", "prompt")
+    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     for i in (i for one in many if not isinstance(one, str) for i in one):
         if not 0 <= i < settings.vocab:
             raise Problem(
