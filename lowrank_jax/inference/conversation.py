@@ -61,31 +61,27 @@ class Conversation:
 
     def __init__(self, model: Model, style: Style, system: str, show: Callable[[str], None]):
         self._model, self._style, self._show = model, style, show
-        self._messages = [{"role": "system", "content": system}] if system else []
+        self._system, self._turns = _system(system), []
 
     def turn(self, line: str) -> dict | None:
         """Answer the user's next message and return the facts of the answer, or obey a command."""
         command, _, rest = line.partition(" ")
         if command == "/reset":
-            self._messages = self._system()
+            self._turns = []
         elif command == "/system":
-            self._messages = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+            self._system, self._turns = _system(rest.strip()), []
         elif command.startswith("/") and command[1:].isalpha():
             self._show(f"unknown command {command}; use /system TEXT or /reset\n")
         elif line:
             return {"prompt": line} | self._reply(line)
 
-    def _system(self) -> list[dict]:
-        return [message for message in self._messages if message["role"] == "system"]
-
     def _reply(self, text: str) -> dict:
         """Answer a message. If the context is full, the oldest turns are forgotten, but never the system message."""
-        style = self._style
-        while len(ids := self._model.prompt(text, self._messages, is_chat=True)) + style.max_new > style.context:
-            turns = [message for message in self._messages if message["role"] != "system"]
-            if not turns:
-                raise UsageError(f"a message of {len(ids)} tokens does not fit in --context={style.context}")
-            self._messages = self._system() + turns[2:]
+        read = lambda: self._model.prompt(text, self._system + self._turns, is_chat=True)
+        while len(ids := read()) + self._style.max_new > self._style.context:
+            if not self._turns:
+                raise UsageError(f"a message of {len(ids)} tokens does not fit in --context={self._style.context}")
+            self._turns = self._turns[2:]
             console.say("(the conversation no longer fits in the context: its oldest turn is forgotten)")
         shown = []
 
@@ -94,15 +90,19 @@ class Conversation:
             self._show(piece)
 
         try:
-            facts = answer(self._model, ids, style, show)
+            facts = answer(self._model, ids, self._style, show)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
             self._model.reset()
             facts = {"text": "".join(shown), "finish_reason": "stop"}
         self._show("\n")
-        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": facts["text"].strip()}]
+        self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": facts["text"].strip()}]
         return facts
+
+
+def _system(text: str) -> list[dict]:
+    return [{"role": "system", "content": text}] if text else []
 
 
 def converse(conversation: Conversation, first: str | None, reads: bool, show: Callable[[str], None]) -> dict:

@@ -109,11 +109,9 @@ class Engine:
         if not free:
             raise UsageError("all slots are taken")
         shared = {slot: _shared(self._read[slot], ids) for slot in free}
-        slot = max(free, key=lambda slot: (shared[slot], -slot))
-        if shared[slot] < REUSED:
-            slot = free[0]
+        slot = max(free, key=shared.get)
         # The last token of the prompt is read by the first decoding step, which needs the logits after it.
-        self._read[slot] = ids[: min(shared[slot], len(ids) - 1)] if shared[slot] >= REUSED else []
+        self._read[slot] = ids[: min(shared[slot], len(ids) - 1)]
         self._new[slot] = []
         self._requests[slot] = dataclasses.replace(request, max_new=min(request.max_new, self.context - len(ids)))
         return slot
@@ -193,8 +191,9 @@ class Engine:
 
 
 def _shared(a: list[int], b: list[int]) -> int:
-    """Return the number of tokens with which both lists begin."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    """Return the number of tokens with which both lists begin, or 0 if they are too few to reuse."""
+    count = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return count if count >= REUSED else 0
 
 
 class _Batch(NamedTuple):

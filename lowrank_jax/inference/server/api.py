@@ -16,7 +16,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
@@ -26,10 +26,8 @@ from lowrank_jax.inference.sampling import PRESETS, Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 MOST_STOPS = 4
-IGNORED = set(
-    "user metadata store safety_identifier prompt_cache_key prompt_cache_retention service_tier "
-    "parallel_tool_calls".split()
-)
+IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+IGNORED |= {"service_tier", "parallel_tool_calls"}
 NEUTRAL = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -42,7 +40,7 @@ NEUTRAL = {
     "best_of": (1,),
 }
 DRAWN = {f.name for f in dataclasses.fields(Sampling)} - {"logit_bias", "seed"}
-Ids = Annotated[list[int], Field(min_length=1)]
+Text, Ids = Annotated[str, Field(min_length=1)], Annotated[list[int], Field(min_length=1)]
 
 
 class Problem(Exception):
@@ -99,9 +97,9 @@ class Body(BaseModel):
     model: str | None = _field(None, "a text")
     max_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
     n: int = _field(1, "an integer, at least 1", ge=1)
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda x: [x] if isinstance(x, str) else x)
-    ] = _field([], f"a text or at most {MOST_STOPS} texts, none of them empty", max_length=MOST_STOPS)
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] = _field(
+        [], f"a text or at most {MOST_STOPS} texts, none of them empty"
+    )
     stream: bool = _field(False, "true or false")
     stream_options: StreamOptions = _field(StreamOptions(), "an object in which include_usage is true or false")
     preset: Literal[*PRESETS] | None = _field(None, f"one of {', '.join(PRESETS)}")
@@ -169,9 +167,7 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -
     prompts = _conversation(body, tokenizer) if is_chat else _prompts(body.prompt, tokenizer, settings)
     for ids in prompts:
         if len(ids) >= settings.context:
-            message = (
-                f"the prompt has {len(ids)} tokens, and with its answer must fit in a context of {settings.context}"
-            )
+            message = f"a prompt of {len(ids)} tokens and its answer must fit in a context of {settings.context}"
             raise Problem(400, message, "messages" if is_chat else "prompt", "context_length_exceeded")
     if body.n * len(prompts) > settings.answers:
         raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "n")
@@ -186,7 +182,8 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -
         for seed in seeds
     ]
     usage, length = bool(body.stream_options.include_usage), sum(map(len, prompts))
-    return Call(is_chat, tuple(requests), length, tuple(body.stop), logprobs, body.stream, usage)
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    return Call(is_chat, tuple(requests), length, stop, logprobs, body.stream, usage)
 
 
 def _json(data: bytes) -> dict:
@@ -237,9 +234,7 @@ def _prompts(prompt, tokenizer: Tokenizer, settings: Settings) -> list[list[int]
     many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     for i in (i for one in many if not isinstance(one, str) for i in one):
         if not 0 <= i < settings.vocab:
-            raise Problem(
-                400, f"prompt has the token id {i}, which is not between 0 and {settings.vocab - 1}", "prompt"
-            )
+            raise Problem(400, f"prompt has the token id {i}; ids go from 0 to {settings.vocab - 1}", "prompt")
     if len(many) > settings.answers:  # before all of them are encoded
         raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "prompt")
     return [[tokenizer.bos, *tokenizer.encode(one)] if isinstance(one, str) else one for one in many]
@@ -260,7 +255,7 @@ def _sampling(body: Body, drawn: dict, settings: Settings) -> Sampling:
     for key in body.logit_bias:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < settings.vocab):
             raise Problem(
-                400, f"logit_bias has {key[:60]!r}, but token ids go from 0 to {settings.vocab - 1}", "logit_bias"
+                400, f"logit_bias has {key[:60]!r}; token ids go from 0 to {settings.vocab - 1}", "logit_bias"
             )
     values["logit_bias"] = tuple((int(key), bias) for key, bias in body.logit_bias.items())
     try:
