@@ -122,7 +122,7 @@ def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, 
             c, w, cache, decoder.empty_window(c, B, chunk, decoder.dtype(w)), tokens, starts_B, 0
         )
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))
-        nats = loss.cross_entropy_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))
+        nats = loss.objective_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))[1]
         return decoder.keep(cache, window, starts_B), nats
 
     parts = [in_chunks(x) for x in (tokens_BT, targets_BT, weights_BT)]
