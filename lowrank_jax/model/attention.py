@@ -88,8 +88,8 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return f"cudnn takes heads whose width is a multiple of 8 and at most 112, not {head_dim}"
     if kernel == "splash" and dtype not in ("bfloat16", "float32"):
         return f"splash takes bfloat16 and float32, not {dtype}"
-    if kernel == "native" and (dtype != "float32" or head_dim % 16):
-        return f"native takes float32 and heads whose width is a multiple of 16, not {dtype} and {head_dim}"
+    if kernel == "native" and (dtype != "float32" or head_dim % build.LANES):
+        return f"native takes float32 and heads whose width is a multiple of {build.LANES}, not {dtype} and {head_dim}"
     if kernel == "native" and not build.load("attend"):
         return "native is not compiled on this machine"
     if kernel == "splash" and seq_len % 128:

@@ -22,6 +22,7 @@ from lowrank_jax.machine import startup
 
 SOURCES = os.path.dirname(__file__)
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
+LANES = 16  # the most floats in a vector register: the kernels' widths are multiples of it
 TARGETS = {"decode": ("lowrank_read", "lowrank_times"), "attend": ("lowrank_attend", "lowrank_attend_gradient")}
 
 
