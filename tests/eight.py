@@ -14,7 +14,8 @@ from lowrank_jax.machine import hlo, sharding
 from lowrank_jax.model import costs
 from lowrank_jax.training import step
 from lowrank_jax.training.checkpoint import Checkpoints, _checksum
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import Plan, make, unchanged
+from lowrank_jax.training.progress import Progress
 
 STEPS = 3
 COMMON = dict(model__layers=2, pretrain__steps=STEPS, pretrain__lr=1e-2, precision="fp32")
@@ -38,8 +39,12 @@ def config_of(sizes: dict, mesh: tuple[int, int, int]):
     return run_config(**sizes, **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, mesh)})
 
 
+def plan_of(config) -> Plan:
+    return make(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
+
+
 def mesh_of(config):
-    return sharding.make_mesh(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
+    return plan_of(config).mesh
 
 
 def batch(i: int, stage, vocab: int) -> dict:
@@ -52,10 +57,10 @@ def batch(i: int, stage, vocab: int) -> dict:
 
 def train(config, first):
     """(losses, last state, stage, program) of a training on the config's mesh."""
-    mesh = mesh_of(config)
-    stage = stages_of(config, sharding.row_shards(mesh))[0]
+    plan = plan_of(config)
+    mesh, stage = plan.mesh, plan.stages[0]
     state, losses = step.first_state(config, first, 0, mesh), []
-    compiled = step.lower(config, stage, mesh).compile()
+    compiled = step.lower(config, unchanged(stage), mesh).compile()
     for i in range(STEPS):
         rows = batch(i, stage, config.model.vocab).items()
         state, metrics = compiled(state, {k: sharding.put(x, sharding.of_rows(mesh, stage.batch)) for k, x in rows})
@@ -104,7 +109,7 @@ def train_case(sizes: dict, mesh: tuple[int, int, int], begun=None) -> tuple:
 def tell_what_is_gathered(config, stage, program) -> None:
     """By the program of the low-rank model, and by its dense twin's."""
     twin = config_of(EVEN | {"model__rank": 0}, (1, 8, 1))
-    dense = step.lower(twin, stage, mesh_of(twin)).compile()
+    dense = step.lower(twin, unchanged(stage), mesh_of(twin)).compile()
     for c, compiled in ((config, program), (twin, dense)):
         text = compiled.as_text()
         facts = {"gathered": hlo.collective_bytes(text)["all-gather"], "is_native": "lowrank_attend" in text}
@@ -112,17 +117,17 @@ def tell_what_is_gathered(config, stage, program) -> None:
 
 
 def restore_elsewhere(folder: str, ends: dict) -> None:
-    progress = {"step": STEPS, "phase": "pretrain"}
+    progress = Progress(step=STEPS, phase="pretrain")
     for mesh, counts in (((1, 8, 1), (4, 1, 7)), ((1, 1, 1), (8,))):
         state, origin = ends[mesh], f"{folder}-{mesh[1]}"
         with Checkpoints(origin) as saved:
-            saved.save(STEPS, state, progress)
+            saved.save(state, progress)
         for devices in counts:
             elsewhere = config_of(EVEN | {"pretrain__tokens_per_step": devices * 16}, (1, devices, 1))
             with Checkpoints(origin, read_only=True) as saved:
                 restored, _ = saved.restore(step.abstract_state(elsewhere, mesh_of(elsewhere)))
             assert len(jax.tree.leaves(restored.params)[0].sharding.device_set) == devices
-            same = _checksum(restored, progress) == _checksum(state, progress)
+            same = _checksum(restored, progress.to_dict()) == _checksum(state, progress.to_dict())
             tell(restored=f"{mesh[1]} on {devices}", apart=apart(restored, state), same=same)
 
 

@@ -87,7 +87,7 @@ def free_address() -> str:
 def alone(data, tmp_path_factory):
     """A run of which one process ran out of memory and the other did not, and how it ended."""
     folder = tmp_path_factory.mktemp("processes") / "run"
-    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.loop.ALONE_SECONDS": 2})
+    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.recovery.ALONE_SECONDS": 2})
     return folder, statuses[1], err
 
 

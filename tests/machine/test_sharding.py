@@ -118,7 +118,7 @@ def test_a_mesh_is_found_wherever_one_is_as_asked_for_and_shares_all_rows_out_ev
         return data * fsdp * tensor == devices and as_asked and even
 
     try:
-        assert is_good(*sharding.shape(config, devices))
+        assert is_good(*sharding.shape(config, stages_of(config), devices))
     except UsageError as e:
         assert "\n" not in str(e) and "config.mesh" in str(e)
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
@@ -139,7 +139,8 @@ def test_a_mesh_is_found_wherever_one_is_as_asked_for_and_shares_all_rows_out_ev
 )
 def test_what_is_not_asked_for_is_chosen(devices, changes, expected):
     sizes = {"model__d": 1024, "model__heads": 8, "pretrain__block": 64, "pretrain__tokens_per_step": 64 * 64}
-    assert sharding.shape(run_config(**sizes | changes), devices) == expected
+    config = run_config(**sizes | changes)
+    assert sharding.shape(config, stages_of(config), devices) == expected
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_what_is_not_asked_for_is_chosen(devices, changes, expected):
 def test_what_does_not_come_out_even_is_one_line(devices, changes, names):
     config = run_config(model__heads=8, pretrain__block=64, pretrain__tokens_per_step=8 * 64, **changes)
     with pytest.raises(UsageError) as e:
-        sharding.shape(config, devices)
+        sharding.shape(config, stages_of(config), devices)
     assert all(name in str(e.value) for name in names), e.value
 
 

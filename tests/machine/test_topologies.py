@@ -9,10 +9,9 @@ import jax
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax import plan
 from lowrank_jax.machine import devices, hlo, sharding
-from lowrank_jax.training import memory, step
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training import forecast, memory, plan_table, step
+from lowrank_jax.training.plan import make, stages_of, unchanged
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +49,7 @@ def planned(request):
         patch.setattr(hlo, "written", kept)
         described(request.param)
         try:
-            return Planned(request.param, plan.for_topology(config_of(), request.param), texts[:2])
+            return Planned(request.param, forecast.for_topology(config_of(), request.param), texts[:2])
         finally:
             jax.config.update("jax_enable_compilation_cache", cache)
 
@@ -112,7 +111,7 @@ def test_the_estimate_is_a_roofline_of_the_chip(planned):
 
 def test_the_table_tells_it(planned):
     name, described, _ = planned
-    shown = plan.table(described)
+    shown = plan_table.text(described)
     for word in ("fsdp 8", KERNELS[name], "all-gather", "estimate", "dense", "waits for"):
         assert word in shown
 
@@ -126,16 +125,16 @@ def test_no_array_of_length_by_length_is_in_a_step(planned):
 def test_nor_is_one_in_a_step_of_a_single_v6e():
     sizes = {"model__heads": 2, "model__d": 128, "model__rank": 16, "model__mlp": 256}
     config = config_of(mesh__fsdp=1, pretrain__tokens_per_step=8192, **sizes)
-    mesh, length = sharding.make_mesh(config, described("v6e:1x1")), LENGTHS[-1]
-    stage = stages_of(config)[-1]
+    plan, length = make(config, described("v6e:1x1")), LENGTHS[-1]
+    limit = memory.limit_bytes(config, plan.mesh)
     with hlo.written() as (options, read):
-        found = memory.fit(config, stage, mesh, memory.limit_bytes(config, mesh), options=options)
+        fit = memory.fit(config, unchanged(plan.stages[-1]), plan.mesh, limit, options=options)
         text = read()
-    assert found.fits and found.stage.attention == "splash" == hlo.attention_kernel(text)
+    assert fit.fits and fit.fitted.attention == "splash" == hlo.attention_kernel(text)
     assert hlo.squares(text, length) == []
 
 
 def test_the_search_for_such_an_array_finds_one_where_there_is_one():
     config = config_of(model__attention="reference", model__remat=False, mesh__fsdp=1)
-    text = step.lower(config, stages_of(config)[0], sharding.one_device()).compile().as_text()
+    text = step.lower(config, unchanged(stages_of(config)[0]), sharding.one_device()).compile().as_text()
     assert any("2048,2048" in shape for shape in hlo.squares(text, 2048))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax.machine import hlo, sharding
+from lowrank_jax.machine import hlo
 from lowrank_jax.model import precision
 from lowrank_jax.model.precision import fp8_matmul
 from lowrank_jax.training import loop, step
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import make, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 
 def forward_and_backward(matmul):
@@ -112,8 +113,8 @@ def test_the_training_step_has_three_f8_matmuls_for_each_fp8_layer(options, coun
     sizes = {"model__d": 256, "model__rank": 32, "model__heads": 4, "model__vocab": 512, "model__layers": 3}
     sizes |= {"pretrain__block": 128, "pretrain__tokens_per_step": 512, "optim__name": "adamw"}
     config = run_config(precision="fp8", **sizes)
-    mesh = sharding.make_mesh(config, described("h100:1"))
-    compiled = step.lower(config, stages_of(config)[0], mesh).compile(options)
+    plan = make(config, described("h100:1"))
+    compiled = step.lower(config, unchanged(plan.stages[0]), plan.mesh).compile(options)
     assert hlo.f8_matmuls(compiled.as_text()) == count
 
 
@@ -156,7 +157,7 @@ def beside_bf16():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(precision, "fp8_matmul", spoilt)
-            return step.disagreement(config, stage, params, batch)
+            return step.disagreement(config, unchanged(stage), params, batch)
 
     compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -174,7 +175,7 @@ def gives_up(folder, check, at_step: int = 4, every: int = 4) -> bool:
     config = types.SimpleNamespace(every=types.SimpleNamespace(fp8_check=every))
     run = types.SimpleNamespace(programs=programs, config=config, folder=str(folder))
     meter = types.SimpleNamespace(restart_clock=lambda: None)
-    return loop._fp8_is_off(run, types.SimpleNamespace(params={}), {}, {"step": at_step}, meter)
+    return loop._must_leave_fp8(run, types.SimpleNamespace(params={}), {}, Progress(step=at_step), meter)
 
 
 def test_healthy_fp8_is_near_bf16_and_a_spoilt_one_is_given_up(beside_bf16, tmp_path):
