@@ -86,7 +86,7 @@ def free_address() -> str:
 def alone(data, tmp_path_factory):
     """A run in which one process alone ran out of memory, with that process's exit status and stderr."""
     folder = tmp_path_factory.mktemp("processes") / "run"
-    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.loop.ALONE_SECONDS": 2})
+    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.recovery.ALONE_SECONDS": 2})
     return folder, statuses[1], err
 
 
