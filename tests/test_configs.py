@@ -1,4 +1,4 @@
-"""The configs that ship: what each promises, and YAML files with the same keys."""
+"""The shipped configs keep the promises of their docstrings, and YAML files have the same keys."""
 
 import pytest
 
@@ -75,7 +75,7 @@ def test_yaml_keys_may_stand_with_or_without_their_group(tmp_path):
     "text, names",
     [("dd: 3", "dd"), ("pretrain: {stepz: 3}", "stepz"), ("d: [1", "YAML"), ("- a", "keys"), ("heads: 5", "heads=5")],
 )
-def test_bad_yaml_is_one_line(tmp_path, text, names):
+def test_bad_yaml_is_an_error_in_one_line(tmp_path, text, names):
     with pytest.raises(UsageError, match=names) as e:
         from_yaml(tmp_path, text)
     assert "\n" not in str(e.value)
