@@ -2,12 +2,15 @@
 
 import pytest
 
-from lowrank_jax import cli, plan
+from lowrank_jax import cli
 from lowrank_jax.config import UsageError
+from lowrank_jax.training import forecast
+from lowrank_jax.training.plan import make
 
 
 def described(name: str, *overrides: str) -> dict:
-    return plan.describe(plan.resolve_vocab(cli.read_config([f"--config=configs/{name}", *overrides])))
+    config = forecast.resolve_vocab(cli.read_config([f"--config=configs/{name}", *overrides]))
+    return forecast.describe(config, make(config))
 
 
 def test_custom_grows_to_2048_and_has_75_percent_fewer_attention_parameters():

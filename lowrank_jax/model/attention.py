@@ -164,17 +164,13 @@ def _augment(q_BTHK, k_BTHK, slopes_H, scale: float, segments_BT=None) -> tuple[
     return join(q_BTHK, q_HE, of_q), join(k_BTHK, k_T1E, of_k)
 
 
-def _cudnn_inputs(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return q, k and v with ALiBi and the segments in their channels, all of the same width, as cuDNN requires."""
-    K = q_BTHK.shape[-1]
-    q_BTHE, k_BTHE = _augment(q_BTHK, k_BTHK, slopes_H, 1 / math.sqrt(K), segments_BT)
-    return q_BTHE, k_BTHE, jnp.pad(v_BTHK, [(0, 0)] * 3 + [(0, q_BTHE.shape[-1] - K)])
-
-
 def _cudnn(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
     K = q_BTHK.shape[-1]
-    qkv = _cudnn_inputs(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT)
-    return jax.nn.dot_product_attention(*qkv, scale=1 / math.sqrt(K), is_causal=True, implementation="cudnn")[..., :K]
+    scale = 1 / math.sqrt(K)
+    q_BTHE, k_BTHE = _augment(q_BTHK, k_BTHK, slopes_H, scale, segments_BT)
+    v_BTHE = jnp.pad(v_BTHK, [(0, 0)] * 3 + [(0, q_BTHE.shape[-1] - K)])  # cuDNN takes q, k and v of one width
+    options = {"scale": scale, "is_causal": True, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(q_BTHE, k_BTHE, v_BTHE, **options)[..., :K]
 
 
 def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
