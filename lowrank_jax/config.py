@@ -194,7 +194,7 @@ def _build(cls, values, path: str):
             raise UsageError(f"unknown config key {path}.{key}" + (f"; did you mean {near[0]}?" if near else ""))
     missing = [key for key in hints if key not in values]
     if missing:
-        raise UsageError(f"config key {path}.{missing[0]} is missing")
+        raise UsageError(f"config key {path}.{missing[0]} is missing; see configs/default.py")
     return cls(**{key: _convert(hint, values[key], f"{path}.{key}") for key, hint in hints.items()})
 
 
@@ -263,7 +263,7 @@ def _read_schedule(value, path: str) -> Schedule:
         raise UsageError(f"{path}={value!r} must be a number, or pairs of a step and a number") from None
     steps = [step for step, _ in schedule]
     _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {value!r} must rise from 0")
-    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must not be negative")
+    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must be at least 0")
     _require(max(number for _, number in schedule) > 0, f"{path}={value!r} must be above 0 at some step")
     return schedule
 
@@ -309,7 +309,7 @@ def _check_phase(p: PhaseConfig, name: str) -> None:
     _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param must not both be 0")
     for key, limit in (("warmup", 1), ("cooldown", 1), ("lr_end", 1), ("eval_fraction", 0.5)):
         _require(0 <= getattr(p, key) <= limit, f"{path}.{key}={getattr(p, key)} must be between 0 and {limit}")
-    _require(p.warmup + p.cooldown <= 1, f"{path}.warmup + {path}.cooldown must not exceed 1")
+    _require(p.warmup + p.cooldown <= 1, f"{path}.warmup={p.warmup} + {path}.cooldown={p.cooldown} must not exceed 1")
     for first in sorted({step for source in p.sources for step, _ in source.weight}):
         weights = [[w for step, w in source.weight if step <= first][-1] for source in p.sources]
         _require(any(weights), f"{path}.sources: every weight is 0 from step {first} on; keep one above 0")
