@@ -23,6 +23,7 @@ from lowrank_jax.config import UsageError
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
+LEARN = "learn one with `python -m lowrank_jax.data learn_tokenizer`"
 LONGEST_LINE = 1 << 16  # characters of a line that a tokenizer learns from in one piece
 MODEL_FILE, TEMPLATE_FILE = "sentencepiece.model", "chat_template.jinja"
 JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -76,7 +77,7 @@ class Tokenizer:
     def special(self, piece: str) -> int:
         """Id of a control symbol; raises UsageError where the tokenizer has none of that name."""
         if piece not in self.specials:
-            raise UsageError(f"the tokenizer has no control symbol {piece}; train one with scripts/train_tokenizer.py")
+            raise UsageError(f"the tokenizer has no control symbol {piece}; {LEARN}")
         return self.specials[piece]
 
 
@@ -206,7 +207,7 @@ def load(path: str) -> Tokenizer:
         what = JSON_FILE if _is_json(path) else "SentencePiece model"
         raise UsageError(f"tokenizer {path}: not a {what}") from None
     if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, PROBE.lstrip())):
-        raise UsageError(f"tokenizer {path}: text does not survive it; train one with scripts/train_tokenizer.py")
+        raise UsageError(f"tokenizer {path}: text does not survive it; {LEARN}")
     return tokenizer
 
 

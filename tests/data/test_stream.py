@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat, files, packing, reader, stream, tokenizer
+from lowrank_jax.data import chat, feed, files, packing, reader, stream, tokenizer
 from lowrank_jax.data.packing import WINDOW_ROWS
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=12)
@@ -41,7 +41,7 @@ def open_stream(make, tok):
         phase = make.phase(sources, **changes)
         if held_out:
             return stream.open_held_out(phase, tok, seed, chats)
-        return stream.open_phase(phase, tok, seed, chats, cursor, share)
+        return stream.open_phase(phase, tok, seed, chats, stream.Start(cursor), share)
 
     return open_stream
 
@@ -363,6 +363,18 @@ def test_shares_follow_their_schedule(large, tok, open_stream):
     assert share(batches[:7], "big") > 2 * share(batches[14:], "big") > 0
 
 
+@pytest.mark.parametrize("rows, readers", [(1, 1), (6, 6), (7, 7), (8, 8), (9, 3), (11, 1), (16, 8), (30, 6)])
+def test_the_most_readers_that_divide_the_rows_are_chosen_up_to_eight(make, rows, readers):
+    size = {"block": 16, "tokens_per_step": 16 * rows}
+    assert stream.readers(make.phase("text:x", **size)) == readers
+    assert stream.readers(make.phase("text:x", readers=rows, **size)) == rows
+
+
+def test_readers_divide_the_rows_of_every_length(make):
+    growth = {"auto_grow": True, "block": 16, "grow_plan": (16, 32, 64), "tokens_per_step": 16 * 24}
+    assert stream.readers(make.phase("text:x", **growth)) == 6  # of 24, 12 and 6 rows
+
+
 # ------------------------------------------------------------------------------------------------------------ the feed
 
 
@@ -373,8 +385,9 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
         for start, end in ((0, stop), (stop, 20)):
             shape_at = lambda step: (*GROWS[step], step)
             documents = open_stream(large, cursor=cursor, **SHARED)
-            with contextlib.closing(stream.Feed(documents, range(start, 20), shape_at, lambda step, b: b)) as feed:
-                for batch, after in itertools.islice(feed, end - start):
+            place = lambda step, batch: batch
+            with contextlib.closing(feed.Feed(documents, range(start, 20), shape_at, place)) as prepared:
+                for batch, after in itertools.islice(prepared, end - start):
                     got.append(batch)
                     cursor = after
         assert same(got, batches)
@@ -383,23 +396,23 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
 def test_the_feed_works_ahead_and_places_every_batch(large, open_stream):
     placed = []
     documents = open_stream(large, **SHARED)
-    feed = stream.Feed(
+    batches = feed.Feed(
         documents, range(20), lambda step: (16, 64, step), lambda step, batch: placed.append(step) or step
     )
-    with contextlib.closing(feed):
-        assert next(feed)[0] == 0
+    with contextlib.closing(batches):
+        assert next(batches)[0] == 0
         deadline = time.monotonic() + 20
-        while len(placed) <= stream.AHEAD and time.monotonic() < deadline:
+        while len(placed) <= feed.AHEAD and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert placed[: stream.AHEAD + 1] == [0, 1, 2]
-        assert [step for step, _ in feed] == list(range(1, 20))
+        assert placed[: feed.AHEAD + 1] == [0, 1, 2]
+        assert [step for step, _ in batches] == list(range(1, 20))
 
 
 def test_a_mistake_in_the_data_reaches_who_asks_for_the_batch(make, tmp_path, open_stream):
     rows = [{"text": make.prose(40, i)} for i in range(9)] + [{"texts": 0}]
     documents = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=0)
     with pytest.raises(UsageError, match="a.jsonl, record 10"):
-        list(stream.Feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch))
+        list(feed.Feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch))
 
 
 # ----------------------------------------------------------------------------------------- seeds, mixing, the split
@@ -574,7 +587,7 @@ def test_the_limit_remembers_after_a_resume_which_conversations_the_template_ref
             documents.next(1, 8)
     assert stream.summary(json.loads(cursors[-1]))[0]["refused"] > 0
     for k, cursor in enumerate(cursors):  # each fails at the same batch
-        resumed = stream.open_phase(phase, picky, 0, False, json.loads(cursor))
+        resumed = stream.open_phase(phase, picky, 0, False, stream.Start(json.loads(cursor)))
         assert len(take(resumed, [(1, 8)] * (len(cursors) - 1 - k))) == len(cursors) - 1 - k
         with too_many:
             resumed.next(1, 8)
@@ -637,7 +650,7 @@ def test_skipped_records_are_told_counted_and_the_same_after_a_resume(make, tok,
     for stop in (0, 1, 8):
         documents = stream.open_phase(phase, tok, 0, False)
         take(documents, [(8, 50)] * stop)
-        documents = stream.open_phase(phase, tok, 0, False, documents.cursor())
+        documents = stream.open_phase(phase, tok, 0, False, stream.Start(documents.cursor()))
         assert same(take(documents, [(8, 50)] * (20 - stop)), batches[stop:])
         assert stream.summary(documents.cursor())[0]["skipped"] == 10
 
