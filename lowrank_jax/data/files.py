@@ -120,7 +120,7 @@ class TextFiles(_Files):
 
 
 class JsonFiles(_Files):
-    """One JSON object per line, or one array of objects per file."""
+    """JSON lines of one object each, or one array of objects per file."""
 
     def __init__(self, paths: list[str], text_key: str, messages_key: str, chats: bool):
         self._arrays = {p for p in paths if _compression(p) is None and _starts_array(p)}

@@ -25,7 +25,7 @@ BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, w
 
 
 class Job(NamedTuple):
-    """What the worker processes need to write their shards."""
+    """A worker process's part of the arguments of `write`."""
 
     tokenizer_path: str
     configs: Sequence[SourceConfig]

@@ -222,7 +222,7 @@ def test_the_config_goes_before_the_map_of_special_tokens(tmp_path):
 def test_a_tokenizer_that_changes_text_is_refused_in_one_line(tmp_path):
     spaced = edited(tmp_path / "b", lambda facts: facts["pre_tokenizer"].update(add_prefix_space=True))
     for folder in (write(tmp_path / "a", "wordpiece"), spaced):
-        with pytest.raises(UsageError, match=f"^tokenizer {folder}: text does not survive it") as e:
+        with pytest.raises(UsageError, match=f"^tokenizer {folder}: its ids do not decode to the same text") as e:
             tokenizer.load(folder)
         assert "\n" not in str(e.value)
 

@@ -177,7 +177,7 @@ def test_a_foreign_model_that_keeps_text_as_it_is_can_be_used(tmp_path):
 
 def test_a_foreign_model_that_loses_spaces_and_line_feeds_is_refused(tmp_path):
     (tmp_path / "a.model").write_bytes(foreign())
-    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: text does not survive it"):
+    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: its ids do not decode to the same text"):
         tokenizer.load(str(tmp_path / "a.model"))
 
 
