@@ -39,9 +39,8 @@ def tokenize(argv: list[str]) -> dict:
         raise UsageError(f"--out={args.out} exists already; name a folder that does not")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     configs, started = read_sources(args.sources, "--sources"), time.monotonic()
-    facts, last = pretokenize.write(
-        args.tokenizer, configs, args.out, args.chats, args.shards, args.workers, args.max_skipped
-    )
+    job = pretokenize.Job(args.tokenizer, configs, args.chats, args.max_skipped, args.shards)
+    facts, last = pretokenize.write(job, args.out, args.workers)
     size, seconds = sum(entry.stat().st_size for entry in os.scandir(args.out)), time.monotonic() - started
     if facts["skipped"]:
         print(f"skipped {facts['skipped']:,} unusable records; for example, {last}", file=sys.stderr, flush=True)

@@ -1,11 +1,6 @@
-"""Sources hold documents in blocks that can be read in any order.
+"""The interface of sources, and the parts that several kinds of sources share.
 
-A source keeps no position. A block and a row name any place in it, so a reader can start anywhere, also after a resume:
-
-    for row in source.rows(block, start):
-        document = source.document(row)
-
-A new format is a class like `Source` below, and a line in `sources.open_source`.
+A source keeps no position: a block and a row name any place in it, so a reader can start anywhere, and resume.
 """
 
 import bisect
@@ -27,7 +22,7 @@ OPEN_READS = 16  # interrupted reads that a source keeps open, see `Resumed`
 
 
 class Source(Protocol):
-    """Documents in blocks; the same arguments always give the same rows.
+    """Documents in blocks that can be read in any order; the same arguments always give the same rows.
 
     Any method may raise OSError, for a read that may work when it is tried again.
     """

@@ -134,16 +134,12 @@ class JsonFiles(_Files):
             where, exact = f"{path}, record {number}", None
         else:  # the number of a line in a large file is worth a scan only if the run ends with it
             where, exact = f"{path}, byte {offset}", lambda: f"{path}, record {_line_number(path, offset)}"
-        record = raw
-        if isinstance(raw, bytes):
-            if len(raw) >= LONGEST_LINE:
-                raise BadRecord(where, f"longer than {LONGEST_LINE >> 20} MiB", exact)
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError) as e:
-                raise BadRecord(where, f"not JSON: {e}", exact) from None
+        if isinstance(raw, bytes) and len(raw) >= LONGEST_LINE:
+            raise BadRecord(where, f"longer than {LONGEST_LINE >> 20} MiB", exact)
         try:
-            return records.document(record, *self._keys, where)
+            return records.document(json.loads(raw) if isinstance(raw, bytes) else raw, *self._keys, where)
+        except (ValueError, RecursionError) as e:
+            raise BadRecord(where, f"not JSON: {e}", exact) from None
         except BadRecord as e:
             raise BadRecord(where, e.reason, exact) from None
 

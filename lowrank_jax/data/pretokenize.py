@@ -25,47 +25,38 @@ BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, w
 
 
 class Job(NamedTuple):
-    """A worker process's part of the arguments of `write`."""
+    """Sources to write as shards; 0 shards stand for a number that fits the sources."""
 
     tokenizer_path: str
     configs: Sequence[SourceConfig]
     chats: bool
     max_skipped: int
     shards: int
-    folder: str
 
 
-def write(
-    tokenizer_path: str,
-    configs: Sequence[SourceConfig],
-    out: str,
-    chats: bool = False,
-    count: int = 0,
-    workers: int = 0,
-    max_skipped: int = 100,
-) -> tuple[dict, str]:
-    """Write the tokenised sources as `count` shards in a new folder; 0 stands for a default.
+def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
+    """Write a new folder of shards; return its facts and the last unusable record.
 
-    Returns the facts of the folder, and the last record that could not be used. The files do not depend on the number
-    of worker processes. The folder appears complete or not at all.
+    The files do not depend on the number of worker processes (0: one per core). The folder appears complete or not at
+    all.
     """
-    out, tok = os.path.abspath(out), tokenizer.load(tokenizer_path)
-    blocks = sum(source.blocks for source in _open(configs, chats))
-    count = count or min(max(blocks // BLOCKS, FEWEST), MOST)
+    out, tok = os.path.abspath(out), tokenizer.load(job.tokenizer_path)
+    blocks = sum(source.blocks for source in _open(job))
+    count = job.shards or min(max(blocks // BLOCKS, FEWEST), MOST)
     workers = min(workers or len(os.sched_getaffinity(0)), count)
     os.makedirs(os.path.dirname(out), exist_ok=True)
     folder = tempfile.mkdtemp(prefix=os.path.basename(out) + ".partial-", dir=os.path.dirname(out))
     try:
-        parts = _run(Job(tokenizer_path, configs, chats, max_skipped, count, folder), workers, blocks)
+        parts = _run(job._replace(shards=count), folder, workers, blocks)
         totals = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "skipped")}
         last = next((part["last"] for part in parts if part["last"]), "")
-        if totals["skipped"] > max_skipped * len(configs):
-            raise UsageError(f"{last}; {totals['skipped']} such records, and max_skipped={max_skipped}")
+        if totals["skipped"] > job.max_skipped * len(job.configs):
+            raise UsageError(f"{last}; {totals['skipped']} such records, and max_skipped={job.max_skipped}")
         if not totals["documents"]:
-            names = ",".join(config.spec for config in configs)
+            names = ",".join(config.spec for config in job.configs)
             raise UsageError(f"there is no text in {names}" + (f"; for example, {last}" if last else ""))
         facts = {"format": shards.FORMAT, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size}
-        facts |= {"chats": chats, **totals, "shards": count}
+        facts |= {"chats": job.chats, **totals, "shards": count}
         records = {os.path.basename(_path("", i, count)): part["documents"] for i, part in enumerate(parts)}
         with open(os.path.join(folder, shards.META), "w", encoding="utf-8") as f:
             f.write(json.dumps(facts | {"records": records}, indent=1) + "\n")
@@ -78,11 +69,11 @@ def write(
     return facts, last
 
 
-def _run(job: Job, workers: int, blocks: int) -> list[dict]:
+def _run(job: Job, folder: str, workers: int, blocks: int) -> list[dict]:
     """Return the counts of each shard, after `workers` processes have written them all."""
     spawn = multiprocessing.get_context("spawn")  # a fork would not survive the readers' threads
     done = spawn.Array("d", job.shards, lock=False)  # the part of each shard that is written, from 0 to 1
-    pool = ProcessPoolExecutor(workers, spawn, _start, (job, done))
+    pool = ProcessPoolExecutor(workers, spawn, _start, (job, folder, done))
     try:
         running = [pool.submit(_write_shard, shard) for shard in range(job.shards)]
         with tqdm(total=blocks, unit="block", disable=None) as bar:
@@ -104,19 +95,20 @@ def _run(job: Job, workers: int, blocks: int) -> list[dict]:
             process.join()
 
 
-def _start(job: Job, done) -> None:
+def _start(job: Job, folder: str, done) -> None:
     """Prepare a worker process: open what all of its shards need."""
-    global _job, _done, _tokenizer, _sources
+    global _job, _folder, _done, _tokenizer, _sources
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers,
     parent = multiprocessing.parent_process()  # and if that is killed they end themselves
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _job, _done, _tokenizer, _sources = job, done, tokenizer.load(job.tokenizer_path), _open(job.configs, job.chats)
+    _job, _folder, _done = job, folder, done
+    _tokenizer, _sources = tokenizer.load(job.tokenizer_path), _open(job)
 
 
 def _write_shard(shard: int) -> dict:
     """Write one shard, which holds an equal part of every source in turn, and return its counts."""
     counts, last = {"documents": 0, "tokens": 0, "skipped": 0}, ""
-    with contextlib.closing(shards.open_writer(_path(_job.folder, shard, _job.shards))) as writer:
+    with contextlib.closing(shards.open_writer(_path(_folder, shard, _job.shards))) as writer:
         for i, (config, source) in enumerate(zip(_job.configs, _sources)):
             limit = Limit(config.spec, _job.max_skipped)
             reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
@@ -136,9 +128,9 @@ def _write_shard(shard: int) -> dict:
     return counts | {"last": last}
 
 
-def _open(configs: Sequence[SourceConfig], chats: bool) -> list[Source]:
-    all_sources = [sources.open_source(config, chats) for config in configs]
-    for config, source in zip(configs, all_sources):
+def _open(job: Job) -> list[Source]:
+    all_sources = [sources.open_source(config, job.chats) for config in job.configs]
+    for config, source in zip(job.configs, all_sources):
         if hasattr(source, "tokenizer_sha256"):
             raise UsageError(f"source {config.spec} is tokenised already")
     return all_sources

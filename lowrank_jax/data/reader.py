@@ -120,7 +120,9 @@ class Reader:
         enough = HELD_OUT_WINDOW if self._part.held_out else WINDOW
         counting = place["epoch"] == 0  # later epochs meet the same bad records again
         while place["block"] < self._source.blocks:
-            block = self._block(place["epoch"], place["block"])
+            block = place["block"]
+            if self._part.shuffled:
+                block = _shuffled_block(self._source.blocks, self._seed, place["epoch"], block)
             try:
                 for row in self._source.rows(block, place["row"]):
                     mine = self._takes(block, place["row"])
@@ -143,9 +145,6 @@ class Reader:
                 self._skip(bad, place, counting and not self._part.held_out and self._owns(place["row"]))
             place["block"], place["row"] = place["block"] + self._stride, 0
         return self._shuffled(window), place | {"epoch": place["epoch"] + 1, "block": self._first, "row": 0}
-
-    def _block(self, epoch: int, place: int) -> int:
-        return _shuffled_block(self._source.blocks, self._seed, epoch, place) if self._part.shuffled else place
 
     def _takes(self, block: int, row: int) -> bool:
         held_out = self._part.period > 0 and (block + row) % self._part.period == 0

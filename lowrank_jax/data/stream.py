@@ -11,7 +11,8 @@ The shape of a batch is an argument of `next`, so sequences may grow without a t
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -24,10 +25,14 @@ from lowrank_jax.data.packing import Batch, Lane
 from lowrank_jax.data.reader import ONCE, Limit, Note, Part, Reader, describe, ignore
 from lowrank_jax.data.records import BadRecord
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.machine import interrupt
+from lowrank_jax.machine.console import ABANDONED
 
 # Up to this many hosts read their own parts. Each reader keeps about a megabyte of documents of every source.
 MOST_READERS = 8
 READ, ENCODED = 2000, 200  # documents of each source that `check` reads and encodes
+PATIENCE = 5.0  # seconds that a batch may take before a signal is looked for
+AHEAD = 2  # batches that are placed on the device before they are used
 SHARED_FROM = 8  # documents for each reader: a source with fewer is too small to be shared
 
 
@@ -185,6 +190,49 @@ class Stream:
     def close(self) -> None:
         if self._workers:
             self._workers.shutdown(wait=False, cancel_futures=True)
+
+
+class Feed:
+    """(place(step, batch), the cursor after the batch) for each step, prepared up to AHEAD steps before its use.
+
+    `shape_at(step)` gives the arguments of `Stream.next`; `place` may put the batch on a device.
+    """
+
+    def __init__(self, stream: Stream, steps: range, shape_at: Callable, place: Callable):
+        self._stream, self._batches = stream, _prepare(stream, steps, shape_at, place)
+        self._thread = ThreadPoolExecutor(1, ABANDONED)  # a read that hangs must not hold up the exit
+        self._ahead, self._waits = deque(self._submit() for _ in range(AHEAD)), False
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> tuple:
+        return self.take()
+
+    def take(self, stop: Callable[[], bool] = lambda: False) -> tuple:
+        """Return the next batch; raises Interrupted if `stop()` returns True before it is ready: a read may hang."""
+        if len(self._ahead) <= AHEAD:
+            self._ahead.append(self._submit())
+        self._waits = True
+        prepared = interrupt.wait(self._ahead[0], stop, PATIENCE)
+        self._waits = False
+        self._ahead.popleft()
+        return prepared
+
+    def close(self) -> None:
+        hangs = self._waits and not self._ahead[0].done()
+        self._thread.shutdown(wait=not hangs, cancel_futures=True)
+        self._stream.close()
+
+    def _submit(self):
+        return self._thread.submit(next, self._batches)
+
+
+def _prepare(stream: Stream, steps: range, shape_at: Callable, place: Callable) -> Iterator[tuple]:
+    """Yield what `Feed` gives. An error ends this generator, so nothing is read after it."""
+    for step in steps:
+        batch = place(step, stream.next(*shape_at(step)))
+        yield batch, stream.cursor()
 
 
 def readers(p: PhaseConfig) -> int:

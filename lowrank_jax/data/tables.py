@@ -90,15 +90,8 @@ def _parquet_facts(path: str) -> tuple[int, int, int]:
         raise UsageError(f"{path} is not a Parquet file, or damaged: {one_line(e)}") from None
 
 
-FORMATS = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".txt": ("text", {}),
-    ".arrow": ("arrow", {}),
-}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}  # builders of `datasets`
+FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub", "fsspec"}
 
 
@@ -179,8 +172,8 @@ def _hf_builder(datasets, path: str, config: str):
         suffix = os.path.splitext(stem)[1]
         if suffix not in FORMATS:
             raise UsageError(f"source hf:{path}: {suffix or 'no suffix'} is not one of {', '.join(FORMATS)}")
-        module, options = FORMATS[suffix]
-        return datasets.load_dataset_builder(module, data_files={"train": path}, **options)
+        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        return datasets.load_dataset_builder(FORMATS[suffix], data_files={"train": path}, **options)
     if "://" not in path and path.startswith((".", "/")) and not os.path.isdir(path):
         raise UsageError(f"source hf:{path}: no such file or folder")
     return datasets.load_dataset_builder(path, config or None)

@@ -55,19 +55,15 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` without BOS, EOS or any control symbol; a lone surrogate is read as a ?."""
-        raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, without control symbols."""
-        raise NotImplementedError
 
     def byte_lengths(self) -> np.ndarray:
         """Return [V] UTF-8 bytes of each id, 0 for control symbols: the denominator of bits per byte."""
-        raise NotImplementedError
 
     def save(self, folder: str) -> None:
         """Write everything that `load` needs to return the same tokenizer."""
-        raise NotImplementedError
 
     def special(self, piece: str) -> int:
         """Return the id of a control symbol; raises UsageError if the tokenizer has none of that name."""

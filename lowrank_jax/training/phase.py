@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import packing, stream
-from lowrank_jax.data.feed import Feed
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference import session
 from lowrank_jax.machine import agreement, faults, sharding
@@ -59,7 +58,7 @@ def feed(
     folder: str,
     progress: Progress,
     step_now: Callable[[], int],
-) -> Feed:
+) -> stream.Feed:
     """Return (batch on the devices, cursor) of every step that the stage's phase has left, prepared in the background.
 
     In a multi-process run each process reads what its devices need, and its cursors are those of that part: see
@@ -85,7 +84,7 @@ def feed(
     share, note = sharding.my_share(plan.mesh), note_to(folder, step_now)
     start = stream.Start(cursor, progress.data_sha256)
     documents = stream.open_phase(p, tok, config.seed, is_chat, start, share, note)
-    return Feed(documents, range(progress.step, end), shape_at, place)
+    return stream.Feed(documents, range(progress.step, end), shape_at, place)
 
 
 def whole(progress: Progress) -> Progress:

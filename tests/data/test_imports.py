@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-MODULES = ("stream", "pretokenize", "sources", "tokenizer", "chat", "packing", "feed", "__main__")
+MODULES = ("stream", "pretokenize", "sources", "tokenizer", "chat", "packing", "__main__")
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -105,7 +105,7 @@ def test_parquet_fingerprints_follow_the_data_and_not_the_folder(tmp_path):
     assert parquet(write_parquet(tmp_path / "a.parquet", {"text": ["x"] * 11})).fingerprint != first
 
 
-def test_what_is_no_parquet_file_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path):
     raw = pathlib.Path(write_parquet(tmp_path / "good.parquet", {"text": ["x" * 100] * 1000})).read_bytes()
     for content in (b"", b"PAR1", b"garbage" * 99, raw[: len(raw) // 2], raw[:-1]):
         (tmp_path / "bad.parquet").write_bytes(content)
@@ -156,7 +156,7 @@ def test_an_io_error_is_no_damage(tmp_path, monkeypatch):
         documents(source, 0)
 
 
-def test_a_large_row_group_is_never_held_whole(tmp_path):
+def test_a_large_row_group_is_never_in_memory_as_a_whole(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": [os.urandom(2000).hex() for _ in range(30_000)]}, 30_000)
     reader = (
         "import re, sys; from lowrank_jax.data import tables\n"
@@ -275,7 +275,7 @@ def test_fingerprints_of_folders_follow_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "folder", "a.parquet", "a.weird", "none"])
-def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path, name):
+def test_a_dataset_that_cannot_be_opened_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "folder").mkdir()
     for file in ("a.parquet", "a.weird"):
         (tmp_path / file).write_text("garbage")
@@ -494,8 +494,8 @@ def test_a_damaged_block_is_one_bad_record(tmp_path):
     assert 1 <= bad <= 2
 
 
-def test_files_that_can_be_read_from_the_middle_are(tmp_path):
-    """Of a hub dataset or a folder: JSON lines in blocks of bytes, Parquet by row groups, anything else by shards."""
+def test_our_own_reader_reads_the_files_of_a_dataset_if_it_can_start_in_the_middle(tmp_path):
+    """JSON lines are read in blocks of bytes, Parquet by row groups, and any other format by shards."""
     rows = [{"text": f"row {i}"} for i in range(300)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, kind in (("json", files.JsonFiles), ("parquet", tables.Parquet), ("csv", tables.HuggingFace)):
@@ -507,6 +507,6 @@ def test_files_that_can_be_read_from_the_middle_are(tmp_path):
             pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=100)
         else:
             (folder / "train.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(300)))
-        found = tables.hugging_face(str(folder), "", "train", "text", "messages", False)
-        assert isinstance(found, kind) and (found.blocks > 1 or name == "csv")
-        assert [found.document(row) for block in range(found.blocks) for row in found.rows(block)] == rows
+        source = tables.hugging_face(str(folder), "", "train", "text", "messages", False)
+        assert isinstance(source, kind) and (source.blocks > 1 or name == "csv")
+        assert [source.document(row) for block in range(source.blocks) for row in source.rows(block)] == rows
