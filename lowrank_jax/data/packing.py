@@ -68,7 +68,7 @@ class Lane:
             position = self._window_start
         else:
             position = self._buffer[0][0] if self._buffer else self._position(self._draw_step)
-        drawn = {key: list(values) for key, values in self._counts.items()} if self._packed else None  # for `summary`
+        drawn = self._copy_counts() if self._packed else None  # for `summary`
         packed = [list(p) for p in self._packed]
         return position | {"offset": self._offset, "packed": packed, "drawn": drawn, "sha256": self._sha256}
 
@@ -134,10 +134,7 @@ class Lane:
         elif self._packed[-1][0] != length:  # the length grew: pack the rest again
             self._packed.append([length, 0])
             self._rows = self._pack([document for row in self._rows for document in row], length)
-        if not self._rows:
-            self._packed = []
-            return []
-        row = self._rows.pop(0)
+        row = self._rows.pop(0) if self._rows else []
         self._packed[-1][1] += 1
         if not self._rows:
             self._packed = []
@@ -189,8 +186,11 @@ class Lane:
         return [rows[i] for i in np.random.default_rng([sum(self._counts["documents"]), length]).permutation(len(rows))]
 
     def _position(self, step: int) -> dict:
-        counts = {key: list(values) for key, values in self._counts.items()}
-        return counts | {"readers": [r.cursor() for r in self._readers], "credit": list(self._credit), "step": step}
+        places = {"readers": [r.cursor() for r in self._readers], "credit": list(self._credit), "step": step}
+        return self._copy_counts() | places
+
+    def _copy_counts(self) -> dict[str, list[int]]:
+        return {key: list(values) for key, values in self._counts.items()}
 
     def _draw(self, step: int) -> tuple[dict, np.ndarray, np.ndarray] | None:
         """Return (position before it, ids, said) of the next document, or None if the sources are exhausted."""
@@ -220,6 +220,7 @@ class Lane:
         return before, ids, said
 
     def _end(self) -> None:
+        """Raise UsageError if the sources shall not end; they have no document left."""
         if any(r.endless for r in self._readers):
             bad = [describe(r.limit.last) for r in self._readers if r.limit.last]
             reason = f"; the last unusable record: {bad[-1]}" if bad else ""

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     os.makedirs(os.path.dirname(out), exist_ok=True)
     folder = tempfile.mkdtemp(prefix=os.path.basename(out) + ".partial-", dir=os.path.dirname(out))
     try:
-        parts = _run(job._replace(shards=count), folder, workers, blocks)
+        parts = _run(job._replace(shards=count), folder, workers)
         totals = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "skipped")}
         last = next((part["last"] for part in parts if part["last"]), "")
         if totals["skipped"] > job.max_skipped * len(job.configs):
@@ -69,20 +69,14 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     return facts, last
 
 
-def _run(job: Job, folder: str, workers: int, blocks: int) -> list[dict]:
+def _run(job: Job, folder: str, workers: int) -> list[dict]:
     """Return the counts of each shard, after `workers` processes have written them all."""
     spawn = multiprocessing.get_context("spawn")  # a fork would not survive the readers' threads
-    done = spawn.Array("d", job.shards, lock=False)  # the part of each shard that is written, from 0 to 1
-    pool = ProcessPoolExecutor(workers, spawn, _start, (job, folder, done))
+    pool = ProcessPoolExecutor(workers, spawn, _start, (job, folder))
     try:
         running = [pool.submit(_write_shard, shard) for shard in range(job.shards)]
-        with tqdm(total=blocks, unit="block", disable=None) as bar:
-            waiting = set(running)
-            while waiting:
-                ended, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
-                for future in ended:
-                    future.result()
-                bar.update(round(sum(done) / job.shards * blocks) - bar.n)
+        for future in tqdm(as_completed(running), total=job.shards, unit="shard", disable=None):
+            future.result()  # the first error ends the command
         return [future.result() for future in running]
     except BrokenProcessPool:
         raise RunFailure("a worker process died, perhaps for lack of memory; try fewer --workers") from None
@@ -95,21 +89,20 @@ def _run(job: Job, folder: str, workers: int, blocks: int) -> list[dict]:
             process.join()
 
 
-def _start(job: Job, folder: str, done) -> None:
+def _start(job: Job, folder: str) -> None:
     """Prepare a worker process: open what all of its shards need."""
-    global _job, _folder, _done, _tokenizer, _sources
+    global _job, _folder, _tokenizer, _sources
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers,
     parent = multiprocessing.parent_process()  # and if that is killed they end themselves
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _job, _folder, _done = job, folder, done
-    _tokenizer, _sources = tokenizer.load(job.tokenizer_path), _open(job)
+    _job, _folder, _tokenizer, _sources = job, folder, tokenizer.load(job.tokenizer_path), _open(job)
 
 
 def _write_shard(shard: int) -> dict:
     """Write one shard, which holds an equal part of every source in turn, and return its counts."""
     counts, last = {"documents": 0, "tokens": 0, "skipped": 0}, ""
     with contextlib.closing(shards.open_writer(_path(_folder, shard, _job.shards))) as writer:
-        for i, (config, source) in enumerate(zip(_job.configs, _sources)):
+        for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
             reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
             while (document := reader.next()) is not None:
@@ -121,10 +114,8 @@ def _write_shard(shard: int) -> dict:
                 writer.write(shards.encode_record(ids, said))
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)
-                _done[shard] = (i + reader.cursor()["block"] / source.blocks) / len(_sources)
             counts["skipped"] += limit.skipped
             last = last or (describe(limit.last) if limit.last else "")
-    _done[shard] = 1.0
     return counts | {"last": last}
 
 

@@ -125,7 +125,8 @@ class Reader:
                 block = _shuffled_block(self._source.blocks, self._seed, place["epoch"], block)
             try:
                 for row in self._source.rows(block, place["row"]):
-                    mine = self._takes(block, place["row"])
+                    held_out = self._part.period > 0 and (block + place["row"]) % self._part.period == 0
+                    mine = held_out == self._part.held_out and self._owns(place["row"])
                     place["row"] += 1
                     if not mine:
                         continue
@@ -145,10 +146,6 @@ class Reader:
                 self._skip(bad, place, counting and not self._part.held_out and self._owns(place["row"]))
             place["block"], place["row"] = place["block"] + self._stride, 0
         return self._shuffled(window), place | {"epoch": place["epoch"] + 1, "block": self._first, "row": 0}
-
-    def _takes(self, block: int, row: int) -> bool:
-        held_out = self._part.period > 0 and (block + row) % self._part.period == 0
-        return held_out == self._part.held_out and self._owns(row)
 
     def _owns(self, row: int) -> bool:
         # Readers take rows in turn, shifted by one each round: else all held-out rows could come from one reader.

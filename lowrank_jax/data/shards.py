@@ -14,6 +14,7 @@ from lowrank_jax.data.blocks import InFiles
 from lowrank_jax.data.records import BadRecord, Document
 
 RUN = 64  # records in a block
+READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 META, FORMAT, SUFFIX = "meta.json", 1, ".array_record"
 WRITE = "write the shards with `python -m lowrank_jax.data tokenize`"
 
@@ -59,7 +60,8 @@ class ArrayRecord(InFiles):
     """
 
     def __init__(self, location: str):
-        self._module = blocks.import_package("array_record.python.array_record_module", "array-record")
+        module = blocks.import_package("array_record.python.array_record_module", "array-record")
+        self._reader = functools.lru_cache(RUN)(lambda path: module.ArrayRecordReader(path, READ_OPTIONS))
         location = os.path.expanduser(location)
         pattern = os.path.join(glob.escape(location), "*" + SUFFIX) if os.path.isdir(location) else location
         paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
@@ -72,7 +74,6 @@ class ArrayRecord(InFiles):
         ((self.tokenizer_sha256, self.chats),) = kinds
         if os.path.isdir(location) and len(paths) != metas[os.path.dirname(paths[0])]["shards"]:
             raise UsageError(f"source arrayrecord:{location}: shards are missing; write it again")
-        self._reader = functools.lru_cache(RUN)(self._open)  # each holds a file open
         self._counts = {path: self._count(path, metas[os.path.dirname(path)]) for path in paths}
         self.number_blocks(paths, [-(-n // RUN) for n in self._counts.values()])
         facts = [(os.path.basename(p), os.path.getsize(p), n) for p, n in self._counts.items()]
@@ -97,9 +98,6 @@ class ArrayRecord(InFiles):
         except ValueError as e:
             raise BadRecord(f"{path}, record {i}", str(e)) from None
         return {"ids": ids, "said": said}
-
-    def _open(self, path: str):
-        return self._module.ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
 
     def _count(self, path: str, meta: dict) -> int:
         count = None

@@ -45,10 +45,11 @@ def open_source(source: SourceConfig, chats: bool = False) -> Source:
         case "arrayrecord":
             return shards.ArrayRecord(location)
         case "builtin":
-            return _builtin(location)
+            return Builtin(location)
     raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
 
 
+@functools.cache  # a run opens it four times: tokenizer, first check, training, evaluation
 class Builtin:
     """A corpus in memory; every document is a block."""
 
@@ -61,6 +62,3 @@ class Builtin:
 
     def document(self, row: int) -> Document:
         return self._documents[row]
-
-
-_builtin = functools.cache(Builtin)  # a run opens it four times: tokenizer, first check, training, evaluation

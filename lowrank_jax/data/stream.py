@@ -63,7 +63,8 @@ def open_phase(
     cursor, (host, hosts) = start.cursor, share
     all_sources = _open(p.sources, tokenizer, chats)
     count = readers(p)
-    if any(_is_small(source, count) for source in all_sources):
+    enough = SHARED_FROM * count
+    if any(source.blocks < enough and _count(source, enough) < enough for source in all_sources):
         count = 1
     fingerprints = [source.fingerprint for source in all_sources]
     facts = {"sources": [s.spec for s in p.sources], "fingerprints": fingerprints, "readers": count}
@@ -325,10 +326,6 @@ def _count(source: Source, most: int) -> int:
         except BadRecord:
             continue
     return count
-
-
-def _is_small(source: Source, readers: int) -> bool:
-    return source.blocks < SHARED_FROM * readers and _count(source, SHARED_FROM * readers) < SHARED_FROM * readers
 
 
 def _period(source: Source, fraction: float) -> int:
