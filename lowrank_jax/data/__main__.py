@@ -19,7 +19,7 @@ MAX_SKIPPED = 100  # records of a source that may be unusable, as in configs/def
 def tokenize(argv: list[str]) -> dict:
     """Tokenise sources once, in parallel, into shards that `arrayrecord:DIR` reads many times faster than text.
 
-        python -m lowrank_jax.data tokenize --tokenizer=runs/mine/tokenizer --sources="json:my/*.jsonl" --out=my_tokens
+        python -m lowrank_jax tokenize --tokenizer=runs/mine/tokenizer --sources="json:my/*.jsonl" --out=my_tokens
 
     A run that uses the shards names the same tokenizer: --config.tokenizer.path=runs/mine/tokenizer.
     """
@@ -55,7 +55,7 @@ def tokenize(argv: list[str]) -> dict:
 def learn_tokenizer(argv: list[str]) -> dict:
     """Learn a SentencePiece tokenizer that any run can use with --config.tokenizer.path=OUT.
 
-    python -m lowrank_jax.data learn_tokenizer --sources="text:my/*.txt" --vocab_size=8192 --out=my_tokenizer
+    python -m lowrank_jax learn_tokenizer --sources="text:my/*.txt" --vocab_size=8192 --out=my_tokenizer
     """
     parser = cli.Parser(learn_tokenizer.__doc__)
     parser.add_argument("--sources", required=True, help="what to learn from, such as text:my/*.txt,json:more.jsonl")

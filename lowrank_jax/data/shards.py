@@ -16,7 +16,7 @@ from lowrank_jax.data.records import BadRecord, Document
 RUN = 64  # records in a block
 READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 META, FORMAT, SUFFIX = "meta.json", 1, ".array_record"
-WRITE = "write the shards with `python -m lowrank_jax.data tokenize`"
+WRITE = "write the shards with `python -m lowrank_jax tokenize`"
 
 
 def encode_record(ids: np.ndarray, said: np.ndarray) -> bytes:

@@ -23,7 +23,7 @@ from lowrank_jax.config import UsageError
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
-LEARN = "learn one with `python -m lowrank_jax.data learn_tokenizer`"
+LEARN = "learn one with `python -m lowrank_jax learn_tokenizer`"
 LONGEST_LINE = 1 << 16  # characters; a tokenizer learns from a longer line in parts
 MODEL_FILE, TEMPLATE_FILE = "sentencepiece.model", "chat_template.jinja"
 JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
