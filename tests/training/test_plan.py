@@ -174,9 +174,9 @@ def test_cosine_and_linear_fall_from_the_peak_to_lr_end_one_step_after_the_last(
         np.testing.assert_allclose(fall, peak * (low + (1 - low) * left), rtol=1e-4, atol=1e-6 * peak)
 
 
-@pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear"])
-def test_the_last_steps_of_a_long_phase_still_learn(schedule):
-    config = run_config({"steps": 1_000_000, "schedule": schedule, "lr": 1e-2, "lr_end": 0.0})
+@pytest.mark.parametrize("shape", ["wsd", "cosine", "linear"])
+def test_the_last_steps_of_a_long_phase_still_learn(shape):
+    config = run_config({"steps": 1_000_000, "schedule": shape, "lr": 1e-2, "lr_end": 0.0})
     (stage,) = stages_of(config)
     last = np.asarray(schedule.learning_rate(config.pretrain, stage, 1_000_000 + jnp.arange(-3, 0)))
     assert (last > 0).all() and (np.diff(last) < 0).all()
