@@ -1,4 +1,4 @@
-"""One text, one list of ids: in SentencePiece, in the tokenizer.json of exports, and in llama.cpp."""
+"""The same ids for a text in SentencePiece, in the tokenizer.json of exports, and in llama.cpp."""
 
 import random
 
@@ -63,11 +63,11 @@ def strings(prose) -> list[str]:
         lambda: str(draw.randrange(10**9)),
         lambda: draw.choice("abeo .,") * draw.randint(2, 30),
     )
-    made = [
+    mixtures = [
         draw.choice(("", " ", "  ")) + "".join(draw.choice(kinds)() for _ in range(draw.randint(1, 10)))
         for _ in range(COUNT)
     ]
-    return ["", " ", *SPACES, *SPECIAL, *EMOJI, *SCRIPTS, *made]
+    return ["", " ", *SPACES, *SPECIAL, *EMOJI, *SCRIPTS, *mixtures]
 
 
 def test_1200_strings_have_the_same_ids_everywhere(make, learnt, strings, tmp_path):
@@ -75,7 +75,7 @@ def test_1200_strings_have_the_same_ids_everywhere(make, learnt, strings, tmp_pa
     theirs = tokenizers.Tokenizer.from_str(hf_tokenizer.files(learnt, 64)["tokenizer.json"])
     theirs.encode_special_tokens = True  # text that looks like a special token stays text
     assert len(set(strings)) >= 1200
-    with llama.opened(path, learnt.vocab_size, 100) as run:
+    with llama.serve(path, learnt.vocab_size, 100) as run:
         for text in strings:
             ids = learnt.encode(text)
             assert learnt.decode(ids) == text and not set(ids) & set(learnt.specials.values())
@@ -93,7 +93,7 @@ def test_conversations_render_to_the_text_and_ids_of_training(make, learnt, stri
         (tmp_path / "hf" / name).write_text(text, encoding="utf-8", newline="")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
     said = [text for text in strings if not any(name in text for name in (*learnt.specials, "<unk>"))]
-    with llama.opened(path, learnt.vocab_size, 100) as run:
+    with llama.serve(path, learnt.vocab_size, 100) as run:
         for i in range(40):
             roles = ["system"] * (i % 2) + ["user", "assistant", "user"]
             messages = [{"role": role, "content": said[5 * i + j]} for j, role in enumerate(roles)]
