@@ -1,4 +1,4 @@
-"""Compress a dense model to low rank: factors of its projections that change the activations of a text least.
+"""Compress a dense model to low rank, by factors of its projections that preserve the activations of a text.
 
     python -m lowrank_jax.compress --from=runs/dense --rank=32 --out=runs/compressed [--mlp_rank=64] [--data=SOURCE]
 

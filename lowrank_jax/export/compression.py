@@ -50,12 +50,9 @@ def low_rank(config: RunConfig, rank: int, split: tuple[float, ...], mlp_rank: i
     values = config.to_dict()
     values["model"] |= {"rank": rank, "rank_split": split, "latent_norm": False, "mlp_rank": mlp_rank or c.mlp_rank}
     low = RunConfig.from_dict(values)
-    if not 0 < max(low.model.ranks) <= c.d:
-        shown = ",".join(f"{s:g}" for s in split)
-        raise UsageError(
-            f"--rank={rank} with --rank_split={shown} gives a largest rank of {max(low.model.ranks)}; "
-            f"it must be between 1 and the width of {c.d}"
-        )
+    if (largest := max(low.model.ranks)) > c.d:
+        shares = ",".join(f"{share:g}" for share in split)
+        raise UsageError(f"--rank={rank} with --rank_split={shares} gives a rank of {largest}, above the width {c.d}")
     if mlp_rank > min(c.d, c.hidden):
         raise UsageError(f"--mlp_rank={mlp_rank} must not exceed {min(c.d, c.hidden)}")
     return low

@@ -28,10 +28,11 @@ def measure(trained: Trained, output: Callable[[np.ndarray], np.ndarray], tokens
     rows, name = _rows(trained, tokens)
     worst = divergence = bits = bits_before = size = count = 0.0
     byte_lengths = trained.tokenizer.byte_lengths()
+    log_probs = lambda logits_TV: log_softmax(np.asarray(logits_TV, np.float64), axis=-1)
     for row in rows:
         tokens_T, targets_T, weights_T = row["tokens"], row["targets"], row["weights"]
-        model_TV = _log_probs(verify.logits(trained, tokens_T, np.arange(len(tokens_T))))
-        export_TV = _log_probs(output(tokens_T))
+        model_TV = log_probs(verify.logits(trained, tokens_T, np.arange(len(tokens_T))))
+        export_TV = log_probs(output(tokens_T))
         counts_TV = model_TV > verify.SMALLEST
         if not np.isfinite(export_TV[counts_TV]).all():
             raise RunFailure("the export's logits are not finite")
@@ -85,7 +86,3 @@ def _cut(batches: list[stream.Batch], tokens: int) -> list[dict]:
 
 def _bits(log_probs_TV: np.ndarray, targets_T: np.ndarray, weights_T: np.ndarray) -> float:
     return -(log_probs_TV[np.arange(len(targets_T)), targets_T] * weights_T).sum() / math.log(2)
-
-
-def _log_probs(logits_TV: np.ndarray) -> np.ndarray:
-    return log_softmax(np.asarray(logits_TV, np.float64), axis=-1)

@@ -122,16 +122,16 @@ def _wanted_kind(name: str, quant: str, layers: int, tied: bool) -> str:
 def tensors(c: ModelConfig, params: dict, attn: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, fp32 array) of each tensor; a matrix is [out, in]."""
     fp32 = lambda w: np.ascontiguousarray(w, np.float32)
-    yield "token_embd", fp32(_table(params["embed"]))
+    yield "token_embd", fp32(_product(params["embed"]))
     if not c.tied:
-        yield "output", fp32(_table(params["head"]))
+        yield "output", fp32(_product(params["head"]))
     yield "output_norm", fp32(params["norm"]["gain"])
     for i in range(c.layers):
         block = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
         for name, w in zip(("q", "k", "v", "output"), attention(c, block["attention"], attn)):
             yield f"blk.{i}.attn_{name}", fp32(w)
         for name, key in (("gate", "gate"), ("up", "up"), ("down", "out")):
-            yield f"blk.{i}.ffn_{name}", fp32(_merged(block["mlp"][key]).T)
+            yield f"blk.{i}.ffn_{name}", fp32(_product(block["mlp"][key]).T)
         for name, key in (("attn_norm", "attention_norm"), ("ffn_norm", "mlp_norm")):
             yield f"blk.{i}.{name}", fp32(block[key]["gain"])
 
@@ -143,12 +143,12 @@ def attention(c: ModelConfig, block: dict, attn: str) -> tuple[np.ndarray, ...]:
     scores by the root of the head's width, which is then the rank.
     """
     H, K, D = c.heads, c.head_dim, c.d
-    q_DX, o_XD = _merged(block["q"]), _merged(block["o"])
+    q_DX, o_XD = _product(block["q"]), _product(block["o"])
     k, v = block["k"], dict(block["v"])
     if c.shared_kv:
         v["down"] = k["down"]
     if attn == "dense":
-        return q_DX.T, _merged(k).T, _merged(v).T, o_XD.T
+        return q_DX.T, _product(k).T, _product(v).T, o_XD.T
     rank = c.ranks[1]
     up_k_RHK, up_v_RHK = (_float64(w["up"]).reshape(rank, H, K) for w in (k, v))
     q_DHR = np.einsum("DHK,RHK->DHR", q_DX.reshape(D, H, K), up_k_RHK, optimize=True) * (rank / K) ** 0.5
@@ -193,14 +193,10 @@ def _add_tokenizer(out, tokenizer: SentencePiece, pieces: list) -> None:
     out.add_chat_template(hf_tokenizer.without_generation(hf_tokenizer.template(tokenizer)))
 
 
-def _table(w: dict) -> np.ndarray:
-    """Return an embedding or a head as [V, D] float64."""
-    return _float64(w["table"]) @ _float64(w["up"]) if "up" in w else _float64(w["table"])
-
-
-def _merged(w: dict) -> np.ndarray:
-    """Return a projection as [in, out] float64, its factors multiplied."""
-    return _float64(w["kernel"]) if "kernel" in w else _float64(w["down"]) @ _float64(w["up"])
+def _product(w: dict) -> np.ndarray:
+    """Return a projection [in, out] or a table [V, D] in float64, its factors multiplied."""
+    first, *second = [_float64(w[key]) for key in ("kernel", "table", "down", "up") if key in w]
+    return first @ second[0] if second else first
 
 
 def _float64(w) -> np.ndarray:

@@ -41,8 +41,9 @@ class NotInstalled(UsageError):
 
 def need(*packages: str) -> None:
     """Raise NotInstalled unless all packages are installed."""
-    if not all(map(importlib.util.find_spec, packages)):
-        raise NotInstalled(f"packages are missing: pip install {' '.join(packages)}")
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise NotInstalled(f"packages are missing: pip install {' '.join(missing)}")
 
 
 def longest(config: RunConfig) -> int:

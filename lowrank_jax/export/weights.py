@@ -35,17 +35,17 @@ SIZES = {  # key of config.json: attribute of ModelConfig
     "tie_word_embeddings": "tied",
 }
 RANKS = ("rank_q", "rank_k", "rank_v", "rank_o")
-# Every setting that a format honours or refuses by name; then those that change no function.
+# Settings that every format honours or refuses by name, by SIZES, RANKS and `hidden`.
 EXPORTED = {*SIZES.values(), "mlp", "rank", "rank_split"} - {"hidden"}
-FREE = {"attention", "scan", "remat"}
+FREE = {"attention", "scan", "remat"}  # settings that change how the function is computed, not the function
 
 
 def refuse_unknown(c: ModelConfig) -> None:
-    """Raise UsageError, with its name, for a setting that exports do not know and that has not its default."""
+    """Raise UsageError for a setting that is in neither set, unless it has its default."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         if field.name not in EXPORTED | FREE and value != field.default:
-            raise UsageError(f"config.model.{field.name}={value!r} is a setting that no export or import knows")
+            raise UsageError(f"config.model.{field.name}={value!r} cannot be exported or imported; no format knows it")
 
 
 def tensors(params: dict) -> dict[str, np.ndarray]:

@@ -112,13 +112,13 @@ def test_half_precision_and_eager_are_close(folder):
 
 
 def test_texts_have_the_same_ids(folder, tok, make):
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for text in [*exports.nasty_texts(make.prose(300)), "\u2581a \u2581", *verify.TEXTS]:
-        assert theirs(text)["input_ids"] == [tok.bos, *tok.encode(text)], repr(text)
-        assert theirs.decode(tok.encode(text), clean_up_tokenization_spaces=False) == text
-    ids = theirs("a<|im_end|></s>b", split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        assert exported(text)["input_ids"] == [tok.bos, *tok.encode(text)], repr(text)
+        assert exported.decode(tok.encode(text), clean_up_tokenization_spaces=False) == text
+    ids = exported("a<|im_end|></s>b", split_special_tokens=True, add_special_tokens=False)["input_ids"]
     assert ids == tok.encode("a<|im_end|></s>b")
-    assert theirs.decode([tok.bos, *tok.encode("ba"), tok.special("<|im_end|>")], skip_special_tokens=True) == "ba"
+    assert exported.decode([tok.bos, *tok.encode("ba"), tok.special("<|im_end|>")], skip_special_tokens=True) == "ba"
 
 
 def test_pieces_that_merge_in_two_ways_merge_as_in_sentencepiece():
@@ -126,20 +126,20 @@ def test_pieces_that_merge_in_two_ways_merge_as_in_sentencepiece():
     letters = exports.random.Random(5)
     text = ["".join(letters.choices("ab ", k=200)) for _ in range(60)]
     tok = tokenizer.train(text, 600)
-    theirs = tokenizer.tokenizers.Tokenizer.from_str(hf_tokenizer.files(tok, 64)["tokenizer.json"])
+    exported = tokenizer.tokenizers.Tokenizer.from_str(hf_tokenizer.files(tok, 64)["tokenizer.json"])
     for _ in range(300):
         text = "".join(letters.choices("ab ", k=60))
-        assert theirs.encode(text, add_special_tokens=False).ids == tok.encode(text), text
+        assert exported.encode(text, add_special_tokens=False).ids == tok.encode(text), text
 
 
 def test_chats_have_the_same_ids_and_end(folder, tok, make):
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for seed in range(5):
         messages = [{"role": "system", "content": "be\n\n brief "}, *make.chat(5, seed)]
         ids, said = chat.encode(tok, messages, prompt=True)
-        assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == [tok.bos, *ids]
+        assert exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == [tok.bos, *ids]
         masks = {"return_assistant_tokens_mask": True, "return_dict": True}
-        out = theirs.apply_chat_template(messages, add_generation_prompt=True, **masks)
+        out = exported.apply_chat_template(messages, add_generation_prompt=True, **masks)
         assert out["assistant_masks"] == [0, *map(int, said)]
     assert load(folder).generation_config.eos_token_id == chat.stop_ids(tok) == [tok.eos, tok.special("<|im_end|>")]
 
@@ -150,9 +150,9 @@ def test_a_foreign_tokenizer_is_exported(kind, tmp_path, make):
     model = exports.trained(make, tok)
     folder = hf.write(model, str(tmp_path / "out"))
     assert hf.check(model, folder) <= 2e-5
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for text in exports.nasty_texts(make.prose(300), 100):
-        assert theirs(text)["input_ids"] == [tok.bos, *tok.encode(text)], repr(text)
+        assert exported(text)["input_ids"] == [tok.bos, *tok.encode(text)], repr(text)
 
 
 def test_a_sentencepiece_model_that_changes_the_text_is_refused(make):
