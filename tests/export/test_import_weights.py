@@ -132,7 +132,7 @@ def test_training_continues_and_other_commands_open_the_run(again, reference, da
     assert code == 0 and len(runs.last_json(out)["tokens"]) <= 3, err
 
 
-def test_what_transformers_saved_anew_is_read(as_hf, model, tmp_path):
+def test_folders_saved_by_transformers_are_read(as_hf, model, tmp_path):
     net = AutoModelForCausalLM.from_pretrained(as_hf, trust_remote_code=True, dtype=torch.bfloat16)
     net.save_pretrained(tmp_path / "saved")
     for name in ("lowrank_jax.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -140,7 +140,7 @@ def test_what_transformers_saved_anew_is_read(as_hf, model, tmp_path):
     imported = import_weights.open_export(str(tmp_path / "saved"))
     half = lambda w: np.asarray(jax.numpy.asarray(w).astype(jax.numpy.bfloat16), np.float32)
     jax.tree.map(lambda w, old: np.testing.assert_array_equal(w, half(old)), imported.params, model.params)
-    assert imported.progress["tokens"] == 1234
+    assert imported.progress.tokens == 1234
     for text in ("Bace di, fo.", "<|im_end|> \u2581 \U0001f600"):
         assert imported.tokenizer.encode(text) == model.tokenizer.encode(text)
 
