@@ -113,6 +113,12 @@ class SentencePiece(Tokenizer):
     def save(self, folder: str) -> None:
         _write(folder, {MODEL_FILE: self.model, TEMPLATE_FILE: self.chat_template.encode()})
 
+    def proto(self):
+        """Return the model as a message `ModelProto` of sentencepiece_model.proto: pieces and settings."""
+        from sentencepiece import sentencepiece_model_pb2  # for exports alone
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self.model)
+
     def _byte_length(self, i: int) -> int:
         if self._sp.is_control(i) or self._sp.is_unknown(i):
             return 0
