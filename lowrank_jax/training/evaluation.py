@@ -118,9 +118,8 @@ def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, 
     def score(cache, at):
         i, tokens, targets, weights = at
         starts_B = jnp.full(B, i * chunk)
-        x_BTD, window = cpu_decoder.read(
-            c, w, cache, decoder.empty_window(c, B, chunk, decoder.dtype(w)), tokens, starts_B, 0
-        )
+        window = decoder.empty_window(c, B, chunk, decoder.dtype(w))
+        x_BTD, window = cpu_decoder.read(c, w, cache, window, tokens, decoder.Place(starts_B))
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))
         nats = loss.objective_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))[1]
         return decoder.keep(cache, window, starts_B), nats
