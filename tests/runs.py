@@ -64,7 +64,7 @@ ENVIRONMENT = {
 def launch(module: str, *args: str, faults: str = "", fresh: bool = False, patches: dict | None = None, **popen):
     """Starts a command: a fork of what has imported the package already, or with `fresh` a Python of its own.
 
-    `patches` are what a fork changes in the package first, such as {"lowrank_jax.training.loop.ALONE_SECONDS": 2}.
+    `patches` are what a fork changes in the package first, such as {"lowrank_jax.training.recovery.ALONE_SECONDS": 2}.
     """
     env = os.environ | ENVIRONMENT | {"LOWRANK_FAULTS": faults} | popen.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen

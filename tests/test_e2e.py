@@ -245,8 +245,8 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
     draw = random.Random(seed)
     early, late = draw.randint(1, 12), draw.randint(13, 24)
     moment, after = draw.randint(early, late), draw.random() / 2
-    told = f"killed before step {early}, in a save, {after:.3f} s after step {moment} or before {late}"
-    print(f"LOWRANK_TEST_SEED={seed}: {told}")
+    kills = f"killed before step {early}, in a save, {after:.3f} s after step {moment} or before {late}"
+    print(f"LOWRANK_TEST_SEED={seed}: {kills}")
     flaky = ",".join(f"io@read={n}" for n in range(200, 4000, 400))
     for faults in (f"kill@step={early}", f"kill@save={draw.randint(1, 2)},{flaky}"):
         code, _, err = train(data, tmp_path / "killed", faults=faults, **settings)
@@ -277,15 +277,16 @@ def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data
     from lowrank_jax import cli, main
     from lowrank_jax.data import files, reader, stream
     from lowrank_jax.training import loop as training
+    from lowrank_jax.training.progress import Progress
 
     monkeypatch.chdir(ROOT)
     for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (files, "LEFT", 0)):
         monkeypatch.setattr(module, name, value)  # so that the mistake lies beyond what is read ahead
-    clock, after = itertools.count(60, 60), training._after
+    clock, after = itertools.count(60, 60), Progress.after
     now = types.SimpleNamespace(monotonic=lambda: now.seconds, seconds=0)
     tick = lambda *step: setattr(now, "seconds", next(clock)) or after(*step)
     monkeypatch.setattr(training, "time", now)
-    monkeypatch.setattr(training, "_after", tick)
+    monkeypatch.setattr(Progress, "after", tick)
     good = (data / "notes.jsonl").read_text()
     (tmp_path / "late.jsonl").write_text(good * 2 + "{broken\n" + good * 2)
     tok.save(tmp_path / "tokenizer")  # to learn one would be to read everything

@@ -10,7 +10,8 @@ import pytest
 from lowrank_jax.training import metrics as meter
 from lowrank_jax.training import optim
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import Stage, stages_of
+from lowrank_jax.training.plan import FittedStage, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 # --------------------------------------------------------------------------------------------------------- the meter
 
@@ -40,7 +41,7 @@ def start(make, tmp_path, clock):
         growth = {"pretrain__block": 16, "pretrain__grow_plan": "16,32", "pretrain__grow_every_steps": 4}
         size = {"pretrain__steps": 9, "pretrain__tokens_per_step": 256, "pretrain__auto_grow": True, "sft__steps": 0}
         config = make.run_config(**size, **growth, track="", **{f"every__{key}": n for key, n in every.items()})
-        return meter.Meter(config, str(tmp_path), 9, done), stages_of(config)
+        return meter.Meter(config, str(tmp_path), 9, done), [unchanged(stage) for stage in stages_of(config)]
 
     return start
 
@@ -49,12 +50,12 @@ def metrics(**changes) -> dict:
     return {"loss": 2.0, "lr": 0.5, "grad_norm": 1.0, "ok": 1.0, "scale": 1.0, "refused": 0, "in_a_row": 0} | changes
 
 
-def at(step: int) -> dict:
-    return {"step": step, "tokens": 256 * step}
+def at(step: int) -> Progress:
+    return Progress(step=step, tokens=256 * step)
 
 
-def fit_of(stage: Stage, seconds: float) -> Fit:
-    return Fit(stage, need=1, limit=1, seconds=seconds, program=None)
+def fit_of(fitted: FittedStage, seconds: float) -> Fit:
+    return Fit(fitted, peak_bytes=1, limit_bytes=1, seconds=seconds, program=None)
 
 
 def rows(folder, name: str = "metrics.jsonl") -> list[dict]:

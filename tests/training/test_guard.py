@@ -10,7 +10,8 @@ import pytest
 from lowrank_jax.config import RunFailure
 from lowrank_jax.training import guard, run_folder
 from lowrank_jax.training.metrics import MOST_IN_A_ROW, Meter
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
 
@@ -121,7 +122,7 @@ def report(make, tmp_path):
         with contextlib.closing(Meter(config, str(tmp_path), len(steps), 0)) as meter:
             for number, unusual in enumerate(steps, 1):
                 metrics = jax.tree.map(np.asarray, usual | unusual)
-                meter.add(stage, {"step": number, "tokens": number * stage.tokens_per_step}, metrics)
+                meter.add(unchanged(stage), Progress(step=number, tokens=number * stage.tokens_per_step), metrics)
             meter.flush()
 
     return read

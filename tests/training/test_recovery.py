@@ -40,16 +40,16 @@ def losses(folder) -> list[tuple]:
 @pytest.fixture(scope="module")
 def halved(data, tmp_path_factory):
     """A function: the run that `steps` updates were made of 128 tokens at a time and the rest of 64, uninjured."""
-    folder, made = tmp_path_factory.mktemp("halved"), {}
+    folder, runs = tmp_path_factory.mktemp("halved"), {}
 
     def after(steps: int) -> pathlib.Path:
-        if steps not in made:
-            made[steps] = folder / str(steps)
+        if steps not in runs:
+            runs[steps] = folder / str(steps)
             if steps:
-                assert train(data, made[steps], faults=f"term@step={steps}")[0] == 143
-            code, _, err = train(data, made[steps], **HALF)
+                assert train(data, runs[steps], faults=f"term@step={steps}")[0] == 143
+            code, _, err = train(data, runs[steps], **HALF)
             assert code == 0, err
-        return made[steps]
+        return runs[steps]
 
     return after
 
@@ -60,7 +60,7 @@ def test_running_out_of_memory_goes_on_with_half_as_much_at_a_time(
 ):
     """At the first step of all, at the first of a stage, and in the middle of one."""
     code, out, err = train(data, tmp_path / "run", faults=f"oom@step={step}")
-    assert code == 0 and f"out of memory at step {step}: going on with 64 tokens at a time" in err, err
+    assert code == 0 and f"out of memory at step {step}: going on with 64 tokens at once" in err, err
     (oom,) = events(tmp_path / "run", "oom")
     assert (oom["step"], oom["microbatch_tokens"], oom["remat"]) == (step - 1, 64, False)
     assert [(e["step"], e["source"]) for e in events(tmp_path / "run", "restore")] == (

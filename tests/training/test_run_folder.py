@@ -257,9 +257,9 @@ def test_evaluations_and_ended_phases_are_behind_the_run(tmp_path):
 def test_the_faults_that_were_asked_for_are_due_and_no_others(monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "kill@step=12, nan@step=30,term@step=3,,kill@save=2")
     faults.check()
-    asked = {("kill", "step", 12), ("nan", "step", 30), ("term", "step", 3), ("kill", "save", 2)}
+    listed = {("kill", "step", 12), ("nan", "step", 30), ("term", "step", 3), ("kill", "save", 2)}
     tried = {(fault, place, n) for fault in ("kill", "term", "nan") for place in ("step", "save") for n in range(40)}
-    assert {item for item in tried if faults.due(*item)} == asked
+    assert {item for item in tried if faults.due(*item)} == listed
 
 
 @pytest.mark.parametrize("value", ["", ","])
@@ -280,7 +280,7 @@ def test_an_unknown_fault_is_refused_with_the_known_ones(monkeypatch, item):
 
 @pytest.mark.parametrize("fault, status", [("kill@step=2", -9), ("term@step=2", -15), ("kill@save=2", 0)])
 def test_a_fault_strikes_at_its_count_alone(fault, status):
-    code = "from lowrank_jax import faults\nfor n in (1, 2, 3): faults.strike('step', n); print(n, flush=True)"
+    code = "from lowrank_jax.machine import faults\nfor n in (1, 2, 3): faults.strike('step', n); print(n, flush=True)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {faults.VARIABLE: fault}, capture_output=True, text=True)
     assert done.returncode == status and done.stdout.split() == (["1"] if status else ["1", "2", "3"])

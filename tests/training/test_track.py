@@ -54,14 +54,14 @@ def events(folder) -> list:
     """The events in TensorBoard's files, in the order of their writing."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    read = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:  # length, its checksum, the event, its checksum
             (size,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + size]))
+            read.append(Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
-    return found
+    return read
 
 
 def shown(folder, tag: str) -> list[tuple[int, float]]:
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch):
 
 
 def test_checking_imports_nothing():
-    code = "import sys; from lowrank_jax import track; track.check(('tensorboard', 'wandb', 'mlflow'));"
+    code = "import sys; from lowrank_jax.training import track; track.check(('tensorboard', 'wandb', 'mlflow'));"
     code += "print({'tensorboardX', 'wandb', 'mlflow', 'sqlalchemy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
