@@ -2,7 +2,7 @@
 
     bash scripts/quickstart.sh
 
-It takes about 10 CPU minutes. Two choices make it quick, as scripts/bench/step.py measures: a microbatch of 1,024 tokens
+It takes about 10 CPU minutes. Two choices make it quick (scripts/bench/step.py): a microbatch of 1,024 tokens
 instead of 4,096 stays in the cache of the processor, and an unrolled stack of layers is faster than a scanned one.
 """
 
