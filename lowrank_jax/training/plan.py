@@ -1,7 +1,7 @@
-"""The training plan as data: which stage, phase, sequence length and batch shape every step of a run has.
+"""The training plan as data: the stage, phase, sequence length and batch shape of every step of a run.
 
-Step k is the k-th update, counted from 0 over the whole run. The plan follows from the config and the devices alone and
-is never stored, so a resumed run cannot disagree with an uninterrupted one.
+Step k is the k-th update, counted from 0 over the whole run. The plan follows from the config and the devices and is
+never stored, so a resumed run cannot disagree with an uninterrupted one.
 """
 
 import bisect
@@ -81,7 +81,7 @@ class Plan:
 
 
 def make(config: RunConfig, devices: Sequence[jax.Device] = ()) -> Plan:
-    """Return the plan of a run on these devices; raises UsageError where they cannot share out its batches."""
+    """Return the plan of a run on these devices; raises UsageError where they cannot divide its batches evenly."""
     if not devices:
         return Plan(stages_of(config))
     mesh = sharding.make_mesh(config, stages_of(config), devices)

@@ -1,4 +1,4 @@
-"""The compiled step of each stage: training starts once all are known to fit, and the next one compiles meanwhile."""
+"""The compiled step of each stage. Training starts once all stages fit; each next one compiles while it runs."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +14,11 @@ from lowrank_jax.training import memory, step
 from lowrank_jax.training.memory import Cap, Fit
 from lowrank_jax.training.plan import FittedStage, Plan, Stage, unchanged
 
-COMPILERS = 2  # at once: XLA itself uses several threads for a large program
+COMPILERS = 2  # compilations at once: XLA itself uses several threads for a large program
 
 
 class Program(NamedTuple):
-    """A compiled stage: `step(state, batch)`, and for fp8 `check(params, batch)` (see `step.disagreement`)."""
+    """A compiled stage: `step(state, batch)`, and for fp8 `check(params, batch)`, see `step.disagreement`."""
 
     fit: Fit
     check: jax.stages.Compiled | None
@@ -51,8 +51,8 @@ class Programs:
     def fit_all(self, stages: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
         """Return how every stage fits, compiling the first and all that are neither known nor safely bounded.
 
-        Two of the programs are kept: a loaded program takes device memory, and the compilation cache has the others.
-        Raises UsageError in one line for a stage that cannot fit, and Interrupted where a signal comes first.
+        Only the first two programs stay loaded, as they take device memory; the compilation cache has the others.
+        Raises UsageError for a stage that cannot fit, and Interrupted where a signal comes first.
         """
         self._fitted = {stage: fit.fitted for stage, fit in known.items()}
         first = self._get(stages[0]).fit
@@ -73,25 +73,25 @@ class Programs:
         return fits
 
     def switch_to(self, stage: Stage, following: Stage | None) -> bool:
-        """Make a stage's program the running one, once it is compiled; `first_step_done` starts the following one's.
+        """Wait for a stage's program and make it the running one; return True where the stage was only bounded before.
 
-        Returns True where only now it is known what the stage needs. Raises Interrupted where a signal comes first.
+        `first_step_done` starts to compile the following stage. Raises Interrupted where a signal comes first.
         """
         self._keep((stage, following))
         self.running, self._following = self._get(stage), following
-        if not self.running.fit.fits:  # the gate did not see this one, as after a change of precision
+        if not self.running.fit.fits:  # the memory gate did not see this stage, as after a change of precision
             raise RunFailure(memory.refusal(self.running.fit))
         is_new = stage in self._bounded
         self._bounded.discard(stage)
         return is_new
 
     def first_step_done(self) -> None:
-        """Start compiling the following stage: beside the running program's first step it would have delayed that."""
+        """Start compiling the following stage, which would have delayed the running program's first step."""
         if self._following:
             self._prepare(self._following)
 
     def fitted(self, stage: Stage) -> FittedStage:
-        """Return the stage as it fits, as far as that is known."""
+        """Return the stage with the settings that fit, as far as they are known."""
         return memory.restrict(self._fitted.get(stage) or unchanged(stage), self._cap, self.plan.row_shards)
 
     def lower(self, cap: Cap | None) -> None:

@@ -1,4 +1,4 @@
-"""How a run starts or resumes: the resolved config, the tokenizer, the first weights, and the newest state."""
+"""The start or resume of a run: the resolved config, the tokenizer, the first weights, and the newest state."""
 
 from collections.abc import Callable
 
@@ -20,8 +20,8 @@ from lowrank_jax.training.recovery import Recovery
 def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
-    That function takes as long as compiling. It checks the data and returns the tokenizer, which a new run learns.
-    Raises UsageError where the folder's run is another one.
+    That function takes about as long as compiling: it checks the data and returns the tokenizer, which a new run trains
+    first. Raises UsageError where the folder holds a different run.
     """
     phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
     if run_folder.holds_run(folder):
@@ -30,9 +30,7 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
         run_folder.check_same_run(folder, old, config)
     else:
         if run_folder.newest_checkpoint(folder) is not None:
-            raise UsageError(
-                f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
-            )
+            raise UsageError(f"{folder} has checkpoints but no config.json that describes them; use another --workdir")
         old, path = None, t.path or (config.init_from and run_folder.tokenizer_folder(config.init_from))
         tok = tokenizer.load(path) if path else None
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
@@ -41,10 +39,10 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
         optim.rates(p, shapes)
 
     def read_data() -> Tokenizer:
-        learnt = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         for p in phases:
-            stream.check(p, learnt, chats=p is config.sft)  # a skipped record is reported when training meets it
-        return learnt
+            stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
+        return run_tokenizer
 
     return config, old, read_data
 
@@ -58,21 +56,21 @@ def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Toke
     same_tokens = source.tokenizer.sha256 == get_tokenizer().sha256
     taken = warmstart.take(params, source.params, same_tokens=same_tokens)
     say(f"first weights from step {source.progress.step} of {config.init_from}\n{warmstart.describe(taken)}")
-    for key in ("heads", "latent_norm"):  # no shape shows these
-        theirs, ours = getattr(source.config.model, key), getattr(config.model, key)
-        if theirs != ours:
-            say(f"  {key} is {theirs} there and {ours} here: the same weights compute something else")
-    place = lambda x, at: x if isinstance(x, jax.Array) else sharding.put(x, at)
+    for key in ("heads", "latent_norm"):  # these change no shape
+        old, new = getattr(source.config.model, key), getattr(config.model, key)
+        if old != new:
+            say(f"  warning: {key} was {old} and is now {new}; the same weights compute something else")
+    place = lambda x, layout: x if isinstance(x, jax.Array) else sharding.put(x, layout)
     return jax.tree.map(place, taken.params, sharding.of_tree(mesh, taken.params))
 
 
 def restore(
     config: RunConfig, plan: Plan, checkpoints: Checkpoints, recovery: Recovery, tok: Tokenizer
 ) -> tuple[step.TrainState, Progress]:
-    """Return the newest state and its progress, and cut the metrics to match.
+    """Return the newest state and its progress, and drop the metrics of later steps.
 
-    The state comes from memory where `recovery` holds one, else from the newest checkpoint, else it is a new run's
-    first. Raises UsageError where the config contradicts steps that are done.
+    The state is the one that `recovery` holds, or else the newest checkpoint, or else a new run's first state. Raises
+    UsageError where the config contradicts steps that are done.
     """
     folder, from_memory = checkpoints.folder, recovery.take()
     restored = from_memory or checkpoints.restore(step.abstract_state(config, plan.mesh), delete_broken=True)

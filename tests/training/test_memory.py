@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 CPU = sharding.one_device()
 
 
-def config_of(memory: int = 0, **changes):
+def config_of(limit_bytes: int = 0, **changes):
     sizes = {"model__d": 32, "model__layers": 2, "model__vocab": 300, "model__heads": 4, "optim__name": "adamw"}
     sizes |= {"pretrain__tokens_per_step": 4 * 64, "pretrain__block": 64, "pretrain__steps": 5}
-    return run_config(**sizes | changes, memory_gb=memory / 2**30)
+    return run_config(**sizes | changes, memory_gb=limit_bytes / 2**30)
 
 
 def stage_of(config):
@@ -34,8 +34,8 @@ def stage_of(config):
 
 
 @functools.cache
-def fit_in(memory: int = 0) -> memory.Fit:
-    config = config_of(memory)
+def fit_in(limit_bytes: int = 0) -> memory.Fit:
+    config = config_of(limit_bytes)
     return memory.fit(config, stage_of(config), CPU, memory.limit_bytes(config, CPU))
 
 
