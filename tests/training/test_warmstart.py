@@ -167,16 +167,16 @@ def test_a_copy_comes_on_top_of_its_group_as_in_the_paper():
 
 
 @pytest.mark.parametrize(
-    "there, here, note",
+    "old, new, note",
     [
         (8, 8, ""),
         (8, 16, "8 layers became 16: each is followed by a copy that starts as the identity"),
         (12, 17, "12 layers became 17: 5 of them added, as copies that start as the identity"),
-        (8, 4, "8 layers do not go into 4: the blocks start anew"),
+        (8, 4, "8 layers do not fit into 4: the blocks keep their random weights"),
     ],
 )
-def test_the_note_tells_what_became_of_the_layers(there, here, note):
-    taken = warmstart.take(stack(here, 0), stack(there, 0), same_tokens=True)
+def test_the_note_tells_what_became_of_the_layers(old, new, note):
+    taken = warmstart.take(stack(new, 0), stack(old, 0), same_tokens=True)
     assert taken.note == note
     assert warmstart.describe(taken).splitlines()[-1].endswith(note)
 
@@ -185,7 +185,7 @@ def test_of_a_deeper_model_no_block_is_taken():
     params = fresh(toy(layers=1))
     taken = warmstart.take(params, trained(toy()), same_tokens=True)
     assert set(taken.taken) == {"embed/table", "norm/gain"}
-    assert reasons(taken)["blocks/attention/q/down"] == "[2, 24, 5] there, [1, 24, 5] here"
+    assert reasons(taken)["blocks/attention/q/down"] == "[2, 24, 5] in that run, [1, 24, 5] in this one"
     assert jax.tree.all(jax.tree.map(np.array_equal, taken.params["blocks"], params["blocks"]))
 
 
@@ -210,7 +210,7 @@ def test_what_does_not_fit_stays_new_and_is_listed(layers):
     source = trained(toy())
     taken = warmstart.take(params, source, same_tokens=True)
     assert set(reasons(taken)) == {f"blocks/attention/{x}/{y}" for x in "vo" for y in ("down", "up")}
-    assert reasons(taken)["blocks/attention/o/up"] == f"[2, 5, 24] there, [{layers}, 15, 24] here"
+    assert reasons(taken)["blocks/attention/o/up"] == f"[2, 5, 24] in that run, [{layers}, 15, 24] in this one"
     got, old, new = by_name(taken.params), by_name(source), by_name(params)
     for name in reasons(taken):
         np.testing.assert_array_equal(got[name], new[name])
@@ -237,13 +237,13 @@ def test_added_layers_are_identities_also_where_not_all_of_a_block_fits():
 @pytest.mark.parametrize("layers", [2, 3])
 def test_arrays_that_only_one_of_the_two_has_are_listed(layers):
     taken = warmstart.take(fresh(toy(shared_kv=True, layers=layers)), trained(toy()), same_tokens=True)
-    assert taken.left == ("blocks/attention/v/down: there only",)
+    assert taken.left == ("blocks/attention/v/down: only in that run",)
     assert "computes something else" in taken.note or layers == 2
     taken = warmstart.take(fresh(toy(mlp_rank=7)), trained(toy()), same_tokens=True)
     assert {line for line in taken.left if "/out/" in line} == {
-        "blocks/mlp/out/down: here only",
-        "blocks/mlp/out/up: here only",
-        "blocks/mlp/out/kernel: there only",
+        "blocks/mlp/out/down: only in this run",
+        "blocks/mlp/out/up: only in this run",
+        "blocks/mlp/out/kernel: only in that run",
     }
 
 
@@ -268,10 +268,12 @@ def test_a_head_of_its_own_starts_as_the_embedding_that_was_the_head(changes):
 
 
 def test_a_head_is_left_where_there_is_none():
-    assert warmstart.take(fresh(toy()), trained(toy(tied=False)), True).left == ("head/table: there only",)
+    assert warmstart.take(fresh(toy()), trained(toy(tied=False)), True).left == ("head/table: only in that run",)
 
 
-@pytest.mark.parametrize("same_tokens, reason", [(True, "[61, 24] there, [67, 24] here"), (False, "another tokenizer")])
+@pytest.mark.parametrize(
+    "same_tokens, reason", [(True, "[61, 24] in that run, [67, 24] in this one"), (False, "another tokenizer")]
+)
 def test_a_table_of_another_size_stays_new(same_tokens, reason):
     params = fresh(toy(vocab=67, layers=4))
     taken = warmstart.take(params, trained(toy()), same_tokens)
@@ -284,8 +286,8 @@ def test_nothing_that_fits_is_one_line():
     with pytest.raises(UsageError) as e:
         warmstart.take(fresh(toy(d=48)), trained(toy()), same_tokens=True)
     assert str(e.value) == (
-        "config.init_from: none of that run's weights fits this model (blocks/attention/k/down: [2, 24, 5] there, "
-        "[2, 48, 5] here and 14 more); set config.model as there"
+        "config.init_from: none of that run's weights fits this model (blocks/attention/k/down: [2, 24, 5] in "
+        "that run, [2, 48, 5] in this one and 14 more); use its config.model"
     )
 
 
