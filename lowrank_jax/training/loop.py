@@ -18,23 +18,12 @@ from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import (
-    forecast,
-    fp8_check,
-    memory,
-    phase,
-    plan_table,
-    recovery,
-    run_folder,
-    start,
-    step,
-    track,
-)
+from lowrank_jax.training import forecast, fp8_check, memory, phase, plan_table, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Plan, Stage, last_stage, make, milestones, stage_at
 from lowrank_jax.training.programs import Programs
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.recovery import OutOfMemory, Recovery
 from lowrank_jax.training.step import TrainState
 from lowrank_jax.training.trained import Trained
@@ -65,7 +54,6 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
     that cannot work, and RunFailure for a run that must stop (no finite loss, a full disk, no memory).
     """
     faults.check()
-    track.check(config.track)
     with contextlib.ExitStack() as stack:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
         config, old, read_data = start.prepare(config, folder)
@@ -81,7 +69,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         stack.enter_context(contextlib.closing(programs))
         if run_folder.newest_checkpoint(folder) is None:
             params = start.first_params(config, plan.mesh, reading.result)
-            recover.hold_first(step.first_state(config, params, 0, plan.mesh), START)
+            recover.hold_first(step.first_state(config, params, 0, plan.mesh))
         table = plan_table.text(forecast.describe(config, plan, fits))
         tok = _agreed_tokenizer(reading)
         if processes.is_first():
@@ -222,10 +210,10 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
                 raise
             progress = progress.after(stage, cursor)
             faults.run_out_of_memory(progress.step, state)
-            state, metrics = r.programs.running.step(state, batch)  # `step.train_step`, compiled
+            state, metrics = r.programs.running.program(state, batch)  # `step.train_step`, compiled
             meter.add(r.programs.running.fitted, progress, metrics)
             if r.recovery.holds_state:  # that was the program's first step
-                meter.end_switch(r.programs.running.fit)
+                meter.end_switch(r.programs.running)
                 r.recovery.release()
                 r.programs.first_step_done()
             if _is_time_to_save(r, stage, progress, last_save, metrics):
@@ -269,21 +257,21 @@ def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress,
     """
     in_precision = lambda stage: dataclasses.replace(stage, precision=progress.precision or stage.precision)
     stage, running = in_precision(stage), r.programs.running
-    if running and running.fit.stage == stage:
+    if running and running.stage == stage:
         return
     meter.begin_switch()
     following = next((in_precision(s) for s in r.plan.stages if s.start == stage.end), None)
     if r.programs.switch_to(stage, following):
-        _log_compile(r, r.programs.running.fit)
+        _log_compile(r, r.programs.running)
     r.recovery.hold(state, progress)
     meter.restart_clock()
 
 
 def _must_leave_fp8(r: Run, state: TrainState, batch: dict, progress: Progress, meter: Meter) -> bool:
-    program = r.programs.running
-    if not program.check or progress.step % r.config.every.fp8_check:
+    running = r.programs.running
+    if not running.check or progress.step % r.config.every.fp8_check:
         return False
-    is_off = fp8_check.is_off(program, state.params, batch, r.folder, progress.step)
+    is_off = fp8_check.is_off(running, state.params, batch, r.folder, progress.step)
     meter.restart_clock()
     return is_off
 

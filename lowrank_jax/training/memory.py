@@ -35,7 +35,7 @@ NO_CAP = Cap()
 
 
 class Fit(NamedTuple):
-    """A stage as it can run, compiled for `limit_bytes` per device.
+    """A stage as it fits into `limit_bytes` per device, with its compiled step: `program(state, batch)`.
 
     `peak_bytes` is the compiler's sum of arguments, results and temporaries. It exceeds the limit where not even one
     row fits, and is None where the compiler itself ran out of memory. `note` says why the platform's own attention
@@ -49,6 +49,7 @@ class Fit(NamedTuple):
     program: jax.stages.Compiled | None
     note: str = ""
     is_bound: bool = False
+    check: jax.stages.Compiled | None = None  # for fp8: `check(params, batch)`, see `step.disagreement`
 
     @property
     def stage(self) -> Stage:

@@ -120,11 +120,6 @@ def last_stage(stages: Sequence[Stage], phase: str) -> Stage:
     return [s for s in stages if s.phase == phase][-1]
 
 
-def phase_of_last_update(stages: Sequence[Stage], done: int) -> str:
-    """Return the phase of the last of `done` updates, or of the first update when there are none."""
-    return stage_at(stages, max(done - 1, 0)).phase
-
-
 def milestones(stages: Sequence[Stage], every_eval: int, done: int) -> list[tuple[str, str, int]]:
     """Return what is due after `done` updates, in order, as (kind, phase, done).
 

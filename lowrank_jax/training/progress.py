@@ -28,6 +28,3 @@ class Progress:
     def to_dict(self) -> dict:
         """Return JSON values that `Progress(**values)` takes back."""
         return asdict(self)
-
-
-START = Progress()

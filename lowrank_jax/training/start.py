@@ -10,10 +10,10 @@ from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import sharding
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import optim, run_folder, step, trained, warmstart
+from lowrank_jax.training import optim, run_folder, step, track, trained, warmstart
 from lowrank_jax.training.checkpoint import Checkpoints
-from lowrank_jax.training.plan import Plan, phase_of_last_update, stage_at
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.plan import Plan, stage_at
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.recovery import Recovery
 
 
@@ -23,6 +23,7 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     That function takes about as long as compiling: it checks the data and returns the tokenizer, which a new run trains
     first. Raises UsageError where the folder holds a different run.
     """
+    track.check(config.track)
     phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
     if run_folder.holds_run(folder):
         old, tok = run_folder.read_config(folder), tokenizer.load(run_folder.tokenizer_folder(folder))
@@ -76,7 +77,7 @@ def restore(
     restored = from_memory or checkpoints.restore(step.abstract_state(config, plan.mesh), delete_broken=True)
     if restored is None:
         params = first_params(config, plan.mesh, lambda: tok)
-        restored = step.first_state(config, params, 0, plan.mesh), START
+        restored = step.first_state(config, params, 0, plan.mesh), Progress()
     state, progress = restored
     _check_done(config, plan, progress, folder)
     run_folder.rewind_metrics(folder, progress.step)
@@ -88,8 +89,7 @@ def restore(
 
 def _check_done(config: RunConfig, plan: Plan, progress: Progress, folder: str) -> None:
     """Raise UsageError where the plan has another phase for the steps that are done, or other sources."""
-    is_within = progress.step <= plan.end
-    phase = phase_of_last_update(plan.stages, progress.step) if is_within else "already ended"
+    phase = stage_at(plan.stages, max(progress.step - 1, 0)).phase if progress.step <= plan.end else "already ended"
     if phase != progress.phase:
         raise UsageError(
             f"{folder} was saved at step {progress.step} in {progress.phase}, where this config has {phase}; "

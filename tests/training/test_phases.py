@@ -20,7 +20,7 @@ from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.loop import Run
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Plan, stage_at, stages_of, unchanged
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.recovery import Recovery
 
 SWITCH, END = 3, 5  # the steps at which pretraining and SFT end
@@ -179,7 +179,7 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(begin
 
 def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
     *_, first, last = stages_of(config_of(pretrain__tokens_per_step=64))
-    once = dataclasses.replace(START, precision="bf16").after(first, {"row": 1})
+    once = dataclasses.replace(Progress(), precision="bf16").after(first, {"row": 1})
     twice = once.after(last, {"row": 2})
     assert once.to_dict() == {
         "step": 1, "phase": "pretrain", "tokens": 64, "data_sha256": "", "cursor": {"row": 1}, "precision": "bf16"
@@ -214,7 +214,7 @@ def test_a_new_run_begins_with_its_first_weights(begin, monkeypatch):
     first = bits(params)
     monkeypatch.setattr(start, "first_params", lambda *_: params)
     state, progress = loop._restore(r)
-    assert bits(state.params) == bits(state.average) == first and state.step == 0 and progress == START
+    assert bits(state.params) == bits(state.average) == first and state.step == 0 and progress == Progress()
     assert [(e["step"], e["source"]) for e in events(r.folder, "restore")] == [(0, "start")]
 
 
