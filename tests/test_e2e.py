@@ -225,7 +225,7 @@ def every_kind(data, tok, tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 
 def kill_at(process: subprocess.Popen, metrics: pathlib.Path, step: int, seconds: float) -> None:
-    """Kills a run so long after it has told of a step."""
+    """Kill a run `seconds` after it has logged a step."""
     is_reached = lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
     while not is_reached() and process.poll() is None:
         time.sleep(0.01)

@@ -71,9 +71,8 @@ def _sums(state):
 
 def _lacks_memory(e: BaseException | None) -> bool:
     """Return True where an error, or one that Orbax wrapped in it, is a lack of memory."""
-    if e is None:
-        return False
-    return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e) or _lacks_memory(e.__cause__ or e.__context__)
+    lacks = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
+    return lacks or (e is not None and _lacks_memory(e.__cause__ or e.__context__))
 
 
 class Checkpoints:
@@ -107,14 +106,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
     def save(self, state, progress: Progress) -> bool:
-        """Start writing a checkpoint of `progress.step`; return False where that step has one already.
-
-        Raises RunFailure where an earlier write failed.
-        """
-        meta = progress.to_dict()
+        """Start writing a checkpoint; return False where the step has one. Raises RunFailure for a failed write."""
         if progress.step in self.steps():
             return False
-        meta["checksum"] = _checksum(state, progress.to_dict())
+        meta = progress.to_dict()
+        meta["checksum"] = _checksum(state, meta)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.check_for_errors()

@@ -5,7 +5,6 @@ See lowrank_jax/plan.py, the command.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import jax
 from jax.sharding import Mesh
@@ -46,7 +45,12 @@ def for_topology(config: RunConfig, topology: str) -> dict:
     compiled = [fit for fit in fits if fit.program]
     if plan.mesh.devices.size > 1 and config.model.rank and compiled:
         longest = max(compiled, key=lambda fit: fit.stage.seq_len)
-        described["dense_twin"] = _dense_twin(config, longest.fitted, plan.mesh)
+        twin = dataclasses.replace(config, model=costs.dense_twin(config.model))
+        with hlo.written() as (options, read):
+            step.lower(twin, longest.fitted, plan.mesh).compile(options)
+            text = read()
+        described["dense_twin"] = {"stage": longest.stage.name, "collective_bytes": hlo.collective_bytes(text)}
+        described["dense_twin"]["gathered_bytes"] = _gathered_bytes(twin, plan.mesh, text)
     return described
 
 
@@ -55,7 +59,7 @@ def describe(
     plan: Plan,
     fits: Sequence[Fit] = (),
     topology: str | None = None,
-    texts: Mapping[str, str] = MappingProxyType({}),
+    texts: Mapping[str, str] | None = None,
 ) -> dict:
     """Return the plan as JSON values; COMPILED facts are None for stages without a fit.
 
@@ -75,7 +79,7 @@ def describe(
         "devices": mesh.devices.size if mesh else None,
         "device_kind": device.device_kind if mesh else None,
         "mesh": dict(mesh.shape) if mesh else None,
-        "stages": [_stage(config, s, fit_of.get(s.name), mesh, texts.get(s.name)) for s in plan.stages],
+        "stages": [_stage(config, s, fit_of.get(s.name), mesh, (texts or {}).get(s.name)) for s in plan.stages],
         "never_reached": sorted({length for _, length in lengths}),
     }
 
@@ -139,13 +143,3 @@ def _estimate(config: RunConfig, fitted: FittedStage, mesh: Mesh, text: str) -> 
     renamed = {"step_seconds": "est_step_seconds", "mfu_bound": "est_mfu_bound", "bound": "est_bound"}
     facts = {renamed.get(name, name): value for name, value in seconds.items()}
     return facts | {"est_stage_seconds": seconds["step_seconds"] and seconds["step_seconds"] * stage.steps}
-
-
-def _dense_twin(config: RunConfig, fitted: FittedStage, mesh: Mesh) -> dict:
-    """Return the bytes that the model's twin with dense attention exchanges in the same stage."""
-    twin = dataclasses.replace(config, model=costs.dense_twin(config.model))
-    with hlo.written() as (options, read):
-        step.lower(twin, fitted, mesh).compile(options)
-        text = read()
-    gathered = _gathered_bytes(twin, mesh, text)
-    return {"stage": fitted.stage.name, "gathered_bytes": gathered, "collective_bytes": hlo.collective_bytes(text)}

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -65,13 +65,17 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         signals, recover = Signals(received), Recovery()
         data_failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
         stop = lambda: signals.agreed > 0 or bool(data_failed())
-        programs, fits = _fit_into_memory(config, plan, folder, stop)
+        ledger = run_folder.read_rows(folder, "events.jsonl")
+        limit = min(agreement.gather(memory.limit_bytes(config, plan.mesh)))
+        programs = Programs(config, plan, limit, memory.cap_from_ledger(ledger, plan.mesh), stop)
         stack.enter_context(contextlib.closing(programs))
+        fits = _fit_remaining(programs, ledger, run_folder.newest_checkpoint(folder) or 0)
         if run_folder.newest_checkpoint(folder) is None:
             params = start.first_params(config, plan.mesh, reading.result)
             recover.hold_first(step.first_state(config, params, 0, plan.mesh))
-        table = plan_table.text(forecast.describe(config, plan, fits))
-        tok = _agreed_tokenizer(reading)
+        table, tok = plan_table.text(forecast.describe(config, plan, fits)), reading.result()
+        if len(set(agreement.gather(tok.sha256))) > 1:
+            raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():
             show(table)
         if old is None and processes.is_first():
@@ -89,31 +93,16 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         return finish
 
 
-def _fit_into_memory(
-    config: RunConfig, plan: Plan, folder: str, stop: Callable[[], bool]
-) -> tuple[Programs, list[memory.Fit]]:
-    """Return the programs, and how every remaining stage fits: from the ledger, or else by compiling.
+def _fit_remaining(programs: Programs, ledger: list[dict], done: int) -> list[memory.Fit]:
+    """Return how every stage after `done` steps fits: from the ledger, or else by compiling.
 
-    Once `stop()` is True, return no fits; the loop then stops before its first step.
+    After a signal it returns no fits, and the loop stops before its first step.
     """
-    ledger, mesh = run_folder.read_rows(folder, "events.jsonl"), plan.mesh
-    limit = min(agreement.gather(memory.limit_bytes(config, mesh)))
-    programs = Programs(config, plan, limit, memory.cap_from_ledger(ledger, mesh), stop)
-    remaining = tuple(s for s in plan.stages if s.end >= (run_folder.newest_checkpoint(folder) or 0))
-    try:
-        return programs, programs.fit_all(remaining, memory.fits_from_ledger(ledger, config, plan.stages, mesh, limit))
-    except Interrupted:
-        return programs, []
-    except BaseException:
-        programs.close()
-        raise
-
-
-def _agreed_tokenizer(reading: Future) -> Tokenizer:
-    tok = reading.result()
-    if len(set(agreement.gather(tok.sha256))) > 1:
-        raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
-    return tok
+    config, plan, limit = programs.config, programs.plan, programs.limit_bytes
+    known = memory.fits_from_ledger(ledger, config, plan.stages, plan.mesh, limit)
+    with contextlib.suppress(Interrupted):
+        return programs.fit_all(tuple(s for s in plan.stages if s.end >= done), known)
+    return []
 
 
 def _log_start(r: Run, old: RunConfig | None, progress: Progress, fits: list[memory.Fit]) -> None:
@@ -170,10 +159,7 @@ def _train(r: Run, state: TrainState, progress: Progress) -> dict:
 
 
 def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
-    """Train step by step to the end of the plan.
-
-    Everything due follows from the progress and the run's files, so that a resumed run does what remains to be done.
-    """
+    """Train step by step to the end of the plan. Everything due follows from the progress and the run's files."""
     phase_name, last_save, measures = None, time.monotonic(), {}
     done = {tuple(m) for m in agreement.on_first(lambda: sorted(run_folder.milestones(r.folder)))}
     with contextlib.ExitStack() as feeds:

@@ -19,7 +19,7 @@ from lowrank_jax.model import attention, precision
 from lowrank_jax.training import step
 from lowrank_jax.training.plan import FittedStage, Stage, divisor, unchanged
 
-FAR = 0.5  # share of the limit below which a bound is certain enough to train on
+FAR = 0.5  # share of the limit: a bound below it is certain enough to train before the stage is compiled
 ROOM = 0.9  # share of a device's memory that a step may use: batches read ahead and evaluation need the rest
 CHOSEN = ("microbatch", "remat", "precision", "attention")  # the settings of a FittedStage
 
@@ -72,8 +72,7 @@ def fit(
 ) -> Fit:
     """Compile a stage with as many rows at once as fit, up to its microbatch; rematerialise if not one row fits.
 
-    Where `model.attention` is `auto` and the platform's kernel refuses the stage, attention is `chunked`. `options` are
-    the compiler's.
+    Where `model.attention` is `auto` and the platform's kernel refuses the stage, attention is `chunked`.
     """
     shards = sharding.row_shards(mesh)
     fitted, note = _resolve(config, fitted, cap, mesh)
@@ -117,7 +116,6 @@ def by_bound(known: Fit, config: RunConfig, stage: Stage, mesh: Mesh, cap: Cap =
     """Return how a stage fits if another stage's fit makes that certain; None where it has to be compiled.
 
     Activation memory is at most proportional to microbatch tokens x sequence length, as a square of scores would be.
-    Where that bound stays below half of the limit, training starts without waiting for the compiler.
     """
     fitted, note = _resolve(config, unchanged(stage), cap, mesh)
     alike = all(getattr(fitted, key) == getattr(known.fitted, key) for key in ("remat", "precision", "attention"))
@@ -185,24 +183,17 @@ def refusal(fit: Fit) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- in the ledger
-
-
 def cap_from_ledger(events: list[dict], mesh: Mesh) -> Cap:
     """Return the cap that a run's ledger holds for this kind of device."""
     kind = sharding.a_device(mesh).device_kind
     ooms = [e for e in events if e["event"] == "oom" and e["device"] == kind and "remat" in e]
-    bounds = [e["microbatch_tokens"] for e in ooms]
-    return Cap(min(bounds, default=0), any(e["remat"] for e in ooms))
+    return Cap(min((e["microbatch_tokens"] for e in ooms), default=0), any(e["remat"] for e in ooms))
 
 
 def fits_from_ledger(
     events: list[dict], config: RunConfig, stages: Iterable[Stage], mesh: Mesh, limit: int
 ) -> dict[Stage, Fit]:
-    """Return the fits that a run's ledger holds for this config and these devices.
-
-    Their `peak_bytes` are from before any stage ran out of memory.
-    """
+    """Return the fits that a run's ledger holds for this config and these devices, restricted by its cap."""
     cap, fits, shards = cap_from_ledger(events, mesh), {}, sharding.row_shards(mesh)
     conditions = fit_conditions(config, mesh, limit)
     compiles = {e["stage"]: e for e in events if e["event"] == "compile" and conditions.items() <= e.items()}

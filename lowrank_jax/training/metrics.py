@@ -78,13 +78,13 @@ class Meter:
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {values['loss']:.3f} {speed:,.0f} tokens/s", refresh=False)
         if progress.step % self.config.every.log == 0 or progress.step == stage.phase_start + stage.phase_steps:
-            row = {"step": progress.step, "phase": stage.phase, "stage": stage.name, "seq_len": stage.seq_len}
-            row |= {"batch": stage.batch, "tokens": progress.tokens}
-            row |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
-            row |= {"tokens_per_s": round(speed, 1), "mfu": self._flops / seconds / self._peak if self._peak else None}
-            row |= {"skipped": int(values["refused"])}
-            row |= {"loss_scale": values["scale"]} if fitted.precision == "fp16" else {}
-            self._write(row)
+            mfu = self._flops / seconds / self._peak if self._peak else None
+            facts = {"seq_len": stage.seq_len, "batch": stage.batch, "tokens": progress.tokens}
+            facts |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
+            facts |= {"tokens_per_s": round(speed, 1), "mfu": mfu, "skipped": int(values["refused"])}
+            self._write(
+                stage, progress.step, facts | ({"loss_scale": values["scale"]} if fitted.precision == "fp16" else {})
+            )
             self.restart_clock()
 
     def _log_refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
@@ -124,15 +124,15 @@ class Meter:
         )
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
-        row = {"step": at_step, "phase": stage.phase, "stage": stage.name, "split": stage.phase}
-        row |= {"eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"], "eval_tokens": result["tokens"]}
-        self._write(row)
+        facts = {"split": stage.phase, "eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"]}
+        self._write(stage, at_step, facts | {"eval_tokens": result["tokens"]})
         say(f"step {at_step}: held-out {stage.phase} {result['bits_per_byte']:.3f} bits per byte")
 
-    def _write(self, row: dict) -> None:
+    def _write(self, stage: Stage, step: int, facts: dict) -> None:
+        row = {"step": step, "phase": stage.phase, "stage": stage.name} | facts
         run_folder.append(self.folder, "metrics.jsonl", row)
         for tracker in self.trackers:
-            tracker.log(row["step"], track.values(row))
+            tracker.log(step, track.values(row))
 
 
 def _finite(x: float) -> float | None:

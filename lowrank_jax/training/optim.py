@@ -20,6 +20,7 @@ from lowrank_jax.machine.sharding import FSDP, TENSOR, path_name
 # (Moonlight, arXiv 2502.16982, section 2.2).
 MUON_UPDATE_RMS = 0.2
 MATRICES = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # of a stack [layer, in, out]
+_is_leaf = lambda x: x is None or x is MATRICES
 
 
 def make(c: OptimConfig) -> optax.GradientTransformation:
@@ -83,14 +84,11 @@ def rates(p: PhaseConfig, params: dict) -> dict:
 
     Raises UsageError where `freeze` matches nothing or everything.
     """
-
-    def rate(path, _) -> float:
-        if p.freeze and re.search(p.freeze, path_name(path)):
-            return 0.0
-        return ((p.lr_core if path[0].key == "blocks" else p.lr_head) or p.lr) / p.lr
-
+    is_frozen = lambda path: p.freeze and re.search(p.freeze, path_name(path))
+    own = lambda path: (p.lr_core if path[0].key == "blocks" else p.lr_head) or p.lr
+    rate = lambda path, _: 0.0 if is_frozen(path) else own(path) / p.lr
     by_path = jax.tree_util.tree_map_with_path(rate, params)
-    frozen = jax.tree.leaves(jax.tree.map(lambda r: r == 0, by_path))
+    frozen = [rate == 0 for rate in jax.tree.leaves(by_path)]
     if p.freeze and not any(frozen):
         names = ", ".join(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
         raise UsageError(f"freeze={p.freeze!r} matches none of the weights, which are {names}")
@@ -103,7 +101,3 @@ def _matrices(params: dict) -> dict:
     """Return MATRICES for each stacked matrix [layer, in, out] of the blocks, and None for all other parameters."""
     axes = lambda path, x: MATRICES if path[0].key == "blocks" and x.ndim == 3 else None
     return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _is_leaf(x) -> bool:
-    return x is None or isinstance(x, contrib.MuonDimensionNumbers)

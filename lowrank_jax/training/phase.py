@@ -29,8 +29,8 @@ NOTES = 5  # skips and retries shown on the terminal; the ledger has them all
 def measure(config: RunConfig, plan: Plan, longest: FittedStage, tok: Tokenizer, folder: str) -> Callable | None:
     """Return `(params, stop) -> result` of `evaluation.evaluate` on a phase's held-out text; None where there is none.
 
-    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared. It computes
-    as many rows at once as `longest`, the phase's last stage.
+    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared; `longest`
+    is the phase's last stage.
     """
     stage = longest.stage
     p, note = getattr(config, stage.phase), note_to(folder, lambda: 0)

@@ -9,10 +9,9 @@ import math
 import os
 import pathlib
 import string
+from collections.abc import Iterable
 
-import matplotlib
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 
 from lowrank_jax.config import UsageError
@@ -38,7 +37,9 @@ def write(folder: str) -> dict:
     _figure(rows, events, described["stages"]).savefig(picture, dpi=150)
     image = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
     samples = "".join(_sample(event) for event in events if event["event"] == "sample")
-    latest = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
+    trouble = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
+    trouble.sort(key=lambda event: event["time"])
+    others = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
     sections = [
         ("Training", f'<div class="wide"><img alt="curves by tokens" src="data:image/png;base64,{image}"></div>'),
         ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
@@ -46,8 +47,8 @@ def write(folder: str) -> dict:
         ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
         ("Plan", f'<pre class="wide">{html.escape(plan_table.text(described))}</pre>'),
         ("Events", _table(_counts(events))),
-        (f"Out of the ordinary: the last {EACH} of each kind", _table([_flat(event) for event in _trouble(events)])),
-        ("Latest events", _table([_flat(event) for event in latest[-LATEST:]])),
+        (f"Out of the ordinary: the last {EACH} of each kind", _table(map(_flat, trouble))),
+        ("Latest events", _table(map(_flat, others[-LATEST:]))),
     ]
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
     facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _glance(rows, events).items())
@@ -55,9 +56,6 @@ def write(folder: str) -> dict:
     texts = {"name": html.escape(os.path.basename(path)), "path": html.escape(path), "facts": facts, "body": body}
     run_folder.write_text(page, string.Template(PAGE.read_text(encoding="utf-8")).substitute(texts))
     return {"report": page, "picture": picture}
-
-
-# ---------------------------------------------------------------------------------------------------------- the picture
 
 
 def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplotlib.figure.Figure:
@@ -81,15 +79,14 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     _mark_stages(panels, train, stages)
     length.set_yscale("log", base=2)
     length.set_yticks(sorted({row["seq_len"] for row in train}), minor=False)
-    length.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+    length.yaxis.set_major_formatter("{x:.0f}")
     for axes in (speed, rate):
         axes.set_ylim(bottom=0)
     for axis in (rate.xaxis, speed.yaxis):
-        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: _short(n)))
+        axis.set_major_formatter(lambda n, _: _short(n))
     loss.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
     rate.set_xlabel("tokens", fontsize=8.5)
-    labels = ("loss (nats per token)", "bits per byte", "length", "tokens/s", "learning rate")
-    for axes, label in zip(panels, labels):
+    for axes, label in zip(panels, ("loss (nats per token)", "bits per byte", "length", "tokens/s", "learning rate")):
         axes.set_ylabel(label, fontsize=8.5)
         axes.tick_params(labelsize=8, color="#999999")
         axes.grid(axis="y", color="#eeeeee", lw=0.8)
@@ -131,9 +128,6 @@ def _tokens(train: list[dict], steps):
     """Return the tokens trained on up to a step, or up to each of several; between logged steps it interpolates."""
     known = [(0, 0), *((row["step"], row["tokens"]) for row in train)]
     return np.interp(steps, *zip(*known))
-
-
-# ----------------------------------------------------------------------------------------------------------- the tables
 
 
 def _glance(rows: list[dict], events: list[dict]) -> dict:
@@ -186,11 +180,6 @@ def _counts(events: list[dict]) -> list[dict]:
     return [{"event": kind, "count": count, "last at step": last[kind]} for kind, count in kinds.most_common()]
 
 
-def _trouble(events: list[dict]) -> list[dict]:
-    latest = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
-    return sorted(latest, key=lambda event: event["time"])
-
-
 def _flat(event: dict) -> dict:
     facts = [f"{key} {_fact(key, value)}" for key, value in event.items() if key not in ("event", "step", "time")]
     time = datetime.datetime.fromtimestamp(event["time"], datetime.UTC)
@@ -203,10 +192,8 @@ def _sample(event: dict) -> str:
     return f"<p>step {event['step']:,}, after {event['phase']}</p><pre><b>{prompt}</b> {text}</pre>"
 
 
-# ------------------------------------------------------------------------------------------------------- values as text
-
-
-def _table(rows: list[dict]) -> str:
+def _table(rows: Iterable[dict]) -> str:
+    rows = list(rows)
     if not rows:
         return "<p>none</p>"
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -220,20 +207,16 @@ def _table(rows: list[dict]) -> str:
 def _fact(key: str, value) -> str:
     if key.endswith("_bytes") and isinstance(value, (int, float)):
         return f"{value / 2**30:.2f} GiB"
-    if key.endswith("_sha256"):
-        return str(value)[:12]
-    text = _show(value)
+    text = str(value)[:12] if key.endswith("_sha256") else _show(value)
     return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
 
 
 def _show(value) -> str:
-    if value is None:
-        return "–"
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False) if value else "none"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def _short(n: float) -> str:

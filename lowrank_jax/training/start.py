@@ -37,7 +37,7 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
     shapes = step.abstract_state(config).params
     for p in phases:
-        optim.rates(p, shapes)
+        optim.rates(p, shapes)  # raises for a `freeze` that matches nothing
 
     def read_data() -> Tokenizer:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)

@@ -20,15 +20,12 @@ BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weig
 
 
 class TrainState(NamedTuple):
-    """The state that training carries from step to step; `step` counts the updates done.
+    """The state that training carries from step to step."""
 
-    Parameters are fp32. `average` is their moving average, or an empty tuple where the config has none.
-    """
-
-    params: dict
+    params: dict  # fp32
     opt_state: tuple
-    step: jax.Array
-    average: dict | tuple
+    step: jax.Array  # updates done
+    average: dict | tuple  # of the parameters, or an empty tuple where the config has none
     guard: Guard
 
     @property
@@ -38,8 +35,6 @@ class TrainState(NamedTuple):
 
 
 # Without a mesh, the functions below are for the first device of this process.
-
-
 def init_params(config: RunConfig, mesh: Mesh | None = None) -> dict:
     """Return random parameters, the same on every mesh."""
     layout = sharding.of_tree(mesh or sharding.one_device(), jax.eval_shape(lambda: _init(config)))
@@ -75,7 +70,7 @@ def _start(config: RunConfig, params: dict, step: int) -> TrainState:
 def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     """Make one update from a batch of arrays [batch, seq_len], unless the guard refuses it; return (state, metrics).
 
-    The loss in the metrics is the cross-entropy, without z-loss and label smoothing.
+    The loss in the metrics is the cross-entropy alone, without z-loss and label smoothing.
     """
     o, stage = config.optim, fitted.stage
     phase = getattr(config, stage.phase)
@@ -87,10 +82,8 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
     lr = schedule.learning_rate(phase, stage, state.step)
     updates, opt_state = optim.make(o).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u, rate: p + lr * rate * u if rate else p, state.params, updates, rates)
-    average = ()
-    if o.ema:
-        kept = schedule.average_decay(o.ema, stage, state.step)
-        average = optax.incremental_update(params, state.average, 1 - kept)
+    rate = 1 - schedule.average_decay(o.ema, stage, state.step)
+    average = optax.incremental_update(params, state.average, rate) if o.ema else ()
     new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
     params, opt_state, average = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
     metrics = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "ok": ok, "scale": state.guard.scale}
@@ -101,10 +94,9 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
 def _loss_and_gradient(config: RunConfig, fitted: FittedStage, rates: dict, params: dict, batch: dict, scale):
     """Return the mean cross-entropy per trained token, and the gradient of the objective.
 
-    `fitted.microbatch` rows are computed at once. Sums over the microbatches are divided by the token count of the
-    batch, so that every token weighs the same however the batch is cut. Frozen weights have a gradient of zero, which
-    is never computed. The differentiated loss is already divided by the token count and multiplied by `scale`, as fp16
-    would overflow in sums over thousands of tokens.
+    Every token of the batch weighs the same, whatever the microbatch. Frozen weights have a gradient of zero, which is
+    never computed. Each microbatch's loss is already divided by the batch's token count and multiplied by `scale`, as
+    fp16 would overflow in sums over thousands of tokens.
     """
     o, policy = config.optim, precision.policy(fitted.precision)
     c = dataclasses.replace(config.model, remat=fitted.remat, attention=fitted.attention)
@@ -153,10 +145,9 @@ def _abstract_batch(stage: Stage, mesh: Mesh) -> dict:
 
 
 def disagreement(config: RunConfig, fitted: FittedStage, params: dict, batch: dict) -> dict:
-    """Compare the stage's precision with bf16 on a batch's first microbatch.
+    """Return the relative differences of `loss` and `gradient` from bf16, on a batch's first microbatch.
 
-    Returns `loss`, the relative difference; `gradient`, the norm of the difference over the norm of bf16's gradient;
-    and `known`, True where bf16's loss and gradient are finite.
+    `known` is True where bf16's loss and gradient are finite.
     """
     micro = jax.tree.map(lambda x: sharding.microbatches(x, fitted.microbatch)[0], batch)
     rates = optim.rates(getattr(config, fitted.stage.phase), params)

@@ -72,13 +72,13 @@ class Tracker:
         self._thread = threading.Thread(target=self._send, args=(service,), name=f"track-{name}", daemon=True)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if step > self._first and not self._started:
+        if step > self._first and not self._thread.ident:
             self._thread.start()
-        if self._thread.is_alive() or not self._started:  # otherwise nobody would take the row
+        if self._thread.is_alive() or not self._thread.ident:  # otherwise nobody would take the row
             self._rows.put((step, values))
 
     def close(self) -> None:
-        if not self._started:
+        if not self._thread.ident:
             if self._rows.empty():
                 return
             self._thread.start()
@@ -86,10 +86,6 @@ class Tracker:
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
             say(f"{self._name}: not everything was sent within {PATIENCE:.0f} s; metrics.jsonl has it all")
-
-    @property
-    def _started(self) -> bool:
-        return self._thread.ident is not None
 
     def _send(self, service: contextlib.AbstractContextManager[Write]) -> None:
         try:
