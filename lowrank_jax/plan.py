@@ -3,7 +3,7 @@
     python -m lowrank_jax.plan --config=configs/custom.py [--json]
     python -m lowrank_jax.plan --config=configs/custom.py --topology=v5e:4x4
 
-With a topology, every stage's real step is compiled for it without such hardware: the compiler tells memory,
+With a topology, every stage's real step is compiled for it without such hardware: the compiler reports memory,
 collectives and kernels. Times are estimates from the chip's published peaks, which no program reaches.
 """
 

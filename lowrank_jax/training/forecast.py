@@ -17,7 +17,7 @@ from lowrank_jax.training import memory, step
 from lowrank_jax.training.memory import Fit
 from lowrank_jax.training.plan import FittedStage, Plan, Stage, make, unchanged
 
-# Facts of a stage that only a compiler can tell.
+# Facts that only a compiled stage has.
 COMPILED = """
     remat peak_bytes_per_device is_bound device_bytes fits f8_matmuls compile_seconds note param_bytes_per_device
     optimizer_bytes_per_device activation_bytes_per_device collective_bytes gathered_bytes compute_seconds

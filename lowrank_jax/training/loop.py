@@ -6,7 +6,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,12 +46,12 @@ class Run(NamedTuple):
         return self.signals.agreed > 0
 
 
-def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Callable[[str], None] = print) -> dict:
+def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     """Train every phase of `config` in `folder`, from its newest checkpoint on; return the finish event.
 
-    `show` prints the plan's table after the memory gate. Once a signal's number is in `received` (see
-    `interrupt.signals`), the state is saved and SystemExit(128 + number) raised. Raises UsageError for a config or data
-    that cannot work, and RunFailure for a run that must stop (no finite loss, a full disk, no memory).
+    Once a signal's number is in `received` (see `interrupt.signals`), the state is saved and SystemExit(128 + number)
+    raised. Raises UsageError for a config or data that cannot work, and RunFailure for a run that must stop (no finite
+    loss, a full disk, no memory).
     """
     faults.check()
     with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():
-            show(table)
+            print(table, flush=True)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))

@@ -98,7 +98,7 @@ def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
         if key in IDENTITY:
             raise UsageError(
                 f"{folder} holds a different run: its config.{key} is {was}, not {now}; "
-                "use another --workdir, or the config it was made with"
+                "use another --workdir, or the config of that run"
             )
 
 
