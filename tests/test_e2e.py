@@ -226,7 +226,7 @@ def every_kind(data, tok, tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 
 def kill_at(process: subprocess.Popen, metrics: pathlib.Path, step: int, seconds: float) -> None:
-    """Kills a run so long after it has told of a step."""
+    """Kill a run `seconds` after it has logged a step."""
     is_reached = lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
     while not is_reached() and process.poll() is None:
         time.sleep(0.01)
@@ -241,7 +241,9 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
     home, settings = every_kind
     monkeypatch.setenv("TFDS_DATA_DIR", str(home))
     code, _, err = train(data, tmp_path / "alone", **settings)
-    assert code == 0 and "how sft begins, with marks around what is trained:\n" in err and "<|im_end|>]]" in err, err
+    assert code == 0 and "first row of sft, with marks around the trained tokens:\n" in err and "<|im_end|>]]" in err, (
+        err
+    )
     seed = int(os.environ.get("LOWRANK_TEST_SEED") or random.SystemRandom().randrange(10**6))
     draw = random.Random(seed)
     early, late = draw.randint(1, 12), draw.randint(13, 24)

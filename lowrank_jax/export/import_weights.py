@@ -14,7 +14,7 @@ from lowrank_jax.export import verify, weights
 from lowrank_jax.export.folder import ORIGIN, TOKENIZER
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import checkpoint, run_folder, step
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
 
 PICKLED = (".pt", ".pth", ".bin")
@@ -49,7 +49,7 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, origin: Progress, fol
     state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
     os.makedirs(folder)
     with checkpoint.Checkpoints(folder, config.every.keep) as checkpoints:
-        checkpoints.save(state, START)
+        checkpoints.save(state, Progress())
     tok.save(run_folder.tokenizer_folder(folder))
     run_folder.write_config(folder, config)
     sha256 = checkpoint.tree_sha256(state.params)
