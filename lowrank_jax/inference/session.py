@@ -15,8 +15,11 @@ from lowrank_jax.machine import sharding
 from lowrank_jax.model import network, precision
 
 CONTEXT = 4096  # tokens per slot, unless a request needs more
-# Mean difference of log-probabilities between cached decoding and the forward pass, in nats per token. TODO
-DECODE_TOLERANCE = 0.1
+# Mean difference of log-probabilities between cached decoding and the forward pass, in nats per token. Largest of a
+# dozen samples: 1e-6 in fp32, 0.001 in fp16, 0.007 in bf16 and fp8 after the quickstart (4 layers); 0.004 in fp16
+# and 0.05 in bf16 with 8 layers of random weights. A decoder that ignored an output gate was off by 0.8 and
+# 1.5 after 90 and 60 steps of training with the gate.
+DECODE_TOLERANCE = 0.2
 PADDED = 128  # the forward pass is compiled for multiples of this length, so for few lengths
 SLOTS = 32  # most prompts that are continued at the same time
 
