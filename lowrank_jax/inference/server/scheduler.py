@@ -122,7 +122,10 @@ class Scheduler:
             self._drop_cancelled()
             self._admit()
             if self.active:
-                self._hand_out(self._engine.step())
+                for slot, piece in self._engine.step().items():
+                    # A client may send its next request as soon as it sees the end: its slot must be free by then.
+                    ticket, i = self.active.pop(slot) if piece.finish else self.active[slot]
+                    ticket.put(i, piece)
         except Exception as e:
             traceback.print_exc(file=sys.stderr)
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -145,12 +148,6 @@ class Scheduler:
                 except Exception:
                     ticket.put(i, RunFailure("the engine failed to take the request"))
                     raise
-
-    def _hand_out(self, pieces: dict[int, Piece]) -> None:
-        for slot, piece in pieces.items():
-            # A client may send its next request as soon as it sees the end: its slot must be free by then.
-            ticket, i = self.active.pop(slot) if piece.finish else self.active[slot]
-            ticket.put(i, piece)
 
     def _recover(self, failure: str) -> None:
         """End the active requests, whose state is lost, with an error; the next turn makes a new engine."""
