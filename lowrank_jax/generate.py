@@ -4,14 +4,13 @@ python -m lowrank_jax.generate --workdir=runs/quickstart --prompt="ROMEO:"
 python -m lowrank_jax.generate --workdir=runs/quickstart --chat
 """
 
-import dataclasses
 import sys
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference import conversation, quantize
-from lowrank_jax.inference.conversation import Conversation, Style
-from lowrank_jax.inference.engine import TOP
+from lowrank_jax.inference.conversation import Conversation
+from lowrank_jax.inference.engine import TOP, Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
 from lowrank_jax.inference.session import CONTEXT, Model
 from lowrank_jax.training.trained import open_run
@@ -37,8 +36,8 @@ def add_sampling_flags(parser: cli.Parser) -> None:
     parser.add_argument("--logit_bias", default="", metavar="ID:BIAS,...", help="added to the logits of token ids")
 
 
-def read_sampling(args) -> dict:
-    """Return the fields of Sampling that the flags set; raises UsageError."""
+def read_sampling(args) -> Sampling:
+    """Return the sampling settings of the flags; raises UsageError."""
     values = vars(PRESETS[args.preset] if args.preset else Sampling(top_p=0.95))
     values = values | {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
     try:
@@ -46,7 +45,7 @@ def read_sampling(args) -> dict:
         values["logit_bias"] = tuple((int(i), float(bias)) for i, bias in pairs)
     except ValueError:
         raise UsageError(f"--logit_bias={args.logit_bias} must be ID:BIAS, such as 17:-5,42:2.5") from None
-    return dataclasses.asdict(Sampling(**values))
+    return Sampling(**values)
 
 
 def arguments(argv: list[str]):
@@ -76,18 +75,20 @@ def arguments(argv: list[str]):
 
 def command(argv: list[str]) -> dict:
     args = arguments(argv)
-    style = Style(args.max_tokens, tuple(args.stop), args.logprobs, read_sampling(args), args.context)
+    sampling = read_sampling(args)
+    ask = lambda ids: Request(ids, args.max_tokens, sampling, args.logprobs)
     run = open_run(args.workdir)
     model = Model(run.config, run.tokenizer, run.params, args.weights)
     show = lambda text: print(text, end="", flush=True)
     if args.chat:
         reads = args.prompt is None or (sys.stdin.isatty() and not args.json)
-        facts = conversation.converse(Conversation(model, style, args.system, show), args.prompt, reads, show)
+        chat = Conversation(model, ask, args.stop, args.context, args.system, show)
+        facts = conversation.converse(chat, args.prompt, reads, show)
         if args.json and not facts:
             raise UsageError("--chat --json got no message on standard input")
         return facts
     show(args.prompt)
-    facts = conversation.answer(model, model.prompt(args.prompt), style, show)
+    facts = conversation.answer(model, ask(model.prompt(args.prompt)), args.stop, show)
     show("\n")
     return {"prompt": args.prompt} | facts
 

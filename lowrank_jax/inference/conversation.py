@@ -1,35 +1,26 @@
 """A timed answer to one prompt, and a conversation in the terminal."""
 
 import contextlib
+import dataclasses
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.inference.engine import Request
 from lowrank_jax.inference.session import Model
 from lowrank_jax.inference.text_stream import Writer
 from lowrank_jax.machine import console
 
 
-class Style(NamedTuple):
-    """The settings of every answer."""
-
-    max_new: int
-    stop: tuple[str, ...]
-    logprobs: int
-    sampling: dict  # fields of sampling.Sampling
-    context: int  # most tokens of a conversation
-
-
-def answer(model: Model, prompt: list[int], style: Style, show: Callable[[str], None]) -> dict:
-    """Continue one prompt, pass each new text to `show`, and return the text, its tokens and their timing."""
-    writer, text, ids, logprobs, finish = Writer(model.tokenizer, style.stop), "", [], [], "stop"
-    if model.engine(1, len(prompt) + style.max_new).fresh:  # compile first, so that the model alone is timed
-        for _ in model.stream([model.tokenizer.bos] * len(prompt), style.max_new, most=1):
+def answer(model: Model, request: Request, stop: Sequence[str], show: Callable[[str], None]) -> dict:
+    """Answer one request, pass each new text to `show`, and return the text, its tokens and their timing."""
+    writer, text, ids, logprobs, finish = Writer(model.tokenizer, stop), "", [], [], "stop"
+    if model.engine(1, len(request.ids) + request.max_new).fresh:  # compile first, so that the model alone is timed
+        for _ in model.pieces(dataclasses.replace(request, ids=[model.tokenizer.bos] * len(request.ids)), most=1):
             break
     started = first = time.monotonic()
-    with contextlib.closing(model.stream(prompt, style.max_new, style.logprobs, **style.sampling)) as pieces:
+    with contextlib.closing(model.pieces(request)) as pieces:
         for piece in pieces:
             first = first if ids else time.monotonic()
             ids, logprobs, finish = ids + piece.ids, logprobs + piece.logprobs, piece.finish or finish
@@ -47,7 +38,7 @@ def answer(model: Model, prompt: list[int], style: Style, show: Callable[[str], 
         "prefill_seconds": first - started,
         "tokens_per_s": (len(ids) - 1) / seconds if len(ids) > 1 else 0.0,
     }
-    if style.logprobs:
+    if request.logprobs:
         alternative = lambda i, logprob: {"id": i, "text": model.tokenizer.decode([i]), "logprob": logprob}
         facts["logprobs"] = [
             {"id": i, "logprob": logprob, "top": [alternative(*other) for other in top]}
@@ -57,10 +48,18 @@ def answer(model: Model, prompt: list[int], style: Style, show: Callable[[str], 
 
 
 class Conversation:
-    """A conversation whose messages are remembered; `show` gets every text for the user."""
+    """A conversation of at most `context` tokens; `ask` turns ids into a request, and `show` gets every text."""
 
-    def __init__(self, model: Model, style: Style, system: str, show: Callable[[str], None]):
-        self._model, self._style, self._show = model, style, show
+    def __init__(
+        self,
+        model: Model,
+        ask: Callable[[list[int]], Request],
+        stop: Sequence[str],
+        context: int,
+        system: str,
+        show: Callable[[str], None],
+    ):
+        self._model, self._ask, self._stop, self._context, self._show = model, ask, stop, context, show
         self._system, self._turns = _system(system), []
 
     def turn(self, line: str) -> dict | None:
@@ -77,10 +76,10 @@ class Conversation:
 
     def _reply(self, text: str) -> dict:
         """Answer a message. If the context is full, the oldest turns are forgotten, but never the system message."""
-        read = lambda: self._model.prompt(text, self._system + self._turns, is_chat=True)
-        while len(ids := read()) + self._style.max_new > self._style.context:
+        read = lambda: self._ask(self._model.prompt(text, self._system + self._turns, is_chat=True))
+        while len((request := read()).ids) + request.max_new > self._context:
             if not self._turns:
-                raise UsageError(f"a message of {len(ids)} tokens does not fit in --context={self._style.context}")
+                raise UsageError(f"a message of {len(request.ids)} tokens does not fit in --context={self._context}")
             self._turns = self._turns[2:]
             console.say("(the conversation no longer fits in the context: its oldest turn is forgotten)")
         shown = []
@@ -90,7 +89,7 @@ class Conversation:
             self._show(piece)
 
         try:
-            facts = answer(self._model, ids, self._style, show)
+            facts = answer(self._model, request, self._stop, show)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise

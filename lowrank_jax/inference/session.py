@@ -93,8 +93,12 @@ class Model:
         self, prompt: list[int], max_new: int = 200, logprobs: int = 0, most: int = 8, **sampling
     ) -> Iterator[Piece]:
         """Yield the continuation of one prompt of ids, up to `most` tokens at a time; the first comes alone."""
-        engine = self.engine(1, len(prompt) + max_new)
-        slot, finish = engine.add(Request(prompt, max_new, Sampling(**sampling), logprobs)), None
+        return self.pieces(Request(prompt, max_new, Sampling(**sampling), logprobs), most)
+
+    def pieces(self, request: Request, most: int = 8) -> Iterator[Piece]:
+        """Yield the answer to a request, as `stream` does."""
+        engine = self.engine(1, len(request.ids) + request.max_new)
+        slot, finish = engine.add(request), None
         try:
             while not finish:
                 for piece in engine.step(most).values():

@@ -19,7 +19,8 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
 from lowrank_jax.inference import conversation, quantize, session
-from lowrank_jax.inference.conversation import Conversation, Style
+from lowrank_jax.inference.conversation import Conversation
+from lowrank_jax.inference.engine import Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
 from lowrank_jax.inference.session import Model
 from lowrank_jax.inference.text_stream import Writer
@@ -142,7 +143,7 @@ def test_every_sampling_flag_is_read_and_changes_a_preset():
     def read(*flags: str) -> dict:
         parser = cli.Parser("")
         generate.add_sampling_flags(parser)
-        return generate.read_sampling(parser.parse_args(flags))
+        return vars(generate.read_sampling(parser.parse_args(flags)))
 
     values = {"temperature": 0.5, "top_k": 7, "top_p": 0.25, "min_p": 0.125, "seed": 11, "penalty_last_n": 9}
     values |= {"repetition_penalty": 1.5, "presence_penalty": -0.5, "frequency_penalty": 0.75, "no_repeat_ngram": 3}
@@ -182,9 +183,9 @@ def talk(
     """
     histories, shown = [], []
 
-    def answer(model, prompt, style, show):
+    def answer(model, request, stop, show):
         histories.append(model.read)
-        return {"text": f" yes {len(histories)}\n", "tokens": prompt}
+        return {"text": f" yes {len(histories)}\n", "tokens": request.ids}
 
     def prompt(text, history, is_chat):
         assert is_chat
@@ -195,7 +196,7 @@ def talk(
     model = types.SimpleNamespace(prompt=prompt)
     monkeypatch.setattr(conversation, "answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    chat = Conversation(model, Style(4, (), 0, {}, context), system, shown.append)
+    chat = Conversation(model, lambda ids: Request(ids, 4), (), context, system, shown.append)
     result = conversation.converse(chat, first, first is None, shown.append)
     return histories, "".join(shown), result
 
