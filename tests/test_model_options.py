@@ -35,12 +35,12 @@ PAGE = 'CONTRIBUTING.md ("How to add a model option") lists the places'
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 # Toy sizes, with ranks that the packed decoder for CPUs takes: multiples of 16. The rest are the defaults.
-TOY = {"vocab": 61, "d": 96, "layers": 2, "heads": 6, "rank": 32, "mlp": 40}
+TOY = {"vocab": 61, "d": 96, "layers": 1, "heads": 6, "rank": 32, "mlp": 40}
 # Values of each field that are neither TOY's nor the default. The first ones of all fields must fit together.
 OPTIONS = {
     "vocab": [521],  # that of the tokenizer `tok`, which exports need
     "d": [144],
-    "layers": [3],
+    "layers": [2],
     "heads": [12],
     "rank": [96, 0],
     "rank_split": [(1.0, 1.0, 1.0, 1.0)],
@@ -215,18 +215,18 @@ PROMPT, FOLLOWING = 32, 16
 @functools.partial(jit, static_argnums=(0, 1))
 def decoded(c: ModelConfig, read, w, tokens_BT) -> jax.Array:
     """Return logits [B, T, V] of a prompt of PROMPT tokens, read at once, and of FOLLOWING ones, read one by one."""
-    B, nothing = len(tokens_BT), jnp.zeros(len(tokens_BT), jnp.int32)
+    B, starts_B = len(tokens_BT), jnp.zeros(len(tokens_BT), jnp.int32)
     logits = lambda x_BTD: decoder.logits(w, x_BTD.reshape(-1, c.d)).reshape(*x_BTD.shape[:2], -1)
     cache = decoder.empty_cache(c, B, decoder.BLOCK, jnp.float32)
     window = decoder.empty_window(c, B, PROMPT, jnp.float32)
-    x_BTD, window = read(c, w, cache, window, tokens_BT[:, :PROMPT], nothing, 0)
-    cache = decoder.keep(cache, window, nothing)
+    x_BTD, window = read(c, w, cache, window, tokens_BT[:, :PROMPT], decoder.Place(starts_B))
+    cache = decoder.keep(cache, window, starts_B)
 
     def one(window, i):
-        x_B1D, window = read(c, w, cache, window, jax.lax.dynamic_slice_in_dim(tokens_BT, PROMPT + i, 1, 1), starts, i)
+        token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, PROMPT + i, 1, 1)
+        x_B1D, window = read(c, w, cache, window, token_B1, decoder.Place(starts_B + PROMPT, i))
         return window, logits(x_B1D)[:, 0]
 
-    starts = nothing + PROMPT
     _, rest = jax.lax.scan(one, decoder.empty_window(c, B, FOLLOWING, jnp.float32), jnp.arange(FOLLOWING))
     return jnp.concatenate([logits(x_BTD), rest.swapaxes(0, 1)], axis=1)
 
