@@ -1,4 +1,4 @@
-"""Numbers that users are told or set, each against a count of its own: speed, stalls, and what each beta does."""
+"""Numbers that users see or set, each checked by an independent count: speed, stalls, and the effect of each beta."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def rows(folder, name: str = "metrics.jsonl") -> list[dict]:
 
 
 class Failed:
-    """A metric of a step that finds no memory once it runs, after it was dispatched."""
+    """A metric of a step that runs out of memory on the device, after it was dispatched."""
 
     def __float__(self):
         raise RuntimeError("RESOURCE_EXHAUSTED")
@@ -151,7 +151,7 @@ SLOW, FAST = 0.9, 0.6  # so far apart that no one of them passes for the other
 
 
 def weights(seed: int) -> dict:
-    """Arrays of the kinds that the optimizer tells apart: wide and tall matrices of two layers, and an embedding."""
+    """Return arrays that the optimizer treats differently: wide and tall matrices of two layers, and an embedding."""
     draw = np.random.default_rng(seed)
     drawn = lambda *shape: draw.standard_normal(shape).astype(np.float32)
     matrices = {"up": {"kernel": drawn(2, 4, 6)}, "out": {"kernel": drawn(2, 6, 4)}}
@@ -159,7 +159,7 @@ def weights(seed: int) -> dict:
 
 
 def last_update(config, gradients: list[dict]) -> dict:
-    """What the optimizer makes of the last of some gradients, at a rate of 1."""
+    """Return the optimizer's update for the last of some gradients, at a rate of 1."""
     rule = optim.make(config.optim)
 
     def run(gradients, params):
@@ -172,12 +172,12 @@ def last_update(config, gradients: list[dict]) -> dict:
 
 
 def average(gradients: list[np.ndarray], beta: float) -> np.ndarray:
-    """The moving average, which begins at zero."""
+    """Return the moving average, which starts at zero."""
     return functools.reduce(lambda mean, g: beta * mean + (1 - beta) * g, gradients, np.zeros_like(gradients[0]))
 
 
 def momentum(gradients: list[np.ndarray], beta: float) -> np.ndarray:
-    """Nesterov's: what the average will be if the last gradient comes once more, each part corrected for its start."""
+    """Return Nesterov's momentum: the average if the last gradient came once more, each part bias-corrected."""
     n = len(gradients)
     ahead = beta * average(gradients, beta) / (1 - beta ** (n + 1))
     return ahead + (1 - beta) * gradients[-1] / (1 - beta**n)
@@ -189,7 +189,7 @@ def assert_is_adam(update, gradients: list[np.ndarray], first: np.ndarray, beta2
 
 
 def assert_is_muon(update, momentum: np.ndarray) -> None:
-    """The matrix has the momentum's singular vectors, and values of about 1 in their place."""
+    """Check that the matrix has the momentum's singular vectors, with singular values of about 1."""
     u, _, vt = np.linalg.svd(momentum, full_matrices=False)
     turned = -u.T @ update @ vt.T / (0.2 * max(momentum.shape) ** 0.5)
     singular = np.diag(turned)
@@ -200,7 +200,7 @@ def assert_is_muon(update, momentum: np.ndarray) -> None:
 @pytest.mark.parametrize("beta1, beta2", [(SLOW, FAST), (FAST, SLOW)])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_beta1_averages_the_gradients_and_beta2_their_squares(make, name, beta1, beta2):
-    """Adam of every array; with Muon, Nesterov's momentum, which is made orthogonal where it is of a matrix."""
+    """AdamW uses Adam for every array; Muon uses Nesterov's momentum, made orthogonal for matrices."""
     settings = {"name": name, "beta1": beta1, "beta2": beta2, "clip": 0.0, "weight_decay": 0.0}
     config = make.run_config(**{f"optim__{key}": value for key, value in settings.items()})
     gradients = [weights(seed) for seed in range(3)]

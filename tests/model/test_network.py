@@ -60,13 +60,13 @@ def cached(c: ModelConfig, params: dict, prompts, lengths, following, dtype=jnp.
     w = decoder.prepare(c, params, "fp32", dtype)
     cache = decoder.empty_cache(c, B, -(-(T + steps) // decoder.BLOCK) * decoder.BLOCK, dtype)
     starts_B = jnp.zeros(B, jnp.int32)
-    x_BTD, window = decoder.read(c, w, cache, decoder.empty_window(c, B, T, dtype), prompts, starts_B, 0)
+    x_BTD, window = decoder.read(c, w, cache, decoder.empty_window(c, B, T, dtype), prompts, decoder.Place(starts_B))
     cache = decoder.keep(cache, window, starts_B)
     first = decoder.logits(w, jnp.take_along_axis(x_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0])
 
     def step(window, new):
         i, tokens = new
-        x_B1D, window = decoder.read(c, w, cache, window, tokens[:, None], lengths, i)
+        x_B1D, window = decoder.read(c, w, cache, window, tokens[:, None], decoder.Place(lengths, i))
         return window, decoder.logits(w, x_B1D[:, 0])
 
     _, rest = jax.lax.scan(step, decoder.empty_window(c, B, steps, dtype), (jnp.arange(steps), following.T))

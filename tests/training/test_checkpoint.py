@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, and what is broken on disk is noticed and passed over."""
+"""Checkpoints: a saved state is restored bit for bit, and one that is damaged on disk is noticed and passed over."""
 
 import dataclasses
 import hashlib
@@ -53,7 +53,7 @@ def saved_run(tmp_path_factory, states) -> pathlib.Path:
 
 @pytest.fixture
 def run(saved_run, tmp_path) -> str:
-    """A copy of it, to be harmed."""
+    """A copy of `saved_run` that a test may damage."""
     return str(shutil.copytree(saved_run, tmp_path / "run"))
 
 
@@ -103,7 +103,7 @@ def test_the_other_optimizer_survives_with_its_named_tuples_too(make, tmp_path):
     assert bits(restored) == bits(state) and jax.tree.structure(restored) == jax.tree.structure(state)
 
 
-def test_what_is_not_finite_survives_too(tmp_path):
+def test_numbers_that_are_not_finite_survive_too(tmp_path):
     state = {"x": jnp.asarray([np.nan, np.inf, -0.0, 1e-45], jnp.float32)}
     with Checkpoints(str(tmp_path)) as saved:
         saved.save(state, progress_at(1))
@@ -251,7 +251,7 @@ NO_MEMORY["what came of it hides where the host had none"].__context__ = MemoryE
 @pytest.mark.parametrize("reason", NO_MEMORY)
 @pytest.mark.parametrize("place", ["reading", "checksum"])
 def test_a_lack_of_memory_is_no_damage(run, states, template, monkeypatch, reason, place):
-    """It is raised as it is: nothing is removed, no older step is used, and later the newest one is whole."""
+    """The error is raised unchanged, nothing is deleted, no older step is used, and a later restore succeeds."""
 
     def fail(*args, **options):
         raise NO_MEMORY[reason]
@@ -276,7 +276,7 @@ def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
 
 
 def mixed(h: np.ndarray) -> np.ndarray:
-    """The last part of MurmurHash3, in Python's whole numbers."""
+    """The last part of MurmurHash3, in Python's integers."""
 
     def one(h: int) -> int:
         h = (h ^ h >> 16) * 0x85EBCA6B % 2**32

@@ -1,4 +1,4 @@
-"""Held-out numbers are what NumPy makes of the same tokens; evaluation is compiled early, and JAX finds that."""
+"""Evaluation: its numbers agree with NumPy, and JAX reuses a program that was compiled early."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @pytest.fixture
 def compiled():
-    """The events of compilers that have run since the test began."""
+    """The compilations since the test began, as JAX's events."""
     events = []
     note = lambda name, seconds, **_: events.append(name) if name == COMPILED else None
     monitoring.register_event_duration_secs_listener(note)
@@ -35,7 +35,7 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def params(config) -> dict:
-    """A new model's, whose blocks add nothing yet."""
+    """Parameters of a new model, whose blocks add nothing yet."""
     return step.init_params(config, sharding.one_device())
 
 
@@ -49,7 +49,7 @@ def random_batch(seed: int, rows: int = 2, length: int = 24) -> dict:
 
 
 def scores(table: np.ndarray, batches: list[dict], byte_lengths: np.ndarray) -> list[tuple[float, int]]:
-    """(nats, bytes) of every target with weight, for `params` with such a table.
+    """Return (nats, bytes) of every target with weight, for `params` with this table.
 
     Where blocks add nothing, a token's logits are its normalised row of the table times the table.
     """
@@ -131,14 +131,14 @@ def test_only_the_first_tokens_of_the_stream_keep_their_weight():
     assert np.array_equal(after[:55], before[:55]) and before[55:].any() and not after[55:].any()
 
 
-def test_what_was_compiled_for_a_shape_is_what_evaluates_it(config, params, compiled):
+def test_evaluation_reuses_the_program_that_was_compiled_for_its_shape(config, params, compiled):
     def nats(rows: int, length: int) -> float:
         tokens = np.arange(rows * length).reshape(rows, length).astype(np.int32) % 48
         batch = {"tokens": tokens, "targets": tokens, "segments": np.ones_like(tokens)}
         batch["weights"] = np.ones(tokens.shape, np.float32)
         return evaluation.evaluate(config, params, [batch], np.ones(48))["loss"]
 
-    nats(2, 24)  # what else it needs is there now
+    nats(2, 24)  # everything else that it needs is compiled now
     evaluation.compile_for(config, sharding.one_device(), 4, 24)
     compiled.clear()
     assert np.isfinite(nats(4, 24))

@@ -1,4 +1,4 @@
-"""The memory gate: what the compiler says of a stage, how it is made to fit, and what running out of memory teaches."""
+"""The memory gate: a stage's need by the compiler, the rows that fit, and the cap after running out of memory."""
 
 import dataclasses
 import functools
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.slow
 CPU = sharding.one_device()
 
 
-def config_of(memory: int = 0, **changes):
+def config_of(limit_bytes: int = 0, **changes):
     sizes = {"model__d": 32, "model__layers": 2, "model__vocab": 300, "model__heads": 4, "optim__name": "adamw"}
     sizes |= {"pretrain__tokens_per_step": 4 * 64, "pretrain__block": 64, "pretrain__steps": 5}
-    return run_config(**sizes | changes, memory_gb=memory / 2**30)
+    return run_config(**sizes | changes, memory_gb=limit_bytes / 2**30)
 
 
 def stage_of(config):
@@ -34,8 +34,8 @@ def stage_of(config):
 
 
 @functools.cache
-def fit_in(memory: int = 0) -> memory.Fit:
-    config = config_of(memory)
+def fit_in(limit_bytes: int = 0) -> memory.Fit:
+    config = config_of(limit_bytes)
     return memory.fit(config, stage_of(config), CPU, memory.limit_bytes(config, CPU))
 
 
@@ -46,7 +46,7 @@ def need(rows: int, remat: bool = False) -> int:
     return memory.fit(config, stage, CPU, memory.limit_bytes(config, CPU)).peak_bytes
 
 
-def test_with_room_the_stage_stays_as_it_was_asked_for():
+def test_a_stage_that_fits_keeps_the_settings_of_the_config():
     assert fit_in().fits and (fit_in().fitted.microbatch, fit_in().fitted.remat) == (4, False)
     assert fit_in().limit_bytes == pytest.approx(0.9 * memory.devices.memory_bytes(jax.devices("cpu")[0]))
     sizes = [leaf.size * 4 for leaf in jax.tree.leaves(step.abstract_state(config_of()))]
@@ -68,7 +68,7 @@ def test_rematerialisation_comes_only_where_one_row_does_not_fit():
     assert tight.fitted.microbatch == max(fitting)
 
 
-def test_what_cannot_fit_is_refused_by_stage_need_and_limit():
+def test_a_stage_that_cannot_fit_is_refused_by_name_need_and_limit():
     hopeless = fit_in(need(1, remat=True) - 1)
     assert not hopeless.fits and hopeless.fitted.remat and hopeless.fitted.microbatch == 1
     line = memory.refusal(hopeless)
@@ -108,7 +108,7 @@ def test_shrinking_ends_with_one_rematerialised_row_and_never_changes_the_batch(
         fitted = smaller
 
 
-def test_the_ledger_remembers_the_least_for_this_kind_of_device_alone():
+def test_the_ledger_holds_the_lowest_cap_of_each_kind_of_device():
     oom = lambda tokens, remat, device="cpu": {
         "event": "oom", "device": device, "microbatch_tokens": tokens, "remat": remat
     }  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_ledger_remembers_the_least_for_this_kind_of_device_alone():
 
 
 def test_a_program_that_asks_for_more_than_there_is_has_no_memory_and_loses_what_it_was_given(monkeypatch):
-    """The runtime's own error: the program compiles, and says before it runs how much it would take."""
+    """The runtime's own error: the program compiles, and its need is known before it runs."""
     greedy = lambda x: (x + 1, jnp.cumsum(jnp.broadcast_to(x, (2**46,)))[:: 2**30])
     x = jnp.ones(())
     program = jax.jit(greedy, donate_argnums=0).lower(x).compile()
@@ -151,7 +151,7 @@ def test_all_processes_do_what_the_least_of_them_can():
     assert memory.lowest([None, Cap(9, True)]) is None
 
 
-def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
+def test_a_fit_of_other_devices_or_meshes_in_the_ledger_is_not_used():
     config, events = config_of(), []
     stages, limit = stages_of(config), memory.limit_bytes(config, CPU)
     events.append({"event": "compile"} | memory.fit_facts(fit_in()) | memory.fit_conditions(config, CPU, limit))
@@ -163,7 +163,7 @@ def test_what_the_ledger_has_of_other_devices_or_meshes_is_asked_again():
 
 @pytest.mark.parametrize("key", IDENTITY | FREE)
 def test_what_the_ledger_has_of_another_config_is_asked_again(key):
-    """Any key may change what a step needs, so the ledger's hash is over all of them."""
+    """Any key may change a step's need of memory, so the ledger's hash covers all of them."""
     config, changed = with_plan(), with_plan(**{key: (IDENTITY | FREE)[key]})
     stages = stages_of(config)
     fitted = dataclasses.replace(unchanged(stages[0]), precision="fp32", attention="chunked")
@@ -174,7 +174,7 @@ def test_what_the_ledger_has_of_another_config_is_asked_again(key):
     assert memory.fits_from_ledger(events, changed, stages, CPU, 99) == {}
 
 
-def test_a_kernel_that_a_device_refuses_is_replaced_and_told(monkeypatch):
+def test_a_kernel_that_a_device_refuses_is_replaced_and_noted(monkeypatch):
     config = config_of(pretrain__block=128, pretrain__tokens_per_step=4 * 128)
     resolve = memory.attention.resolve
     as_on_a_tpu = lambda backend, *rest: ("splash", "") if backend == "auto" else resolve(backend, *rest)
@@ -184,7 +184,7 @@ def test_a_kernel_that_a_device_refuses_is_replaced_and_told(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["reference", "chunked", "auto"])
-def test_a_bound_holds_and_is_given_far_from_the_limit_alone(kernel):
+def test_a_bound_holds_and_is_used_only_far_from_the_limit(kernel):
     config = config_of(model__attention=kernel)
     stage = stages_of(config)[0]
     longer = dataclasses.replace(stage, seq_len=8 * stage.seq_len, batch=2, microbatch=2)

@@ -1,4 +1,4 @@
-"""A run's state where it is saved, restored and used, and where its next phase begins: beside states made by hand."""
+"""A run's state when it is saved, restored, used, and enters the next phase, compared with states built by hand."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.loop import Run
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Plan, stage_at, stages_of, unchanged
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.recovery import Recovery
 
 SWITCH, END = 3, 5  # the steps at which pretraining and SFT end
@@ -28,7 +28,7 @@ AT_SWITCH = Progress(step=SWITCH, tokens=96, data_sha256="ab", cursor={})
 
 
 def random_state(config: RunConfig, at: int, seed: int = 0) -> step.TrainState:
-    """Weights, average and optimizer that differ in every number, and a guard that has seen much."""
+    """Return a state whose weights, average, optimizer and guard differ in every number."""
     rng = np.random.default_rng(seed)
     draw = lambda x: sharding.put(rng.integers(1, 100, x.shape).astype(x.dtype), x.sharding)
     state = jax.tree.map(draw, step.abstract_state(config, sharding.one_device()))
@@ -42,7 +42,7 @@ def bits(tree) -> list:
 
 @pytest.fixture(scope="module")
 def config_of(make, tok):
-    """A function: a run of 3 steps of text and 2 of chat, with an average of the weights, but for some settings."""
+    """A function: the config of a run of 3 steps of text and 2 of chat, with averaged weights and some changes."""
 
     def config(**changes) -> RunConfig:
         sizes = {"tokens_per_step": 32, "block": 16, "readers": 1}
@@ -56,7 +56,7 @@ def config_of(make, tok):
 
 @pytest.fixture(scope="module")
 def saved_run(config_of, data, tok, tmp_path_factory):
-    """(folder, state): a run saved at step 3. The table of its average is zero, so that all tokens are as likely."""
+    """(folder, state): a run saved at step 3. Its average has a zero table, so that all tokens are equally likely."""
     config = config_of(pretrain__sources=f"text:{data}/a.txt", pretrain__eval_fraction=0.5)
     folder, state = str(tmp_path_factory.mktemp("saved")), random_state(config, SWITCH)
     table = state.average["embed"]["table"]
@@ -70,7 +70,7 @@ def saved_run(config_of, data, tok, tmp_path_factory):
 
 @pytest.fixture
 def begin(config_of, tok, tmp_path):
-    """A function: (a process's part of a run in an empty folder, its meter)."""
+    """A function: (a run in an empty folder, its meter)."""
     with contextlib.ExitStack() as stack:
 
         def run_and_meter(config: RunConfig | None = None, folder: str = str(tmp_path), **parts) -> tuple[Run, Meter]:
@@ -179,7 +179,7 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(begin
 
 def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
     *_, first, last = stages_of(config_of(pretrain__tokens_per_step=64))
-    once = dataclasses.replace(START, precision="bf16").after(first, {"row": 1})
+    once = dataclasses.replace(Progress(), precision="bf16").after(first, {"row": 1})
     twice = once.after(last, {"row": 2})
     assert once.to_dict() == {
         "step": 1, "phase": "pretrain", "tokens": 64, "data_sha256": "", "cursor": {"row": 1}, "precision": "bf16"
@@ -214,7 +214,7 @@ def test_a_new_run_begins_with_its_first_weights(begin, monkeypatch):
     first = bits(params)
     monkeypatch.setattr(start, "first_params", lambda *_: params)
     state, progress = loop._restore(r)
-    assert bits(state.params) == bits(state.average) == first and state.step == 0 and progress == START
+    assert bits(state.params) == bits(state.average) == first and state.step == 0 and progress == Progress()
     assert [(e["step"], e["source"]) for e in events(r.folder, "restore")] == [(0, "start")]
 
 

@@ -1,4 +1,4 @@
-"""The report: what a reader finds on the page and in the picture, also of runs that are young, old or in trouble."""
+"""The report: the contents of its page and picture, also for runs that are young, old or in trouble."""
 
 import base64
 import json
@@ -42,7 +42,7 @@ EVENTS += [{"event": "finish", "step": 8, "tokens": 2048, "params_sha256": "ab" 
 
 @pytest.fixture
 def folder(tmp_path, make):
-    """A folder of a run of three stages, without rows or events yet."""
+    """The folder of a run of three stages, without rows or events yet."""
     changes = {"auto_grow": True, "grow_plan": "16,32", "grow_every_steps": 3, "block": 16, "steps": 6}
     changes |= {"sources": "text:x", "tokens_per_step": 256}
     changes = {f"pretrain__{key}": value for key, value in changes.items()}
@@ -79,7 +79,7 @@ def test_the_page_stands_alone_and_holds_the_picture(folder):
     assert 'name="viewport"' in page and page.count("src=") == 1
 
 
-def test_the_page_tells_the_run(folder):
+def test_the_page_summarises_the_run(folder):
     page = page_of(folder, TRAIN + EVALS, EVENTS)
     head = " ".join(re.sub("<[^>]*>", " ", page.split("<h2>")[0]).split())
     assert "state finished steps 8 tokens 2.05k last loss 0.000 median tokens/s 512" in head
@@ -127,12 +127,12 @@ def test_what_saving_cost_is_set_against_the_time_of_the_steps(folder):
     assert "2 saves held up training for 0.1 s in all, 1.82% of the 5.5 s" in section(page, "Stage switches")
 
 
-def test_saves_of_which_the_time_is_not_known_are_left_out_of_it(folder):
+def test_saves_without_a_known_time_are_left_out(folder):
     page = page_of(folder, TRAIN, [{"event": "save", "step": 8, "data_sha256": "0"}])
     assert "held up" not in page and "save 1 8" in section(page, "Events")
 
 
-def test_trouble_is_told_with_its_facts_and_a_flood_of_one_kind_hides_no_other(folder):
+def test_trouble_is_listed_with_its_facts_and_a_flood_of_one_kind_hides_no_other(folder):
     skip = {"event": "skip", "step": 1, "source": "s", "reason": "x" * 999}
     flood = [skip | {"where": f"record {n}"} for n in range(99)]
     trouble = [

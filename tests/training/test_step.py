@@ -1,4 +1,4 @@
-"""One update: accumulation, clipping, what each optimizer touches, the learning rate, precision and weights."""
+"""The train step: accumulation, clipping, optimizers, learning rate, precision, and averaged weights."""
 
 import contextlib
 import functools
@@ -48,7 +48,7 @@ def state_of(config: RunConfig, at: int = 0) -> step.TrainState:
 
 
 def ragged_batch() -> dict:
-    """Rows with two documents each and from none to all of their tokens trained."""
+    """Return rows of two documents each, with none to all of their tokens trained."""
     rng = np.random.default_rng(1)
     shape = (ROWS, LENGTH)
     weights = (rng.random(shape) < np.linspace(0, 1, ROWS)[:, None]).astype(np.float32)
@@ -84,7 +84,7 @@ def changes_of(state: step.TrainState) -> dict:
 
 @functools.cache
 def by_definition(smoothing: float = 0.0, z_loss: float = 0.0) -> tuple:
-    """(objective, its gradient): a mean over the trained tokens of `ragged_batch`, all rows and logits at once."""
+    """Return (objective, its gradient): the mean over the trained tokens of `ragged_batch`, with all rows at once."""
     return _by_definition()(params_away_from_init(), smoothing, z_loss)
 
 
@@ -203,7 +203,7 @@ def random_gradients(scale: float, seed: int) -> dict:
 
 @functools.cache
 def updater(**optimizer):
-    """Compiled: the last of the updates that a sequence of gradients makes."""
+    """Return a compiled function from a sequence of gradients to the last of its updates."""
     rule = optim.make(toy(**optimizer).optim)
 
     def run(gradients, params):
@@ -225,7 +225,7 @@ def is_block_matrix(path, x) -> bool:
 
 
 def split(tree: dict) -> tuple[list, list]:
-    """The stacked matrices of the blocks, and all the rest."""
+    """Return the stacked matrices of the blocks, and all other arrays."""
     leaves = jax.tree.leaves_with_path(tree)
     return [x for p, x in leaves if is_block_matrix(p, x)], [x for p, x in leaves if not is_block_matrix(p, x)]
 
@@ -421,7 +421,7 @@ def test_accumulation_of_8_and_2_with_every_option_makes_the_loss_and_gradient_o
 
 
 def remembering(state: step.TrainState, loss: float, log_norm: float, count: int = 100, scale: float = 1.0):
-    """The state after so many steps that all had this loss and this log of the gradient norm."""
+    """Return the state after `count` steps that all had this loss and this log of the gradient norm."""
     g = state.guard
     after = g._replace(mean=np.array([loss, log_norm]), count=count, scale=scale)
     as_it_was = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)  # or it compiles anew
@@ -436,7 +436,7 @@ JUMPS = [
 
 
 def test_a_finite_spike_of_the_loss_or_of_the_gradient_alone_is_refused(tmp_path):
-    """The same update each time; only what the steps before were like differs."""
+    """The update is the same each time; only the statistics of the steps before differ."""
     config = with_optim(**AVERAGED)
     fitted, run = compiled(config)
     first = state_of(config)
@@ -459,7 +459,7 @@ def test_a_finite_spike_of_the_loss_or_of_the_gradient_alone_is_refused(tmp_path
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_refused():
-    """The gradient alone is taken of the scaled loss, for which fp16 has no room; also before spikes are looked for."""
+    """Only the gradient, of the scaled loss, overflows fp16; this is refused even before spikes are."""
     config = toy("fp16", name="adamw")
     _, run = compiled(config)
     for count in (0, 100):
