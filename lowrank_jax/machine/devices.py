@@ -86,11 +86,11 @@ def memory_bytes(device: jax.Device) -> int:
         stats = device.memory_stats() or {}
     except jax.errors.JaxRuntimeError:  # a described device reports nothing
         stats = {}
-    known = chip(device)
-    if "bytes_limit" not in stats and known is None:
-        raise UsageError(f"the memory of a {device.device_kind!r} is unknown; set config.memory_gb")
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
+    known = chip(device)
+    if known is None:
+        raise UsageError(f"the memory of a {device.device_kind!r} is unknown; set config.memory_gb")
     return int(GPU_SHARE * known.memory) if device.platform in ("gpu", "cuda") else known.memory
 
 
