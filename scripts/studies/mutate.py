@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 SECONDS = 300  # after which a mutation's tests count as failed: it made something wait for ever
 
 
-def read_mutations(folder: pathlib.Path = ROOT / "scripts" / "mutations") -> list[dict]:
+def read_mutations(folder: pathlib.Path = ROOT / "scripts" / "studies" / "mutations") -> list[dict]:
     """Return every mutation with its `area`, in the order of files and tables."""
     areas = [(path.stem, tomllib.loads(path.read_text())) for path in sorted(folder.glob("*.toml"))]
     return [{"area": area} | mutation for area, tables in areas for mutation in tables["mutation"]]
