@@ -16,7 +16,7 @@ ROOT = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 
 def in_a_process(script: str, *arguments, **environment: str) -> dict:
     """Return the JSON that `python SCRIPT --child ARGUMENTS` prints last; raises RunFailure with its last line."""
-    command = [sys.executable, script, "--child", *map(str, arguments)]
+    command = [sys.executable, os.path.abspath(script), "--child", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["?"])[-1]
