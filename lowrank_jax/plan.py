@@ -1,10 +1,10 @@
-"""What a config will do, before anything is trained or rented: its stages, its parameters, the size of its cache.
+"""The plan of a config before anything is trained or rented: its stages, its parameters, the size of its cache.
 
     python -m lowrank_jax.plan --config=configs/custom.py [--json]
     python -m lowrank_jax.plan --config=configs/custom.py --topology=v5e:4x4
 
-With a topology, every stage's real step is compiled for it, with no such hardware here: memory, collectives and kernels
-are the compiler's. Times are an estimate from the chip's published peaks, which no program reaches.
+With a topology, every stage's real step is compiled for it without such hardware: the compiler reports memory,
+collectives and kernels. Times are estimates from the chip's published peaks, which no program reaches.
 """
 
 from lowrank_jax import cli
@@ -21,10 +21,6 @@ def command(argv: list[str]) -> dict:
     plan = forecast.for_topology(config, args.topology) if args.topology else forecast.describe(config, make(config))
     print(plan_table.text(plan), flush=True)
     return plan
-
-
-if __name__ == "__main__":
-    cli.main(command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run on one page: loss.png and report.html, made from the run's folder alone.
+"""A run on one page: loss.png and report.html, from the run's folder alone.
 
 python -m lowrank_jax.report --workdir=runs/quickstart
 """

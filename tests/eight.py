@@ -1,4 +1,4 @@
-"""Eight CPU devices in one process, for test_sharding.py: trains on meshes of 2 to 8 of them, and prints JSON lines."""
+"""Eight CPU devices in one process, for test_sharding.py: train on meshes of 2 to 8 of them, and print JSON lines."""
 
 import json
 import sys
@@ -14,24 +14,25 @@ from lowrank_jax.machine import hlo, sharding
 from lowrank_jax.model import costs
 from lowrank_jax.training import step
 from lowrank_jax.training.checkpoint import Checkpoints, _checksum
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import make, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 STEPS = 3
 COMMON = dict(model__layers=2, pretrain__steps=STEPS, pretrain__lr=1e-2, precision="fp32")
 # 2, 4 and 8 divide the first model's widths, 5 its vocabulary alone, and 2, 3, 6 and 7 the second one's widths.
-# Heads of 16 have the native attention, heads of 7 the chunked one.
+# Heads of width 16 use the native attention, heads of width 7 the chunked one.
 EVEN = COMMON | dict(model__d=64, model__heads=4, model__rank=4, model__vocab=280, optim__ema=0.9)
 EVEN |= dict(pretrain__block=16, pretrain__tokens_per_step=40 * 16, pretrain__microbatch_tokens=2 * 16)
 ODD = COMMON | dict(model__d=42, model__heads=6, model__rank=20, model__rank_split="1,1,1,1", model__vocab=257)
 ODD |= dict(pretrain__block=8, pretrain__tokens_per_step=84 * 8, pretrain__microbatch_tokens=2 * 8)
-# AdamW divides gradients of about 0 by themselves: what rounding does to a parameter is of the size of its rate.
+# AdamW divides gradients near 0 by themselves, so rounding changes a parameter by about the learning rate.
 ADAMW = EVEN | {"optim__name": "adamw", "pretrain__lr": 1e-3}
 CASES = [
     (EVEN, [(1, 2, 1), (2, 2, 1), (1, 2, 2), (1, 5, 1), (1, 1, 5), (2, 2, 2), (1, 8, 1), (2, 1, 4)]),
     (ODD, [(1, 1, 3), (2, 1, 3), (1, 3, 2), (1, 7, 1)]),
     (ADAMW, [(2, 2, 2)]),
 ]
-DRAWN = [(1, 1, 1), (1, 1, 5), (2, 2, 2), (1, 3, 2)]  # the others begin with the weights of one device
+DRAWN = [(1, 1, 1), (1, 1, 5), (2, 2, 2), (1, 3, 2)]  # the others start from the weights of one device
 
 
 def config_of(sizes: dict, mesh: tuple[int, int, int]):
@@ -39,7 +40,7 @@ def config_of(sizes: dict, mesh: tuple[int, int, int]):
 
 
 def mesh_of(config):
-    return sharding.make_mesh(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
+    return make(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor]).mesh
 
 
 def batch(i: int, stage, vocab: int) -> dict:
@@ -51,26 +52,26 @@ def batch(i: int, stage, vocab: int) -> dict:
 
 
 def train(config, first):
-    """(losses, last state, stage, program) of a training on the config's mesh."""
+    """Train on the config's mesh; return (losses, last state, stage, program)."""
     mesh = mesh_of(config)
     stage = stages_of(config, sharding.row_shards(mesh))[0]
     state, losses = step.first_state(config, first, 0, mesh), []
-    compiled = step.lower(config, stage, mesh).compile()
+    compiled = step.lower(config, unchanged(stage), mesh).compile()
     for i in range(STEPS):
         rows = batch(i, stage, config.model.vocab).items()
         state, metrics = compiled(state, {k: sharding.put(x, sharding.of_rows(mesh, stage.batch)) for k, x in rows})
         losses.append(float(metrics["loss"]))
-    for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(step.abstract_state(config, mesh))):
-        assert x.sharding == at.sharding  # no layout has drifted
+    for x, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(step.abstract_state(config, mesh))):
+        assert x.sharding == abstract.sharding  # no layout has drifted
     return np.array(losses), state, stage, compiled
 
 
-def apart(a, b) -> float:
+def distance(a, b) -> float:
     both = zip(jax.tree.leaves(a), jax.tree.leaves(b))
     return float(max(np.abs(sharding.fetch(x) - sharding.fetch(y)).max() for x, y in both))
 
 
-def tell(**facts) -> None:
+def report(**facts) -> None:
     print(json.dumps(facts), flush=True)
 
 
@@ -82,17 +83,20 @@ def train_everywhere() -> dict:
         ends.setdefault((1, 1, 1), alone)
         for mesh in meshes:
             start, losses, state, stage, compiled = train_case(sizes, mesh, begun)
-            off = {"params": apart(state.params, alone.params), "average": apart(state.weights, alone.weights)}
-            off |= {"loss": float(np.abs(losses / expected - 1).max()), "start": apart(start, begun)}
-            tell(mesh=mesh, learnt=apart(alone.params, begun), **off)
+            off = {
+                "params": distance(state.params, alone.params),
+                "average": distance(state.weights, alone.weights),
+            }
+            off |= {"loss": float(np.abs(losses / expected - 1).max()), "start": distance(start, begun)}
+            report(mesh=mesh, learnt=distance(alone.params, begun), **off)
             if mesh == (1, 8, 1):
                 ends[mesh] = state
-                tell_what_is_gathered(config_of(sizes, mesh), stage, compiled)
+                report_gathered(config_of(sizes, mesh), stage, compiled)
     return ends
 
 
 def train_case(sizes: dict, mesh: tuple[int, int, int], begun=None) -> tuple:
-    """The first weights on the host, and what `train` gives."""
+    """Return the first weights on the host, and the results of `train`."""
     config = config_of(sizes, mesh)
     if mesh in DRAWN:
         first = step.init_params(config, mesh_of(config))
@@ -101,29 +105,29 @@ def train_case(sizes: dict, mesh: tuple[int, int, int], begun=None) -> tuple:
     return jax.tree.map(sharding.fetch, first), *train(config, first)
 
 
-def tell_what_is_gathered(config, stage, program) -> None:
-    """By the program of the low-rank model, and by its dense twin's."""
+def report_gathered(config, stage, program) -> None:
+    """Report the bytes that the low-rank model's program gathers, and those of its dense twin's."""
     twin = config_of(EVEN | {"model__rank": 0}, (1, 8, 1))
-    dense = step.lower(twin, stage, mesh_of(twin)).compile()
+    dense = step.lower(twin, unchanged(stage), mesh_of(twin)).compile()
     for c, compiled in ((config, program), (twin, dense)):
         text = compiled.as_text()
         facts = {"gathered": hlo.collective_bytes(text)["all-gather"], "is_native": "lowrank_attend" in text}
-        tell(**facts, microbatches=stage.batch // stage.microbatch, weights=costs.parameters(c.model))
+        report(**facts, microbatches=stage.batch // stage.microbatch, weights=costs.parameters(c.model))
 
 
 def restore_elsewhere(folder: str, ends: dict) -> None:
-    progress = {"step": STEPS, "phase": "pretrain"}
+    progress = Progress(STEPS)
     for mesh, counts in (((1, 8, 1), (4, 1, 7)), ((1, 1, 1), (8,))):
         state, origin = ends[mesh], f"{folder}-{mesh[1]}"
         with Checkpoints(origin) as saved:
-            saved.save(STEPS, state, progress)
+            saved.save(state, progress)
         for devices in counts:
             elsewhere = config_of(EVEN | {"pretrain__tokens_per_step": devices * 16}, (1, devices, 1))
             with Checkpoints(origin, read_only=True) as saved:
                 restored, _ = saved.restore(step.abstract_state(elsewhere, mesh_of(elsewhere)))
             assert len(jax.tree.leaves(restored.params)[0].sharding.device_set) == devices
-            same = _checksum(restored, progress) == _checksum(state, progress)
-            tell(restored=f"{mesh[1]} on {devices}", apart=apart(restored, state), same=same)
+            same = _checksum(restored, progress.to_dict()) == _checksum(state, progress.to_dict())
+            report(restored=f"{mesh[1]} on {devices}", apart=distance(restored, state), same=same)
 
 
 def cut_rows() -> None:
@@ -133,11 +137,11 @@ def cut_rows() -> None:
         placed = sharding.put(x, sharding.of_rows(mesh, 16))
         cut = jax.jit(lambda x: sharding.microbatches(x, 8))
         moved = hlo.collective_bytes(cut.lower(placed).compile().as_text())
-        tell(whole=sorted(np.asarray(cut(placed)).ravel().tolist()) == x.ravel().tolist(), moved=moved)
+        report(whole=sorted(np.asarray(cut(placed)).ravel().tolist()) == x.ravel().tolist(), moved=moved)
 
 
 def sum_the_heads_parts() -> None:
-    """With at most 6 or 24 tokens of a device at once. A width of 5 is not cut over fsdp; 6 rows are over data."""
+    """Give a device at most 6 or 24 tokens at once. Fsdp does not divide a width of 5; data divides 6 rows."""
     for sizes, rows, width in (((2, 2, 2), 8, 6), ((2, 4, 1), 64, 5), ((2, 2, 2), 6, 6), ((1, 8, 1), 64, 8)):
         mesh = jax.make_mesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
         table, *of_tokens = arrays = test_loss.draw(rows, 12, width, 10)
@@ -146,7 +150,7 @@ def sum_the_heads_parts() -> None:
             placed = [sharding.put(x, sharding.of_rows(mesh, rows)) for x in of_tokens]
             placed = [sharding.put(table, sharding.whole(mesh)), *placed]
             results = jax.jit(test_loss.by_parts, static_argnums=(4, 5))(*placed, 0.2, 0.03)
-        tell(head=sizes, parts=sorted(set(parts)), errors=test_loss.errors(arrays, results, 0.2, 0.03))
+        report(head=sizes, parts=sorted(set(parts)), errors=test_loss.errors(arrays, results, 0.2, 0.03))
 
 
 if __name__ == "__main__":

@@ -210,8 +210,9 @@ def every_kind(data, tok, tmp_path_factory) -> tuple[pathlib.Path, dict]:
     (home / "d.txt").write_bytes(b"plain text here. " * 300 + b"caf\xe9 " + b"and more of it. " * 300)
     (home / "e.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts[:9]))
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), home / "f.parquet", row_group_size=9)
-    script = [sys.executable, ROOT / "scripts" / "tokenize.py", f"--tokenizer={home}/tokenizer", "--shards=2"]
-    subprocess.run([*script, f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"], check=True, capture_output=True)
+    tokenize = [sys.executable, "-m", "lowrank_jax.data", "tokenize", f"--tokenizer={home}/tokenizer", "--shards=2"]
+    tokenize += [f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"]
+    subprocess.run(tokenize, check=True, capture_output=True, cwd=ROOT)
     subprocess.run([sys.executable, "-c", test_tables.BUILDER, home], check=True, capture_output=True)
     specs = [
         f"{spec}{home}/{name}" for spec, name in (("json:", "c.jsonl.gz"), ("text:", "d.txt@3"), ("hf:", "e.csv@4"))
@@ -225,7 +226,7 @@ def every_kind(data, tok, tmp_path_factory) -> tuple[pathlib.Path, dict]:
 
 
 def kill_at(process: subprocess.Popen, metrics: pathlib.Path, step: int, seconds: float) -> None:
-    """Kills a run so long after it has told of a step."""
+    """Kill a run `seconds` after it has logged a step."""
     is_reached = lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
     while not is_reached() and process.poll() is None:
         time.sleep(0.01)
@@ -240,13 +241,15 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
     home, settings = every_kind
     monkeypatch.setenv("TFDS_DATA_DIR", str(home))
     code, _, err = train(data, tmp_path / "alone", **settings)
-    assert code == 0 and "how sft begins, with marks around what is trained:\n" in err and "<|im_end|>]]" in err, err
+    assert code == 0 and "first row of sft, with marks around the trained tokens:\n" in err and "<|im_end|>]]" in err, (
+        err
+    )
     seed = int(os.environ.get("LOWRANK_TEST_SEED") or random.SystemRandom().randrange(10**6))
     draw = random.Random(seed)
     early, late = draw.randint(1, 12), draw.randint(13, 24)
     moment, after = draw.randint(early, late), draw.random() / 2
-    told = f"killed before step {early}, in a save, {after:.3f} s after step {moment} or before {late}"
-    print(f"LOWRANK_TEST_SEED={seed}: {told}")
+    kills = f"killed before step {early}, in a save, {after:.3f} s after step {moment} or before {late}"
+    print(f"LOWRANK_TEST_SEED={seed}: {kills}")
     flaky = ",".join(f"io@read={n}" for n in range(200, 4000, 400))
     for faults in (f"kill@step={early}", f"kill@save={draw.randint(1, 2)},{flaky}"):
         code, _, err = train(data, tmp_path / "killed", faults=faults, **settings)
@@ -275,17 +278,18 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
 def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data, tok, tmp_path, monkeypatch, capfd):
     """And until then it is saved every 10 minutes, by a clock on which a step takes one."""
     from lowrank_jax import cli, main
-    from lowrank_jax.data import files, reader, stream
+    from lowrank_jax.data import blocks, reader, stream
     from lowrank_jax.training import loop as training
+    from lowrank_jax.training.progress import Progress
 
     monkeypatch.chdir(ROOT)
-    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (files, "LEFT", 0)):
+    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (blocks, "OPEN_READS", 0)):
         monkeypatch.setattr(module, name, value)  # so that the mistake lies beyond what is read ahead
-    clock, after = itertools.count(60, 60), training._after
+    clock, after = itertools.count(60, 60), Progress.after
     now = types.SimpleNamespace(monotonic=lambda: now.seconds, seconds=0)
     tick = lambda *step: setattr(now, "seconds", next(clock)) or after(*step)
     monkeypatch.setattr(training, "time", now)
-    monkeypatch.setattr(training, "_after", tick)
+    monkeypatch.setattr(Progress, "after", tick)
     good = (data / "notes.jsonl").read_text()
     (tmp_path / "late.jsonl").write_text(good * 2 + "{broken\n" + good * 2)
     tok.save(tmp_path / "tokenizer")  # to learn one would be to read everything

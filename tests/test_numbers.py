@@ -1,4 +1,4 @@
-"""Numbers that users are told or set, each against a count of its own: speed, stalls, and what each beta does."""
+"""Numbers that users see or set, each checked by an independent count: speed, stalls, and the effect of each beta."""
 
 import functools
 import json
@@ -10,7 +10,8 @@ import pytest
 from lowrank_jax.training import metrics as meter
 from lowrank_jax.training import optim
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import Stage, stages_of
+from lowrank_jax.training.plan import FittedStage, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 # --------------------------------------------------------------------------------------------------------- the meter
 
@@ -40,7 +41,7 @@ def start(make, tmp_path, clock):
         growth = {"pretrain__block": 16, "pretrain__grow_plan": "16,32", "pretrain__grow_every_steps": 4}
         size = {"pretrain__steps": 9, "pretrain__tokens_per_step": 256, "pretrain__auto_grow": True, "sft__steps": 0}
         config = make.run_config(**size, **growth, track="", **{f"every__{key}": n for key, n in every.items()})
-        return meter.Meter(config, str(tmp_path), 9, done), stages_of(config)
+        return meter.Meter(config, str(tmp_path), 9, done), [unchanged(stage) for stage in stages_of(config)]
 
     return start
 
@@ -49,12 +50,12 @@ def metrics(**changes) -> dict:
     return {"loss": 2.0, "lr": 0.5, "grad_norm": 1.0, "ok": 1.0, "scale": 1.0, "refused": 0, "in_a_row": 0} | changes
 
 
-def at(step: int) -> dict:
-    return {"step": step, "tokens": 256 * step}
+def at(step: int) -> Progress:
+    return Progress(step=step, tokens=256 * step)
 
 
-def fit_of(stage: Stage, seconds: float) -> Fit:
-    return Fit(stage, need=1, limit=1, seconds=seconds, program=None)
+def fit_of(fitted: FittedStage, seconds: float) -> Fit:
+    return Fit(fitted, peak_bytes=1, limit_bytes=1, seconds=seconds, program=None)
 
 
 def rows(folder, name: str = "metrics.jsonl") -> list[dict]:
@@ -62,7 +63,7 @@ def rows(folder, name: str = "metrics.jsonl") -> list[dict]:
 
 
 class Failed:
-    """A metric of a step that finds no memory once it runs, after it was dispatched."""
+    """A metric of a step that runs out of memory on the device, after it was dispatched."""
 
     def __float__(self):
         raise RuntimeError("RESOURCE_EXHAUSTED")
@@ -150,7 +151,7 @@ SLOW, FAST = 0.9, 0.6  # so far apart that no one of them passes for the other
 
 
 def weights(seed: int) -> dict:
-    """Arrays of the kinds that the optimizer tells apart: wide and tall matrices of two layers, and an embedding."""
+    """Return arrays that the optimizer treats differently: wide and tall matrices of two layers, and an embedding."""
     draw = np.random.default_rng(seed)
     drawn = lambda *shape: draw.standard_normal(shape).astype(np.float32)
     matrices = {"up": {"kernel": drawn(2, 4, 6)}, "out": {"kernel": drawn(2, 6, 4)}}
@@ -158,7 +159,7 @@ def weights(seed: int) -> dict:
 
 
 def last_update(config, gradients: list[dict]) -> dict:
-    """What the optimizer makes of the last of some gradients, at a rate of 1."""
+    """Return the optimizer's update for the last of some gradients, at a rate of 1."""
     rule = optim.make(config.optim)
 
     def run(gradients, params):
@@ -171,12 +172,12 @@ def last_update(config, gradients: list[dict]) -> dict:
 
 
 def average(gradients: list[np.ndarray], beta: float) -> np.ndarray:
-    """The moving average, which begins at zero."""
+    """Return the moving average, which starts at zero."""
     return functools.reduce(lambda mean, g: beta * mean + (1 - beta) * g, gradients, np.zeros_like(gradients[0]))
 
 
 def momentum(gradients: list[np.ndarray], beta: float) -> np.ndarray:
-    """Nesterov's: what the average will be if the last gradient comes once more, each part corrected for its start."""
+    """Return Nesterov's momentum: the average if the last gradient came once more, each part bias-corrected."""
     n = len(gradients)
     ahead = beta * average(gradients, beta) / (1 - beta ** (n + 1))
     return ahead + (1 - beta) * gradients[-1] / (1 - beta**n)
@@ -188,7 +189,7 @@ def assert_is_adam(update, gradients: list[np.ndarray], first: np.ndarray, beta2
 
 
 def assert_is_muon(update, momentum: np.ndarray) -> None:
-    """The matrix has the momentum's singular vectors, and values of about 1 in their place."""
+    """Check that the matrix has the momentum's singular vectors, with singular values of about 1."""
     u, _, vt = np.linalg.svd(momentum, full_matrices=False)
     turned = -u.T @ update @ vt.T / (0.2 * max(momentum.shape) ** 0.5)
     singular = np.diag(turned)
@@ -199,7 +200,7 @@ def assert_is_muon(update, momentum: np.ndarray) -> None:
 @pytest.mark.parametrize("beta1, beta2", [(SLOW, FAST), (FAST, SLOW)])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_beta1_averages_the_gradients_and_beta2_their_squares(make, name, beta1, beta2):
-    """Adam of every array; with Muon, Nesterov's momentum, which is made orthogonal where it is of a matrix."""
+    """AdamW uses Adam for every array; Muon uses Nesterov's momentum, made orthogonal for matrices."""
     settings = {"name": name, "beta1": beta1, "beta2": beta2, "clip": 0.0, "weight_decay": 0.0}
     config = make.run_config(**{f"optim__{key}": value for key, value in settings.items()})
     gradients = [weights(seed) for seed in range(3)]

@@ -15,7 +15,6 @@ def say(line: str, everyone: bool = False) -> None:
 
     In a multi-process run only the first process writes, or with `everyone` each process, with its name in front.
     """
-    if not (everyone or processes.is_first()):
-        return
-    with contextlib.suppress(OSError):  # nobody reads stderr any more: no reason to stop
-        tqdm.write(processes.name() + line if everyone else line, file=sys.stderr)
+    if everyone or processes.is_first():
+        with contextlib.suppress(OSError):  # nobody reads stderr any more: no reason to stop
+            tqdm.write(processes.name() + line if everyone else line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Faults on request, so that recovery can be tested on the real program: LOWRANK_FAULTS="kill@step=12,nan@step=30".
+"""Faults on request, which test recovery in the real program: LOWRANK_FAULTS="kill@step=12,nan@step=30".
 
 | fault | effect |
 |---|---|
@@ -7,12 +7,12 @@
 | term@step=N | SIGTERM before the N-th update |
 | term@save=N | SIGTERM while this process writes its N-th checkpoint |
 | term@eval=N | SIGTERM before the N-th batch that this process evaluates |
-| nan@step=N | the N-th update sees NaN losses |
-| oom@step=N | before the N-th update a program asks for a petabyte, once, and takes the state with it |
-| fp8@step=N | the look at bf16 before the N-th update finds fp8 to be off |
-| io@read=N | reading the N-th record that this process reads fails with an I/O error, once |
+| nan@step=N | the losses of the N-th update are NaN |
+| oom@step=N | before the N-th update a program asks for a petabyte, once, and destroys the state |
+| fp8@step=N | the comparison with bf16 before the N-th update reports that fp8 is wrong |
+| io@read=N | the N-th record that this process reads fails with an I/O error, once |
 
-With :I behind it (kill@step=12:1) a fault is for process I alone, of many.
+A fault that ends in :I (kill@step=12:1) strikes process I alone.
 """
 
 import itertools
@@ -27,22 +27,22 @@ VARIABLE = "LOWRANK_FAULTS"
 _KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("oom", "step"), ("fp8", "step")}
 _KNOWN |= {("term", "save"), ("term", "eval"), ("io", "read")}
 
-_reads, _evaluated = itertools.count(1), itertools.count(1)
+_reads, _evaluations = itertools.count(1), itertools.count(1)
 _struck: set[tuple[str, str, int]] = set()
 
 
 def check() -> None:
-    """Raises UsageError where the variable names an unknown fault."""
+    """Raise UsageError where the variable names an unknown fault."""
     _parse()
 
 
 def due(fault: str, place: str, count: int) -> bool:
-    """Whether `fault@place=count` was asked for."""
+    """Return whether the variable names `fault@place=count` for this process."""
     return (fault, place, count) in _parse()
 
 
 def strike(place: str, count: int) -> None:
-    """Sends this process the signal that was asked for here, if any."""
+    """Send this process the signal that is due at this place, if any."""
     if due("kill", place, count):
         os.kill(os.getpid(), signal.SIGKILL)
     if due("term", place, count):
@@ -51,18 +51,18 @@ def strike(place: str, count: int) -> None:
 
 def strike_evaluation() -> None:
     """`strike` before a batch is evaluated."""
-    strike("eval", next(_evaluated))
+    strike("eval", next(_evaluations))
 
 
 def run_out_of_memory(step: int, state) -> None:
-    """Gives `state` to a program that needs more memory than there is, if that was asked for at this step.
+    """Donate `state` to a program that needs a petabyte, if that fault is due at this step.
 
-    So the error is the device's own, and the arrays are lost as those that a step is given.
+    So the error is the device's own, and the state's arrays are lost as they would be in a real step.
     """
     fault = ("oom", "step", step)
     if due(*fault) and fault not in _struck:
         _struck.add(fault)
-        import jax  # here, as processes that tokenise import this file and no JAX
+        import jax  # not at the top: processes that tokenise import this file and must not wait for JAX
         import jax.numpy as jnp
 
         greedy = lambda state: (jax.tree.map(jnp.copy, state), jnp.zeros(2**50, jnp.uint8))
@@ -70,7 +70,7 @@ def run_out_of_memory(step: int, state) -> None:
 
 
 def strike_read() -> None:
-    """Raises OSError at the record that was asked for here, if any."""
+    """Raise OSError at the record whose read is due to fail, if any."""
     if os.environ.get(VARIABLE) and due("io", "read", next(_reads)):
         raise OSError("an I/O error, as LOWRANK_FAULTS asked for")
 

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 
-LOOK_SECONDS = 0.1  # between two looks at whether a signal has come
+POLL_SECONDS = 0.1  # between two checks for a signal
 
 
 class Interrupted(Exception):
-    """A signal came while something took long: whoever worked gives up, and the loop saves and leaves."""
+    """A signal arrived during long work: the work is abandoned, and the loop saves and ends."""
 
 
-def wait(future: Future, stop: Callable[[], bool], look: float = LOOK_SECONDS):
-    """The future's result; raises Interrupted where `stop()` says so at one of the looks every so many seconds."""
-    while not futures.wait([future], look).done:
+def wait(future: Future, stop: Callable[[], bool], poll_seconds: float = POLL_SECONDS):
+    """Return the future's result; raises Interrupted once `stop()` is true, checked every `poll_seconds`."""
+    while not futures.wait([future], poll_seconds).done:
         if stop():
             raise Interrupted
     return future.result()
@@ -24,10 +24,10 @@ def wait(future: Future, stop: Callable[[], bool], look: float = LOOK_SECONDS):
 
 @contextlib.contextmanager
 def signals():
-    """Collects the numbers of SIGTERM and SIGINT; a second SIGINT ends the process at once.
+    """Collect the numbers of SIGTERM and SIGINT in a list; a second SIGINT ends the process at once.
 
-    Entered first of all: the KeyboardInterrupt that Python raises by itself is lost when it strikes in a callback of
-    the garbage collector, of which JAX has one.
+    Enter it before anything else: Python's own KeyboardInterrupt is lost when it strikes inside a callback of the
+    garbage collector, and JAX has such a callback.
     """
     received: list[int] = []
 
@@ -39,7 +39,7 @@ def signals():
         is_new = number not in received
         received.append(number)
         if is_new:
-            with contextlib.suppress(OSError):  # nobody reads any more
+            with contextlib.suppress(OSError):  # nobody reads stderr any more
                 os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

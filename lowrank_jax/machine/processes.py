@@ -1,8 +1,7 @@
-"""The processes that train one run: which one this is, and how they find each other.
+"""The processes that train one run: the number of this one, and how they join.
 
-One process a host (or a GPU), each with the same command; JAX makes one machine of all their devices. Only the first
-process writes a run's text files and speaks. This file imports JAX only to join several processes, so that a process
-that reads data never does.
+Every host (or GPU) runs one process with the same command, and JAX joins their devices. Only the first process writes
+the run's text files and prints. JAX is imported only to join processes, so a process that reads data never pays for it.
 """
 
 import os
@@ -13,27 +12,27 @@ _index, _count = 0, 1
 
 
 def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster: bool = False) -> None:
-    """Joins the other processes: by the address of the first one, or as the cluster's environment says.
+    """Join the other processes, at the address of the first one or by the environment of the cluster.
 
-    Without any of these it joins where SLURM, Open MPI or GKE have started several. Raises UsageError in one line.
+    Without arguments, processes join where SLURM, Open MPI or GKE started several. Raises UsageError in one line.
     """
     global _index, _count
-    given = coordinator or processes or process >= 0
-    if given and not (coordinator and processes >= 1 and 0 <= process < processes):
+    is_explicit = bool(coordinator or processes or process >= 0)
+    if is_explicit and not (coordinator and processes >= 1 and 0 <= process < processes):
         raise UsageError(
             f"--coordinator=HOST:PORT, --processes=N and --process=I (from 0 to N-1) go together, not {coordinator!r}, "
             f"{processes} and {process}"
         )
-    if not given and not cluster and not _is_one_of_many():
+    if not is_explicit and not cluster and not _is_one_of_many():
         return
     import jax
 
-    # Its preemption service would take SIGTERM for itself; interrupt.py does that, and `Signals` tells the others.
+    # JAX's preemption service would take SIGTERM. interrupt.py handles it, and `Signals` informs the other processes.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator or None, processes or None, process if given else None)
+        jax.distributed.initialize(coordinator or None, processes or None, process if is_explicit else None)
     except (RuntimeError, ValueError) as e:
-        raise UsageError(f"the processes did not find each other: {' '.join(str(e).split())[:200]}") from None
+        raise UsageError(f"the processes cannot join: {' '.join(str(e).split())[:200]}") from None
     _index, _count = jax.process_index(), jax.process_count()
 
 
@@ -56,5 +55,5 @@ def is_first() -> bool:
 
 
 def name() -> str:
-    """Empty where there is one alone."""
+    """Return a prefix for this process's lines, empty where it is the only process."""
     return f"process {_index}: " if _count > 1 else ""

@@ -1,6 +1,6 @@
-"""What a compiled program's step costs a device, and the least time that it can take by a chip's published peaks.
+"""Cost of a compiled step on one device, and the least time that it takes by the chip's published peaks.
 
-What is counted comes from the program's text (`hlo`), whose reader says how often everything runs.
+All counts come from the program's text (`hlo`), with the number of times that each part runs.
 """
 
 import math
@@ -13,14 +13,11 @@ from lowrank_jax.machine import hlo
 from lowrank_jax.machine.devices import Chip
 from lowrank_jax.machine.hlo import Collective
 
-# ----------------------------------------------------------------------------------------------------------- matmuls
-
 
 def matmul_flops(text: str) -> int:
-    """FLOPs of a device's matmuls in a step, 2 for each product that is added: dots, a TPU's convolutions, and cuBLAS.
+    """Return the FLOPs of a device's matmuls in a step, 2 per multiply-add: dots, a TPU's convolutions, and cuBLAS.
 
-    Divided work is seen in it. Not seen is what is inside a Pallas kernel or a cuDNN call, such as fused attention, and
-    all that is not a matmul. Recomputation is in it.
+    They include recomputation. They do not include Pallas kernels and cuDNN calls, such as fused attention.
     """
     module = hlo.parse(text)
     return sum(
@@ -41,33 +38,30 @@ def _flops(i: hlo.Instruction, computation: dict) -> int:
     groups = [int(n) for n in re.findall(r"(?:feature|batch)_group_count=(\d+)", i.rest)]
     products = lhs[inputs.index("b")] * rhs[kernel.index("i")] * rhs[kernel.index("o")]
     products //= math.prod(int(n) for n in re.findall(r"batch_group_count=(\d+)", i.rest)) if groups else 1
-    for at in (c for c in inputs if c.isdigit()):
-        # A TPU makes batch dimensions of a dot into a window over zeros, which are no work.
-        sizes = {key: window[key].split("x")[int(at)] for key in window}
+    for dim in (c for c in inputs if c.isdigit()):
+        # A TPU turns batch dimensions of a dot into a window over zeros, which cost no work.
+        sizes = {key: window[key].split("x")[int(dim)] for key in window}
         low = int(sizes.get("pad", "0_0").split("_")[0])
         stride, dilate, spread = (int(sizes.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate"))
-        out = np.arange(i.arrays[0].dims[output.index(at)])[:, None] * stride
-        place = out + np.arange(rhs[kernel.index(at)]) * spread - low
-        inside = (place >= 0) & (place <= (lhs[inputs.index(at)] - 1) * dilate) & (place % dilate == 0)
+        out = np.arange(i.arrays[0].dims[output.index(dim)])[:, None] * stride
+        place = out + np.arange(rhs[kernel.index(dim)]) * spread - low
+        inside = (place >= 0) & (place <= (lhs[inputs.index(dim)] - 1) * dilate) & (place % dilate == 0)
         products *= int(inside.sum())
     return 2 * products
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
 _FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all opt-barrier partition-id"
-_FREE = {*_FREE.split(), "replica-id", "async-start", "async-update", "async-done"}  # the last three: what they call
+_FREE = {*_FREE.split(), "replica-id", "async-start", "async-update", "async-done"}  # async: counted in their callees
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}
 _SAME = {"bitcast", "convert", "copy", "reshape", "transpose"}  # each element of the result is one of the operand
 
 
 def traffic_bytes(text: str) -> float:
-    """Bytes that a device reads from and writes to HBM in a step: operands and results of all that runs on its own.
+    """Return the bytes that a device reads from and writes to HBM in a step: operands and results of instructions.
 
-    A fusion is one; of an operand that is only sliced, and of a result that is updated in place, the slice counts (as
-    in XLA's own HloCostAnalysis). Arrays in a TPU's VMEM do not. A GPU's cache is not modelled, and a Pallas kernel or
-    a cuDNN call is taken to read its operands and write its results once.
+    A fusion counts as one instruction. Of an operand that is only sliced, and of a result that is updated in place, the
+    slice counts (as in XLA's HloCostAnalysis). Arrays in a TPU's VMEM do not count. A GPU's cache is not modelled. A
+    Pallas kernel or cuDNN call reads its operands and writes its results once.
     """
     module = hlo.parse(text)
     return sum(
@@ -84,8 +78,7 @@ def _moved(i: hlo.Instruction, computation: dict, module: hlo.Module) -> float:
     hbm = lambda arrays: sum(array.bytes for array in arrays if not array.on_chip)
     reads = {name: computation[name].arrays for name in i.operands}
     if i.opcode == "fusion":
-        inner = module.computations[i.called("calls")[0]]
-        return _fusion(i, computation, inner, module)
+        return _fusion(i, computation, module.computations[i.called("calls")[0]], module)
     if i.opcode.endswith("-done"):
         return hbm(i.arrays)
     if i.opcode in _SLICES:
@@ -104,10 +97,10 @@ def _fusion(i: hlo.Instruction, computation: dict, inner: dict, module: hlo.Modu
     if hlo.has(inner, "AsyncCollectiveDone"):
         return 0
     moved, parameters = 0.0, {p.args: p.name for p in inner.values() if p.opcode == "parameter"}
-    for at, name in enumerate(i.operands):
+    for position, name in enumerate(i.operands):
         source = computation[name].arrays
         if source and not source[0].on_chip and source[0].size:
-            moved += _read(module, inner, parameters[str(at)]) * source[0].bytes / source[0].size
+            moved += _read(module, inner, parameters[str(position)]) * source[0].bytes / source[0].size
     root = next(r for r in inner.values() if r.root)
     outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if hlo.has(inner, "AsyncCollectiveStart"):  # its first result is its operand
@@ -120,20 +113,21 @@ def _fusion(i: hlo.Instruction, computation: dict, inner: dict, module: hlo.Modu
 
 
 def _read(module: hlo.Module, inner: dict, name: str, in_place: bool = False) -> int:
-    """How many elements of a fusion's operand, or of what is made of it, the fusion needs."""
+    """Return how many elements the fusion needs of an operand, or of an instruction's result."""
     i = inner[name]
     total = i.arrays[0].size if i.root and not in_place else 0
     for user in inner.values():
-        for at in (at for at, operand in enumerate(user.operands) if operand == name):
-            if user.opcode in _SLICES and at == 0:
+        for position in (position for position, operand in enumerate(user.operands) if operand == name):
+            if user.opcode in _SLICES and position == 0:
                 total += user.arrays[0].size
-            elif user.opcode == "dynamic-update-slice" and at == 0:
+            elif user.opcode == "dynamic-update-slice" and position == 0:
                 total += _read(module, inner, user.name, True)
             elif user.opcode in _SAME:
                 total += _read(module, inner, user.name, in_place)
             elif user.opcode == "fusion":
                 nested = module.computations[user.called("calls")[0]]
-                needs = _read(module, nested, next(p.name for p in nested.values() if p.args == str(at)), in_place)
+                parameter = next(p.name for p in nested.values() if p.args == str(position))
+                needs = _read(module, nested, parameter, in_place)
                 same = len(user.arrays) == 1 and user.arrays[0].size == i.arrays[0].size
                 total += min(needs, _read(module, inner, user.name, in_place)) if same else needs
             elif not hlo.continues(user, inner) and not (
@@ -144,17 +138,14 @@ def _read(module: hlo.Module, inner: dict, name: str, in_place: bool = False) ->
 
 
 def _written(module: hlo.Module, inner: dict, output: hlo.Instruction) -> int:
-    """How many elements of a fusion's result are new."""
-    made = output
-    while made.opcode in _SAME:
-        made = inner[made.operands[0]]
-    if made.opcode == "fusion" and len(made.arrays) == 1:
-        nested = module.computations[made.called("calls")[0]]
+    """Return how many elements of a fusion's result are new."""
+    source = output
+    while source.opcode in _SAME:
+        source = inner[source.operands[0]]
+    if source.opcode == "fusion" and len(source.arrays) == 1:
+        nested = module.computations[source.called("calls")[0]]
         return _written(module, nested, next(r for r in nested.values() if r.root))
-    return (inner[made.operands[1]] if made.opcode == "dynamic-update-slice" else output).arrays[0].size
-
-
-# -------------------------------------------------------------------------------------------------------------- time
+    return (inner[source.operands[1]] if source.opcode == "dynamic-update-slice" else output).arrays[0].size
 
 
 def estimate(
@@ -165,12 +156,12 @@ def estimate(
     per_host: int | None = None,
     model_flops: float | None = None,
 ) -> dict:
-    """{compute_seconds, memory_seconds, network_seconds, step_seconds, mfu_bound, bound} of a step, from peaks alone.
+    """Return {compute_seconds, memory_seconds, network_seconds, step_seconds, mfu_bound, bound} of a step.
 
-    `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device; what is None is left
-    out. The step is the longest of the three, as if they overlapped perfectly, which no program does: it takes longer,
-    and uses less than `mfu_bound` = `model_flops` (else `flops`) / (step x peak). `bound` is what it waits for:
-    compute, memory or network. `per_host` devices in a row are on one host. All values are None for an unknown chip.
+    `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device; None leaves a part
+    out. The step takes as long as its slowest part, as if the three overlapped perfectly; a real step is slower, and
+    its MFU below `mfu_bound` = `model_flops` (else `flops`) / (step x peak). `bound` names the slowest part: compute,
+    memory or network. Devices on one host stand together in the mesh, `per_host` of them. An unknown chip gives None.
     """
     if chip is None:
         keys = ("compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu_bound", "bound")
@@ -183,26 +174,23 @@ def estimate(
     bound = max(seconds, key=lambda name: seconds[name] or 0.0)
     step = seconds[bound]
     mfu = (flops if model_flops is None else model_flops) / (step * chip.peak_flops) if step else None
-    return {f"{name}_seconds": s for name, s in seconds.items()} | {
-        "step_seconds": step,
-        "mfu_bound": mfu,
-        "bound": bound,
-    }
+    parts = {f"{name}_seconds": part for name, part in seconds.items()}
+    return parts | {"step_seconds": step, "mfu_bound": mfu, "bound": bound}
 
 
 def network_seconds(chip: Chip, c: Collective, per_host: int | None = None) -> float:
-    """Seconds of all runs of a collective at the links' peak, in a ring of its n devices; latency is left out.
+    """Return the seconds of all runs of a collective at the links' peak, in a ring of n devices, without latency.
 
     Of B bytes each device sends B (n - 1) / n for an all-gather, a reduce-scatter or an all-to-all, twice that for an
-    all-reduce, and B for a permutation. On a TPU a group is taken to have all of a chip's links; one along a single
-    axis of the torus has a half or a third of them. On GPUs, a group over several hosts is as fast as the network of
-    those of its GPUs that share a host, as each has a part of it.
+    all-reduce, and B for a permutation. A TPU's group has all of a chip's links, though a group along one axis of the
+    torus has only half or a third. A GPUs' group over several hosts is as fast as the network shares of those of its
+    members that are on the same host.
     """
     n = c.group_size
     sent = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(c.kind, (n - 1) / n)
     bandwidth = chip.link_bandwidth
     if chip.host_bandwidth and per_host:
         hosts = [[device // per_host for device in group] for group in c.groups]
-        together = [min(map(group.count, group)) for group in hosts if len(set(group)) > 1]
-        bandwidth = min([bandwidth, *(count * chip.host_bandwidth for count in together)])
+        members = [min(map(group.count, group)) for group in hosts if len(set(group)) > 1]
+        bandwidth = min([bandwidth, *(count * chip.host_bandwidth for count in members)])
     return c.times * c.bytes * sent / bandwidth

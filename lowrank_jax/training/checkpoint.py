@@ -1,8 +1,8 @@
-"""Checkpoints: model, optimizer, data cursor and bookkeeping in one atomic Orbax step, written in the background.
+"""Checkpoints: model, optimizer, data cursor and progress in one atomic Orbax step, written in the background.
 
-Orbax notices a missing or truncated file but not a flipped byte (measured: it restores wrong values without a word),
-so every checkpoint carries a checksum of its contents, and a restore that does not match falls back to the one before.
-What is saved knows nothing of the mesh: it is restored onto whatever `template` asks for.
+Orbax notices a missing or truncated file but not a flipped byte (measured: it silently restores wrong values). So every
+checkpoint has a checksum of its contents, and a restore that does not match falls back to the checkpoint before.
+Nothing in a checkpoint depends on the mesh: it is restored onto the layout of `template`.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from lowrank_jax.machine.console import say
 from lowrank_jax.training import run_folder
 from lowrank_jax.training.progress import Progress
 
-# Orbax narrates every opened folder, and repeats through asyncio each failed part of a write; we report it in one line.
+# Orbax logs every folder that it opens, and through asyncio each failed part of a write; we report those in one line.
 absl.logging.set_verbosity(absl.logging.FATAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def tree_sha256(tree) -> str:
-    """SHA-256 over the bytes of all arrays, in the order of their paths."""
+    """Return the SHA-256 of the bytes of all arrays, in the order of their paths."""
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
@@ -38,7 +38,7 @@ def tree_sha256(tree) -> str:
 
 
 def _checksum(state, progress: dict) -> str:
-    """Of all values: the same however the arrays are cut, and found where they are instead of on one host."""
+    """Return a checksum of all values; it is computed on the devices, and the same for every layout of the arrays."""
     sums = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(_sums(state))}
     named = {name: sharding.fetch(x).tolist() for name, x in sorted(sums.items())}
     return hashlib.sha256(json.dumps([named, progress], sort_keys=True).encode()).hexdigest()
@@ -46,10 +46,10 @@ def _checksum(state, progress: dict) -> str:
 
 @jax.jit
 def _sums(state):
-    """Two sums of 32 bits over each array's values, each value mixed with its place.
+    """Return two 32-bit sums over each array's values, each value hashed together with its position.
 
-    Sums of whole numbers do not depend on their order. The mixing is the last part of MurmurHash3 (Appleby, 2011), so
-    that any change of one value changes them, and any other is missed once in 2^64 times.
+    Integer sums do not depend on their order. The hash is the last part of MurmurHash3 (Appleby, 2011): a change of one
+    value always changes the sums, and any other change is missed once in 2^64 times.
     """
 
     def mix(h):
@@ -60,7 +60,7 @@ def _sums(state):
     def sums(x):
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
         place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):  # not `reshape`, which would move what is cut
+        for axis in reversed(range(x.ndim)):  # `reshape` would move the parts of a sharded array
             place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
             stride *= x.shape[axis]
         first = mix(bits ^ mix(place + 1))
@@ -70,10 +70,9 @@ def _sums(state):
 
 
 def _lacks_memory(e: BaseException | None) -> bool:
-    """True also of an error that came from a lack of memory: orbax wraps what fails while it reads an array."""
-    if e is None:
-        return False
-    return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e) or _lacks_memory(e.__cause__ or e.__context__)
+    """Return True where an error, or one that Orbax wrapped in it, is a lack of memory."""
+    lacks = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
+    return lacks or (e is not None and _lacks_memory(e.__cause__ or e.__context__))
 
 
 class Checkpoints:
@@ -89,44 +88,40 @@ class Checkpoints:
         return self
 
     def __exit__(self, failure, *_) -> None:
-        if not self._manager:
-            return
         try:
             with self._writing():
-                self._manager.close()
+                if self._manager:
+                    self._manager.close()
         except RunFailure:
-            if failure is None:  # else the first failure is the one to tell
+            if failure is None:  # otherwise the first failure is reported
                 raise
 
     def wait(self) -> None:
-        """Until everything saved is on disk; a write that failed is raised here."""
+        """Wait until everything saved is on disk; raises RunFailure for a write that failed."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
-        """Steps that can be restored, newest first."""
+        """Return the steps that have a checkpoint, newest first."""
         return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
     def save(self, state, progress: Progress) -> bool:
-        """Start writing a checkpoint of `progress.step`; return False where that step has one already.
-
-        An earlier write that failed is raised here.
-        """
-        step, meta = progress.step, progress.to_dict()
-        if step in self.steps():
+        """Start writing a checkpoint; return False where the step has one. Raises RunFailure for a failed write."""
+        if progress.step in self.steps():
             return False
-        meta["checksum"] = _checksum(state, progress.to_dict())
+        meta = progress.to_dict()
+        meta["checksum"] = _checksum(state, meta)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
             self._manager.check_for_errors()
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(progress.step, args=items, force=True)
         self._saves += 1
         faults.strike("save", self._saves)
         return True
 
     @contextlib.contextmanager
     def _writing(self):
-        """Makes one line of whatever orbax raises where a write fails (a full disk, say)."""
+        """Turn whatever Orbax raises for a failed write, such as a full disk, into one line."""
         try:
             yield
         except Exception as e:
@@ -134,22 +129,17 @@ class Checkpoints:
             raise RunFailure(f"a checkpoint could not be written to {self.folder}: {reason}") from None
 
     def restore(self, template, delete_broken: bool = False) -> tuple[object, Progress] | None:
-        """The newest checkpoint that is whole, as (state like `template`, progress), or None where there is none.
+        """Return (state like `template`, progress) of the newest whole checkpoint; None where there is no checkpoint.
 
-        Broken ones are passed over and, with `delete_broken`, noted in the ledger and removed, so that training may
-        write their steps again. Where none is whole nothing is removed: the cause may lie outside of them.
+        With `delete_broken`, damaged ones are logged and deleted, so that training may write their steps again. Where
+        all are damaged nothing is deleted, as the cause may be elsewhere, and UsageError is raised.
         """
         broken = []
         for step in self.steps():
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
             try:
-                restored = self._manager.restore(step, args=items)
-                meta = dict(restored.meta)
-                if meta.pop("checksum") != _checksum(restored.state, meta):
-                    raise ValueError("its contents do not match their checksum")
-                progress = Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})
-            except Exception as e:  # what orbax raises for a truncated array has no narrower class
-                if _lacks_memory(e):  # no fault of the checkpoint's
+                restored = self._restore_step(step, template)
+            except Exception as e:  # Orbax has no narrower class for a truncated array
+                if _lacks_memory(e):  # the checkpoint is not at fault
                     raise
                 broken.append((step, " ".join(str(e).split())[:200]))
                 continue
@@ -158,7 +148,15 @@ class Checkpoints:
                 if delete_broken:
                     run_folder.log_event(self.folder, "restore_failed", failed, reason=reason)
                     self._manager.delete(failed)
-            return restored.state, progress
+            return restored
         if broken:
             raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")
         return None
+
+    def _restore_step(self, step: int, template) -> tuple[object, Progress]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        meta = dict(restored.meta)
+        if meta.pop("checksum") != _checksum(restored.state, meta):
+            raise ValueError("its contents do not match their checksum")
+        return restored.state, Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})

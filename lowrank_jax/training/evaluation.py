@@ -1,10 +1,4 @@
-"""Held-out loss, perplexity and bits per byte, at any sequence length.
-
-    python -m lowrank_jax.evaluate --workdir=runs/quickstart --lengths=256,512,1024
-
-Each length cuts the same stream of held-out tokens into rows and scores the same targets: a longer row means more
-context for them. `--weights=int8` tells as well what weights of that kind change, by the program that generates.
-"""
+"""Held-out loss, perplexity and bits per byte, and the change that quantized weights make to them."""
 
 import functools
 import math
@@ -25,21 +19,43 @@ from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
 from lowrank_jax.training import step
 
-ROW_TOKENS = 8192  # tokens evaluated at a time
+BATCH_TOKENS = 8192  # of an evaluation's batches
 
 
 def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note) -> list[stream.Batch]:
-    """About `eval_tokens` of the phase's held-out part in rows of `length`; empty where it does not fill one row."""
+    """Return about `eval_tokens` of the phase's held-out part in rows of `length`; empty where it fills no row."""
     return batches_of(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
 
 
-def split(batches: list[stream.Batch], rows: int, of: int = 1) -> list[stream.Batch]:
-    """The same rows, at most so many in a batch but a multiple of `of`; the last is filled with rows of no weight."""
+def batches_of(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
+    """Return batches with at least `tokens` tokens, or all that the documents have, in rows of `length`."""
+    batches, rows = [], max(1, min(tokens, BATCH_TOKENS) // length)
+    while len(batches) * rows * length < tokens:
+        if (batch := documents.next(rows, length)) is not None:
+            batches.append(batch)
+        elif batches or rows == 1:
+            break
+        else:
+            rows = rows // 2  # a small held-out part: fewer rows per batch
+    return batches
+
+
+def split(batches: list[stream.Batch], most: int, multiple: int = 1) -> list[stream.Batch]:
+    """Return the same rows in batches of at most `most`, and a multiple of `multiple`; padding rows have no weight."""
     whole = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     count = len(whole["tokens"])
-    rows = max(min(rows, count) // of, 1) * of
+    rows = max(min(most, count) // multiple, 1) * multiple
     whole = {key: np.pad(x, ((0, -count % rows), (0, 0))) for key, x in whole.items()}
-    return [{key: x[at : at + rows] for key, x in whole.items()} for at in range(0, count, rows)]
+    return [{key: x[start : start + rows] for key, x in whole.items()} for start in range(0, count, rows)]
+
+
+def ignore_after(batches: list[stream.Batch], tokens: int) -> None:
+    """Set the weight of every target after the first `tokens` of the batches to zero."""
+    done = 0
+    for batch in batches:
+        position = done + np.arange(batch["weights"].size).reshape(batch["weights"].shape)
+        batch["weights"] = batch["weights"] * (position < tokens)
+        done += batch["weights"].size
 
 
 def evaluate(
@@ -49,10 +65,10 @@ def evaluate(
     byte_lengths: np.ndarray,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict:
-    """{loss (nats a token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`.
+    """Return {loss (nats per token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`.
 
-    It is computed where the parameters are; of many processes each has the same batches. Raises Interrupted between two
-    batches once `stop()` says so.
+    It runs on the devices of the parameters; every process passes the same batches. Raises Interrupted between two
+    batches once `stop()` is True.
     """
     nats, mesh = 0.0, jax.tree.leaves(params)[0].sharding.mesh
     for batch in batches:
@@ -66,9 +82,9 @@ def evaluate(
 
 
 def compile_for(config: RunConfig, mesh: Mesh, rows: int, length: int) -> None:
-    """Compiles what `evaluate` runs for batches of such a shape, which JAX then finds."""
-    at = sharding.of_rows(mesh, rows)
-    batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=at) for name, kind in step.BATCH.items()}
+    """Compile the program of `evaluate` for batches of one shape, which JAX then takes from its cache."""
+    layout = sharding.of_rows(mesh, rows)
+    batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=layout) for name, kind in step.BATCH.items()}
     with jax.set_mesh(mesh):
         _loss_sum.lower(config, step.abstract_state(config, mesh).params, batch).compile()
 
@@ -90,22 +106,21 @@ def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array
 
 
 def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths, kind: str) -> dict:
-    """{weights, bits_per_byte, change, weight_bytes, weight_bytes_before}: with weights of a kind, beside the run's.
+    """Return {weights, bits_per_byte, change, weight_bytes, weight_bytes_before} of weights in the format `kind`.
 
-    Both are computed as generation does, in chunks against a cache, where documents packed in one row see each other.
+    `change` is the difference to the run's own weights. Both are computed as in generation, in chunks against a cache,
+    where documents packed into one row see each other.
     """
-    found = {}
-    for each in ("auto", kind):
-        w = prepare(config, params, each)
-        nats = sum(
-            float(_cached_loss_sum(config.model, w, batch["tokens"], batch["targets"], batch["weights"]))
-            for batch in batches
-        )
-        found[each] = {"bytes": quantize.bytes_of(w)} | _measures(nats, batches, byte_lengths)
-    before, after = found["auto"], found[kind]
-    change = after["bits_per_byte"] - before["bits_per_byte"]
-    sizes = {"weight_bytes": after["bytes"], "weight_bytes_before": before["bytes"]}
-    return {"weights": kind, "bits_per_byte": after["bits_per_byte"], "change": change} | sizes
+
+    def measure(kind: str) -> tuple[float, int]:
+        w, nats = prepare(config, params, kind), 0
+        for batch in batches:
+            nats += float(_cached_loss_sum(config.model, w, batch["tokens"], batch["targets"], batch["weights"]))
+        return _measures(nats, batches, byte_lengths)["bits_per_byte"], quantize.bytes_of(w)
+
+    (bits_before, bytes_before), (bits, size) = measure("auto"), measure(kind)
+    change = {"weights": kind, "bits_per_byte": bits, "change": bits - bits_before}
+    return change | {"weight_bytes": size, "weight_bytes_before": bytes_before}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,38 +130,15 @@ def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, 
     cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, decoder.dtype(w))
     in_chunks = lambda x: jnp.pad(x, ((0, 0), (0, -T % chunk))).reshape(B, -1, chunk).swapaxes(0, 1)
 
-    def score(cache, at):
-        i, tokens, targets, weights = at
+    def score(cache, numbered_chunk):
+        i, tokens, targets, weights = numbered_chunk
         starts_B = jnp.full(B, i * chunk)
-        x_BTD, window = cpu_decoder.read(
-            c, w, cache, decoder.empty_window(c, B, chunk, decoder.dtype(w)), tokens, starts_B, 0
-        )
+        window = decoder.empty_window(c, B, chunk, decoder.dtype(w))
+        x_BTD, window = cpu_decoder.read(c, w, cache, window, tokens, decoder.Place(starts_B))
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))
-        nats = loss.cross_entropy_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))
+        nats = loss.objective_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))[1]
         return decoder.keep(cache, window, starts_B), nats
 
     parts = [in_chunks(x) for x in (tokens_BT, targets_BT, weights_BT)]
     _, nats = jax.lax.scan(score, cache, (jnp.arange(len(parts[0])), *parts))
     return nats.sum()
-
-
-def batches_of(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
-    batches, rows = [], max(1, min(tokens, ROW_TOKENS) // length)
-    while len(batches) * rows * length < tokens:
-        batch = documents.next(rows, length)
-        if batch is None and not batches and rows > 1:
-            rows = rows // 2  # a small held-out part: fewer rows at a time
-            continue
-        if batch is None:
-            break
-        batches.append(batch)
-    return batches
-
-
-def ignore_after(batches: list[stream.Batch], tokens: int) -> None:
-    """Takes the weight off every target after the first `tokens` of the stream that the batches are cut from."""
-    done = 0
-    for batch in batches:
-        position = done + np.arange(batch["weights"].size).reshape(batch["weights"].shape)
-        batch["weights"] = batch["weights"] * (position < tokens)
-        done += batch["weights"].size

@@ -1,21 +1,21 @@
-"""A comparison of fp8 with bf16 on the run's own weights and data, every so many steps: training falls back in time."""
+"""A regular comparison of fp8 with bf16 on the run's own weights and data; training falls back to bf16 in time."""
 
 from lowrank_jax.machine import faults
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import run_folder
-from lowrank_jax.training.programs import Program
+from lowrank_jax.training.memory import Fit
 
 # Largest relative differences of a microbatch's loss and gradient from bf16's. In 500 healthy steps of the quickstart's
-# model they were at most 0.0006 and 0.094; weight gradients of zero were off by 0.47 and more.
+# model they were at most 0.0006 and 0.094; weight gradients wrongly set to zero were off by 0.47 and more.
 LOSS_LIMIT, GRADIENT_LIMIT = 0.01, 0.25
 
 
-def is_off(program: Program, params: dict, batch: dict, folder: str, step: int) -> bool:
-    """Return True where fp8 differs too much from bf16 on this batch; log the result either way.
+def is_off(running: Fit, params: dict, batch: dict, folder: str, step: int) -> bool:
+    """Return True where fp8 differs too much from bf16 on this batch, and log the result.
 
     A batch whose bf16 loss or gradient is not finite decides nothing.
     """
-    differences = {name: float(x) for name, x in program.check(params, batch).items()}
+    differences = {name: float(x) for name, x in running.check(params, batch).items()}
     if not differences.pop("known"):
         return False
     if faults.due("fp8", "step", step + 1):

@@ -1,8 +1,7 @@
-"""Which updates are refused: those of a loss or gradient that is not finite, or far above what it has been lately.
+"""Refuse updates whose loss or gradient is not finite, or far above its recent values.
 
-Pure functions over a handful of numbers that travel in the train state, so that a resumed run refuses the same updates
-as one that was not interrupted. fp16's loss scale is here too, as it moves with the same verdict (looked at: flax's
-DynamicScale, which scales but cannot refuse a spike).
+Pure functions over a few numbers in the train state, so a resumed run refuses the same updates as an uninterrupted one.
+fp16's loss scale depends on the same verdict and is updated with it. (flax's DynamicScale cannot refuse a spike.)
 """
 
 import math
@@ -12,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 MEMORY = 0.98  # of the running mean and variance: about 50 steps
-WARMUP = 50  # steps before a spike can be told from noise
-# Least deviation of the loss in nats and of the log of the gradient norm, as a mixture's batches differ more than fifty
-# of them show: with 8 deviations a gradient must be at least 7 times its usual size. (0.02, 0.1) refused one good SFT
-# batch of the quickstart.
+WARMUP = 50  # steps before a spike can be distinguished from noise
+# Smallest deviations of the loss (nats) and of the log of the gradient norm: batches of a mixture differ more than 50
+# of them show. With 8 deviations, a refused gradient is at least 7 times the usual one. (0.02, 0.1) refused one good
+# SFT batch of the quickstart.
 FLOOR = (0.1, 0.25)
 
 # fp16: halved where a gradient overflows, doubled after so many steps without (Micikevicius et al., arXiv 1710.03740).
@@ -25,30 +24,30 @@ FIRST_SCALE, SCALE_PATIENCE = 2.0**15, 1000
 class Guard(NamedTuple):
     """Running statistics of (loss, log gradient norm) over `count` steps of the phase, and the loss scale.
 
-    Updates refused in the phase and in a row are counted, the latter without overflows that a smaller scale may cure.
+    `in_a_row` leaves out overflows that a smaller scale may cure.
     """
 
     mean: jax.Array  # [2]
     variance: jax.Array  # [2]
     count: jax.Array
-    refused: jax.Array
-    in_a_row: jax.Array
-    scale: jax.Array  # of the loss before its gradient is taken; 1 but for fp16
+    refused: jax.Array  # updates refused in the phase
+    in_a_row: jax.Array  # updates refused since the last accepted one
+    scale: jax.Array  # multiplies the loss before its gradient is taken; 1 except for fp16
     since_overflow: jax.Array
 
 
 def start(scaled: bool) -> Guard:
-    """Before the first step of a phase; `scaled` is for fp16."""
+    """Return the guard before the first step of a phase; `scaled` is for fp16."""
     zero = lambda: jnp.zeros((), jnp.int32)
     scale = jnp.asarray(FIRST_SCALE if scaled else 1.0, jnp.float32)
     return Guard(jnp.zeros(2), jnp.zeros(2), zero(), zero(), zero(), scale, zero())
 
 
 def judge(g: Guard, loss: jax.Array, grad_norm: jax.Array, sigmas: float, scaled: bool) -> tuple[jax.Array, Guard]:
-    """(whether to make the update, the guard after it).
+    """Return (True where the update is accepted, the guard after it).
 
-    A spike enters the statistics as the bound that it broke: one alone moves them little, while a level that stays
-    widens the bound by half a step and is accepted within a few.
+    Outliers are clipped to the bound before they update the running mean and deviation. A single one changes them
+    little; a new level that stays widens the bound by about half per step, and is soon accepted.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     seen = jnp.stack([loss, jnp.log(grad_norm + 1e-9)])

@@ -6,8 +6,8 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -18,30 +18,19 @@ from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import (
-    forecast,
-    fp8_check,
-    memory,
-    phase,
-    plan_table,
-    recovery,
-    run_folder,
-    start,
-    step,
-    track,
-)
+from lowrank_jax.training import forecast, fp8_check, memory, phase, plan_table, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Plan, Stage, last_stage, make, milestones, stage_at
 from lowrank_jax.training.programs import Programs
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.recovery import OutOfMemory, Recovery
 from lowrank_jax.training.step import TrainState
 from lowrank_jax.training.trained import Trained
 
 
 class Run(NamedTuple):
-    """What stays the same while a process trains."""
+    """The parts of a run that stay the same while a process trains."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -57,34 +46,38 @@ class Run(NamedTuple):
         return self.signals.agreed > 0
 
 
-def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Callable[[str], None] = print) -> dict:
+def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     """Train every phase of `config` in `folder`, from its newest checkpoint on; return the finish event.
 
-    `show` gets the plan's table once the memory gate has chosen. Once a signal's number is in `received` (see
-    `interrupt.signals`), the state is saved and SystemExit(128 + number) raised. Raises UsageError for a config or data
-    that cannot work, and RunFailure for a run that must stop (no finite loss, a full disk, no memory).
+    Once a signal's number is in `received` (see `interrupt.signals`), the state is saved and SystemExit(128 + number)
+    raised. Raises UsageError for a config or data that cannot work, and RunFailure for a run that must stop (no finite
+    loss, a full disk, no memory).
     """
     faults.check()
-    track.check(config.track)
     with contextlib.ExitStack() as stack:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
         config, old, read_data = start.prepare(config, folder)
-        plan = make(config, jax.devices())
-        reading = _in_background(read_data)
-        if old is None:  # a new run is first evaluated; a failure here happens there again, and is reported
-            _in_background(lambda: phase.compile_measure(config, plan))
+        plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
+        reading = background.submit(read_data)
+        if old is None:  # a new run starts with an evaluation, which reports a failure of this
+            background.submit(phase.compile_measure, config, plan)
+        background.shutdown(wait=False)
         signals, recover = Signals(received), Recovery()
         data_failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
         stop = lambda: signals.agreed > 0 or bool(data_failed())
-        programs, fits = _fit_into_memory(config, plan, folder, stop)
+        ledger = run_folder.read_rows(folder, "events.jsonl")
+        limit = min(agreement.gather(memory.limit_bytes(config, plan.mesh)))
+        programs = Programs(config, plan, limit, memory.cap_from_ledger(ledger, plan.mesh), stop)
         stack.enter_context(contextlib.closing(programs))
+        fits = _fit_remaining(programs, ledger, run_folder.newest_checkpoint(folder) or 0)
         if run_folder.newest_checkpoint(folder) is None:
             params = start.first_params(config, plan.mesh, reading.result)
-            recover.hold_first(step.first_state(config, params, 0, plan.mesh), START)
-        table = plan_table.text(forecast.describe(config, plan, fits))
-        tok = _agreed_tokenizer(reading)
+            recover.hold_first(step.first_state(config, params, 0, plan.mesh))
+        table, tok = plan_table.text(forecast.describe(config, plan, fits)), reading.result()
+        if len(set(agreement.gather(tok.sha256))) > 1:
+            raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():
-            show(table)
+            print(table, flush=True)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
@@ -100,39 +93,16 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = (), show: Call
         return finish
 
 
-def _in_background(work: Callable) -> Future:
-    """Run `work` in a thread of its own."""
-    pool = ThreadPoolExecutor(1, ABANDONED)
-    future = pool.submit(work)
-    pool.shutdown(wait=False)
-    return future
+def _fit_remaining(programs: Programs, ledger: list[dict], done: int) -> list[memory.Fit]:
+    """Return how every stage after `done` steps fits: from the ledger, or else by compiling.
 
-
-def _fit_into_memory(
-    config: RunConfig, plan: Plan, folder: str, stop: Callable[[], bool]
-) -> tuple[Programs, list[memory.Fit]]:
-    """Return the programs, and how every remaining stage fits: as the ledger says, or found by compiling.
-
-    Once `stop` says so it ends early with no fits; the loop then stops before its first step.
+    After a signal it returns no fits, and the loop stops before its first step.
     """
-    ledger, mesh = run_folder.read_rows(folder, "events.jsonl"), plan.mesh
-    limit = min(agreement.gather(memory.limit_bytes(config, mesh)))
-    programs = Programs(config, plan, limit, memory.cap_from_ledger(ledger, mesh), stop)
-    remaining = tuple(s for s in plan.stages if s.end >= (run_folder.newest_checkpoint(folder) or 0))
-    try:
-        return programs, programs.fit_all(remaining, memory.fits_from_ledger(ledger, config, plan.stages, mesh, limit))
-    except Interrupted:
-        return programs, []
-    except BaseException:
-        programs.close()
-        raise
-
-
-def _agreed_tokenizer(reading: Future) -> Tokenizer:
-    tok = reading.result()
-    if len(set(agreement.gather(tok.sha256))) > 1:
-        raise RunFailure("the processes have different tokenizers: do all see the same files?")
-    return tok
+    config, plan, limit = programs.config, programs.plan, programs.limit_bytes
+    known = memory.fits_from_ledger(ledger, config, plan.stages, plan.mesh, limit)
+    with contextlib.suppress(Interrupted):
+        return programs.fit_all(tuple(s for s in plan.stages if s.end >= done), known)
+    return []
 
 
 def _log_start(r: Run, old: RunConfig | None, progress: Progress, fits: list[memory.Fit]) -> None:
@@ -141,6 +111,14 @@ def _log_start(r: Run, old: RunConfig | None, progress: Progress, fits: list[mem
     run_folder.log_event(r.folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
     for fit in (fit for fit in fits if fit.seconds):
         _log_compile(r, fit)
+
+
+def _log_compile(r: Run, fit: memory.Fit) -> None:
+    facts = memory.fit_facts(fit) | {"seconds": round(fit.seconds, 3)}
+    facts |= memory.fit_conditions(r.config, r.plan.mesh, r.programs.limit_bytes)
+    run_folder.log_event(r.folder, "compile", fit.stage.start, **facts)
+    if fit.note:
+        say(f"{fit.stage.name}: chunked attention, as {fit.note}")
 
 
 def _restore(r: Run) -> tuple[TrainState, Progress]:
@@ -156,21 +134,22 @@ def _train_through_failures(r: Run, state: TrainState, progress: Progress) -> di
         del state
         gc.collect()  # the failed step's frames hold on to arrays
         state, progress = _restore(r)
-        _save_without_meter(r, state, progress)  # a kill from here on still resumes with fewer rows
+        _write_checkpoint(r, state, progress)  # a kill from now on still resumes with fewer rows
 
 
 def _train(r: Run, state: TrainState, progress: Progress) -> dict:
-    """Train to the end; return the facts of the finish event. Raises OutOfMemory where `_restore` is to follow."""
+    """Train to the end; return the facts of the finish event. After OutOfMemory, `_restore` has to follow."""
     with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step)) as meter:
         try:
             state, progress = _loop(r, meter, state, progress)
         except jax.errors.JaxRuntimeError as e:
+            reason = f"{str(e).splitlines()[0]:.200}"
             if not memory.is_out_of_memory(e):
                 if processes.count() == 1:
                     raise
-                raise RunFailure(f"a step failed, as where another process ended: {str(e).splitlines()[0]:.200}") from e
+                raise RunFailure(f"a step failed, perhaps because another process ended: {reason}") from e
             if not r.programs.running:
-                raise RunFailure(f"out of memory before the first step: {str(e).splitlines()[0]:.200}") from None
+                raise RunFailure(f"out of memory before the first step: {reason}") from None
             recovery.lower_cap(r.programs, r.plan, r.folder, meter.step, str(e))
             raise OutOfMemory from None
     r.checkpoints.wait()
@@ -180,13 +159,9 @@ def _train(r: Run, state: TrainState, progress: Progress) -> dict:
 
 
 def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
-    """Train step by step to the end of the plan.
-
-    What is due follows from the progress and the run's files alone, so it does not matter which process did what.
-    """
-    phase_name, running, last_save = None, None, time.monotonic()
+    """Train step by step to the end of the plan. Everything due follows from the progress and the run's files."""
+    phase_name, last_save, measures = None, time.monotonic(), {}
     done = {tuple(m) for m in agreement.on_first(lambda: sorted(run_folder.milestones(r.folder)))}
-    measures = {}
     with contextlib.ExitStack() as feeds:
         while True:
             if r.stopping:  # checked after everything that takes long
@@ -206,43 +181,30 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             if progress.step == r.plan.end:
                 return state, progress
             try:
-                if (wanted := _in_precision(stage, progress)) != running:
-                    _switch_program(r, wanted, state, progress, meter)
-                    running = wanted
+                _switch_program(r, stage, state, progress, meter)
                 faults.strike("step", progress.step + 1)
                 batch, cursor = batches.take(lambda: r.stopping)
                 if _must_leave_fp8(r, state, batch, progress, meter):
                     progress = dataclasses.replace(progress, precision="bf16")
-                    continue_with = _in_precision(stage, progress)
-                    _switch_program(r, continue_with, state, progress, meter)
-                    running = continue_with
+                    _switch_program(r, stage, state, progress, meter)
             except Interrupted:
                 continue
-            except (UsageError, OSError):  # unusable or unreadable data: keep what was learnt so far
+            except (UsageError, OSError):  # the data cannot be used or read: save the state
                 with contextlib.suppress(RunFailure):
-                    if processes.count() == 1:  # other processes know nothing of it, and would not join in
+                    if processes.count() == 1:  # other processes do not know of the failure, and would not join in
                         _save(r, meter, state, progress)
                 raise
             progress = progress.after(stage, cursor)
             faults.run_out_of_memory(progress.step, state)
-            state, metrics = r.programs.running.step(state, batch)
+            state, metrics = r.programs.running.program(state, batch)  # `step.train_step`, compiled
             meter.add(r.programs.running.fitted, progress, metrics)
             if r.recovery.holds_state:  # that was the program's first step
-                meter.end_switch(r.programs.running.fit)
+                meter.end_switch(r.programs.running)
                 r.recovery.release()
                 r.programs.first_step_done()
             if _is_time_to_save(r, stage, progress, last_save, metrics):
                 progress = _save(r, meter, state, progress)
                 last_save = time.monotonic()
-
-
-def _is_time_to_save(r: Run, stage: Stage, progress: Progress, last_save: float, metrics: dict) -> bool:
-    """Return True every so many steps or minutes and at the end of a phase; all processes decide alike."""
-    every = r.config.every
-    is_late = bool(every.save_minutes) and (time.monotonic() - last_save) / 60 >= every.save_minutes
-    is_late = r.signals.exchange(is_late, metrics["loss"])
-    ends_phase = progress.step == stage.phase_start + stage.phase_steps
-    return is_late or ends_phase or progress.step % every.save == 0
 
 
 def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter):
@@ -253,22 +215,12 @@ def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, me
             jax.tree.map(lambda x: x.delete(), old)  # callers still refer to it
         run_folder.log_event(r.folder, "phase", progress.step, phase=stage.phase)
         if r.config.init_from and progress.step == 0:
-            _save(r, meter, state, progress)  # from here on the run does not need the other one
+            _save(r, meter, state, progress)  # from now on the run does not need `init_from`
     return state, phase.feed(r.config, r.plan, stage, r.tokenizer, r.folder, progress, lambda: meter.step)
 
 
-def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter) -> None:
-    """Make the stage's program the running one, and hold a copy of the state until its first step is done."""
-    meter.begin_switch()
-    following = next((s for s in r.plan.stages if s.start == stage.end), None)
-    if r.programs.switch_to(stage, following and _in_precision(following, progress)):
-        _log_compile(r, r.programs.running.fit)
-    r.recovery.hold(state, progress)
-    meter.restart_clock()
-
-
 def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, meter: Meter, measures: dict) -> None:
-    """Evaluate, or end a phase. An evaluation that a signal breaks off is made after the resume."""
+    """Evaluate, or end a phase. An evaluation that a signal interrupts is repeated after the resume."""
     kind, name, at_step = milestone
     meter.flush()
     stage = next(s for s in reversed(r.plan.stages) if s.phase == name and s.start <= at_step)
@@ -284,33 +236,53 @@ def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, m
     meter.restart_clock()
 
 
-def _in_precision(stage: Stage, progress: Progress) -> Stage:
-    """Return the stage in the precision that the run has fallen back to, if it has."""
-    return dataclasses.replace(stage, precision=progress.precision or stage.precision)
+def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter) -> None:
+    """Make the stage's program the running one, and hold a copy of the state until its first step is done.
+
+    The program is that of the precision that the run has fallen back to, if it has.
+    """
+    in_precision = lambda stage: dataclasses.replace(stage, precision=progress.precision or stage.precision)
+    stage, running = in_precision(stage), r.programs.running
+    if running and running.stage == stage:
+        return
+    meter.begin_switch()
+    following = next((in_precision(s) for s in r.plan.stages if s.start == stage.end), None)
+    if r.programs.switch_to(stage, following):
+        _log_compile(r, r.programs.running)
+    r.recovery.hold(state, progress)
+    meter.restart_clock()
 
 
 def _must_leave_fp8(r: Run, state: TrainState, batch: dict, progress: Progress, meter: Meter) -> bool:
-    program = r.programs.running
-    if not program.check or progress.step % r.config.every.fp8_check:
+    running = r.programs.running
+    if not running.check or progress.step % r.config.every.fp8_check:
         return False
-    is_off = fp8_check.is_off(program, state.params, batch, r.folder, progress.step)
+    is_off = fp8_check.is_off(running, state.params, batch, r.folder, progress.step)
     meter.restart_clock()
     return is_off
+
+
+def _is_time_to_save(r: Run, stage: Stage, progress: Progress, last_save: float, metrics: dict) -> bool:
+    """Return True every so many steps or minutes and at the end of a phase; all processes decide alike."""
+    every = r.config.every
+    is_late = bool(every.save_minutes) and (time.monotonic() - last_save) / 60 >= every.save_minutes
+    is_late = r.signals.exchange(is_late, metrics["loss"])
+    ends_phase = progress.step == stage.phase_start + stage.phase_steps
+    return is_late or ends_phase or progress.step % every.save == 0
 
 
 def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progress:
     """Start writing a checkpoint; return the progress that it holds, of all processes."""
     meter.flush()  # every loss up to this step is known
-    progress = _save_without_meter(r, state, progress)
+    progress = _write_checkpoint(r, state, progress)
     meter.restart_clock()
     return progress
 
 
-def _save_without_meter(r: Run, state: TrainState, progress: Progress) -> Progress:
+def _write_checkpoint(r: Run, state: TrainState, progress: Progress) -> Progress:
     started, progress = time.monotonic(), phase.whole(progress)
     if r.checkpoints.save(state, progress):
-        blocked = round(time.monotonic() - started, 3)
-        facts = {"data_sha256": progress.data_sha256, "blocked_seconds": blocked}
+        facts = {"data_sha256": progress.data_sha256, "blocked_seconds": round(time.monotonic() - started, 3)}
         run_folder.log_event(r.folder, "save", progress.step, **facts)
     return progress
 
@@ -322,11 +294,3 @@ def _leave(r: Run, at_step: int) -> None:
     run_folder.log_event(r.folder, "preempt", at_step, signal=number)
     say(f"{signal.Signals(number).name}: saved at step {at_step}; run the same command again to go on")
     sys.exit(128 + number)
-
-
-def _log_compile(r: Run, fit: memory.Fit) -> None:
-    facts = memory.fit_facts(fit) | {"seconds": round(fit.seconds, 3)}
-    facts |= memory.fit_conditions(r.config, r.plan.mesh, r.programs.limit_bytes)
-    run_folder.log_event(r.folder, "compile", fit.stage.start, **facts)
-    if fit.note:
-        say(f"{fit.stage.name}: chunked attention, as {fit.note}")

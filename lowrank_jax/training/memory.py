@@ -1,4 +1,4 @@
-"""The memory gate: how many rows of a stage go through the device at once, found by compiling before training.
+"""The memory gate: the number of rows that a stage computes at once, chosen by compiling before training.
 
 The global batch never changes: fewer rows at once mean more microbatches, whose gradients are summed.
 """
@@ -19,13 +19,13 @@ from lowrank_jax.model import attention, precision
 from lowrank_jax.training import step
 from lowrank_jax.training.plan import FittedStage, Stage, divisor, unchanged
 
-FAR = 0.5  # share of the limit below which a bound is certain enough to train on
-ROOM = 0.9  # share of a device's memory that a step may take: batches read ahead and evaluation need the rest
+FAR = 0.5  # share of the limit: a bound below it is certain enough to train before the stage is compiled
+ROOM = 0.9  # share of a device's memory that a step may use: batches read ahead and evaluation need the rest
 CHOSEN = ("microbatch", "remat", "precision", "attention")  # the settings of a FittedStage
 
 
 class Cap(NamedTuple):
-    """Bounds after running out of memory: most tokens at once on a device (0: no bound), and rematerialisation."""
+    """Bounds after running out of memory: tokens at once on a device (0: no bound), and rematerialisation."""
 
     microbatch_tokens: int = 0
     remat: bool = False
@@ -35,7 +35,7 @@ NO_CAP = Cap()
 
 
 class Fit(NamedTuple):
-    """A stage as it can run, compiled for `limit_bytes` a device.
+    """A stage as it fits into `limit_bytes` per device, with its compiled step: `program(state, batch)`.
 
     `peak_bytes` is the compiler's sum of arguments, results and temporaries. It exceeds the limit where not even one
     row fits, and is None where the compiler itself ran out of memory. `note` says why the platform's own attention
@@ -49,6 +49,7 @@ class Fit(NamedTuple):
     program: jax.stages.Compiled | None
     note: str = ""
     is_bound: bool = False
+    check: jax.stages.Compiled | None = None  # for fp8: `check(params, batch)`, see `step.disagreement`
 
     @property
     def stage(self) -> Stage:
@@ -60,7 +61,7 @@ class Fit(NamedTuple):
 
 
 def limit_bytes(config: RunConfig, mesh: Mesh) -> int:
-    """Return how much of each device's memory a step may take. CPU devices of one process share the machine's."""
+    """Return how much of each device's memory a step may use; CPU devices of one process share the machine's."""
     device = sharding.a_device(mesh)
     sharers = sum(d.process_index == device.process_index for d in mesh.devices.flat) if device.platform == "cpu" else 1
     return int(config.memory_gb * 2**30) or int(ROOM * devices.memory_bytes(device)) // sharers
@@ -69,10 +70,9 @@ def limit_bytes(config: RunConfig, mesh: Mesh) -> int:
 def fit(
     config: RunConfig, fitted: FittedStage, mesh: Mesh, limit: int, cap: Cap = NO_CAP, options: dict | None = None
 ) -> Fit:
-    """Compile a stage with the most rows at once that fit, up to its microbatch; rematerialise if not one row fits.
+    """Compile a stage with as many rows at once as fit, up to its microbatch; rematerialise if not one row fits.
 
-    Where `model.attention` is `auto` and the platform's kernel refuses the stage, attention is `chunked`. `options` are
-    the compiler's.
+    Where `model.attention` is `auto` and the platform's kernel refuses the stage, attention is `chunked`.
     """
     shards = sharding.row_shards(mesh)
     fitted, note = _resolve(config, fitted, cap, mesh)
@@ -100,9 +100,9 @@ def fit(
 
 
 def _peak_and_rows(program: jax.stages.Compiled | None, fitted: FittedStage, limit: int) -> tuple[int | None, int]:
-    """Return the program's peak bytes, and a number of rows that is not too few for the limit.
+    """Return the program's peak bytes, and an upper bound of the rows that fit into the limit.
 
-    Memory grows at most in proportion to the rows, as part of it does not grow with them.
+    Memory grows at most in proportion to the rows, as a part of it does not depend on them.
     """
     if program is None:
         return None, max(fitted.microbatch // 2, 1)
@@ -116,7 +116,6 @@ def by_bound(known: Fit, config: RunConfig, stage: Stage, mesh: Mesh, cap: Cap =
     """Return how a stage fits if another stage's fit makes that certain; None where it has to be compiled.
 
     Activation memory is at most proportional to microbatch tokens x sequence length, as a square of scores would be.
-    Where even that stays below half of the limit, nobody needs to wait for a compiler.
     """
     fitted, note = _resolve(config, unchanged(stage), cap, mesh)
     alike = all(getattr(fitted, key) == getattr(known.fitted, key) for key in ("remat", "precision", "attention"))
@@ -178,30 +177,23 @@ def refusal(fit: Fit) -> str:
     """Return one line for a stage that does not fit."""
     need = f"{fit.peak_bytes / 2**30:.2f} GiB" if fit.peak_bytes else "more than the compiler could place"
     return (
-        f"stage {fit.stage.name} needs {need} a device for one row of {fit.stage.seq_len} tokens, rematerialised, "
-        f"and {fit.limit_bytes / 2**30:.2f} GiB may be used; make the model or the length smaller, use more devices, "
-        "or raise config.memory_gb"
+        f"stage {fit.stage.name} needs {need} per device for one row of {fit.stage.seq_len} tokens, rematerialised, "
+        f"and may use {fit.limit_bytes / 2**30:.2f} GiB; make the model or the length smaller, use more devices, or "
+        "raise config.memory_gb"
     )
-
-
-# ------------------------------------------------------------------------------------------------------- in the ledger
 
 
 def cap_from_ledger(events: list[dict], mesh: Mesh) -> Cap:
     """Return the cap that a run's ledger holds for this kind of device."""
     kind = sharding.a_device(mesh).device_kind
     ooms = [e for e in events if e["event"] == "oom" and e["device"] == kind and "remat" in e]
-    bounds = [e["microbatch_tokens"] for e in ooms]
-    return Cap(min(bounds, default=0), any(e["remat"] for e in ooms))
+    return Cap(min((e["microbatch_tokens"] for e in ooms), default=0), any(e["remat"] for e in ooms))
 
 
 def fits_from_ledger(
     events: list[dict], config: RunConfig, stages: Iterable[Stage], mesh: Mesh, limit: int
 ) -> dict[Stage, Fit]:
-    """Return the fits that a run's ledger holds for this config and these devices, which need no compiler.
-
-    `peak_bytes` is from before any stage ran out of memory.
-    """
+    """Return the fits that a run's ledger holds for this config and these devices, restricted by its cap."""
     cap, fits, shards = cap_from_ledger(events, mesh), {}, sharding.row_shards(mesh)
     conditions = fit_conditions(config, mesh, limit)
     compiles = {e["stage"]: e for e in events if e["event"] == "compile" and conditions.items() <= e.items()}
@@ -213,16 +205,13 @@ def fits_from_ledger(
 
 
 def fit_facts(fit: Fit) -> dict:
-    """Return how a stage fits, for the ledger; with `fit_conditions` it is all that `fits_from_ledger` needs."""
+    """Return a stage's fit for the ledger; `fits_from_ledger` needs these facts and `fit_conditions`."""
     chosen = {key: getattr(fit.fitted, key) for key in CHOSEN}
     return {"stage": fit.stage.name, "peak_bytes": fit.peak_bytes, "note": fit.note} | chosen
 
 
 def fit_conditions(config: RunConfig, mesh: Mesh, limit: int) -> dict:
-    """Return what the fit of a stage depends on besides the stage: the config and the devices."""
+    """Return everything besides the stage that its fit depends on: the config and the devices."""
+    config_sha256 = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
     on = {"device": sharding.a_device(mesh).device_kind, "device_bytes": limit, "mesh": list(mesh.devices.shape)}
-    return {"config": config_sha256(config)} | on
-
-
-def config_sha256(config: RunConfig) -> str:
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+    return {"config": config_sha256} | on

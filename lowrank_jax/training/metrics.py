@@ -1,4 +1,4 @@
-"""What a run tells as it goes: rows of metrics.jsonl, a progress bar on a terminal, a line for each milestone."""
+"""Progress of a run as it trains: rows of metrics.jsonl, a progress bar on a terminal, a line for each milestone."""
 
 import math
 import os
@@ -17,12 +17,12 @@ from lowrank_jax.training.memory import Fit
 from lowrank_jax.training.plan import FittedStage, Stage
 from lowrank_jax.training.progress import Progress
 
-TRACE_AFTER = 10  # steps of a process, which then runs as it will
-MOST_IN_A_ROW = 20  # refused updates, after which a run is not going to recover by itself
+TRACE_AFTER = 10  # steps of a process: later ones take their usual time
+MOST_IN_A_ROW = 20  # refused updates: a run does not recover from more by itself
 
 
 class Meter:
-    """Reads metrics one step late, so that the device never waits for the host; writes them and shows progress."""
+    """Read metrics one step late, so that the device never waits for the host; write them and show progress."""
 
     def __init__(self, config: RunConfig, folder: str, total: int, done: int):
         self.config, self.folder = config, folder
@@ -44,11 +44,11 @@ class Meter:
             tracker.close()
 
     def restart_clock(self) -> None:
-        """Leaves whatever was not training out of tokens/s."""
+        """Leave out of tokens/s the time since the last row, which was not all training."""
         self._clock, self._tokens, self._flops = time.monotonic(), 0, 0.0
 
     def add(self, fitted: FittedStage, progress: Progress, metrics: dict) -> None:
-        """Takes the metrics of the step just dispatched, and reads those of the one before."""
+        """Take the metrics of the step just dispatched, and read those of the step before."""
         self.flush()
         self.step, self._pending = progress.step, (fitted, progress, metrics)
         self._dispatched += 1
@@ -60,16 +60,16 @@ class Meter:
             say(f"step {self.step}: traced {self.config.profile} steps into {self.folder}/profile")
 
     def flush(self) -> None:
-        """Reads the pending step's metrics, which waits for it; raises RunFailure after too many refused updates."""
+        """Wait for the pending step and read its metrics; raises RunFailure after too many refused updates."""
         if self._pending is None:
             return
         fitted, progress, metrics = self._pending
         stage = fitted.stage
-        self._pending, self.step = None, progress.step - 1  # a step that failed on the device raises only now
+        self._pending, self.step = None, progress.step - 1  # a step that failed on the device raises only in float()
         values = {name: float(x) for name, x in metrics.items()}
         self.step = progress.step
         if not values["ok"]:
-            self._refused(fitted, progress, values)
+            self._log_refused(fitted, progress, values)
         self._tokens += stage.tokens_per_step
         self._flops += costs.train_flops_per_token(self.config.model, stage.seq_len) * stage.tokens_per_step
         seconds = max(time.monotonic() - self._clock, 1e-9)
@@ -78,37 +78,37 @@ class Meter:
         self.bar.update(1)
         self.bar.set_postfix_str(f"{stage.name} loss {values['loss']:.3f} {speed:,.0f} tokens/s", refresh=False)
         if progress.step % self.config.every.log == 0 or progress.step == stage.phase_start + stage.phase_steps:
-            row = {"step": progress.step, "phase": stage.phase, "stage": stage.name, "seq_len": stage.seq_len}
-            row |= {"batch": stage.batch, "tokens": progress.tokens}
-            row |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
-            row |= {"tokens_per_s": round(speed, 1), "mfu": self._flops / seconds / self._peak if self._peak else None}
-            row |= {"skipped": int(values["refused"])}
-            row |= {"loss_scale": values["scale"]} if fitted.precision == "fp16" else {}
-            self._write(row)
+            mfu = self._flops / seconds / self._peak if self._peak else None
+            facts = {"seq_len": stage.seq_len, "batch": stage.batch, "tokens": progress.tokens}
+            facts |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
+            facts |= {"tokens_per_s": round(speed, 1), "mfu": mfu, "skipped": int(values["refused"])}
+            self._write(
+                stage, progress.step, facts | ({"loss_scale": values["scale"]} if fitted.precision == "fp16" else {})
+            )
             self.restart_clock()
 
-    def _refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
+    def _log_refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         facts = {"loss": _finite(values["loss"]), "grad_norm": _finite(values["grad_norm"])}
         facts |= {"reason": "spike" if finite else "not finite", "in_a_row": int(values["in_a_row"])}
         run_folder.log_event(self.folder, "skip", progress.step, **facts)
         say(f"step {progress.step}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
-        # Where fp8 is the cause, the next look at bf16 finds that out.
+        # If fp8 is the cause, the next comparison with bf16 notices it.
         most = MOST_IN_A_ROW + (self.config.every.fp8_check if fitted.precision == "fp8" else 0)
         if values["in_a_row"] >= most:
             raise RunFailure(
-                f"{most} updates in a row were refused, up to step {progress.step}: the loss is {values['loss']} "
-                f"and the gradient norm {values['grad_norm']}; the weights are as they were: lower the learning rate, "
-                "or raise config.optim.skip_sigma, and run again"
+                f"{most} updates in a row were refused, up to step {progress.step} (loss {values['loss']}, gradient "
+                f"norm {values['grad_norm']}), and the weights did not change; lower the learning rate, or raise "
+                "config.optim.skip_sigma, and run again"
             )
 
     def begin_switch(self) -> None:
-        """The last step of one program is done, and the next one's is still to come."""
+        """Start the clock of a switch: the last step of one program is done."""
         self.flush()
         self._switching = time.monotonic(), self._step_seconds
 
     def end_switch(self, fit: Fit) -> None:
-        """The first step is done: what it took longer than a step did before is what the switch cost."""
+        """Log the switch; its stall is the time of the new program's first step beyond that of an ordinary step."""
         self.flush()
         began, ordinary = self._switching
         seconds = time.monotonic() - began
@@ -120,21 +120,20 @@ class Meter:
         facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
         run_folder.log_event(self.folder, "stage", self.step - 1, **facts)
         say(
-            f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens a step, {fitted.microbatch} rows at a time"
+            f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens per step, {fitted.microbatch} rows at once"
         )
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
-        row = {"step": at_step, "phase": stage.phase, "stage": stage.name, "split": stage.phase}
-        row |= {"eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"], "eval_tokens": result["tokens"]}
-        self._write(row)
+        facts = {"split": stage.phase, "eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"]}
+        self._write(stage, at_step, facts | {"eval_tokens": result["tokens"]})
         say(f"step {at_step}: held-out {stage.phase} {result['bits_per_byte']:.3f} bits per byte")
 
-    def _write(self, row: dict) -> None:
+    def _write(self, stage: Stage, step: int, facts: dict) -> None:
+        row = {"step": step, "phase": stage.phase, "stage": stage.name} | facts
         run_folder.append(self.folder, "metrics.jsonl", row)
         for tracker in self.trackers:
-            tracker.log(row["step"], track.values(row))
+            tracker.log(step, track.values(row))
 
 
 def _finite(x: float) -> float | None:
-    """JSON has no NaN."""
-    return x if math.isfinite(x) else None
+    return x if math.isfinite(x) else None  # JSON has no NaN

@@ -23,14 +23,14 @@ from lowrank_jax.training.trained import Trained
 
 SAMPLE_TOKENS = 120
 SHOWN_TOKENS = 300  # of the first row of SFT
-NOTES = 5  # skips and retries that are shown on the terminal; the ledger has them all
+NOTES = 5  # skips and retries shown on the terminal; the ledger has them all
 
 
 def measure(config: RunConfig, plan: Plan, longest: FittedStage, tok: Tokenizer, folder: str) -> Callable | None:
     """Return `(params, stop) -> result` of `evaluation.evaluate` on a phase's held-out text; None where there is none.
 
-    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared. As many
-    rows go through the device at once as in `longest`, the phase's last stage.
+    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared; `longest`
+    is the phase's last stage.
     """
     stage = longest.stage
     p, note = getattr(config, stage.phase), note_to(folder, lambda: 0)
@@ -44,7 +44,7 @@ def measure(config: RunConfig, plan: Plan, longest: FittedStage, tok: Tokenizer,
 
 
 def compile_measure(config: RunConfig, plan: Plan) -> None:
-    """Compile what `measure` of the first phase runs, if everything fits as planned; JAX finds it later."""
+    """Compile the evaluation of the first phase for its planned microbatch; JAX's cache has it when it is needed."""
     last = last_stage(plan.stages, plan.stages[0].phase)
     if getattr(config, last.phase).eval_fraction:
         evaluation.compile_for(config, plan.mesh, last.microbatch, last.seq_len)
@@ -59,9 +59,9 @@ def feed(
     progress: Progress,
     step_now: Callable[[], int],
 ) -> stream.Feed:
-    """Return (batch on the devices, cursor) of every step that the stage's phase has left, prepared in the background.
+    """Return (batch on the devices, cursor) of every remaining step of the stage's phase, read in the background.
 
-    In a multi-process run each process reads what its devices need, and its cursors are those of that part: see
+    In a multi-process run each process reads only its part of the rows, and its cursors are those of that part: see
     `whole`.
     """
     name, is_chat, end = stage.phase, stage.phase == "sft", stage.phase_start + stage.phase_steps
@@ -75,14 +75,15 @@ def feed(
         if is_chat and step == stage.phase_start:
             marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
             row = packing.show(batch, tok, marks, SHOWN_TOKENS)
-            say(f"how {name} begins, with marks around what is trained:\n{row}")
+            say(f"first row of {name}, with marks around the trained tokens:\n{row}")
         if faults.due("nan", "step", step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")
         rows = stage_at(plan.stages, step).batch
         return {key: sharding.put_rows(plan.mesh, x, rows) for key, x in batch.items()}
 
     share, note = sharding.my_share(plan.mesh), note_to(folder, step_now)
-    documents = stream.open_phase(p, tok, config.seed, is_chat, cursor, share, note, progress.data_sha256)
+    start = stream.Start(cursor, progress.data_sha256)
+    documents = stream.open_phase(p, tok, config.seed, is_chat, start, share, note)
     return stream.Feed(documents, range(progress.step, end), shape_at, place)
 
 
@@ -95,7 +96,7 @@ def whole(progress: Progress) -> Progress:
 
 
 def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
-    """Return `note(event, **facts)` for the data path: it logs every skip and retry, and shows the first few."""
+    """Return `note(event, **facts)`, which logs every skip and retry of the data and shows the first few."""
     numbers = itertools.count(1)
 
     def note(event: str, **facts) -> None:
@@ -108,7 +109,7 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
 
 
 def end(trained: Trained, mesh: Mesh, stage: Stage, folder: str) -> None:
-    """End a phase: show the model's sample, and log what the phase has read."""
+    """End a phase: show a sample of the model's text, and log what the phase has read."""
     progress, prompt = trained.progress, getattr(trained.config, stage.phase).sample
     if prompt:
         model = session.Model(trained.config, trained.tokenizer, trained.params)

@@ -1,7 +1,7 @@
-"""The training plan as data: which stage, phase, sequence length and batch shape every step of a run has.
+"""The training plan as data: the stage, phase, sequence length and batch shape of every step of a run.
 
-Step k is the k-th update, counted from 0 over the whole run. The plan follows from the config and the devices alone and
-is never stored, so a resumed run cannot disagree with an uninterrupted one.
+Step k is the k-th update, counted from 0 over the whole run. The plan follows from the config and the devices and is
+never stored, so a resumed run cannot disagree with an uninterrupted one.
 """
 
 import bisect
@@ -18,20 +18,16 @@ from lowrank_jax.model import costs
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that share one batch shape, with the settings that the config asks for.
-
-    A step trains `batch` rows of `seq_len` tokens, at most `microbatch` rows at a time. `phase_start` and `phase_steps`
-    are those of the stage's whole phase.
-    """
+    """Steps that share one batch shape, with the settings that the config asks for."""
 
     name: str
     phase: str
     start: int
     steps: int
     seq_len: int
-    batch: int
-    microbatch: int
-    phase_start: int
+    batch: int  # rows of a step
+    microbatch: int  # rows at once
+    phase_start: int  # of the stage's whole phase
     phase_steps: int
     remat: bool
     precision: str
@@ -64,7 +60,7 @@ def unchanged(stage: Stage) -> FittedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run, in order and without gaps, and its mesh (None where no devices are known)."""
+    """The stages of a run, in order and without gaps, and its mesh (None where the devices are not known)."""
 
     stages: tuple[Stage, ...]
     mesh: Mesh | None = None
@@ -81,7 +77,7 @@ class Plan:
 
 
 def make(config: RunConfig, devices: Sequence[jax.Device] = ()) -> Plan:
-    """Return the plan of a run on these devices; raises UsageError where they cannot share out its batches."""
+    """Return the plan of a run on these devices; raises UsageError where they cannot divide its batches evenly."""
     if not devices:
         return Plan(stages_of(config))
     mesh = sharding.make_mesh(config, stages_of(config), devices)
@@ -91,7 +87,7 @@ def make(config: RunConfig, devices: Sequence[jax.Device] = ()) -> Plan:
 def stages_of(config: RunConfig, row_shards: int = 1) -> tuple[Stage, ...]:
     """Return the stages of a run: pretraining with its growing lengths, then SFT.
 
-    `row_shards` is 1 or a divisor of every batch; a microbatch is a multiple of it.
+    `row_shards` divides every batch, and every microbatch is a multiple of it.
     """
     stages, start = [], 0
     for phase, p in (("pretrain", config.pretrain), ("sft", config.sft)):
@@ -120,16 +116,10 @@ def last_stage(stages: Sequence[Stage], phase: str) -> Stage:
     return [s for s in stages if s.phase == phase][-1]
 
 
-def phase_of_last_update(stages: Sequence[Stage], done: int) -> str:
-    """Return the phase of the last of `done` updates, or of the first update when there are none."""
-    return stage_at(stages, max(done - 1, 0)).phase
-
-
 def milestones(stages: Sequence[Stage], every_eval: int, done: int) -> list[tuple[str, str, int]]:
     """Return what is due after `done` updates, in order, as (kind, phase, done).
 
-    `eval` measures a phase's held-out text: where the phase starts, every `every_eval` steps, and at its end. `end` is
-    the end of a phase.
+    `end` is the end of a phase. `eval` measures its held-out text: at its start, every `every_eval` steps, and its end.
     """
     due, end = [], stages[-1].end
     if done > 0:

@@ -1,10 +1,7 @@
-"""The compiled step of each stage: training starts once all are known to fit, and the next one compiles meanwhile."""
+"""The compiled step of each stage. Training starts once all stages fit; each next one compiles while it runs."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
-
-import jax
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.machine import agreement, interrupt
@@ -14,36 +11,21 @@ from lowrank_jax.training import memory, step
 from lowrank_jax.training.memory import Cap, Fit
 from lowrank_jax.training.plan import FittedStage, Plan, Stage, unchanged
 
-COMPILERS = 2  # at once: XLA itself uses several threads for a large program
-
-
-class Program(NamedTuple):
-    """A compiled stage: `step(state, batch)`, and for fp8 `check(params, batch)` (see `step.disagreement`)."""
-
-    fit: Fit
-    check: jax.stages.Compiled | None
-
-    @property
-    def fitted(self) -> FittedStage:
-        return self.fit.fitted
-
-    @property
-    def step(self) -> jax.stages.Compiled:
-        return self.fit.program
+COMPILERS = 2  # compilations at once: XLA itself uses several threads for a large program
 
 
 class Programs:
     """Compile the stages of a plan in background threads.
 
-    A running compilation cannot be stopped. `running` is the program in use, None before the first.
+    A running compilation cannot be stopped. `running` is the stage in use with its program, None before the first.
     """
 
-    running: Program | None = None
+    running: Fit | None = None
 
     def __init__(self, config: RunConfig, plan: Plan, limit_bytes: int, cap: Cap, stop: Callable[[], bool]):
         self.config, self.plan, self.limit_bytes = config, plan, limit_bytes
         self._cap, self._stop, self._pool = cap, stop, ThreadPoolExecutor(COMPILERS, ABANDONED)
-        self._compiling: dict[Stage, Future[Program]] = {}
+        self._compiling: dict[Stage, Future[Fit]] = {}
         self._fitted: dict[Stage, FittedStage] = {}
         self._bounded: set[Stage] = set()
         self._following: Stage | None = None
@@ -51,11 +33,11 @@ class Programs:
     def fit_all(self, stages: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
         """Return how every stage fits, compiling the first and all that are neither known nor safely bounded.
 
-        Two of the programs are kept: a loaded program takes device memory, and the compilation cache has the others.
-        Raises UsageError in one line for a stage that cannot fit, and Interrupted where a signal comes first.
+        Only the first two programs stay loaded, as they take device memory; the compilation cache has the others.
+        Raises UsageError for a stage that cannot fit, and Interrupted where a signal comes first.
         """
         self._fitted = {stage: fit.fitted for stage, fit in known.items()}
-        first = self._get(stages[0]).fit
+        first = self._get(stages[0])
         known = {stages[0]: first} | known
         for stage in (stage for stage in stages if stage not in known):
             if bound := memory.by_bound(first, self.config, stage, self.plan.mesh, self._cap):
@@ -63,9 +45,11 @@ class Programs:
                 self._bounded.add(stage)
             else:
                 self._prepare(stage)
-        fits = [(known.get(stage) or self._get(stage).fit)._replace(program=None) for stage in stages]
+        fits = [(known.get(stage) or self._get(stage))._replace(program=None, check=None) for stage in stages]
         if len({str(facts) for facts in agreement.gather([memory.fit_facts(fit) for fit in fits])}) > 1:
-            raise RunFailure("the processes' compilers disagree on what fits: are their devices and packages the same?")
+            raise RunFailure(
+                "the processes' compilers disagree on what fits; use the same devices and packages for all"
+            )
         for fit in fits:
             if not fit.fits:
                 raise UsageError(memory.refusal(fit))
@@ -73,29 +57,29 @@ class Programs:
         return fits
 
     def switch_to(self, stage: Stage, following: Stage | None) -> bool:
-        """Make a stage's program the running one, once it is compiled; `first_step_done` starts the following one's.
+        """Wait for a stage's program and make it the running one; return True where the stage was only bounded before.
 
-        Returns True where only now it is known what the stage needs. Raises Interrupted where a signal comes first.
+        `first_step_done` starts to compile the following stage. Raises Interrupted where a signal comes first.
         """
         self._keep((stage, following))
         self.running, self._following = self._get(stage), following
-        if not self.running.fit.fits:  # the gate did not see this one, as after a change of precision
-            raise RunFailure(memory.refusal(self.running.fit))
+        if not self.running.fits:  # the memory gate did not see this stage, as after a change of precision
+            raise RunFailure(memory.refusal(self.running))
         is_new = stage in self._bounded
         self._bounded.discard(stage)
         return is_new
 
     def first_step_done(self) -> None:
-        """Start compiling the following stage: beside the running program's first step it would have delayed that."""
+        """Start compiling the following stage, which would have delayed the running program's first step."""
         if self._following:
             self._prepare(self._following)
 
     def fitted(self, stage: Stage) -> FittedStage:
-        """Return the stage as it fits, as far as that is known."""
+        """Return the stage with the settings that fit, as far as they are known."""
         return memory.restrict(self._fitted.get(stage) or unchanged(stage), self._cap, self.plan.row_shards)
 
     def lower(self, cap: Cap | None) -> None:
-        """Keep within the cap from now on, in all stages, and end the running program."""
+        """Keep within the cap from now on, in all stages, and drop the running program."""
         self.running, self._compiling, self._cap = None, {}, cap or self._cap
 
     def close(self) -> None:
@@ -106,16 +90,16 @@ class Programs:
         if stage not in self._compiling:
             self._compiling[stage] = self._pool.submit(self._compile, stage)
 
-    def _get(self, stage: Stage) -> Program:
+    def _get(self, stage: Stage) -> Fit:
         self._prepare(stage)
         return interrupt.wait(self._compiling[stage], self._stop)
 
-    def _keep(self, kept: tuple[Stage | None, ...]) -> None:
-        self._compiling = {stage: future for stage, future in self._compiling.items() if stage in kept}
+    def _keep(self, stages: tuple[Stage | None, ...]) -> None:
+        self._compiling = {stage: future for stage, future in self._compiling.items() if stage in stages}
 
-    def _compile(self, stage: Stage) -> Program:
+    def _compile(self, stage: Stage) -> Fit:
         fit = memory.fit(self.config, self.fitted(stage), self.plan.mesh, self.limit_bytes, self._cap)
-        self._fitted[stage], check = fit.fitted, None
+        self._fitted[stage] = fit.fitted
         if precision.policy(fit.fitted.precision).name == "fp8" and fit.fits:
-            check = step.lower_disagreement(self.config, fit.fitted, self.plan.mesh).compile()
-        return Program(fit, check)
+            fit = fit._replace(check=step.lower_disagreement(self.config, fit.fitted, self.plan.mesh).compile())
+        return fit

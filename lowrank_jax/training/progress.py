@@ -1,4 +1,4 @@
-"""Where a run is: what a checkpoint keeps beside the state."""
+"""The progress of a run, which a checkpoint keeps with the state."""
 
 from dataclasses import asdict, dataclass, replace
 
@@ -7,10 +7,10 @@ from lowrank_jax.training.plan import Stage
 
 @dataclass(frozen=True)
 class Progress:
-    """Updates and tokens done, the phase of the last update, and how the data goes on.
+    """Updates and tokens done, the phase of the last update, and the position in the data.
 
     `cursor` is that of data/stream.py, None before a phase's first batch. `data_sha256` is chained over every global
-    batch. `precision` is what the run has fallen back to; empty means the config's.
+    batch. `precision` is what the run has fallen back to, or empty for the config's.
     """
 
     step: int = 0
@@ -21,13 +21,10 @@ class Progress:
     precision: str = ""
 
     def after(self, stage: Stage, cursor: dict) -> "Progress":
-        """Return the progress after one more update of `stage`, which used the batch before `cursor`."""
+        """Return the progress after one more update of `stage`, whose batch ended at `cursor`."""
         done = {"step": self.step + 1, "tokens": self.tokens + stage.tokens_per_step}
         return replace(self, **done, phase=stage.phase, cursor=cursor)
 
     def to_dict(self) -> dict:
         """Return JSON values that `Progress(**values)` takes back."""
         return asdict(self)
-
-
-START = Progress()

@@ -1,7 +1,7 @@
-"""Running out of memory during a step: the state is kept safe, and the run goes on with fewer rows at once.
+"""Recovery from running out of memory during a step: the run goes on with fewer rows at once.
 
-A program meets its true need of memory in its first step, which has consumed the state when it fails. So a copy of the
-state waits in host memory until that step is done. A later failure goes back to the newest checkpoint.
+Only a program's first step shows its true need of memory, and a failed step has consumed the state. So a copy of the
+state stays in host memory until that first step is done. A later failure goes back to the newest checkpoint.
 """
 
 import jax
@@ -15,64 +15,62 @@ from lowrank_jax.training.programs import Programs
 from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.step import TrainState
 
-ALONE_SECONDS = 60  # after which a process that ran out of memory takes it that the others did not
+ALONE_SECONDS = 60  # a process that ran out of memory waits so long for the others to do the same
 
 
 class OutOfMemory(Exception):
-    """A step ran out of memory and consumed the state. The ledger and the programs know the lower cap."""
+    """A step ran out of memory and consumed the state. The ledger and the programs have the lower cap."""
 
 
 class Recovery:
-    """The state and progress to go back to, from before a program's first step until that is done."""
+    """The state and progress to go back to, held until a program's first step is done."""
 
-    def __init__(self):
-        self._state, self._progress = None, None
+    _start: tuple | None = None
 
     @property
     def holds_state(self) -> bool:
-        return self._state is not None
+        return self._start is not None
 
     def hold(self, state: TrainState, progress: Progress) -> None:
         """Copy the state to host memory."""
-        self._state, self._progress = jax.tree.map(sharding.to_host, state), progress
+        self._start = jax.tree.map(sharding.to_host, state), progress
 
-    def hold_first(self, state: TrainState, progress: Progress) -> None:
-        """Keep a new run's first state where it is: on the devices, before anything has run."""
-        self._state, self._progress = state, progress
+    def hold_first(self, state: TrainState) -> None:
+        """Keep a new run's first state on the devices: nothing has run yet."""
+        self._start = state, Progress()
 
     def release(self) -> None:
         """Forget the state: the program's first step is done."""
-        self._state, self._progress = None, None
+        self._start = None
 
     def take(self) -> tuple[TrainState, Progress] | None:
         """Return (state on the devices, progress) and forget both; None where nothing is held."""
-        if self._state is None:
+        if self._start is None:
             return None
+        (state, progress), self._start = self._start, None
         is_copy = lambda x: isinstance(x, sharding.HostCopy)
         put_back = lambda x: sharding.from_host(x) if is_copy(x) else x
-        state, progress = jax.tree.map(put_back, self._state, is_leaf=is_copy), self._progress
-        self.release()
-        return state, progress
+        return jax.tree.map(put_back, state, is_leaf=is_copy), progress
 
 
 def lower_cap(programs: Programs, plan: Plan, folder: str, step: int, error: str) -> None:
-    """Halve what goes through the devices at once, after the step behind `step` ran out of memory; log it.
+    """Halve the rows at once, after the step that follows `step` ran out of memory, and log it.
 
     All processes agree on the lowest cap first. Raises RunFailure where nothing can be made smaller, or where the other
-    processes did not run out of memory: they wait in the step.
+    processes did not run out of memory and wait in the step.
     """
     fitted = programs.running.fitted
     cap, kind = memory.cap_below(fitted, plan.row_shards), sharding.a_device(plan.mesh).device_kind
     facts = {"stage": fitted.stage.name, "reason": error.splitlines()[0][:300], "device": kind}
-    with_cap = lambda cap: facts | (cap._asdict() if cap else {})
+    log = lambda cap, **who: run_folder.log_event(folder, "oom", step, **who, **facts, **(cap._asdict() if cap else {}))
     if not agreement.meet(f"out of memory after step {step}", ALONE_SECONDS):
-        run_folder.log_event(folder, "oom", step, everyone=True, **with_cap(cap))
+        log(cap, everyone=True)
         raise RunFailure(
-            f"out of memory at step {step + 1}, in this process alone; run the same command again: it will use less"
+            f"out of memory at step {step + 1}, only in this process; run the same command again: it will use less"
         )
     cap = memory.lowest(each and memory.Cap(*each) for each in agreement.gather(cap))
     programs.lower(cap)
-    run_folder.log_event(folder, "oom", step, **with_cap(cap))
+    log(cap)
     if cap is None:
         raise RunFailure(
             f"out of memory at step {step + 1}, in {fitted.stage.name} with one row of {fitted.stage.seq_len} tokens "

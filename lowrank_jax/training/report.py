@@ -1,7 +1,4 @@
-"""A run on one page: loss.png and report.html, made from the run's folder alone.
-
-python -m lowrank_jax.report --workdir=runs/quickstart
-"""
+"""A report of a run: loss.png and report.html, from the files of its folder alone."""
 
 import base64
 import collections
@@ -10,50 +7,54 @@ import html
 import json
 import math
 import os
+import pathlib
+import string
+from collections.abc import Iterable
 
-import matplotlib
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.training import forecast, plan_table, run_folder
 from lowrank_jax.training.plan import make
 
+PAGE = pathlib.Path(__file__).with_name("report.html")
 COLORS = {"pretrain": "#1f5a94", "sft": "#b4531f"}
 POINTS = 300  # of a line: more of them are drawn faintly behind their means
-TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "preempt")  # told with their facts
-ROUTINE = ("save", "sample", "fp8_check")  # not told one by one
-EACH, LATEST = 10, 30  # events shown of each such kind, and of all others; events.jsonl has every one
+TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "preempt")  # shown with their facts
+ROUTINE = ("save", "sample", "fp8_check")  # only counted
+EACH, LATEST = 10, 30  # events shown of each kind of trouble, and of all others; events.jsonl has every one
 CHARACTERS = 160  # of one fact
 
 
 def write(folder: str) -> dict:
-    """Writes loss.png and report.html; returns their paths. Raises UsageError where nothing was trained yet."""
+    """Write loss.png and report.html, and return their paths; raises UsageError where nothing was trained yet."""
     config, rows = run_folder.read_config(folder), run_folder.read_rows(folder, "metrics.jsonl")
     if not rows:
-        raise UsageError(f"--workdir={folder} has no metrics yet")
+        raise UsageError(f"--workdir={folder} has no metrics yet; let lowrank_jax.main run until its first step")
     events, described = run_folder.read_rows(folder, "events.jsonl"), forecast.describe(config, make(config))
     picture, page = os.path.join(folder, "loss.png"), os.path.join(folder, "report.html")
     _figure(rows, events, described["stages"]).savefig(picture, dpi=150)
-    with open(picture, "rb") as f:
-        image = base64.b64encode(f.read()).decode()
-    samples = [_sample(event) for event in events if event["event"] == "sample"]
-    latest = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
+    image = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
+    samples = "".join(_sample(event) for event in events if event["event"] == "sample")
+    trouble = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
+    trouble.sort(key=lambda event: event["time"])
+    others = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
     sections = [
         ("Training", f'<div class="wide"><img alt="curves by tokens" src="data:image/png;base64,{image}"></div>'),
         ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
-        ("Samples", "".join(samples) or "<p>none: set pretrain.sample and sft.sample</p>"),
+        ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
         ("Plan", f'<pre class="wide">{html.escape(plan_table.text(described))}</pre>'),
         ("Events", _table(_counts(events))),
-        (f"Out of the ordinary: the last {EACH} of each kind", _table([_flat(event) for event in _trouble(events)])),
-        ("Latest events", _table([_flat(event) for event in latest[-LATEST:]])),
+        (f"Out of the ordinary: the last {EACH} of each kind", _table(map(_flat, trouble))),
+        ("Latest events", _table(map(_flat, others[-LATEST:]))),
     ]
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
     facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _glance(rows, events).items())
-    name, path = (html.escape(text) for text in (os.path.basename(os.path.abspath(folder)), os.path.abspath(folder)))
-    run_folder.write_text(page, _PAGE.format(name=name, path=path, facts=facts, body=body))
+    path = os.path.abspath(folder)
+    texts = {"name": html.escape(os.path.basename(path)), "path": html.escape(path), "facts": facts, "body": body}
+    run_folder.write_text(page, string.Template(PAGE.read_text(encoding="utf-8")).substitute(texts))
     return {"report": page, "picture": picture}
 
 
@@ -63,13 +64,13 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     loss, bits, length, speed, rate = panels = figure.subplots(5, sharex=True, height_ratios=[4, 1.6, 1, 1.2, 1.2])
     for phase in dict.fromkeys(row["phase"] for row in rows):
         color = COLORS.get(phase, "#555555")
-        mine, held = ([row for row in some if row["phase"] == phase] for some in (train, evals))
-        _line(loss, mine, "loss", color, phase)
+        of_train, of_evals = ([row for row in some if row["phase"] == phase] for some in (train, evals))
+        _line(loss, of_train, "loss", color, phase)
         for axes, key, label in ((loss, "eval_loss", f"{phase}, held out"), (bits, "bits_per_byte", None)):
-            x, y = _tokens(train, [row["step"] for row in held]), [row[key] for row in held]
+            x, y = _tokens(train, [row["step"] for row in of_evals]), [row[key] for row in of_evals]
             axes.plot(x, y, "o-", color=color, mfc="white", ms=4, lw=1, label=label)
-        _line(speed, mine, "tokens_per_s", color)
-        _line(rate, mine, "lr", color)
+        _line(speed, of_train, "tokens_per_s", color)
+        _line(rate, of_train, "lr", color)
     length.plot(*_series(train, "seq_len"), color="#333333", lw=1.2, drawstyle="steps-pre")
     refused = sorted({e["step"] for e in events if e["event"] == "skip" and "source" not in e})
     if refused:
@@ -78,14 +79,14 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     _mark_stages(panels, train, stages)
     length.set_yscale("log", base=2)
     length.set_yticks(sorted({row["seq_len"] for row in train}), minor=False)
-    length.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
+    length.yaxis.set_major_formatter("{x:.0f}")
     for axes in (speed, rate):
         axes.set_ylim(bottom=0)
     for axis in (rate.xaxis, speed.yaxis):
-        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: _short(n)))
+        axis.set_major_formatter(lambda n, _: _short(n))
     loss.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
     rate.set_xlabel("tokens", fontsize=8.5)
-    for axes, label in zip(panels, ("loss (nats a token)", "bits a byte", "length", "tokens/s", "learning rate")):
+    for axes, label in zip(panels, ("loss (nats per token)", "bits per byte", "length", "tokens/s", "learning rate")):
         axes.set_ylabel(label, fontsize=8.5)
         axes.tick_params(labelsize=8, color="#999999")
         axes.grid(axis="y", color="#eeeeee", lw=0.8)
@@ -103,12 +104,12 @@ def _line(axes, rows: list[dict], key: str, color: str, label: str | None = None
 
 
 def _split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The rows of training, and those of evaluations."""
+    """Return the rows of training, and those of evaluations."""
     return [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and values of the rows that have one (the loss of a skipped update may be null)."""
+    """Return tokens and values of the rows that have a value (the loss of a skipped update may be null)."""
     some = [row for row in rows if row.get(key) is not None]
     return np.array([row["tokens"] for row in some]), np.array([row[key] for row in some])
 
@@ -116,15 +117,15 @@ def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 def _mark_stages(panels, train: list[dict], stages: list[dict]) -> None:
     seen = {row["stage"] for row in train}
     for i, stage in enumerate(stage for stage in stages if stage["name"] in seen):
-        x, at = _tokens(train, stage["start"]), (0, -10 * (i % 3))  # three heights, as short stages stand close
+        x, offset = _tokens(train, stage["start"]), (0, -10 * (i % 3))  # three heights: short stages are close together
         for axes in panels:
             axes.axvline(x, color="#aaaaaa", lw=0.7, ls=":")
-        name = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 7.5}
-        panels[0].annotate(f" {stage['name']}", (x, 1), at, color="#555555", **name)
+        style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 7.5}
+        panels[0].annotate(f" {stage['name']}", (x, 1), offset, color="#555555", **style)
 
 
 def _tokens(train: list[dict], steps):
-    """The tokens trained on up to a step, or each of several: exact at logged steps, and between two of one stage."""
+    """Return the tokens trained on up to a step, or up to each of several; between logged steps it interpolates."""
     known = [(0, 0), *((row["step"], row["tokens"]) for row in train)]
     return np.interp(steps, *zip(*known))
 
@@ -137,38 +138,38 @@ def _glance(rows: list[dict], events: list[dict]) -> dict:
     losses, speeds = _series(train, "loss")[1], _series(train, "tokens_per_s")[1]
     if len(losses):
         facts |= {"last loss": f"{losses[-1]:.3f}", "median tokens/s": _short(np.median(speeds))}
-    return facts | {f"{row['split']}, bits a byte": f"{row['bits_per_byte']:.3f}" for row in evals}
+    return facts | {f"{row['split']}, bits per byte": f"{row['bits_per_byte']:.3f}" for row in evals}
 
 
 def _eval_summary(evals: list[dict]) -> list[dict]:
     summary = []
     for split in dict.fromkeys(row["split"] for row in evals):
         bits = [row["bits_per_byte"] for row in evals if row["split"] == split]
-        fall = f"{1 - bits[-1] / bits[0]:.1%}" if bits[0] else "–"
         shown = {name: f"{value:.3f}" for name, value in (("first", bits[0]), ("best", min(bits)), ("last", bits[-1]))}
-        summary.append({"bits a byte of": split, "evaluations": len(bits)} | shown | {"fell by": fall})
+        shown["fell by"] = f"{1 - bits[-1] / bits[0]:.1%}" if bits[0] else "–"
+        summary.append({"bits per byte of": split, "evaluations": len(bits)} | shown)
     return summary
 
 
 def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
-    lengths = {stage["name"]: stage["seq_len"] for stage in stages}
-    table = []
+    lengths, table = {stage["name"]: stage["seq_len"] for stage in stages}, []
+    compiles = {event.get("stage"): event for event in events if event["event"] == "compile"}
     for event in (event for event in events if event["event"] == "stage"):
-        made = [e for e in events if e["event"] == "compile" and e.get("stage") == event["stage"]]
-        length = event.get("seq_len") or lengths.get(event["stage"])
-        row = {"step": event["step"], "stage": event["stage"], "length": length}
+        name = event["stage"]
+        row = {"step": event["step"], "stage": name, "length": event.get("seq_len") or lengths.get(name)}
         row |= {"compile, s": event.get("compile_seconds"), "stall, s": event.get("stall_seconds")}
         row |= {"stall, ordinary steps": event.get("stall_steps")}
-        table.append(row | ({"peak memory": _fact("peak_bytes", made[-1].get("peak_bytes"))} if made else {}))
+        row |= {"peak memory": _fact("peak_bytes", compiles[name].get("peak_bytes"))} if name in compiles else {}
+        table.append(row)
     return table
 
 
 def _saving(rows: list[dict], events: list[dict]) -> str:
     blocked = [event["blocked_seconds"] for event in events if event.get("blocked_seconds") is not None]
-    train = [row for row in rows if row.get("tokens_per_s")]
-    trained = np.diff([0, *(row["tokens"] for row in train)]) @ [1 / row["tokens_per_s"] for row in train]
     if not blocked:
         return ""
+    train = [row for row in rows if row.get("tokens_per_s")]
+    trained = np.diff([0, *(row["tokens"] for row in train)]) @ [1 / row["tokens_per_s"] for row in train]
     share = f", {sum(blocked) / trained:.2%} of the {_show(trained)} s that its steps took" if trained else ""
     return f"<p>{_show(len(blocked))} saves held up training for {_show(sum(blocked))} s in all{share}.</p>"
 
@@ -179,16 +180,11 @@ def _counts(events: list[dict]) -> list[dict]:
     return [{"event": kind, "count": count, "last at step": last[kind]} for kind, count in kinds.most_common()]
 
 
-def _trouble(events: list[dict]) -> list[dict]:
-    kept = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
-    return sorted(kept, key=lambda event: event["time"])
-
-
 def _flat(event: dict) -> dict:
-    at = datetime.datetime.fromtimestamp(event["time"], datetime.UTC)
-    facts = [f"{k} {_fact(k, v)}" for k, v in event.items() if k not in ("event", "step", "time")]
+    facts = [f"{key} {_fact(key, value)}" for key, value in event.items() if key not in ("event", "step", "time")]
+    time = datetime.datetime.fromtimestamp(event["time"], datetime.UTC)
     shown = {"step": event["step"], "event": event["event"], "facts": ", ".join(facts)}
-    return shown | {"UTC": f"{at:%Y-%m-%d %H:%M:%S}"}
+    return shown | {"UTC": f"{time:%Y-%m-%d %H:%M:%S}"}
 
 
 def _sample(event: dict) -> str:
@@ -196,7 +192,8 @@ def _sample(event: dict) -> str:
     return f"<p>step {event['step']:,}, after {event['phase']}</p><pre><b>{prompt}</b> {text}</pre>"
 
 
-def _table(rows: list[dict]) -> str:
+def _table(rows: Iterable[dict]) -> str:
+    rows = list(rows)
     if not rows:
         return "<p>none</p>"
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -210,50 +207,21 @@ def _table(rows: list[dict]) -> str:
 def _fact(key: str, value) -> str:
     if key.endswith("_bytes") and isinstance(value, (int, float)):
         return f"{value / 2**30:.2f} GiB"
-    if key.endswith("_sha256"):
-        return str(value)[:12]
-    text = _show(value)
+    text = str(value)[:12] if key.endswith("_sha256") else _show(value)
     return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
 
 
 def _show(value) -> str:
-    if value is None:
-        return "–"
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False) if value else "none"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return "–" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def _short(n: float) -> str:
-    """A count in a few characters: 950, 12k, 1.5M, 3B."""
+    """Return a count in a few characters: 950, 12k, 1.5M, 3B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.3g}{letter}"
     return f"{n:.3g}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title>
-<style>
-:root {{ color-scheme: light }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff }}
-h1 {{ font-size: 1.5rem; margin-bottom: 0 }} h2 {{ font-size: 1.1rem; margin: 2.5rem 0 .5rem }}
-h1, .path {{ overflow-wrap: anywhere }} .path {{ color: #666; margin: 0; font-size: .85rem }}
-dl {{ display: flex; flex-wrap: wrap; gap: .75rem 2rem }} dt {{ color: #666; font-size: .8rem }}
-dd {{ margin: 0; font-size: 1.15rem }}
-.wide {{ overflow-x: auto }} img {{ width: 100%; min-width: 36rem; display: block }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }}
-td, th {{ border-bottom: 1px solid #e3e3e3; padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }}
-td, th {{ white-space: nowrap }} td.facts {{ white-space: normal; min-width: 13rem; overflow-wrap: anywhere }}
-th {{ color: #666; font-weight: 600; font-size: .8rem }} .number {{ text-align: right }}
-pre {{ font-size: .8rem; white-space: pre-wrap; background: #f7f7f7; padding: 1rem; margin: .5rem 0 }}
-pre.wide {{ white-space: pre }}
-</style>
-<h1>{name}</h1><p class="path">{path}</p>
-<dl>{facts}</dl>
-{body}
-"""

@@ -1,9 +1,9 @@
 """A run's folder: its config, its metrics, its ledger of events, and the lock of the process that trains in it.
 
-All processes of a run see the same folder, and the first one alone writes here.
+All processes of a run see the same folder; only the first one writes here.
 
 config.json     the resolved config               tokenizer/      see data/tokenizer.py
-metrics.jsonl   one object a logged step          events.jsonl    one object an event, never rewritten
+metrics.jsonl   one object per logged step        events.jsonl    one object per event, never rewritten
 checkpoints/    see checkpoint.py                 report.html, loss.png
 """
 
@@ -16,36 +16,18 @@ import time
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.machine import processes
 
-# What makes a run this run: the weights' shapes, the tokens' meaning, the draws and the held-out split.
-IDENTITY = (
-    "model.vocab",
-    "model.d",
-    "model.layers",
-    "model.heads",
-    "model.rank",
-    "model.rank_split",
-    "model.shared_kv",
-    "model.latent_norm",
-    "model.mlp",
-    "model.mlp_rank",
-    "model.embed_rank",
-    "model.tied",
-    "seed",
-    "precision",
-    "tokenizer.path",
-    "tokenizer.vocab_size",
-    "optim.name",
-    "optim.ema",
-    "pretrain.eval_fraction",
-    "sft.eval_fraction",
-)
-# Keys of config.model that came later, as models were without them: so older runs still open.
-LATER = {"tied": True}
+# Keys that cannot change within a run: the weights' shapes, the tokens' meaning, the random draws, the held-out split.
+IDENTITY = """
+    model.vocab model.d model.layers model.heads model.rank model.rank_split model.shared_kv model.latent_norm model.mlp
+    model.mlp_rank model.embed_rank model.tied seed precision tokenizer.path tokenizer.vocab_size optim.name optim.ema
+    pretrain.eval_fraction sft.eval_fraction
+""".split()
+LATER = {"tied": True}  # newer keys of config.model, with the value that every older run has
 
 
 @contextlib.contextmanager
 def lock(folder: str):
-    """Makes the folder and holds it alone; raises UsageError where another process trains in it."""
+    """Create the folder and lock it for this process; raises UsageError where another process trains in it."""
     path = os.path.join(folder, ".lock")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -60,7 +42,7 @@ def lock(folder: str):
         try:
             yield
         finally:
-            if os.listdir(folder) == [".lock"]:  # nothing came of it
+            if os.listdir(folder) == [".lock"]:  # the run failed before it wrote anything
                 os.remove(path)
                 os.rmdir(folder)
 
@@ -74,7 +56,7 @@ def holds_run(folder: str) -> bool:
 
 
 def read_config(folder: str) -> RunConfig:
-    """The config of the run in `folder`; raises UsageError where there is no run."""
+    """Return the config of the run in `folder`; raises UsageError where there is no run."""
     if not holds_run(folder):
         raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
     path = os.path.join(folder, "config.json")
@@ -89,11 +71,11 @@ def read_config(folder: str) -> RunConfig:
 
 
 def write_config(folder: str, config: RunConfig) -> None:
-    """Replaces config.json in one move, so that a kill leaves the old or the new one."""
     write_text(os.path.join(folder, "config.json"), json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
+    """Replace a file in one move, so that a kill leaves the old or the new one."""
     if not processes.is_first():
         return
     temporary = f"{path}.tmp"
@@ -105,32 +87,32 @@ def write_text(path: str, text: str) -> None:
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, object, object]]:
-    """(key, old value, new value) of every setting that differs, by its dotted path."""
+    """Return (dotted key, old value, new value) of every setting that differs."""
     olds, news = flatten(old.to_dict()), flatten(new.to_dict())
     return [(key, olds[key], news[key]) for key in olds if olds[key] != news[key]]
 
 
 def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
-    """Raises UsageError where `new` describes a different model, or different data, than the run in `folder`."""
+    """Raise UsageError where `new` describes another model, or other data, than the run in `folder`."""
     for key, was, now in differences(old, new):
         if key in IDENTITY:
             raise UsageError(
                 f"{folder} holds a different run: its config.{key} is {was}, not {now}; "
-                "use another --workdir, or the config it was made with"
+                "use another --workdir, or the config of that run"
             )
 
 
 def append(folder: str, name: str, row: dict, everyone: bool = False) -> None:
-    """Adds one object as a line of its own to a .jsonl of the run, also after a line that a kill cut short.
+    """Add one object to a .jsonl of the run, on a line of its own even after a line that a kill cut short.
 
-    With `everyone` not the first process alone does.
+    Only the first process writes, or with `everyone` each process.
     """
     if not (everyone or processes.is_first()):
         return
     with open(os.path.join(folder, name), "a+b") as f:
         f.seek(max(f.tell() - 1, 0))
-        cut = f.read() not in (b"", b"\n")
-        f.write(b"\n" * cut + json.dumps(row).encode() + b"\n")
+        is_cut_short = f.read() not in (b"", b"\n")
+        f.write(b"\n" * is_cut_short + json.dumps(row).encode() + b"\n")
 
 
 def log_event(folder: str, event: str, step: int, everyone: bool = False, **facts) -> None:
@@ -138,46 +120,44 @@ def log_event(folder: str, event: str, step: int, everyone: bool = False, **fact
 
 
 def read_rows(folder: str, name: str) -> list[dict]:
-    """The whole lines of a .jsonl; a line that a kill cut short is not one."""
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return []
-    rows = []
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+    """Return the objects of a .jsonl, without a line that a kill cut short."""
+    path, rows = os.path.join(folder, name), []
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
     return rows
 
 
 def rewind_metrics(folder: str, step: int) -> None:
-    """Drops the metrics of every step after the first `step` updates: they are about to be done again."""
+    """Drop the metrics of every step after the first `step` updates, which are about to be repeated."""
     rows = [row for row in read_rows(folder, "metrics.jsonl") if row["step"] <= step]
     write_text(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def milestones(folder: str) -> set[tuple[str, str, int]]:
-    """The evaluations and phases that are behind the run, in the form of `stages.milestones`."""
+    """Return the evaluations and phase ends that the run has done, in the form of `plan.milestones`."""
     evals = {("eval", row["phase"], row["step"]) for row in read_rows(folder, "metrics.jsonl") if "split" in row}
     ends = (event for event in read_rows(folder, "events.jsonl") if event["event"] == "data")
     return evals | {("end", event["phase"], event["step"]) for event in ends}
 
 
 def newest_checkpoint(folder: str) -> int | None:
-    """The step of the newest checkpoint, whole or not, without opening it."""
+    """Return the step of the newest checkpoint, whole or damaged, without opening it."""
     path = os.path.join(folder, "checkpoints")
     steps = [int(name) for name in os.listdir(path) if name.isdigit()] if os.path.isdir(path) else []
     return max(steps, default=None)
 
 
 def finished_step(folder: str) -> int | None:
-    """The step at which training last ended, or the weights came from elsewhere; None where it never did."""
+    """Return the step at which training last ended or weights were imported; None where neither has happened."""
     ends = [event["step"] for event in read_rows(folder, "events.jsonl") if event["event"] in ("finish", "import")]
     return ends[-1] if ends else None
 
 
 def flatten(value, prefix: str = "") -> dict:
-    """Nested groups as one dict of dotted keys."""
+    """Return nested groups as one dict with dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {k: v for key in value for k, v in flatten(value[key], f"{prefix}.{key}" if prefix else key).items()}

@@ -1,4 +1,4 @@
-"""How a run starts or resumes: the resolved config, the tokenizer, the first weights, and the newest state."""
+"""The start or resume of a run: the resolved config, the tokenizer, the first weights, and the newest state."""
 
 from collections.abc import Callable
 
@@ -10,19 +10,20 @@ from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import sharding
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import optim, run_folder, step, trained, warmstart
+from lowrank_jax.training import optim, run_folder, step, track, trained, warmstart
 from lowrank_jax.training.checkpoint import Checkpoints
-from lowrank_jax.training.plan import Plan, phase_of_last_update, stage_at
-from lowrank_jax.training.progress import START, Progress
+from lowrank_jax.training.plan import Plan, stage_at
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.recovery import Recovery
 
 
 def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
-    That function takes as long as compiling. It checks the data and returns the tokenizer, which a new run learns.
-    Raises UsageError where the folder's run is another one.
+    That function takes about as long as compiling: it checks the data and returns the tokenizer, which a new run trains
+    first. Raises UsageError where the folder holds a different run.
     """
+    track.check(config.track)
     phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
     if run_folder.holds_run(folder):
         old, tok = run_folder.read_config(folder), tokenizer.load(run_folder.tokenizer_folder(folder))
@@ -30,21 +31,19 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
         run_folder.check_same_run(folder, old, config)
     else:
         if run_folder.newest_checkpoint(folder) is not None:
-            raise UsageError(
-                f"{folder} has checkpoints but no config.json to tell what they are of; use another --workdir"
-            )
+            raise UsageError(f"{folder} has checkpoints but no config.json that describes them; use another --workdir")
         old, path = None, t.path or (config.init_from and run_folder.tokenizer_folder(config.init_from))
         tok = tokenizer.load(path) if path else None
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
     shapes = step.abstract_state(config).params
     for p in phases:
-        optim.rates(p, shapes)
+        optim.rates(p, shapes)  # raises for a `freeze` that matches nothing
 
     def read_data() -> Tokenizer:
-        learnt = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         for p in phases:
-            stream.check(p, learnt, chats=p is config.sft)  # a skipped record is reported when training meets it
-        return learnt
+            stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
+        return run_tokenizer
 
     return config, old, read_data
 
@@ -58,27 +57,27 @@ def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Toke
     same_tokens = source.tokenizer.sha256 == get_tokenizer().sha256
     taken = warmstart.take(params, source.params, same_tokens=same_tokens)
     say(f"first weights from step {source.progress.step} of {config.init_from}\n{warmstart.describe(taken)}")
-    for key in ("heads", "latent_norm"):  # no shape shows these
-        theirs, ours = getattr(source.config.model, key), getattr(config.model, key)
-        if theirs != ours:
-            say(f"  {key} is {theirs} there and {ours} here: the same weights compute something else")
-    place = lambda x, at: x if isinstance(x, jax.Array) else sharding.put(x, at)
+    for key in ("heads", "latent_norm"):  # these change no shape
+        old, new = getattr(source.config.model, key), getattr(config.model, key)
+        if old != new:
+            say(f"  warning: {key} was {old} and is now {new}; the same weights compute something else")
+    place = lambda x, layout: x if isinstance(x, jax.Array) else sharding.put(x, layout)
     return jax.tree.map(place, taken.params, sharding.of_tree(mesh, taken.params))
 
 
 def restore(
     config: RunConfig, plan: Plan, checkpoints: Checkpoints, recovery: Recovery, tok: Tokenizer
 ) -> tuple[step.TrainState, Progress]:
-    """Return the newest state and its progress, and cut the metrics to match.
+    """Return the newest state and its progress, and drop the metrics of later steps.
 
-    The state comes from memory where `recovery` holds one, else from the newest checkpoint, else it is a new run's
-    first. Raises UsageError where the config contradicts steps that are done.
+    The state is the one that `recovery` holds, or else the newest checkpoint, or else a new run's first state. Raises
+    UsageError where the config contradicts steps that are done.
     """
     folder, from_memory = checkpoints.folder, recovery.take()
     restored = from_memory or checkpoints.restore(step.abstract_state(config, plan.mesh), delete_broken=True)
     if restored is None:
         params = first_params(config, plan.mesh, lambda: tok)
-        restored = step.first_state(config, params, 0, plan.mesh), START
+        restored = step.first_state(config, params, 0, plan.mesh), Progress()
     state, progress = restored
     _check_done(config, plan, progress, folder)
     run_folder.rewind_metrics(folder, progress.step)
@@ -90,8 +89,7 @@ def restore(
 
 def _check_done(config: RunConfig, plan: Plan, progress: Progress, folder: str) -> None:
     """Raise UsageError where the plan has another phase for the steps that are done, or other sources."""
-    is_within = progress.step <= plan.end
-    phase = phase_of_last_update(plan.stages, progress.step) if is_within else "already ended"
+    phase = stage_at(plan.stages, max(progress.step - 1, 0)).phase if progress.step <= plan.end else "already ended"
     if phase != progress.phase:
         raise UsageError(
             f"{folder} was saved at step {progress.step} in {progress.phase}, where this config has {phase}; "

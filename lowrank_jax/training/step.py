@@ -1,4 +1,4 @@
-"""One update: loss and gradients over the microbatches, clipped, judged, and applied at the step's learning rate."""
+"""The train step: gradients over the microbatches, clipped, judged by the guard, applied at the step's rate."""
 
 import dataclasses
 import functools
@@ -20,34 +20,29 @@ BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weig
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step: fp32 parameters, optimizer state, updates done so far.
+    """The state that training carries from step to step."""
 
-    `average` is the moving average of the parameters, or an empty tuple where the config has none.
-    """
-
-    params: dict
+    params: dict  # fp32
     opt_state: tuple
-    step: jax.Array
-    average: dict | tuple
+    step: jax.Array  # updates done
+    average: dict | tuple  # of the parameters, or an empty tuple where the config has none
     guard: Guard
 
     @property
     def weights(self) -> dict:
-        """What the model is, for whoever uses it."""
+        """The model's parameters for every use outside of training."""
         return self.average or self.params
 
 
-# Without a mesh, the functions below are for one device of this process.
-
-
+# Without a mesh, the functions below are for the first device of this process.
 def init_params(config: RunConfig, mesh: Mesh | None = None) -> dict:
-    """Random parameters: the same ones on every mesh."""
+    """Return random parameters, the same on every mesh."""
     layout = sharding.of_tree(mesh or sharding.one_device(), jax.eval_shape(lambda: _init(config)))
     return jax.jit(lambda: _init(config), out_shardings=layout)()
 
 
 def first_state(config: RunConfig, params: dict, step: int = 0, mesh: Mesh | None = None) -> TrainState:
-    """The state at the start of a phase, made of these parameters and no memory of any earlier step."""
+    """Return the state at the start of a phase: these parameters, and no memory of earlier steps. Consumes them."""
     start = lambda params: _start(config, params, step)
     layout = sharding.of_tree(mesh or sharding.one_device(), jax.eval_shape(start, params))
     return jax.jit(start, donate_argnums=0, out_shardings=layout)(params)
@@ -55,7 +50,7 @@ def first_state(config: RunConfig, params: dict, step: int = 0, mesh: Mesh | Non
 
 @functools.lru_cache(maxsize=8)
 def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
-    """The shapes, dtypes and places of a state, for a checkpoint to be restored onto or a step to be compiled for."""
+    """Return the shapes, dtypes and shardings of a state, to restore a checkpoint onto or compile a step for."""
     shapes = jax.eval_shape(lambda: _start(config, _init(config), 0))
     layout = sharding.of_tree(mesh or sharding.one_device(), shapes)
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layout)
@@ -73,9 +68,9 @@ def _start(config: RunConfig, params: dict, step: int) -> TrainState:
 
 
 def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    """One update from a batch whose arrays are [batch, seq_len], unless the guard refuses it.
+    """Make one update from a batch of arrays [batch, seq_len], unless the guard refuses it; return (state, metrics).
 
-    The loss in the metrics is the cross-entropy alone.
+    The loss in the metrics is the cross-entropy alone, without z-loss and label smoothing.
     """
     o, stage = config.optim, fitted.stage
     phase = getattr(config, stage.phase)
@@ -87,10 +82,8 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
     lr = schedule.learning_rate(phase, stage, state.step)
     updates, opt_state = optim.make(o).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u, rate: p + lr * rate * u if rate else p, state.params, updates, rates)
-    average = ()
-    if o.ema:
-        kept = schedule.average_decay(o.ema, stage, state.step)
-        average = optax.incremental_update(params, state.average, 1 - kept)
+    rate = 1 - schedule.average_decay(o.ema, stage, state.step)
+    average = optax.incremental_update(params, state.average, rate) if o.ema else ()
     new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
     params, opt_state, average = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
     metrics = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "ok": ok, "scale": state.guard.scale}
@@ -99,11 +92,11 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
 
 
 def _loss_and_gradient(config: RunConfig, fitted: FittedStage, rates: dict, params: dict, batch: dict, scale):
-    """The mean cross-entropy per trained token and the gradient of the objective, `fitted.microbatch` rows at a time.
+    """Return the mean cross-entropy per trained token, and the gradient of the objective.
 
-    Losses and token counts are summed over the microbatches and divided once, so that every token weighs the same
-    however the batch is cut. Frozen weights have a gradient of zero, which is never computed. What is differentiated is
-    already divided by the token count, and multiplied by `scale`: fp16 has no room for sums over thousands of tokens.
+    Every token of the batch weighs the same, whatever the microbatch. Frozen weights have a gradient of zero, which is
+    never computed. Each microbatch's loss is already divided by the batch's token count and multiplied by `scale`, as
+    fp16 would overflow in sums over thousands of tokens.
     """
     o, policy = config.optim, precision.policy(fitted.precision)
     c = dataclasses.replace(config.model, remat=fitted.remat, attention=fitted.attention)
@@ -126,20 +119,20 @@ def _loss_and_gradient(config: RunConfig, fitted: FittedStage, rates: dict, para
 
 
 def lower(config: RunConfig, fitted: FittedStage, mesh: Mesh | None = None) -> jax.stages.Lowered:
-    """`train_step` for the stage's batch shape and a mesh, here or described: `.compile()` takes (state, batch).
+    """Lower `train_step` for the stage's batch shape and a mesh of real or described devices.
 
-    The compiled step consumes its state.
+    The compiled step takes (state, batch) and consumes the state.
     """
     mesh = mesh or sharding.one_device()
     state = abstract_state(config, mesh)
-    layout = jax.tree.map(lambda x: x.sharding, state), sharding.whole(mesh)  # pinned: a layout must not drift
+    layout = jax.tree.map(lambda x: x.sharding, state), sharding.whole(mesh)  # pinned, so that no layout drifts
     step = lambda state, batch: train_step(config, fitted, state, batch)
     with jax.set_mesh(mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(state, _abstract_batch(fitted.stage, mesh))
 
 
 def lower_disagreement(config: RunConfig, fitted: FittedStage, mesh: Mesh | None = None) -> jax.stages.Lowered:
-    """`disagreement` likewise: `.compile()` takes (params, batch)."""
+    """Lower `disagreement` in the same way; the compiled function takes (params, batch)."""
     mesh = mesh or sharding.one_device()
     run = jax.jit(lambda params, batch: disagreement(config, fitted, params, batch), out_shardings=sharding.whole(mesh))
     with jax.set_mesh(mesh):
@@ -152,17 +145,17 @@ def _abstract_batch(stage: Stage, mesh: Mesh) -> dict:
 
 
 def disagreement(config: RunConfig, fitted: FittedStage, params: dict, batch: dict) -> dict:
-    """How far the stage's precision is from bf16 on a batch's first microbatch.
+    """Return the relative differences of `loss` and `gradient` from bf16, on a batch's first microbatch.
 
-    {loss: relative difference, gradient: norm of the difference over the norm of bf16's, known: whether bf16's are
-    finite}.
+    `known` is True where bf16's loss and gradient are finite.
     """
     micro = jax.tree.map(lambda x: sharding.microbatches(x, fitted.microbatch)[0], batch)
     rates = optim.rates(getattr(config, fitted.stage.phase), params)
     exact = dataclasses.replace(fitted, precision="bf16")
-    (ours, grads), (theirs, their_grads) = (
+    (loss_low, grads_low), (loss_bf16, grads_bf16) = (
         _loss_and_gradient(config, s, rates, params, micro, jnp.float32(1)) for s in (fitted, exact)
     )
-    apart = optax.tree.norm(optax.tree.sub(grads, their_grads)) / jnp.maximum(optax.tree.norm(their_grads), 1e-30)
-    off = jnp.abs(ours - theirs) / jnp.maximum(jnp.abs(theirs), 1e-30)
-    return {"loss": off, "gradient": apart, "known": jnp.isfinite(theirs) & jnp.isfinite(optax.tree.norm(their_grads))}
+    norm = optax.tree.norm(grads_bf16)
+    gradient_off = optax.tree.norm(optax.tree.sub(grads_low, grads_bf16)) / jnp.maximum(norm, 1e-30)
+    loss_off = jnp.abs(loss_low - loss_bf16) / jnp.maximum(jnp.abs(loss_bf16), 1e-30)
+    return {"loss": loss_off, "gradient": gradient_off, "known": jnp.isfinite(loss_bf16) & jnp.isfinite(norm)}

@@ -1,14 +1,14 @@
 """A run's metric rows, copied to TensorBoard, Weights & Biases or MLflow as they are logged.
 
-metrics.jsonl stays the record; a tracker only shows it. Each has a thread of its own, so that neither a slow network
-nor a full disk holds up training: what fails is told in one line and left behind.
+metrics.jsonl stays the record; trackers only show it. Each tracker has its own thread, so that neither a slow network
+nor a full disk delays training; a tracker that fails is reported in one line and dropped.
 
 tensorboard   FOLDER/tensorboard
-wandb         the project WANDB_PROJECT or else lowrank_jax; FOLDER/wandb until it is sent
-mlflow        the experiment MLFLOW_EXPERIMENT_NAME or else lowrank_jax, at MLFLOW_TRACKING_URI or else FOLDER/mlflow.db
+wandb         the project WANDB_PROJECT, by default lowrank_jax; FOLDER/wandb until it is sent
+mlflow        the experiment MLFLOW_EXPERIMENT_NAME, by default lowrank_jax, at MLFLOW_TRACKING_URI or FOLDER/mlflow.db
 
-A resumed run goes on in the same W&B or MLflow run, whose name is kept in FOLDER/wandb.id or FOLDER/mlflow.id. What it
-repeats TensorBoard shows once; the others keep both, which are equal unless the config was changed.
+A resumed run continues the W&B or MLflow run whose name is in FOLDER/wandb.id or FOLDER/mlflow.id. TensorBoard shows
+repeated steps once; the others keep both rows, which are equal unless the config was changed.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import math
 import os
+import pathlib
 import queue
 import re
 import secrets
@@ -30,35 +31,40 @@ from lowrank_jax.training import run_folder
 PROJECT = "lowrank_jax"
 PATIENCE = 15.0  # seconds that the end of a run waits for rows to be sent: a preempted machine has about 30 left
 SETTING_CHARACTERS = 250  # of a setting's value in MLflow, whose servers refuse long ones
-SETTINGS_AT_ONCE = 100  # MLflow's most
+SETTINGS_AT_ONCE = 100  # MLflow's maximum
 
 Write = Callable[[int, dict[str, float]], None]
 
 
 def check(names: tuple[str, ...]) -> None:
-    """Raises UsageError where a named tracker's package is not installed."""
+    """Raise UsageError where a named tracker's package is not installed."""
+    needs = {"tensorboard": {"tensorboardX": "tensorboardX"}, "wandb": {"wandb": "wandb"}}  # module and its package
+    needs["mlflow"] = {"mlflow": "mlflow-skinny"}
+    if not os.environ.get("MLFLOW_TRACKING_URI"):  # a server has tables of its own
+        needs["mlflow"] |= {"sqlalchemy": "sqlalchemy", "alembic": "alembic"}
     for name in names:
-        missing = [package for module, package in _needs(name).items() if not _installed(module)]
+        missing = [package for module, package in needs[name].items() if not _installed(module)]
         if missing:
             raise UsageError(f"config.track: {name} needs packages that are missing: pip install {' '.join(missing)}")
 
 
 def values(row: dict) -> dict[str, float]:
-    """The finite numbers of a row of metrics.jsonl by the names they are shown under, such as train/loss."""
+    """Return the finite numbers of a row of metrics.jsonl under the names that trackers show, such as train/loss."""
     group = f"eval_{row['split']}" if "split" in row else "train"
     numbers = {key.removeprefix("eval_"): v for key, v in row.items() if key != "step" and isinstance(v, (int, float))}
     return {f"{group}/{key}": float(v) for key, v in numbers.items() if math.isfinite(v)}
 
 
 def open_trackers(names: tuple[str, ...], folder: str, settings: dict, step: int) -> list["Tracker"]:
-    """A tracker for each name; `settings` is the run's config, `step` the step that it starts or goes on from."""
-    return [Tracker(name, _OPEN[name](folder, settings, step), step) for name in names]
+    """Return a tracker for each name; `settings` is the run's config, `step` the step from which it starts."""
+    services = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+    return [Tracker(name, services[name](folder, settings, step), step) for name in names]
 
 
 class Tracker:
-    """Rows on their way to one service. `log` and `close` never raise, and only `close` waits.
+    """A queue of rows for one service. `log` and `close` never raise, and only `close` waits.
 
-    The service is opened behind the first step: tensorboardX imports PyTorch where that is installed, 1.3 s.
+    The service is opened after the first step: tensorboardX imports PyTorch where that is installed, 1.3 s.
     """
 
     def __init__(self, name: str, service: contextlib.AbstractContextManager[Write], step: int):
@@ -66,13 +72,13 @@ class Tracker:
         self._thread = threading.Thread(target=self._send, args=(service,), name=f"track-{name}", daemon=True)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if step > self._first and not self._started:
+        if step > self._first and not self._thread.ident:
             self._thread.start()
-        if self._thread.is_alive() or not self._started:  # else nobody would ever take them
+        if self._thread.is_alive() or not self._thread.ident:  # otherwise nobody would take the row
             self._rows.put((step, values))
 
     def close(self) -> None:
-        if not self._started:
+        if not self._thread.ident:
             if self._rows.empty():
                 return
             self._thread.start()
@@ -81,21 +87,14 @@ class Tracker:
         if self._thread.is_alive():
             say(f"{self._name}: not everything was sent within {PATIENCE:.0f} s; metrics.jsonl has it all")
 
-    @property
-    def _started(self) -> bool:
-        return self._thread.ident is not None
-
     def _send(self, service: contextlib.AbstractContextManager[Write]) -> None:
         try:
             with service as write:
                 for step, values in iter(self._rows.get, None):
                     write(step, values)
-        except Exception as e:  # whatever a service can fail with is no reason to stop training
+        except Exception as e:  # no failure of a service is a reason to stop training
             reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-            say(f"{self._name} is left out from here on ({reason}); metrics.jsonl has every row")
-
-
-# --------------------------------------------------------------------------------------------------------- services
+            say(f"{self._name} is left out from now on ({reason}); metrics.jsonl has every row")
 
 
 @contextlib.contextmanager
@@ -113,7 +112,7 @@ def _tensorboard(folder: str, settings: dict, step: int) -> Iterator[Write]:
         writer.write_event(Event(wall_time=time.time(), step=step, **content))
         writer.flush()
 
-    put(step + 1, session_log=SessionLog(status=SessionLog.START))  # what was shown from there on is forgotten
+    put(step + 1, session_log=SessionLog(status=SessionLog.START))  # TensorBoard forgets later steps of before
     scalar = lambda item: Summary.Value(tag=item[0], simple_value=item[1])
     yield lambda step, values: put(step, summary=Summary(value=map(scalar, values.items())))
     writer.close()
@@ -123,28 +122,20 @@ def _tensorboard(folder: str, settings: dict, step: int) -> Iterator[Write]:
 def _wandb(folder: str, settings: dict, step: int) -> Iterator[Write]:
     import wandb
 
-    path, name = os.path.join(folder, "wandb.id"), _name(folder)
-    if not os.path.isfile(path):  # random, since a name that was deleted cannot be used again
-        run_folder.write_text(path, f"{re.sub('[^A-Za-z0-9_-]', '-', name)[:40]}-{secrets.token_hex(4)}")
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=name,
-        dir=folder,
-        id=_read(path),
-        resume="allow",
-        config=settings,
-        allow_val_change=True,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",  # it would wrap stdout, where the progress bar is
-            init_timeout=30,
-            finish_timeout=PATIENCE - 5,  # without one the process could not end before the network is back
-            finish_timeout_raises=True,
-        ),
-    )
+    path, name = pathlib.Path(folder, "wandb.id"), os.path.basename(os.path.abspath(folder))
+    if not path.is_file():  # random, as W&B does not reuse the name of a deleted run
+        run_folder.write_text(str(path), f"{re.sub('[^A-Za-z0-9_-]', '-', name)[:40]}-{secrets.token_hex(4)}")
+    options = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": name, "dir": folder, "config": settings}
+    options |= {"id": path.read_text().strip(), "resume": "allow", "allow_val_change": True}
+    how = {"silent": True, "console": "off", "init_timeout": 30}  # a console would wrap stdout and its progress bar
+    how |= {
+        "finish_timeout": PATIENCE - 5,
+        "finish_timeout_raises": True,
+    }  # without, it waits for the network to return
+    run = wandb.init(**options, settings=wandb.Settings(**how))
     if not run.offline:
         say(f"wandb: {run.url}")
-    run.define_metric("*", step_metric="step")  # its own steps only rise: what a resumed run repeats would be lost
+    run.define_metric("*", step_metric="step")  # W&B's own steps only rise: repeated steps would be lost
     yield lambda step, values: run.log({"step": step} | values)
     run.finish()
 
@@ -154,18 +145,18 @@ def _mlflow(folder: str, settings: dict, step: int) -> Iterator[Write]:
     import mlflow
     from mlflow.entities import Metric, Param
 
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table that it makes
-    path, local = os.path.join(folder, "mlflow.id"), os.path.join(os.path.abspath(folder), "mlflow.db")
-    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{local}")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it reports every table that it creates
+    path, database = pathlib.Path(folder, "mlflow.id"), os.path.join(os.path.abspath(folder), "mlflow.db")
+    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}")
     try:
-        run = _read(path)
+        run = path.read_text().strip()
         client.update_run(run, status="RUNNING")
     except (OSError, mlflow.MlflowException):  # a new run, or another server than before
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = client.get_experiment_by_name(project)
         number = experiment.experiment_id if experiment else client.create_experiment(project)
-        run = client.create_run(number, run_name=_name(folder)).info.run_id
-        run_folder.write_text(path, run)
+        run = client.create_run(number, run_name=os.path.basename(os.path.abspath(folder))).info.run_id
+        run_folder.write_text(str(path), run)
         params = [Param(key, str(value)[:SETTING_CHARACTERS]) for key, value in run_folder.flatten(settings).items()]
         for start in range(0, len(params), SETTINGS_AT_ONCE):
             client.log_batch(run, params=params[start : start + SETTINGS_AT_ONCE])
@@ -178,30 +169,6 @@ def _mlflow(folder: str, settings: dict, step: int) -> Iterator[Write]:
     client.set_terminated(run)
 
 
-_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-
-
-# ---------------------------------------------------------------------------------------------------------- helpers
-
-
-def _needs(name: str) -> dict[str, str]:
-    """The modules that a tracker imports, and the packages they come with."""
-    if name == "mlflow":
-        local = {} if os.environ.get("MLFLOW_TRACKING_URI") else {"sqlalchemy": "sqlalchemy", "alembic": "alembic"}
-        return {"mlflow": "mlflow-skinny"} | local
-    module = {"tensorboard": "tensorboardX", "wandb": "wandb"}[name]
-    return {module: module}
-
-
 def _installed(module: str) -> bool:
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None  # a mere folder of that name, such as ./wandb, has no origin
-
-
-def _name(folder: str) -> str:
-    return os.path.basename(os.path.abspath(folder))
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as f:
-        return f.read().strip()

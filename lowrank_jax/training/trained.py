@@ -1,4 +1,4 @@
-"""A run's newest model, opened for use: config, tokenizer and parameters."""
+"""A run's newest model: config, tokenizer and parameters."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ class Trained(NamedTuple):
 
 
 def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
-    """The newest whole checkpoint of the run in `folder`; raises UsageError where there is none.
+    """Return the newest whole checkpoint of the run in `folder`; raises UsageError where there is none.
 
     Its arrays are on one device, or laid out on `mesh`.
     """
@@ -34,6 +34,6 @@ def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
     if restored is None:
         raise UsageError(f"--workdir={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
     state, progress = restored
-    # The kernel that it was trained with may not be for this device, nor for other lengths.
+    # The attention kernel of its training may not run on this device, or not at other lengths.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     return Trained(config, tokenizer.load(tokenizer_folder), state.weights, progress)

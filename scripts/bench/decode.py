@@ -139,7 +139,7 @@ def ours(preset: str, folder: str, weights: str, new: int) -> Measured:
         e.forget()  # the prompts of earlier calls
         started, first = time.perf_counter(), None
         for prompt in prompts(rows, length, PRESETS[preset]):
-            e.add(prompt, count, sampling.PRESETS["det"])
+            e.add(engine.Request(prompt, count, sampling.PRESETS["det"]))
         while e.free < rows:
             if e.step():
                 first = first or time.perf_counter()

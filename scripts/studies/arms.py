@@ -151,6 +151,7 @@ STUDIES = {
             "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
             "balanced": BALANCED,
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
+            "dense small tokens": DENSE | {"model.d": 216, "model.mlp": 664, "pretrain.steps": 1296},
             "balanced half updates": "1752db3e61ce",
             "balanced even": low(EVEN, start=""),
             "d/4 balanced": low(rank=64, start=""),
@@ -164,6 +165,7 @@ STUDIES = {
             ("balanced even", "dense small", "parameters"),
             ("d/4 balanced", "d/4 dense small", "parameters"),
             ("balanced tokens", "dense", "parameters", "flops"),
+            ("balanced tokens", "dense small tokens", "parameters"),
         ],
     },
     # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096 by position. The control is attention to

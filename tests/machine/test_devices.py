@@ -1,4 +1,4 @@
-"""What is said of devices and of compiled programs, and what is said where a compiler is missing."""
+"""Devices: their peaks, their memory, described topologies, and the messages where a compiler is missing."""
 
 import os
 import subprocess
@@ -19,12 +19,9 @@ def device(kind: str, **attributes) -> types.SimpleNamespace:
 
 
 def python(code: str, **env) -> subprocess.CompletedProcess:
-    """Runs the code in a process of its own; an environment variable of None is taken away."""
-    wanted = {key: value for key, value in (os.environ | env).items() if value is not None}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=wanted, capture_output=True, text=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- chips
+    """Run the code in a process of its own; an environment variable of None is removed."""
+    variables = {key: value for key, value in (os.environ | env).items() if value is not None}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=variables, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -52,27 +49,24 @@ def test_this_machines_cpu_has_no_peak():
 
 
 @pytest.mark.parametrize("name", sorted(devices.CHIPS))
-def test_the_peaks_of_a_chip_are_of_the_right_order(name):
-    """A slip of a power of ten, bits for bytes: arithmetic, memory, links and hosts are each slower than the last."""
+def test_the_peaks_of_a_chip_have_the_right_order_of_magnitude(name):
+    """Find slips of a power of ten, or bits for bytes: memory, links and hosts are each slower than the one before."""
     chip = devices.CHIPS[name]
-    assert 100 < chip.peak_flops / chip.memory_bandwidth < 600  # FLOPs that a byte has to be worth
+    assert 100 < chip.peak_flops / chip.memory_bandwidth < 600  # FLOPs per byte at which both peaks are reached
     assert 3 < chip.memory_bandwidth / chip.link_bandwidth < 40
     assert 0.01 < chip.memory / chip.memory_bandwidth < 0.05  # seconds to read all of it
     assert (chip.host_bandwidth is None) == name.startswith("TPU")
     assert chip.host_bandwidth is None or 1 < chip.link_bandwidth / chip.host_bandwidth < 30
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
-
-
-def test_the_cpus_memory_is_the_same_whatever_is_in_use():
+def test_the_cpus_memory_does_not_depend_on_what_is_in_use():
     before = devices.memory_bytes(jax.devices("cpu")[0])
-    held = bytearray(2**27)
-    assert devices.memory_bytes(jax.devices("cpu")[0]) == before > len(held)
+    in_use = bytearray(2**27)
+    assert devices.memory_bytes(jax.devices("cpu")[0]) == before > len(in_use)
 
 
 @pytest.mark.parametrize(
-    "groups,files,least",
+    "groups,files,limit",
     [
         ("0::/\n", {"memory.max": "5000"}, 5000),
         ("0::/app/job\n", {"memory.max": "max", "app/memory.max": "6000", "app/job/memory.max": "7000"}, 6000),
@@ -84,36 +78,33 @@ def test_the_cpus_memory_is_the_same_whatever_is_in_use():
         ("2:cpu:/\n", {"memory/memory.limit_in_bytes": "4000"}, None),
     ],
 )
-def test_a_container_has_no_more_memory_than_its_control_group(tmp_path, groups, files, least):
+def test_a_containers_memory_is_the_limit_of_its_control_group(tmp_path, groups, files, limit):
     for name, text in ({"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()}).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     machine = devices.host_memory(tmp_path / "nothing")
-    assert devices.host_memory(tmp_path) == (least or machine) and machine > 9000
+    assert devices.host_memory(tmp_path) == (limit or machine) and machine > 9000
 
 
-def test_a_real_device_says_itself_what_it_can_give():
+def test_a_real_device_reports_its_own_limit():
     real = device("NVIDIA A100-SXM4-80GB")
     real.memory_stats = lambda: {"bytes_limit": 63_000_000_000}
     assert devices.memory_bytes(real) == 63_000_000_000
 
 
-def test_memory_that_nobody_knows_is_asked_for():
+def test_unknown_memory_is_an_error_that_names_the_config_key():
     with pytest.raises(UsageError, match="'Mystery 9000'.*config.memory_gb"):
         devices.memory_bytes(device("Mystery 9000"))
 
 
-# ---------------------------------------------------------------------------------------------------------- topologies
-
-
 @pytest.mark.parametrize("name", ["", "h100", "h100:", "h100:0", "h100:9", "h100:8x0", "b200:1", "v4:2x2x1", "CPU"])
-def test_an_unknown_topology_is_told_what_a_name_is_like(name):
-    with pytest.raises(UsageError, match="is not known; use one such as cpu, v5e:4x4, .*h100:8 or h100:8x4 "):
+def test_an_unknown_topology_is_an_error_with_examples(name):
+    with pytest.raises(UsageError, match="is unknown; use a name such as cpu, v5e:4x4, .*h100:8 or h100:8x4 "):
         devices.topology(name)
 
 
 @pytest.mark.parametrize(
-    "name,wanted",
+    "name,expected",
     [
         ("v5e:1", "2 sides and at most 256 chips, such as v5e:4x4"),
         ("v5e:4x4x4", "2 sides"),
@@ -124,10 +115,10 @@ def test_an_unknown_topology_is_told_what_a_name_is_like(name):
         ("v5e:-2x2", "2 sides"),
     ],
 )
-def test_a_grid_that_no_slice_has_is_told_what_one_is_like(name, wanted):
+def test_a_grid_that_no_slice_has_is_an_error_with_an_example(name, expected):
     with pytest.raises(UsageError) as e:
         devices.topology(name)
-    assert str(e.value).startswith(f"topology {name!r}: ") and wanted in str(e.value)
+    assert str(e.value).startswith(f"topology {name!r}: ") and expected in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -145,27 +136,27 @@ def test_a_grid_that_no_slice_has_is_told_what_one_is_like(name, wanted):
     ],
 )
 def test_a_topology_has_the_devices_and_hosts_of_its_name(name, count, hosts, kind):
-    found = described(name)
-    on_host = [d.process_index for d in found]
-    assert len(found) == count and {d.device_kind for d in found} == {kind}
+    topology = described(name)
+    on_host = [d.process_index for d in topology]
+    assert len(topology) == count and {d.device_kind for d in topology} == {kind}
     assert {on_host.count(host) for host in range(hosts)} == {count // hosts}
-    if kind.startswith("NVIDIA"):  # the roofline takes neighbours in the list to be on one host
+    if kind.startswith("NVIDIA"):  # the roofline assumes that devices on one host are neighbours in the list
         assert on_host == sorted(on_host)
-    assert devices.memory_bytes(found[0]) > 10 * 2**30
+    assert devices.memory_bytes(topology[0]) > 10 * 2**30
 
 
-def test_a_grid_that_cuts_a_host_in_two_is_one_line_too():
+def test_a_grid_that_cuts_a_host_in_two_is_an_error_in_one_line():
     described("v5e:1x1")
     with pytest.raises(UsageError) as e:
         devices.topology("v5e:3x5")
     assert "v5e:3x5 is no grid of whole hosts (Topology layout" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_cpu_is_all_of_this_machines_cpu_devices():
+def test_cpu_names_all_cpu_devices_of_this_machine():
     assert devices.topology("cpu") == jax.devices("cpu")
 
 
-def test_a_missing_compiler_is_one_line_that_says_what_to_install():
+def test_a_missing_compiler_is_an_error_that_says_what_to_install():
     done = python("""
         import sys
         sys.modules["jax_plugins"] = sys.modules["libtpu"] = None  # as if they were not installed
@@ -182,7 +173,7 @@ def test_a_missing_compiler_is_one_line_that_says_what_to_install():
     ], done.stderr
 
 
-def test_a_compiler_without_its_parts_is_one_line_too(monkeypatch):
+def test_a_compiler_that_fails_is_an_error_in_one_line(monkeypatch):
     described("h100:1")
 
     def compile(device):
@@ -194,20 +185,20 @@ def test_a_compiler_without_its_parts_is_one_line_too(monkeypatch):
     assert "INTERNAL: libdevice not found); pip install" in str(e.value) and "\n" not in str(e.value)
 
 
-def test_an_h100_is_described_even_after_jax_found_no_gpu():
+def test_an_h100_can_be_described_after_jax_started_without_a_gpu():
     described("h100:1")
     done = python(
         """
         import sys
         import jax
-        mine = jax.devices()
+        real = jax.devices()
         print("now", file=sys.stderr, flush=True)
         from lowrank_jax.machine import devices
         described = devices.topology("h100:1")[0]
         print(described.device_kind, devices.peak_flops(described), devices.memory_bytes(described))
-        assert jax.devices() == mine and jax.config.jax_platforms is None
+        assert jax.devices() == real and jax.config.jax_platforms is None
         """,
         JAX_PLATFORMS=None,
     )
     assert done.stdout == "NVIDIA H100 80GB HBM3 989000000000000.0 60000000000\n", done.stderr
-    assert done.stderr.endswith("now\n"), done.stderr  # the compilers' own chatter is held back
+    assert done.stderr.endswith("now\n"), done.stderr  # the compilers write nothing

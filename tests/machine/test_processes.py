@@ -1,9 +1,8 @@
-"""Several real processes as one run: the same data and losses as one process, also where one of them is disturbed."""
+"""Several real processes as one run: the same data and losses as one process, even after a fault in one of them."""
 
 import functools
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,9 +25,9 @@ TWO_DEVICES = {"XLA_FLAGS": f"{runs.ENVIRONMENT['XLA_FLAGS']} --xla_force_host_p
 
 
 def together(data, folder, faults: str = "", patches: dict | None = None, **changes):
-    """Run two processes of two devices each; return their exit statuses and what they wrote, as (statuses, out, err).
+    """Run two processes of two devices each; return (exit statuses, stdout, stderr).
 
-    As with scripts/launch_local.py, a process that is left ten seconds after the other failed is killed.
+    As with launch_local, a process that still runs ten seconds after the other failed is killed.
     """
     args = [*runs.train_args(data, folder, **FSDP | changes), f"--coordinator={free_address()}", "--processes=2"]
     start = lambda i: runs.launch("main", *args, f"--process={i}", faults=faults, patches=patches, env=TWO_DEVICES)
@@ -45,9 +44,9 @@ def together(data, folder, faults: str = "", patches: dict | None = None, **chan
 
 
 def launched(data, folder, faults: str = "") -> tuple[int, str]:
-    """Run the same through scripts/launch_local.py; return (exit status, stderr)."""
+    """Run the same with launch_local; return (exit status, stderr)."""
     args = runs.train_args(data, folder, **FSDP)
-    command = [sys.executable, "scripts/launch_local.py", "--processes=2", "--devices=2", "--", *args]
+    command = [sys.executable, "-m", "lowrank_jax.machine", "--processes=2", "--devices=2", "--", *args]
     env = os.environ | runs.ENVIRONMENT | {"LOWRANK_FAULTS": faults}
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, errors="replace", timeout=300)
     return done.returncode, done.stderr
@@ -85,21 +84,21 @@ def free_address() -> str:
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """A run of which one process ran out of memory and the other did not, and how it ended."""
+    """A run in which one process alone ran out of memory, with that process's exit status and stderr."""
     folder = tmp_path_factory.mktemp("processes") / "run"
-    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.loop.ALONE_SECONDS": 2})
+    statuses, _, err = together(data, folder, "oom@step=5:1", {"lowrank_jax.training.recovery.ALONE_SECONDS": 2})
     return folder, statuses[1], err
 
 
 @pytest.fixture(scope="module")
 def killed(alone, data):
-    """The same run, started again, with one process killed: how it ended, and how long after it last wrote."""
+    """The same run, resumed with one process killed: its exit status, and the seconds since its last event."""
     folder, *_ = alone
     status, _ = launched(data, folder, "kill@step=8:1")
     return folder, status, time.time() - runs.rows(folder, "events.jsonl")[-1]["time"]
 
 
-def test_a_process_that_is_alone_without_memory_ends_in_one_line_and_is_remembered(alone, killed):
+def test_one_process_out_of_memory_ends_the_run_in_one_line_and_the_next_uses_less(alone, killed):
     folder, status, err = alone
     lines = [line for line in err.splitlines() if line.startswith("process 1: error: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
@@ -151,13 +150,13 @@ def test_mistakes_end_all_processes_with_one_line_each(data, tmp_path):
     assert "Traceback" not in err and not (tmp_path / "run").exists()
 
 
-def test_what_the_first_process_finds_wrong_is_told_by_all(data, tmp_path):
+def test_an_error_of_the_first_process_is_reported_by_all(data, tmp_path):
     with run_folder.lock(str(tmp_path)):
         statuses, _, err = together(data, tmp_path)
     assert statuses == [2, 2] and err.count(f"error: another process is training in {tmp_path}") == 2, err
 
 
-def test_flags_of_many_processes_go_together(data, tmp_path):
+def test_flags_of_several_processes_go_together(data, tmp_path):
     status, _, err = runs.run("main", *runs.train_args(data, tmp_path / "run"), "--processes=2")
     runs.assert_one_line(status, err, 2, "--coordinator", "--process=I")
 
@@ -185,19 +184,19 @@ agreement.meet("end", 30)
 
 
 def slurm(i: int) -> dict[str, str]:
-    """The environment of a job step's task, as far as JAX reads it; the number of the job makes the port."""
+    """Return the environment of a job step's task, as far as JAX reads it; the port follows from the job's number."""
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     return job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
 
 
 @pytest.mark.parametrize("through", ["coordinator", "slurm"])
-def test_processes_agree_share_what_the_first_finds_and_notice_that_one_is_alone(through):
+def test_processes_agree_share_the_first_ones_results_and_notice_an_absent_one(through):
     address = [free_address()] if through == "coordinator" else []
     env = lambda i: os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | ({} if address else slurm(i))
     command = lambda i: [sys.executable, "-c", MEETING, str(i), *address]
     both = [subprocess.Popen(command(i), cwd=ROOT, env=env(i), text=True, stdout=subprocess.PIPE) for i in range(2)]
-    told = [process.communicate(timeout=120)[0].splitlines() for process in both]
-    for i, lines in enumerate(told):
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in both]
+    for i, lines in enumerate(outputs):
         lines = [line for line in lines if not line.startswith("[Gloo]")]
         assert lines[0] == f"[{{'mine': 0}}, {{'mine': 1}}] {i} 2 {i == 0}"
         assert lines[1:4] == ["from 0", "said by 0", "True"]
@@ -206,32 +205,32 @@ def test_processes_agree_share_what_the_first_finds_and_notice_that_one_is_alone
 
 NOTES_SIGNALS = """
 import os, pathlib, signal, sys, time
-flags, got = dict(arg.split("=", 1) for arg in sys.argv[1:]), []
+flags, received = dict(arg.split("=", 1) for arg in sys.argv[1:]), []
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: got.append(number))
+    signal.signal(number, lambda number, _: received.append(number))
 place = pathlib.Path(flags["--workdir"], flags["--process"])
 place.touch()
-while not got:
+while not received:
     time.sleep(0.02)
 time.sleep(0.5)
-place.write_text(f"{os.environ['JAX_LOCAL_DEVICE_IDS']} {flags['--processes']} {[int(number) for number in got]}")
-sys.exit(128 + got[0])
+place.write_text(f"{os.environ['JAX_LOCAL_DEVICE_IDS']} {flags['--processes']} {[int(number) for number in received]}")
+sys.exit(128 + received[0])
 """
 
 
 def test_a_terminals_ctrl_c_reaches_each_process_once_and_each_has_a_gpu_of_its_own(tmp_path):
-    """The launcher with a program in place of training; the second SIGINT would make it quit without saving."""
+    """The launcher, with a program in place of training. A second SIGINT would make training quit without saving."""
     for name, text in (("__init__", ""), ("main", NOTES_SIGNALS)):
         (tmp_path / "lowrank_jax").mkdir(exist_ok=True)
         (tmp_path / "lowrank_jax" / f"{name}.py").write_text(text)
-    (tmp_path / "scripts").mkdir()
-    script = shutil.copy(ROOT / "scripts" / "launch_local.py", tmp_path / "scripts")
-    (tmp_path / "here").mkdir()  # paths are the caller's
-    command = [sys.executable, script, "--processes=2", "--", "--workdir=."]
-    with subprocess.Popen(command, cwd=tmp_path / "here", process_group=0) as launcher:
-        while len(list((tmp_path / "here").iterdir())) < 2:
+    (tmp_path / "caller").mkdir()  # paths are the caller's
+    line = f"import sys; from lowrank_jax.machine import launch; launch.ROOT = {str(tmp_path)!r}; "
+    line += "sys.exit(launch.train_in_processes(['--workdir=.'], processes=2, devices=0))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", line], cwd=tmp_path / "caller", env=env, process_group=0) as launcher:
+        while len(list((tmp_path / "caller").iterdir())) < 2:
             assert launcher.poll() is None
             time.sleep(0.05)
         os.killpg(launcher.pid, signal.SIGINT)
         assert launcher.wait(timeout=60) == 130
-    assert [(tmp_path / "here" / str(i)).read_text() for i in range(2)] == ["0 2 [2]", "1 2 [2]"]
+    assert [(tmp_path / "caller" / str(i)).read_text() for i in range(2)] == ["0 2 [2]", "1 2 [2]"]

@@ -1,4 +1,4 @@
-"""Bytes of memory and matmuls read from compiled programs are what arithmetic says, and seconds what peaks say."""
+"""Traffic and matmuls of compiled programs equal hand-made arithmetic, and seconds follow from the chips' peaks."""
 
 import math
 
@@ -11,13 +11,13 @@ from lowrank_jax.machine import devices, roofline
 from lowrank_jax.machine.devices import Chip
 from lowrank_jax.machine.hlo import Collective
 
-STEPS, SIZE = 5, 2**26  # arrays of 256 MB, which no cache and no VMEM holds; nothing of it runs
+STEPS, SIZE = 5, 2**26  # arrays of 256 MB, too large for a cache or VMEM; nothing runs
 PLACES = ["cpu", "v5e:1x1", "h100:1"]
 
 
 @pytest.fixture(params=PLACES)
 def compile(request):
-    """Compiles f(stacked [STEPS, SIZE], x [SIZE]) for a device."""
+    """A function that compiles f(stacked [STEPS, SIZE], x [SIZE]) for a device."""
     one = jax.sharding.SingleDeviceSharding(described(request.param)[0])
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=one)
 
@@ -31,9 +31,6 @@ def arrays_moved(compiled) -> float:
     return roofline.traffic_bytes(compiled.as_text()) / (4 * SIZE)
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
 def test_a_fusion_reads_its_operands_and_writes_its_result(compile):
     compiled = compile(lambda stacked, x: jnp.tanh(x) * 2 + x)
     assert arrays_moved(compiled) == 2
@@ -42,9 +39,9 @@ def test_a_fusion_reads_its_operands_and_writes_its_result(compile):
 
 
 def test_a_loop_that_reads_slices_reads_the_whole_once(compile):
-    """A turn needs a slice, the carry, and its new value: 3; a TPU copies the slice first: 5. The carry is copied once.
+    """A turn moves a slice, the carry and its new value: 3. A TPU copies the slice first: 5. The carry is copied once.
 
-    Were the stack counted whole each time, it would be 7 and more a turn.
+    If each turn counted the whole stack, it would move 7 or more.
     """
     compiled = compile(lambda stacked, x: jax.lax.scan(lambda x, w: (x + w, None), x, stacked)[0])
     turn = round((arrays_moved(compiled) - 2) / STEPS, 3)
@@ -52,9 +49,9 @@ def test_a_loop_that_reads_slices_reads_the_whole_once(compile):
 
 
 def test_a_loop_that_writes_slices_in_place_writes_the_whole_once(compile):
-    """A turn reads the carry for its slice and writes it, and again for the new carry: 4, 5 or 6 with copies.
+    """A turn reads the carry and writes it, for its slice and for the new carry: 4, or 5 or 6 with copies.
 
-    Before it the stack is zeroed, STEPS, and the carry copied, 2. In place: the stack whole each time would be 10 more.
+    Before the loop, the stack is zeroed (STEPS) and the carry copied (2). Writing the whole stack would add 10 a turn.
     """
     compiled = compile(lambda stacked, x: jax.lax.scan(lambda x, _: (x * 2, x * 3), x, None, length=STEPS))
     assert 4 * STEPS <= round(arrays_moved(compiled), 3) <= 6 * STEPS + STEPS + 2
@@ -75,9 +72,6 @@ def test_a_small_array_of_a_tpu_stays_in_vmem():
     assert roofline.matmul_flops(text) == 100 * 2 * 512**3
 
 
-# ----------------------------------------------------------------------------------------------------------- matmuls
-
-
 @pytest.mark.parametrize("triton", [True, False])
 def test_matmuls_are_counted_in_triton_fusions_and_in_cublas_calls(triton):
     one = jax.sharding.SingleDeviceSharding(described("h100:1")[0])
@@ -87,11 +81,8 @@ def test_matmuls_are_counted_in_triton_fusions_and_in_cublas_calls(triton):
     assert ("__cublas" in text) != triton
     assert roofline.matmul_flops(text) == 8 * 2 * 256 * 512 * 128
     operands, result, moved = 2 * 8 * 512 * (256 + 128), 2 * 8 * 256 * 128, roofline.traffic_bytes(text)
-    # cuBLAS's workspace is not data. A fusion here leaves fp32 parts of the sum to another (XLA's choice unmeasured).
+    # cuBLAS's workspace is not data. A Triton fusion leaves fp32 parts of the sum to another fusion.
     assert moved > operands + result if triton else moved == operands + result
-
-
-# -------------------------------------------------------------------------------------------------------------- time
 
 
 TPU, GPU = Chip(100.0, 1, 10.0, 2.0), Chip(100.0, 1, 10.0, 2.0, 0.5)
@@ -105,7 +96,7 @@ def collective(kind: str, *groups: tuple, bytes: float = 8.0, times: int = 1) ->
     "kind,sent",
     [("all-gather", 6), ("reduce-scatter", 6), ("all-to-all", 6), ("all-reduce", 12), ("collective-permute", 8)],
 )
-def test_a_ring_of_four_sends_what_it_must(kind, sent):
+def test_a_ring_of_four_sends_the_least_that_it_can(kind, sent):
     groups = [(0, 1, 2, 3)] if kind != "collective-permute" else [(0, 1), (1, 2)]
     assert roofline.network_seconds(TPU, collective(kind, *groups, times=10)) == pytest.approx(10 * sent / 2.0)
 
@@ -122,13 +113,13 @@ def test_a_ring_of_four_sends_what_it_must(kind, sent):
         ([(0, 1), (3, 4)], 0.5),  # the slowest group
     ],
 )
-def test_groups_over_hosts_are_as_fast_as_the_network_of_their_part_of_a_host(groups, bandwidth):
+def test_groups_over_hosts_share_the_network_of_their_hosts(groups, bandwidth):
     c, n = collective("all-gather", *groups), len(groups[0])
     assert roofline.network_seconds(GPU, c, per_host=4) == pytest.approx(8 * (n - 1) / n / bandwidth)
     assert roofline.network_seconds(TPU, c, per_host=4) == pytest.approx(8 * (n - 1) / n / 2.0)  # one network
 
 
-def test_the_step_is_the_longest_of_three_and_says_which():
+def test_a_step_takes_as_long_as_its_slowest_part_and_names_it():
     gather = [collective("all-gather", (0, 1), times=2)]  # 4 seconds
     assert roofline.estimate(TPU, 500.0, 30.0, gather) == {
         "compute_seconds": 5.0,
@@ -145,14 +136,14 @@ def test_the_step_is_the_longest_of_three_and_says_which():
     assert network["mfu_bound"] == pytest.approx(1 / 64)
 
 
-def test_what_is_not_known_is_left_out():
+def test_unknown_parts_are_left_out():
     part = roofline.estimate(TPU, 500.0, None, None)
     assert part["memory_seconds"] is None and part["network_seconds"] is None and part["step_seconds"] == 5.0
     assert set(roofline.estimate(None, 500.0, 1.0, []).values()) == {None}
 
 
-def test_no_program_is_bound_to_take_no_time():
-    """An order of magnitude: 125M parameters, a million tokens a step on 32 H100s are 0.75 PFLOP: a bit over 24 ms."""
+def test_a_large_step_takes_the_time_of_hand_made_arithmetic():
+    """125M parameters and a million tokens per step on 32 H100s are 0.75 PFLOP, a bit over 24 ms."""
     h100 = devices.CHIPS["H100"]
     hosts = collective("all-reduce", tuple(range(32)), bytes=4 * 125e6)
     step = roofline.estimate(h100, 6 * 125e6 * 2**20 / 32, 10e9, [hosts], per_host=8)

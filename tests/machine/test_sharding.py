@@ -1,4 +1,4 @@
-"""A mesh of devices trains as one does: where every array is, and what comes out on 2 to 8 of them."""
+"""A mesh of devices trains as one device does: the layout of every array, and results on 2 to 8 devices."""
 
 import json
 import math
@@ -46,9 +46,6 @@ def layouts(config, mesh) -> dict:
     return {sharding.path_name(path): (x.shape, at) for (path, x), at in leaves}
 
 
-# ------------------------------------------------------------------------------------------------------- what is where
-
-
 @pytest.mark.parametrize("changes", MODELS)
 def test_every_array_of_a_state_has_a_layout_that_divides_it(changes):
     for shape, at in layouts(run_config(**changes), abstract_mesh()).values():
@@ -56,7 +53,7 @@ def test_every_array_of_a_state_has_a_layout_that_divides_it(changes):
 
 
 @pytest.mark.parametrize("changes", MODELS)
-def test_moments_and_averages_are_where_their_parameters_are(changes):
+def test_moments_and_averages_have_their_parameters_layout(changes):
     laid = layouts(run_config(**changes), abstract_mesh())
     params = {name.removeprefix("params/"): at for name, at in laid.items() if name.startswith("params/")}
     followers = [(name, at, p) for name, at in laid.items() for p in params if name.endswith(f"/{p}")]
@@ -66,7 +63,7 @@ def test_moments_and_averages_are_where_their_parameters_are(changes):
 
 
 @pytest.mark.parametrize("shared_kv", [False, True])
-def test_the_rank_of_the_blocks_factors_is_never_cut_and_the_rest_of_them_is(shared_kv):
+def test_the_rank_of_the_blocks_factors_is_never_split_and_the_other_dimension_is(shared_kv):
     sizes = {"model__d": 64, "model__heads": 4, "model__rank": 8, "model__mlp_rank": 16}
     laid = layouts(run_config(**sizes, model__shared_kv=shared_kv), abstract_mesh(1, 4, 2))
     factors = {name: x for name, x in laid.items() if re.match("params/blocks/.*/(down|up)$", name)}
@@ -87,9 +84,6 @@ def test_without_a_mesh_nothing_is_constrained():
     assert tuple(sharding.spec(x.shape, sharding.ROWS, TENSOR)) == (None, None)
 
 
-# -------------------------------------------------------------------------------------------------------- which mesh
-
-
 COUNTS = [1, 2, 3, 4, 7, 8, 12, 24]
 
 
@@ -99,26 +93,26 @@ COUNTS = [1, 2, 3, 4, 7, 8, 12, 24]
     rows=st.sampled_from(COUNTS),
     sft_rows=st.sampled_from([0, *COUNTS]),
     heads=st.sampled_from([1, 6, 8, 12]),
-    asked=st.tuples(*[st.sampled_from([0, 0, 1, 2, 3, 4])] * 3),
+    wanted=st.tuples(*[st.sampled_from([0, 0, 1, 2, 3, 4])] * 3),
 )
-def test_a_mesh_is_found_wherever_one_is_as_asked_for_and_shares_all_rows_out_evenly(
-    devices, rows, sft_rows, heads, asked
+def test_a_mesh_is_chosen_wherever_one_satisfies_the_config_and_splits_all_rows_evenly(
+    devices, rows, sft_rows, heads, wanted
 ):
     sizes = {"model__d": 768, "model__heads": heads, "sft__steps": int(sft_rows > 0)}
     sizes |= {"pretrain__block": 8, "pretrain__tokens_per_step": 16 * rows, "pretrain__auto_grow": True}
     sizes |= {"pretrain__grow_plan": "8,16", "pretrain__grow_every_steps": 2, "pretrain__steps": 4}
     sizes |= {"sft__block": 8, "sft__tokens_per_step": 8 * max(sft_rows, 1)}
-    config = run_config(**sizes, **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, asked)})
+    config = run_config(**sizes, **{f"mesh__{axis}": size for axis, size in zip(sharding.AXES, wanted)})
     batches = [stage.batch for stage in stages_of(config)]
     assert batches == [2 * rows, rows, *([sft_rows] if sft_rows else [])]
 
     def is_good(data, fsdp, tensor):
-        as_asked = all(wanted in (0, size) for wanted, size in zip(asked, (data, fsdp, tensor)))
-        even = all(batch % (data * fsdp) == 0 for batch in batches) and (asked[2] or heads % tensor == 0)
-        return data * fsdp * tensor == devices and as_asked and even
+        as_wanted = all(number in (0, size) for number, size in zip(wanted, (data, fsdp, tensor)))
+        even = all(batch % (data * fsdp) == 0 for batch in batches) and (wanted[2] or heads % tensor == 0)
+        return data * fsdp * tensor == devices and as_wanted and even
 
     try:
-        assert is_good(*sharding.shape(config, devices))
+        assert is_good(*sharding.shape(config, stages_of(config), devices))
     except UsageError as e:
         assert "\n" not in str(e) and "config.mesh" in str(e)
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
@@ -137,9 +131,10 @@ def test_a_mesh_is_found_wherever_one_is_as_asked_for_and_shares_all_rows_out_ev
         (8, {"model__d": 64}, (8, 1, 1)),
     ],
 )
-def test_what_is_not_asked_for_is_chosen(devices, changes, expected):
+def test_axes_of_0_are_chosen(devices, changes, expected):
     sizes = {"model__d": 1024, "model__heads": 8, "pretrain__block": 64, "pretrain__tokens_per_step": 64 * 64}
-    assert sharding.shape(run_config(**sizes | changes), devices) == expected
+    config = run_config(**sizes | changes)
+    assert sharding.shape(config, stages_of(config), devices) == expected
 
 
 @pytest.mark.parametrize(
@@ -151,10 +146,10 @@ def test_what_is_not_asked_for_is_chosen(devices, changes, expected):
         (16, {"mesh__fsdp": 16}, ["8 rows", "fsdp=16"]),
     ],
 )
-def test_what_does_not_come_out_even_is_one_line(devices, changes, names):
+def test_a_mesh_that_does_not_divide_the_rows_or_devices_is_an_error_in_one_line(devices, changes, names):
     config = run_config(model__heads=8, pretrain__block=64, pretrain__tokens_per_step=8 * 64, **changes)
     with pytest.raises(UsageError) as e:
-        sharding.shape(config, devices)
+        sharding.shape(config, stages_of(config), devices)
     assert all(name in str(e.value) for name in names), e.value
 
 
@@ -180,7 +175,7 @@ def test_each_process_reads_the_rows_that_its_devices_need(processes, shape, sha
         assert sharding.my_share(mesh) == share
 
 
-def test_rows_that_processes_share_in_part_are_refused():
+def test_processes_that_need_overlapping_parts_of_the_rows_are_refused():
     devices = np.array([device(p) for p in (0, 1, 1, 1)]).reshape(2, 1, 2)
     with pytest.raises(UsageError, match="across processes"):
         sharding.my_share(types.SimpleNamespace(devices=devices, shape={"data": 2, "fsdp": 1, "tensor": 2}))
@@ -194,12 +189,9 @@ def test_microbatches_never_grow_past_what_a_device_may_hold():
         assert stage.microbatch // shards == min(2, 64 // shards)
 
 
-# ------------------------------------------------------------------------------------------------- on eight devices
-
-
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """What tests/eight.py tells. (Without XLA's own fusion code its programs compile in a third of the time.)"""
+    """The results of tests/eight.py. Without XLA's fusion emitters its programs compile in a third of the time."""
     flags = ["force_host_platform_device_count=8", "backend_optimization_level=0", "cpu_use_fusion_emitters=false"]
     env = {
         "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""float8 matmuls: how near to fp32, nothing hidden, kept by a compiler for an H100, and given up where they are off."""
+"""float8 matmuls: their errors, the program that a compiler for an H100 makes, and the fallback to bf16."""
 
 import json
 import types
@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from conftest import described, run_config
 
-from lowrank_jax.machine import hlo, sharding
+from lowrank_jax.machine import hlo
 from lowrank_jax.model import precision
 from lowrank_jax.model.precision import fp8_matmul
 from lowrank_jax.training import loop, step
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import make, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 
 def forward_and_backward(matmul):
-    """(y, dx, dw) from (x, w, the gradient of y)."""
+    """Return a function of (x, w, the gradient of y) that returns (y, dx, dw)."""
 
     def run(x, w, g):
         y, pull = jax.vjp(matmul, x, w)
@@ -28,13 +29,10 @@ def forward_and_backward(matmul):
 
 @pytest.fixture(scope="module")
 def arrays():
-    """x, w and the gradient of x @ w, as in a layer: each with values of its own size."""
+    """x, w and the gradient of x @ w, each with values of another size, as in a layer."""
     kx, kw, kg = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(kx, (4, 128, 256))
     return x, 0.04 * jax.random.normal(kw, (256, 512)), 1e-3 * jax.random.normal(kg, (4, 128, 512))
-
-
-# --------------------------------------------------------------------------------------------------------- the numbers
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -55,7 +53,7 @@ def test_the_size_of_a_tensor_does_not_matter(arrays):
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_what_is_not_finite_stays_visible(arrays, bad):
+def test_values_that_are_not_finite_stay_visible(arrays, bad):
     x, w, g = arrays
     run = jax.jit(forward_and_backward(fp8_matmul))
     spoil = lambda a: a.at[(0,) * a.ndim].set(bad)
@@ -108,17 +106,17 @@ def test_an_h100_multiplies_in_f8_forward_and_backward(compiled, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options, count", [({"xla_gpu_dot_merger_threshold_mb": 0}, 3 * 3), ({}, 7)])
 def test_the_training_step_has_three_f8_matmuls_for_each_fp8_layer(options, count):
-    """A block has three (gate, up, out); XLA makes one matmul of two by itself where they share an operand."""
+    """A block has three (gate, up, out). By default XLA merges two matmuls that share an operand."""
     sizes = {"model__d": 256, "model__rank": 32, "model__heads": 4, "model__vocab": 512, "model__layers": 3}
     sizes |= {"pretrain__block": 128, "pretrain__tokens_per_step": 512, "optim__name": "adamw"}
     config = run_config(precision="fp8", **sizes)
-    mesh = sharding.make_mesh(config, described("h100:1"))
-    compiled = step.lower(config, stages_of(config)[0], mesh).compile(options)
+    plan = make(config, described("h100:1"))
+    compiled = step.lower(config, unchanged(plan.stages[0]), plan.mesh).compile(options)
     assert hlo.f8_matmuls(compiled.as_text()) == count
 
 
 def test_rounding_to_f8_before_a_bf16_matmul_is_not_the_same(compiled):
-    """The control: written so, XLA makes bf16 matmuls of them."""
+    """The control: XLA turns this pattern into bf16 matmuls."""
     rounded = lambda a: a.astype(jnp.float8_e4m3fn).astype(a.dtype)
     assert hlo.f8_matmuls(compiled(lambda x, w: rounded(x) @ rounded(w), TRITON)) == 0
 
@@ -127,15 +125,12 @@ def test_bf16_matmuls_are_not_counted(compiled):
     assert all(hlo.f8_matmuls(compiled(jnp.matmul, options)) == 0 for options in (TRITON, CUBLASLT))
 
 
-# ------------------------------------------------------------------------------------------------------ beside bf16
-
-
-ROWS, LENGTH = 4, 16  # of which two rows go through the device at a time
+ROWS, LENGTH = 4, 16  # two rows per microbatch
 
 
 @pytest.fixture(scope="module")
 def beside_bf16():
-    """`disagreement` on a model of width 256, where the MLP has the only fp8 products, spoilt on request.
+    """`disagreement` on a model of width 256, where only the MLP's products are fp8 and can be spoilt.
 
     Their values are multiplied by `forward`, their weights' gradients by `weights`; tokens of `nan_rows` weigh NaN.
     """
@@ -156,39 +151,39 @@ def beside_bf16():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(precision, "fp8_matmul", spoilt)
-            return step.disagreement(config, stage, params, batch)
+            return step.disagreement(config, unchanged(stage), params, batch)
 
     compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
-    def apart(forward=1.0, weights=1.0, nan_rows=()):
+    def compare(forward=1.0, weights=1.0, nan_rows=()):
         trained = np.ones((ROWS, LENGTH), np.float32)
         trained[list(nan_rows)] = np.nan
         return compiled(params, batch | {"weights": trained}, np.float32(forward), np.float32(weights))
 
-    return apart
+    return compare
 
 
-def gives_up(folder, check, at_step: int = 4, every: int = 4) -> bool:
-    """Whether training leaves fp8 after such a look at bf16."""
+def leaves_fp8(folder, check, done: int = 4, every: int = 4) -> bool:
+    """Return whether training leaves fp8 after this comparison with bf16."""
     programs = types.SimpleNamespace(running=types.SimpleNamespace(check=check))
     config = types.SimpleNamespace(every=types.SimpleNamespace(fp8_check=every))
     run = types.SimpleNamespace(programs=programs, config=config, folder=str(folder))
     meter = types.SimpleNamespace(restart_clock=lambda: None)
-    return loop._fp8_is_off(run, types.SimpleNamespace(params={}), {}, {"step": at_step}, meter)
+    return loop._must_leave_fp8(run, types.SimpleNamespace(params={}), {}, Progress(step=done), meter)
 
 
-def test_healthy_fp8_is_near_bf16_and_a_spoilt_one_is_given_up(beside_bf16, tmp_path):
-    """Values of four times their size, and weights' gradients of zero, which leave the loss as it was."""
+def test_healthy_fp8_is_near_bf16_and_training_leaves_a_spoilt_one(beside_bf16, tmp_path):
+    """Values of four times their size; weights' gradients of zero, which leave the loss unchanged."""
     healthy, scaled, untrained = beside_bf16(), beside_bf16(forward=4.0), beside_bf16(weights=0.0)
     assert healthy["known"] and 0 < healthy["loss"] < 0.005 and 0.01 < healthy["gradient"] < 0.15
     assert scaled["known"] and scaled["loss"] > 0.015 and scaled["gradient"] > 0.25
     assert untrained["known"] and untrained["loss"] == healthy["loss"] and untrained["gradient"] > 0.35
-    assert [gives_up(tmp_path, lambda *_, x=x: x) for x in (healthy, scaled, untrained)] == [False, True, True]
+    assert [leaves_fp8(tmp_path, lambda *_, x=x: x) for x in (healthy, scaled, untrained)] == [False, True, True]
 
 
 def test_the_first_rows_alone_are_compared_and_only_where_bf16_is_finite(beside_bf16):
     healthy, ours_not_finite = beside_bf16(nan_rows=(2, 3)), beside_bf16(forward=np.inf)
-    assert healthy == beside_bf16()  # the second microbatch is not looked at
+    assert healthy == beside_bf16()  # only the first microbatch is compared
     assert not beside_bf16(nan_rows=(1,))["known"]
     assert ours_not_finite["known"] and not np.isfinite(ours_not_finite["loss"])
 
@@ -202,17 +197,17 @@ def test_the_first_rows_alone_are_compared_and_only_where_bf16_is_finite(beside_
         (np.nan, 0.0, True, True),
         (0.0, np.nan, True, True),
         (np.inf, np.inf, True, True),
-        (np.nan, np.nan, False, False),  # bf16 makes nothing of the batch either
+        (np.nan, np.nan, False, False),  # bf16 is not finite either
     ],
 )
-def test_fp8_is_given_up_where_the_loss_or_the_gradient_is_off(tmp_path, loss, gradient, known, is_off):
-    assert gives_up(tmp_path, lambda *_: {"loss": loss, "gradient": gradient, "known": known}) == is_off
+def test_training_leaves_fp8_where_the_loss_or_the_gradient_is_off(tmp_path, loss, gradient, known, is_off):
+    assert leaves_fp8(tmp_path, lambda *_: {"loss": loss, "gradient": gradient, "known": known}) == is_off
     events = [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").open()] if known else []
     assert events == ([] if not known else ["fallback"] if is_off else ["fp8_check"])
 
 
-def test_bf16_is_looked_at_every_so_many_steps_and_only_for_fp8(tmp_path):
-    looks = []
-    check = lambda *_: looks.append(1) or {"loss": 1.0, "gradient": 1.0, "known": True}
-    assert [gives_up(tmp_path, check, at_step=k, every=3) for k in range(5)] == [True, False, False, True, False]
-    assert len(looks) == 2 and not gives_up(tmp_path, None)
+def test_fp8_alone_is_compared_with_bf16_every_few_steps(tmp_path):
+    comparisons = []
+    check = lambda *_: comparisons.append(1) or {"loss": 1.0, "gradient": 1.0, "known": True}
+    assert [leaves_fp8(tmp_path, check, done=k, every=3) for k in range(5)] == [True, False, False, True, False]
+    assert len(comparisons) == 2 and not leaves_fp8(tmp_path, None)

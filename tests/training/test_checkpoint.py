@@ -1,5 +1,6 @@
-"""Checkpoints: what is saved comes back bit for bit, and what is broken on disk is noticed and passed over."""
+"""Checkpoints: a saved state is restored bit for bit, and one that is damaged on disk is noticed and passed over."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,11 +16,16 @@ import pytest
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.training import checkpoint, run_folder, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
+from lowrank_jax.training.progress import Progress
 
 # Orbax leaves coroutines behind where it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-PROGRESS = {"step": 0, "data_sha256": "ab\u6f22", "cursor": {"sources": ["text:a"], "drawn": [2**40], "offset": 3}}
+CURSOR = {"sources": ["text:a"], "drawn": [2**40], "offset": 3}
+
+
+def progress_at(step: int, **changes) -> Progress:
+    return dataclasses.replace(Progress(step=step, data_sha256="ab\u6f22", cursor=CURSOR), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +47,13 @@ def saved_run(tmp_path_factory, states) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("saved") / "run"
     with Checkpoints(str(folder)) as saved:
         for i, state in enumerate(states):
-            saved.save(i + 1, state, PROGRESS | {"step": i + 1})
+            saved.save(state, progress_at(i + 1))
     return folder
 
 
 @pytest.fixture
 def run(saved_run, tmp_path) -> str:
-    """A copy of it, to be harmed."""
+    """A copy of `saved_run` that a test may damage."""
     return str(shutil.copytree(saved_run, tmp_path / "run"))
 
 
@@ -85,22 +91,22 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_with_its_progress(run, sta
     state, progress = restore(run, template)
     assert bits(state) == bits(states[2])
     assert jax.tree.structure(state) == jax.tree.structure(states[2])
-    assert progress == PROGRESS | {"step": 3}
+    assert progress == progress_at(3)
 
 
 def test_the_other_optimizer_survives_with_its_named_tuples_too(make, tmp_path):
     config = make.run_config(optim__name="adamw", model__layers=1)
     state = step.first_state(config, step.init_params(config))
     with Checkpoints(str(tmp_path)) as saved:
-        saved.save(5, state, {})
+        saved.save(state, progress_at(5))
     restored, _ = restore(str(tmp_path), step.abstract_state(config))
     assert bits(restored) == bits(state) and jax.tree.structure(restored) == jax.tree.structure(state)
 
 
-def test_what_is_not_finite_survives_too(tmp_path):
+def test_numbers_that_are_not_finite_survive_too(tmp_path):
     state = {"x": jnp.asarray([np.nan, np.inf, -0.0, 1e-45], jnp.float32)}
     with Checkpoints(str(tmp_path)) as saved:
-        saved.save(1, state, {})
+        saved.save(state, progress_at(1))
     assert bits(restore(str(tmp_path), state)[0]) == bits(state)
 
 
@@ -109,7 +115,7 @@ def test_a_step_that_consumes_the_state_while_it_is_written_changes_nothing(tmp_
     state = {"x": jnp.arange(3_000_000, dtype=jnp.float32)}
     expected = bits(state)
     with Checkpoints(str(tmp_path)) as saved:
-        saved.save(1, state, {})
+        saved.save(state, progress_at(1))
         jax.block_until_ready(consume(state))
         saved.wait()
     assert bits(restore(str(tmp_path), {"x": jnp.zeros(3_000_000)})[0]) == expected
@@ -118,21 +124,21 @@ def test_a_step_that_consumes_the_state_while_it_is_written_changes_nothing(tmp_
 def test_only_the_newest_checkpoints_are_kept(tmp_path, states, template):
     with Checkpoints(str(tmp_path), keep=2) as saved:
         for i in (3, 7, 11, 20):
-            saved.save(i, states[i % 3], {"step": i})
+            saved.save(states[i % 3], progress_at(i))
         saved.wait()
         assert saved.steps() == [20, 11]
     state, progress = restore(str(tmp_path), template)
-    assert progress["step"] == 20 and bits(state) == bits(states[2])
+    assert progress.step == 20 and bits(state) == bits(states[2])
 
 
 def test_saving_a_step_twice_keeps_the_first(run, states, template):
     with Checkpoints(run) as saved:
-        saved.save(3, states[0], {"step": "again"})
-        saved.save(4, states[0], {"step": 4})
-        saved.save(4, states[1], {"step": "again"})
+        assert not saved.save(states[0], progress_at(3, tokens=9))
+        assert saved.save(states[0], progress_at(4))
+        assert not saved.save(states[1], progress_at(4, tokens=9))
         assert saved.steps() == [4, 3, 2, 1]
     state, progress = restore(run, template)
-    assert progress["step"] == 4 and bits(state) == bits(states[0])
+    assert progress == progress_at(4) and bits(state) == bits(states[0])
 
 
 def test_a_last_write_that_fails_is_raised_unless_something_failed_before(tmp_path, monkeypatch):
@@ -169,7 +175,7 @@ def test_a_reader_changes_nothing(run, states, template):
     before = {path: path.stat().st_mtime_ns for path in pathlib.Path(run).rglob("*")}
     with Checkpoints(run, read_only=True) as saved:
         state, progress = saved.restore(template)
-    assert progress["step"] == 2 and bits(state) == bits(states[1])
+    assert progress.step == 2 and bits(state) == bits(states[1])
     assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path(run).rglob("*")}
 
 
@@ -189,18 +195,18 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(run, states, te
     BREAK[harm](array_data(run, 3))
     with Checkpoints(run) as saved:
         state, progress = saved.restore(template, delete_broken=True)
-        assert progress["step"] == 2 and bits(state) == bits(states[1])
+        assert progress.step == 2 and bits(state) == bits(states[1])
         assert failures(run) == [3] and saved.steps() == [2, 1]
-        saved.save(3, states[0], {"step": 3})
+        saved.save(states[0], progress_at(3))
     state, progress = restore(run, template)
-    assert progress["step"] == 3 and bits(state) == bits(states[0])
+    assert progress.step == 3 and bits(state) == bits(states[0])
 
 
 @pytest.mark.parametrize("name", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt"])
 @pytest.mark.parametrize("harm", ["cut in half", "empty", "missing"])
 def test_a_broken_description_falls_back_too(run, template, name, harm):
     BREAK[harm](pathlib.Path(run, "checkpoints", "3", name))
-    assert restore(run, template, delete_broken=True)[1]["step"] == 2
+    assert restore(run, template, delete_broken=True)[1].step == 2
     assert failures(run) == [3]
 
 
@@ -208,7 +214,7 @@ def test_several_broken_checkpoints_are_passed_over(run, states, template):
     flip(array_data(run, 3))
     os.truncate(array_data(run, 2), 10)
     state, progress = restore(run, template, delete_broken=True)
-    assert progress["step"] == 1 and bits(state) == bits(states[0])
+    assert progress.step == 1 and bits(state) == bits(states[0])
     assert failures(run) == [3, 2]
     assert all(e["reason"] and "\n" not in e["reason"] for e in run_folder.read_rows(run, "events.jsonl"))
 
@@ -227,7 +233,7 @@ def test_progress_that_was_changed_on_disk_is_noticed(run, template):
     changed, count = re.subn(r'("offset": ?)3', r"\g<1>4", path.read_text(encoding="utf-8"))
     assert count == 1
     path.write_text(changed, encoding="utf-8")
-    assert restore(run, template, delete_broken=True)[1]["step"] == 2
+    assert restore(run, template, delete_broken=True)[1].step == 2
     assert failures(run) == [3]
 
 
@@ -245,7 +251,7 @@ NO_MEMORY["what came of it hides where the host had none"].__context__ = MemoryE
 @pytest.mark.parametrize("reason", NO_MEMORY)
 @pytest.mark.parametrize("place", ["reading", "checksum"])
 def test_a_lack_of_memory_is_no_damage(run, states, template, monkeypatch, reason, place):
-    """It is raised as it is: nothing is removed, no older step is used, and later the newest one is whole."""
+    """The error is raised unchanged, nothing is deleted, no older step is used, and a later restore succeeds."""
 
     def fail(*args, **options):
         raise NO_MEMORY[reason]
@@ -256,13 +262,13 @@ def test_a_lack_of_memory_is_no_damage(run, states, template, monkeypatch, reaso
             saved.restore(template, delete_broken=True)
         assert e.value is NO_MEMORY[reason] and saved.steps() == [3, 2, 1] and failures(run) == []
     state, progress = restore(run, template, delete_broken=True)
-    assert progress["step"] == 3 and bits(state) == bits(states[2])
+    assert progress.step == 3 and bits(state) == bits(states[2])
 
 
 def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
     whole = pathlib.Path(run, "checkpoints", "3")
     whole.rename(whole.with_name("3.orbax-checkpoint-tmp"))
-    assert restore(run, template, delete_broken=True)[1]["step"] == 2
+    assert restore(run, template, delete_broken=True)[1].step == 2
     assert failures(run) == []
 
 
@@ -270,7 +276,7 @@ def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
 
 
 def mixed(h: np.ndarray) -> np.ndarray:
-    """The last part of MurmurHash3, in Python's whole numbers."""
+    """The last part of MurmurHash3, in Python's integers."""
 
     def one(h: int) -> int:
         h = (h ^ h >> 16) * 0x85EBCA6B % 2**32
@@ -281,7 +287,7 @@ def mixed(h: np.ndarray) -> np.ndarray:
 
 
 def test_the_checksum_is_that_of_checkpoints_that_were_written_before():
-    """Of every value with its place, every array with its name, and the progress."""
+    """It covers every value with its position, every array with its name, and the progress."""
     draw = np.random.default_rng(0)
     state = {
         "a": jnp.asarray(draw.standard_normal((2, 3, 4)), jnp.float32),

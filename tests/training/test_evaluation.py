@@ -1,4 +1,4 @@
-"""Held-out numbers are what NumPy makes of the same tokens; evaluation is compiled early, and JAX finds that."""
+"""Evaluation: its numbers agree with NumPy, and JAX reuses a program that was compiled early."""
 
 import dataclasses
 import math
@@ -9,17 +9,16 @@ import pytest
 from jax import monitoring
 
 from configs import default
-from lowrank_jax import evaluate
 from lowrank_jax.config import RunConfig
 from lowrank_jax.machine import sharding
-from lowrank_jax.training import step
+from lowrank_jax.training import evaluation, step
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture
 def compiled():
-    """The events of compilers that have run since the test began."""
+    """The compilations since the test began, as JAX's events."""
     events = []
     note = lambda name, seconds, **_: events.append(name) if name == COMPILED else None
     monitoring.register_event_duration_secs_listener(note)
@@ -36,7 +35,7 @@ def config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def params(config) -> dict:
-    """A new model's, whose blocks add nothing yet."""
+    """Parameters of a new model, whose blocks add nothing yet."""
     return step.init_params(config, sharding.one_device())
 
 
@@ -50,7 +49,7 @@ def random_batch(seed: int, rows: int = 2, length: int = 24) -> dict:
 
 
 def scores(table: np.ndarray, batches: list[dict], byte_lengths: np.ndarray) -> list[tuple[float, int]]:
-    """(nats, bytes) of every target with weight, for `params` with such a table.
+    """Return (nats, bytes) of every target with weight, for `params` with this table.
 
     Where blocks add nothing, a token's logits are its normalised row of the table times the table.
     """
@@ -68,7 +67,7 @@ def test_loss_perplexity_and_bits_per_byte_are_the_definitions_in_numpy(config, 
     batches, byte_lengths = [random_batch(0), random_batch(1)], np.arange(48) % 5
     scored = scores(np.asarray(params["embed"]["table"], np.float64), batches, byte_lengths)
     nats, size = (sum(values) for values in zip(*scored))
-    result = evaluate.evaluate(config, params, batches, byte_lengths)
+    result = evaluation.evaluate(config, params, batches, byte_lengths)
     assert result["tokens"] == len(scored) and 30 < len(scored) < 66
     assert result["loss"] == pytest.approx(nats / len(scored), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.e ** (nats / len(scored)), rel=1e-5)
@@ -84,7 +83,7 @@ def test_the_change_that_int8_makes_is_its_bits_per_byte_less_those_of_the_run(c
     nats, size = np.transpose([np.sum(scores(x, batches, byte_lengths), axis=0) for x in (table, rounded)])
     before, after = nats / math.log(2) / size
     params = params | {"embed": {"table": jax.device_put(table, params["embed"]["table"].sharding)}}
-    result = evaluate.compare_weights(config, params, batches, byte_lengths, "int8")
+    result = evaluation.compare_weights(config, params, batches, byte_lengths, "int8")
     assert result["bits_per_byte"] == pytest.approx(after, rel=1e-5)
     assert after - before < -0.02 and result["change"] == pytest.approx(after - before, rel=0.01)
 
@@ -94,7 +93,7 @@ def test_a_document_is_scored_without_the_one_before_it_in_its_row(config, param
     params = jax.tree.map(lambda x: jax.device_put(0.3 * draw.standard_normal(x.shape, np.float32), x.sharding), params)
     batch = random_batch(0)
     batch["weights"] = (batch["segments"] == 2).astype(np.float32)
-    loss_of = lambda tokens: evaluate.evaluate(config, params, [batch | {"tokens": tokens}], np.ones(48))["loss"]
+    loss_of = lambda tokens: evaluation.evaluate(config, params, [batch | {"tokens": tokens}], np.ones(48))["loss"]
     other_before, other_within = batch["tokens"].copy(), batch["tokens"].copy()
     other_before[:, 9] = (other_before[:, 9] + 1) % 48
     other_within[:, 10] = (other_within[:, 10] + 1) % 48
@@ -105,7 +104,7 @@ def test_a_document_is_scored_without_the_one_before_it_in_its_row(config, param
 def test_rows_are_shared_out_anew_and_what_fills_the_last_batch_has_no_weight():
     whole = [random_batch(seed, rows=3) for seed in range(2)]
     for rows, of, shapes in ((4, 1, [4, 4]), (5, 2, [4, 4]), (3, 4, [4, 4]), (100, 1, [6]), (2, 1, [2, 2, 2])):
-        parts = evaluate.split(whole, rows, of)
+        parts = evaluation.split(whole, rows, of)
         assert [len(part["tokens"]) for part in parts] == shapes
         for key in whole[0]:
             before, after = (np.concatenate([batch[key] for batch in some]) for some in (whole, parts))
@@ -120,27 +119,27 @@ def test_batches_end_as_soon_as_they_have_the_tokens(tokens, batches):
         def next(self, rows: int, length: int) -> dict:
             return random_batch(0, rows, length)
 
-    cut = evaluate._batches(Endless(), 1024, tokens)
+    cut = evaluation.batches_of(Endless(), 1024, tokens)
     assert [batch["tokens"].shape for batch in cut] == [(8, 1024)] * batches
 
 
 def test_only_the_first_tokens_of_the_stream_keep_their_weight():
     batches = [random_batch(seed) for seed in range(2)]
     before = np.concatenate([batch["weights"].ravel() for batch in batches])
-    evaluate._ignore_after(batches, 55)
+    evaluation.ignore_after(batches, 55)
     after = np.concatenate([batch["weights"].ravel() for batch in batches])
     assert np.array_equal(after[:55], before[:55]) and before[55:].any() and not after[55:].any()
 
 
-def test_what_was_compiled_for_a_shape_is_what_evaluates_it(config, params, compiled):
+def test_evaluation_reuses_the_program_that_was_compiled_for_its_shape(config, params, compiled):
     def nats(rows: int, length: int) -> float:
         tokens = np.arange(rows * length).reshape(rows, length).astype(np.int32) % 48
         batch = {"tokens": tokens, "targets": tokens, "segments": np.ones_like(tokens)}
         batch["weights"] = np.ones(tokens.shape, np.float32)
-        return evaluate.evaluate(config, params, [batch], np.ones(48))["loss"]
+        return evaluation.evaluate(config, params, [batch], np.ones(48))["loss"]
 
-    nats(2, 24)  # what else it needs is there now
-    evaluate.compile_for(config, sharding.one_device(), 4, 24)
+    nats(2, 24)  # everything else that it needs is compiled now
+    evaluation.compile_for(config, sharding.one_device(), 4, 24)
     compiled.clear()
     assert np.isfinite(nats(4, 24))
     assert not compiled

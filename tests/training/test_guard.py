@@ -1,4 +1,4 @@
-"""Which updates are refused, how fp16's loss scale moves, and what a run tells of it."""
+"""The guard: refused updates, fp16's loss scale, and how a run reports them."""
 
 import contextlib
 import functools
@@ -10,13 +10,14 @@ import pytest
 from lowrank_jax.config import RunFailure
 from lowrank_jax.training import guard, run_folder
 from lowrank_jax.training.metrics import MOST_IN_A_ROW, Meter
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
 
 
 def after(losses, norms=None, sigmas=8.0, scaled=False, g=None):
-    """(verdicts, the guard) after a sequence of losses and gradient norms (1 unless given)."""
+    """Return (verdicts, the guard) after a sequence of losses and gradient norms (1 by default)."""
     g, verdicts = g or guard.start(scaled), []
     for loss, norm in zip(losses, norms or [1.0] * len(losses)):
         ok, g = judge(g, np.float32(loss), np.float32(norm), sigmas, scaled)
@@ -46,12 +47,12 @@ def test_a_spike_of_loss_or_gradient_is_refused_and_forgotten(loss, norm):
 
 
 def settled(count: int = 100) -> guard.Guard:
-    """After so many steps of loss 3 and gradient norm 1 that did not vary."""
+    """Return the guard after `count` steps with a constant loss of 3 and gradient norm of 1."""
     return guard.start(False)._replace(mean=np.float32([3, 0]), count=np.int32(count))
 
 
 def test_a_spike_enters_the_statistics_as_the_bound_that_it_broke():
-    """Of 8 sigmas of 0.1 nats, or of 0.25 in the log of the gradient norm, and one in fifty steps."""
+    """The bound is 8 x 0.1 nats of the loss, or 8 x 0.25 of the log of the gradient norm; one step weighs 1/50."""
     for at, bound, spike in ((0, 0.8, [9.0, 1.0]), (1, 2.0, [3.0, 1e4])):
         (ok,), g = after(*[[x] for x in spike], g=settled())
         assert not ok and g.count == 101
@@ -107,12 +108,12 @@ def test_without_fp16_the_scale_is_one_for_ever():
     assert after([np.inf, *noisy(5)])[1].scale == 1
 
 
-# ---------------------------------------------------------------------------------------------------- told by the run
+# ---------------------------------------------------------------------------------------------------- reports of a run
 
 
 @pytest.fixture
 def report(make, tmp_path):
-    """A function: lets a run's meter read the metrics of its steps, each a dict of what is unusual."""
+    """A function: a run's meter reads the metrics of its steps; each dict holds the unusual ones."""
 
     def read(*steps: dict, precision: str = "fp32") -> None:
         config = make.run_config(precision=precision, track="", every__log=1, every__fp8_check=5)
@@ -121,7 +122,7 @@ def report(make, tmp_path):
         with contextlib.closing(Meter(config, str(tmp_path), len(steps), 0)) as meter:
             for number, unusual in enumerate(steps, 1):
                 metrics = jax.tree.map(np.asarray, usual | unusual)
-                meter.add(stage, {"step": number, "tokens": number * stage.tokens_per_step}, metrics)
+                meter.add(unchanged(stage), Progress(step=number, tokens=number * stage.tokens_per_step), metrics)
             meter.flush()
 
     return read
@@ -146,7 +147,7 @@ def test_every_refused_update_is_in_the_ledger_with_its_reason(report, tmp_path)
 
 @pytest.mark.parametrize("precision, most", [("fp32", MOST_IN_A_ROW), ("fp8", MOST_IN_A_ROW + 5)])
 def test_a_run_ends_after_too_many_refused_updates_in_a_row(report, precision, most):
-    """With fp8 only once the next look at bf16 has been taken as well."""
+    """With fp8 the run ends only after the next comparison with bf16."""
     refused = lambda n: {"ok": False, "refused": n + 7, "in_a_row": n}
     report(refused(most - 1), precision=precision)
     with pytest.raises(RunFailure, match=f"{most} updates in a row were refused, up to step 2"):

@@ -1,8 +1,8 @@
-"""A run's state where it is saved, restored and used, and where its next phase begins: beside states made by hand."""
+"""A run's state when it is saved, restored, used, and enters the next phase, compared with states built by hand."""
 
 import contextlib
+import dataclasses
 import math
-import types
 
 import jax
 import numpy as np
@@ -15,18 +15,20 @@ from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, verify
 from lowrank_jax.machine import sharding
 from lowrank_jax.machine.agreement import Signals
-from lowrank_jax.training import loop, run_folder, step, trained
+from lowrank_jax.training import loop, run_folder, start, step, trained
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.loop import Run
 from lowrank_jax.training.metrics import Meter
-from lowrank_jax.training.plan import stage_at, stages_of
+from lowrank_jax.training.plan import Plan, stage_at, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.recovery import Recovery
 
 SWITCH, END = 3, 5  # the steps at which pretraining and SFT end
-AT = loop.START | {"step": SWITCH, "tokens": 96, "data_sha256": "ab", "cursor": {}}
+AT_SWITCH = Progress(step=SWITCH, tokens=96, data_sha256="ab", cursor={})
 
 
 def random_state(config: RunConfig, at: int, seed: int = 0) -> step.TrainState:
-    """Weights, average and optimizer that differ in every number, and a guard that has seen much."""
+    """Return a state whose weights, average, optimizer and guard differ in every number."""
     rng = np.random.default_rng(seed)
     draw = lambda x: sharding.put(rng.integers(1, 100, x.shape).astype(x.dtype), x.sharding)
     state = jax.tree.map(draw, step.abstract_state(config, sharding.one_device()))
@@ -40,7 +42,7 @@ def bits(tree) -> list:
 
 @pytest.fixture(scope="module")
 def config_of(make, tok):
-    """A function: a run of 3 steps of text and 2 of chat, with an average of the weights, but for some settings."""
+    """A function: the config of a run of 3 steps of text and 2 of chat, with averaged weights and some changes."""
 
     def config(**changes) -> RunConfig:
         sizes = {"tokens_per_step": 32, "block": 16, "readers": 1}
@@ -54,7 +56,7 @@ def config_of(make, tok):
 
 @pytest.fixture(scope="module")
 def saved_run(config_of, data, tok, tmp_path_factory):
-    """(folder, state): a run saved at step 3. The table of its average is zero, so that all tokens are as likely."""
+    """(folder, state): a run saved at step 3. Its average has a zero table, so that all tokens are equally likely."""
     config = config_of(pretrain__sources=f"text:{data}/a.txt", pretrain__eval_fraction=0.5)
     folder, state = str(tmp_path_factory.mktemp("saved")), random_state(config, SWITCH)
     table = state.average["embed"]["table"]
@@ -62,20 +64,19 @@ def saved_run(config_of, data, tok, tmp_path_factory):
     run_folder.write_config(folder, config)
     tok.save(run_folder.tokenizer_folder(folder))
     with Checkpoints(folder) as saved:
-        saved.save(SWITCH, state, AT)
+        saved.save(state, AT_SWITCH)
     return folder, state
 
 
 @pytest.fixture
-def start(config_of, tok, tmp_path):
-    """A function: (a process's part of a run in an empty folder, its meter)."""
+def begin(config_of, tok, tmp_path):
+    """A function: (a run in an empty folder, its meter)."""
     with contextlib.ExitStack() as stack:
 
         def run_and_meter(config: RunConfig | None = None, folder: str = str(tmp_path), **parts) -> tuple[Run, Meter]:
             config = config or config_of()
-            saved = stack.enter_context(Checkpoints(folder))
-            programs, mesh = types.SimpleNamespace(held=None), sharding.one_device()
-            r = Run(config, tok, folder, mesh, stages_of(config), programs, saved, Signals([]))
+            saved, plan = stack.enter_context(Checkpoints(folder)), Plan(stages_of(config), sharding.one_device())
+            r = Run(config, tok, folder, plan, None, saved, Signals([]), Recovery())
             return r._replace(**parts), stack.enter_context(contextlib.closing(Meter(config, folder, END, SWITCH)))
 
         yield run_and_meter
@@ -90,15 +91,15 @@ def events(folder: str, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize("precision, scale", [("fp32", 1), ("fp16", 2**15)])
 @pytest.mark.parametrize("ema", [0.9, 0.0])
-def test_sft_begins_with_the_model_and_no_memory_of_pretraining(start, config_of, monkeypatch, ema, precision, scale):
+def test_sft_begins_with_the_model_and_no_memory_of_pretraining(begin, config_of, monkeypatch, ema, precision, scale):
     monkeypatch.setattr(loop.phase, "feed", lambda *args: args)
     config = config_of(optim__ema=ema, precision=precision)
-    r, meter = start(config)
-    old, sft = random_state(config, SWITCH), r.plan[-1]
+    r, meter = begin(config)
+    old, sft = random_state(config, SWITCH), r.plan.stages[-1]
     model = bits(old.average if ema else old.params)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), old)
 
-    new, fed = loop._enter(r, sft, old, AT, meter)
+    new, fed = loop._enter_phase(r, sft, old, AT_SWITCH, meter)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == shapes and new.step == SWITCH
     assert bits(new.params) == model
     assert bits(new.average) == (model if ema else [])
@@ -109,15 +110,17 @@ def test_sft_begins_with_the_model_and_no_memory_of_pretraining(start, config_of
     assert not any(np.any(x) for x in new.guard._replace(scale=np.zeros(1))) and new.guard.scale == scale
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert [(e["step"], e["phase"]) for e in events(r.folder, "phase")] == [(SWITCH, "sft")]
-    assert fed[2] is sft and fed[5] == AT
+    assert fed[2] is sft and fed[5] == AT_SWITCH
 
 
 @pytest.mark.parametrize("at_step, begins", [(0, True), (1, False), (SWITCH - 1, False), (SWITCH + 1, False)])
-def test_the_first_phase_and_a_resumed_one_keep_their_state(start, config_of, monkeypatch, at_step, begins):
+def test_the_first_phase_and_a_resumed_one_keep_their_state(begin, config_of, monkeypatch, at_step, begins):
     monkeypatch.setattr(loop.phase, "feed", lambda *args: args)
-    r, meter = start()
+    r, meter = begin()
     state = random_state(r.config, at_step)
-    new, _ = loop._enter(r, stage_at(r.plan, at_step), state, AT | {"step": at_step}, meter)
+    new, _ = loop._enter_phase(
+        r, stage_at(r.plan.stages, at_step), state, dataclasses.replace(AT_SWITCH, step=at_step), meter
+    )
     assert new is state and not any(x.is_deleted() for x in jax.tree.leaves(state))
     assert len(events(r.folder, "phase")) == begins
 
@@ -128,7 +131,7 @@ def test_the_first_phase_and_a_resumed_one_keep_their_state(start, config_of, mo
 def test_an_opened_run_is_its_average(saved_run):
     folder, state = saved_run
     run = trained.open_run(folder)
-    assert bits(run.params) == bits(state.average) != bits(state.params) and run.progress == AT
+    assert bits(run.params) == bits(state.average) != bits(state.params) and run.progress == AT_SWITCH
 
 
 def test_a_run_is_evaluated_and_exported_as_its_average(saved_run, monkeypatch, tmp_path):
@@ -150,23 +153,23 @@ def test_another_run_begins_with_the_average(saved_run, config_of, monkeypatch, 
     folder, state = saved_run
     zeros = lambda config, mesh: jax.tree.map(lambda x: 0 * x, state.params)
     monkeypatch.setattr(step, "init_params", zeros)
-    first = loop._first_params(config_of(init_from=folder, optim__ema=0.0), sharding.one_device(), lambda: tok)
+    first = start.first_params(config_of(init_from=folder, optim__ema=0.0), sharding.one_device(), lambda: tok)
     assert bits(first) == bits(state.average)
 
 
-def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(start, monkeypatch):
-    r, meter = start()
+def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(begin, monkeypatch):
+    r, meter = begin()
     state, used = random_state(r.config, SWITCH), []
     measure = lambda params, stop: used.append(params) or {"loss": 2.5, "bits_per_byte": 1.25, "tokens": 64}
-    monkeypatch.setattr(loop.phase, "show_end", lambda model, *_: used.append(model.params))
-    loop._reach(r, ("eval", "pretrain", SWITCH), state, AT, meter, {"pretrain": measure})
-    loop._reach(r, ("end", "pretrain", SWITCH), state, AT, meter, {})
+    monkeypatch.setattr(loop.phase, "end", lambda model, *_: used.append(model.params))
+    loop._reach(r, ("eval", "pretrain", SWITCH), state, AT_SWITCH, meter, {"pretrain": measure})
+    loop._reach(r, ("end", "pretrain", SWITCH), state, AT_SWITCH, meter, {})
     assert len(used) == 2 and all(params is state.average for params in used)
     (row,) = run_folder.read_rows(r.folder, "metrics.jsonl")
     assert (row["step"], row["split"], row["eval_loss"], row["bits_per_byte"]) == (SWITCH, "pretrain", 2.5, 1.25)
 
-    monkeypatch.setattr(loop, "_loop", lambda r, meter, state, at: (state, at))
-    finish = loop._train(r, state, AT)
+    monkeypatch.setattr(loop, "_loop", lambda r, meter, state, progress: (state, progress))
+    finish = loop._train(r, state, AT_SWITCH)
     assert finish["params_sha256"] == tree_sha256(state.average) != tree_sha256(state.params)
     assert events(r.folder, "finish")[0]["params_sha256"] == finish["params_sha256"]
 
@@ -176,62 +179,62 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(start
 
 def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
     *_, first, last = stages_of(config_of(pretrain__tokens_per_step=64))
-    once = loop._after(loop.START | {"precision": "bf16"}, first, {"row": 1})
-    twice = loop._after(once, last, {"row": 2})
-    assert once == {
+    once = dataclasses.replace(Progress(), precision="bf16").after(first, {"row": 1})
+    twice = once.after(last, {"row": 2})
+    assert once.to_dict() == {
         "step": 1, "phase": "pretrain", "tokens": 64, "data_sha256": "", "cursor": {"row": 1}, "precision": "bf16"
     }  # fmt: skip
-    assert twice == once | {"step": 2, "phase": "sft", "tokens": 64 + 32, "cursor": {"row": 2}}
+    assert twice == dataclasses.replace(once, step=2, phase="sft", tokens=64 + 32, cursor={"row": 2})
 
 
-@pytest.mark.parametrize("held_at", [None, 2])
-def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run, start, held_at):
+@pytest.mark.parametrize("in_memory", [None, 2])
+def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run, begin, in_memory):
     folder, in_checkpoint = saved_run
-    r, _ = start(run_folder.read_config(folder), folder)
-    expected, progress = in_checkpoint, AT
-    if held_at:
+    r, _ = begin(run_folder.read_config(folder), folder)
+    expected, expected_progress = in_checkpoint, AT_SWITCH
+    if in_memory:
         cursor = {"sources": [source.spec for source in r.config.pretrain.sources]}
-        progress = AT | {"step": held_at, "precision": "bf16", "cursor": cursor}
-        expected = random_state(r.config, held_at, seed=1)
-        r.programs.held = jax.tree.map(sharding.to_host, expected), progress
+        expected_progress = dataclasses.replace(AT_SWITCH, step=in_memory, precision="bf16", cursor=cursor)
+        expected = random_state(r.config, in_memory, seed=1)
+        r.recovery.hold(expected, expected_progress)
     for at_step in range(1, END + 1):
         run_folder.append(folder, "metrics.jsonl", {"step": at_step})
-    state, at = loop._restore(r)
-    assert bits(state) == bits(expected) and at == progress and r.programs.held is None
+    state, progress = loop._restore(r)
+    assert bits(state) == bits(expected) and progress == expected_progress and not r.recovery.holds_state
     assert [x.sharding for x in jax.tree.leaves(state)] == [x.sharding for x in jax.tree.leaves(expected)]
     steps = [row["step"] for row in run_folder.read_rows(folder, "metrics.jsonl")]
-    assert steps and max(steps) == progress["step"]
+    assert steps and max(steps) == progress.step
     *_, event = events(folder, "restore")
-    assert (event["step"], event["source"]) == (progress["step"], "memory" if held_at else "checkpoint")
+    assert (event["step"], event["source"]) == (progress.step, "memory" if in_memory else "checkpoint")
 
 
-def test_a_new_run_begins_with_its_first_weights(start, monkeypatch):
-    r, _ = start()
+def test_a_new_run_begins_with_its_first_weights(begin, monkeypatch):
+    r, _ = begin()
     params = random_state(r.config, 0).params
     first = bits(params)
-    monkeypatch.setattr(loop, "_first_params", lambda *_: params)
-    state, at = loop._restore(r)
-    assert bits(state.params) == bits(state.average) == first and state.step == 0 and at == loop.START
+    monkeypatch.setattr(start, "first_params", lambda *_: params)
+    state, progress = loop._restore(r)
+    assert bits(state.params) == bits(state.average) == first and state.step == 0 and progress == Progress()
     assert [(e["step"], e["source"]) for e in events(r.folder, "restore")] == [(0, "start")]
 
 
 @pytest.mark.parametrize("changes", [{"pretrain__steps": 2}, {"pretrain__steps": 1, "sft__steps": 1}])
-def test_a_plan_that_takes_back_steps_is_refused(saved_run, start, config_of, changes):
+def test_a_plan_that_takes_back_steps_is_refused(saved_run, begin, config_of, changes):
     folder, _ = saved_run
-    r, _ = start(config_of(**changes), folder)
+    r, _ = begin(config_of(**changes), folder)
     with pytest.raises(UsageError, match="saved at step 3 in pretrain, .* steps that are done cannot be changed"):
         loop._restore(r)
 
 
-def test_a_save_has_the_state_the_progress_and_every_row_before_it(start, tmp_path):
-    r, meter = start()
-    state, at = random_state(r.config, 1), AT | {"step": 1, "cursor": None}
+def test_a_save_has_the_state_the_progress_and_every_row_before_it(begin, tmp_path):
+    r, meter = begin()
+    state, progress = random_state(r.config, 1), dataclasses.replace(AT_SWITCH, step=1, cursor=None)
     usual = {"loss": 3.0, "lr": 0.1, "grad_norm": 2.0, "ok": True, "scale": 1.0, "refused": 0, "in_a_row": 0}
-    meter.add(r.plan[0], at, jax.tree.map(np.asarray, usual))
-    assert loop._save(r, meter, state, at) == at
+    meter.add(unchanged(r.plan.stages[0]), progress, jax.tree.map(np.asarray, usual))
+    assert loop._save(r, meter, state, progress) == progress
     assert [row["step"] for row in run_folder.read_rows(r.folder, "metrics.jsonl")] == [1]
-    r.saved.wait()
-    restored, progress = r.saved.restore(step.abstract_state(r.config, r.mesh))
-    assert bits(restored) == bits(state) and progress == at
+    r.checkpoints.wait()
+    restored, saved_progress = r.checkpoints.restore(step.abstract_state(r.config, r.plan.mesh))
+    assert bits(restored) == bits(state) and saved_progress == progress
     (event,) = events(r.folder, "save")
-    assert (event["step"], event["data_sha256"]) == (1, at["data_sha256"])
+    assert (event["step"], event["data_sha256"]) == (1, progress.data_sha256)

@@ -1,4 +1,4 @@
-"""What a run survives, mostly as real processes: no memory, fp8 that is off, awkward signals; other runs' weights."""
+"""Runs that run out of memory, leave fp8 or get a signal at a bad moment, and warm starts; mostly real processes."""
 
 import os
 import pathlib
@@ -39,17 +39,17 @@ def losses(folder) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def halved(data, tmp_path_factory):
-    """A function: the run that `steps` updates were made of 128 tokens at a time and the rest of 64, uninjured."""
-    folder, made = tmp_path_factory.mktemp("halved"), {}
+    """A function: an undisturbed run whose first `steps` updates have microbatches of 128 tokens, the rest of 64."""
+    folder, runs = tmp_path_factory.mktemp("halved"), {}
 
     def after(steps: int) -> pathlib.Path:
-        if steps not in made:
-            made[steps] = folder / str(steps)
+        if steps not in runs:
+            runs[steps] = folder / str(steps)
             if steps:
-                assert train(data, made[steps], faults=f"term@step={steps}")[0] == 143
-            code, _, err = train(data, made[steps], **HALF)
+                assert train(data, runs[steps], faults=f"term@step={steps}")[0] == 143
+            code, _, err = train(data, runs[steps], **HALF)
             assert code == 0, err
-        return made[steps]
+        return runs[steps]
 
     return after
 
@@ -58,9 +58,9 @@ def halved(data, tmp_path_factory):
 def test_running_out_of_memory_goes_on_with_half_as_much_at_a_time(
     data, reference, halved, tmp_path, step, restored, source
 ):
-    """At the first step of all, at the first of a stage, and in the middle of one."""
+    """It happens at the first step of the run, at the first step of a stage, and in the middle of a stage."""
     code, out, err = train(data, tmp_path / "run", faults=f"oom@step={step}")
-    assert code == 0 and f"out of memory at step {step}: going on with 64 tokens at a time" in err, err
+    assert code == 0 and f"out of memory at step {step}: going on with 64 tokens at once" in err, err
     (oom,) = events(tmp_path / "run", "oom")
     assert (oom["step"], oom["microbatch_tokens"], oom["remat"]) == (step - 1, 64, False)
     assert [(e["step"], e["source"]) for e in events(tmp_path / "run", "restore")] == (
@@ -73,7 +73,7 @@ def test_running_out_of_memory_goes_on_with_half_as_much_at_a_time(
     assert losses(tmp_path / "run") == losses(halved(restored))
 
 
-def test_a_resumed_run_remembers_what_it_learnt(data, reference, tmp_path):
+def test_a_resumed_run_keeps_its_cap(data, reference, tmp_path):
     faults = "oom@step=4,kill@step=5"
     assert train(data, tmp_path / "run", faults=faults)[0] == -signal.SIGKILL  # with the newest checkpoint from before
     assert train(data, tmp_path / "run", faults="kill@step=11")[0] == -signal.SIGKILL
@@ -123,7 +123,7 @@ def test_the_gate_chooses_what_fits_before_the_first_step_and_refuses_what_canno
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
-def test_fp8_that_is_off_is_given_up_for_bf16_also_in_a_run_that_is_killed(data, tmp_path):
+def test_fp8_that_is_off_falls_back_to_bf16_also_in_a_run_that_is_killed(data, tmp_path):
     settings = {
         "precision": "fp8",
         "every__fp8_check": 2,
@@ -160,7 +160,7 @@ def test_signals_during_evaluations_and_a_save_cost_nothing(data, reference, tmp
 
 
 class StuckCompiler:
-    """In place of `step.lower`: does as asked once it has begun, and never ends while anybody waits for it."""
+    """A replacement of `step.lower` that calls `begin` and then blocks until the test is over."""
 
     def __init__(self, begin: Callable[[], None] = lambda: None):
         self.begin, self.begun, self.end = begin, threading.Event(), threading.Event()
@@ -169,12 +169,12 @@ class StuckCompiler:
         self.begin()
         self.begun.set()
         self.end.wait(30)
-        raise AssertionError("the compiler was waited for")
+        raise AssertionError("something waited for the compiler")
 
 
 @pytest.fixture
 def stick(monkeypatch):
-    """A function: sticks the compiler of this process, until the test is over."""
+    """A function: block the compiler of this process until the test is over."""
     compilers = []
 
     def stuck(*begin: Callable[[], None]) -> StuckCompiler:
@@ -194,7 +194,7 @@ def tiny(make, data, **changes):
 
 
 def test_a_signal_while_the_first_program_compiles_saves_the_start_and_nobody_waits(make, data, stick, tmp_path):
-    """Also where a run goes on: it begins with the compiler."""
+    """A resumed run compiles first, too."""
     folder = str(tmp_path / "run")
     for resumes in (False, True):
         received = []
@@ -216,7 +216,7 @@ def test_a_mistake_in_the_data_does_not_wait_for_the_compiler(make, data, stick,
 
 
 def lower_the_first(config, stage, *rest, lower=step.lower):
-    """In place of `step.lower`: a compiler that never comes back from any program but the first."""
+    """A replacement of `step.lower` that compiles the first program and blocks forever in all others."""
     return threading.Event().wait() if stage.start else lower(config, stage, *rest)
 
 
@@ -237,7 +237,7 @@ def test_a_signal_while_the_next_program_compiles_ends_the_process_at_once_with_
 
 
 class Ended(BaseException):
-    """In place of the end of this process."""
+    """Raised instead of ending this process."""
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_a_second_interrupt_from_the_keyboard_ends_the_process_at_once(ends):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(data, reference, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(data, reference, tmp_path):
     assert train(data, tmp_path / "run", faults="term@step=7")[0] == 143
     newest = tmp_path / "run" / "checkpoints" / "7"
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -316,7 +316,7 @@ def test_a_deeper_run_begins_where_a_shallower_one_ended(data, reference, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_is_traced_and_tracked_where_it_is_asked_to_be(data, reference, tmp_path):
+def test_a_run_with_profile_and_track_is_traced_and_tracked(data, reference, tmp_path):
     assert not (reference / "tensorboard").exists()
     shutil.copytree(reference, tmp_path / "run")
     code, _, err = train(data, tmp_path / "run", sft__steps=20, profile=2, track="tensorboard")

@@ -1,4 +1,4 @@
-"""The report: what a reader finds on the page and in the picture, also of runs that are young, old or in trouble."""
+"""The report: the contents of its page and picture, also for runs that are young, old or in trouble."""
 
 import base64
 import json
@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from lowrank_jax import plan, report
+from lowrank_jax import report as command
 from lowrank_jax.config import UsageError
-from lowrank_jax.training import run_folder
+from lowrank_jax.training import forecast, plan_table, report, run_folder
+from lowrank_jax.training.plan import make
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ EVENTS += [{"event": "finish", "step": 8, "tokens": 2048, "params_sha256": "ab" 
 
 @pytest.fixture
 def folder(tmp_path, make):
-    """A folder of a run of three stages, without rows or events yet."""
+    """The folder of a run of three stages, without rows or events yet."""
     changes = {"auto_grow": True, "grow_plan": "16,32", "grow_every_steps": 3, "block": 16, "steps": 6}
     changes |= {"sources": "text:x", "tokens_per_step": 256}
     changes = {f"pretrain__{key}": value for key, value in changes.items()}
@@ -59,10 +60,15 @@ def page_of(folder, rows: list[dict], events: list[dict]) -> str:
     return (folder / "report.html").read_text()
 
 
+def stages_in(folder) -> list[dict]:
+    config = run_folder.read_config(str(folder))
+    return forecast.describe(config, make(config))["stages"]
+
+
 def section(page: str, title: str) -> str:
     """The text of a section, with one blank for each tag."""
-    (found,) = [part for part in page.split("<h2>")[1:] if part.startswith(title)]
-    return " ".join(re.sub("<[^>]*>", " ", found).split())
+    (part,) = [part for part in page.split("<h2>")[1:] if part.startswith(title)]
+    return " ".join(re.sub("<[^>]*>", " ", part).split())
 
 
 def test_the_page_stands_alone_and_holds_the_picture(folder):
@@ -73,7 +79,7 @@ def test_the_page_stands_alone_and_holds_the_picture(folder):
     assert 'name="viewport"' in page and page.count("src=") == 1
 
 
-def test_the_page_tells_the_run(folder):
+def test_the_page_summarises_the_run(folder):
     page = page_of(folder, TRAIN + EVALS, EVENTS)
     head = " ".join(re.sub("<[^>]*>", " ", page.split("<h2>")[0]).split())
     assert "state finished steps 8 tokens 2.05k last loss 0.000 median tokens/s 512" in head
@@ -81,7 +87,8 @@ def test_the_page_tells_the_run(folder):
     assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
     assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
     config = run_folder.read_config(str(folder))
-    assert plan.table(plan.describe(config)).splitlines()[0].split()[0] in section(page, "Plan")
+    described = forecast.describe(config, make(config))
+    assert plan_table.text(described).splitlines()[0].split()[0] in section(page, "Plan")
     assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
     assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
 
@@ -89,7 +96,7 @@ def test_the_page_tells_the_run(folder):
 def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder):
     skipped = {"event": "skip", "step": 5, "loss": 90.0, "grad_norm": 1.0, "reason": "spike"}
     record = {"event": "skip", "step": 3, "source": "json:a", "where": "a, record 7", "reason": "not JSON"}
-    stages = plan.describe(run_folder.read_config(str(folder)))["stages"]
+    stages = stages_in(folder)
     rows = [row | {"loss": None} if row["step"] == 5 else row for row in TRAIN] + EVALS
     figure = report._figure(rows, EVENTS + [record, skipped], stages)
     loss, bits, length, speed, rate = figure.axes
@@ -108,7 +115,7 @@ def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder
 
 def test_long_lines_are_drawn_as_means_over_the_whole_run(folder):
     rows = [train_row(step, "pretrain-32", loss=step % 2) for step in range(1, 5001)]
-    figure = report._figure(rows, [], plan.describe(run_folder.read_config(str(folder)))["stages"])
+    figure = report._figure(rows, [], stages_in(folder))
     every, means = figure.axes[0].lines[:2]
     assert len(every.get_xdata()) == 5000 and len(means.get_xdata()) == report.POINTS
     assert all(abs(y - 0.5) < 0.05 for y in means.get_ydata())
@@ -120,12 +127,12 @@ def test_what_saving_cost_is_set_against_the_time_of_the_steps(folder):
     assert "2 saves held up training for 0.1 s in all, 1.82% of the 5.5 s" in section(page, "Stage switches")
 
 
-def test_saves_of_which_the_time_is_not_known_are_left_out_of_it(folder):
+def test_saves_without_a_known_time_are_left_out(folder):
     page = page_of(folder, TRAIN, [{"event": "save", "step": 8, "data_sha256": "0"}])
     assert "held up" not in page and "save 1 8" in section(page, "Events")
 
 
-def test_trouble_is_told_with_its_facts_and_a_flood_of_one_kind_hides_no_other(folder):
+def test_trouble_is_listed_with_its_facts_and_a_flood_of_one_kind_hides_no_other(folder):
     skip = {"event": "skip", "step": 1, "source": "s", "reason": "x" * 999}
     flood = [skip | {"where": f"record {n}"} for n in range(99)]
     trouble = [
@@ -137,10 +144,10 @@ def test_trouble_is_told_with_its_facts_and_a_flood_of_one_kind_hides_no_other(f
     ]
     page = page_of(folder, TRAIN, EVENTS[:-1] + trouble[:1] + flood + trouble[1:])
     assert "skip 99 1" in section(page, "Events")
-    told = section(page, "Out of the ordinary")
-    assert told.count("record") == report.EACH and "record 98" in told and "x" * 161 not in told
+    shown = section(page, "Out of the ordinary")
+    assert shown.count("record") == report.EACH and "record 98" in shown and "x" * 161 not in shown
     for facts in ("microbatch_tokens 128, remat False", "checksum differs", "{&quot;loss&quot;: 0.5}", "signal 15"):
-        assert facts in told
+        assert facts in shown
     assert "peak_bytes 3.00 GiB, device_bytes –" in section(page, "Latest events")
     assert "3.00 GiB" in section(page, "Stage switches")
     assert "stopped by a signal" in page
@@ -167,6 +174,6 @@ def test_a_run_without_metrics_is_refused_in_one_line(folder):
 
 def test_the_command_prints_the_page(folder, capsys):
     page_of(folder, TRAIN, EVENTS)
-    paths = report.command([f"--workdir={folder}"])
+    paths = command.command([f"--workdir={folder}"])
     assert capsys.readouterr().out.strip() == paths["report"] == str(folder / "report.html")
     assert json.dumps(paths)

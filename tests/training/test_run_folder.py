@@ -193,13 +193,13 @@ def with_plan(**changes):
 
 
 def keys_of(values: dict) -> list[str]:
-    """The keys of a config, by their path with __ between its parts."""
+    """Return the keys of a config, with __ between the parts of their paths."""
     parts = lambda key, value: [f"{key}__{k}" for k in keys_of(value)] if isinstance(value, dict) else [key]
     return [path for key, value in values.items() for path in parts(key, value)]
 
 
 def test_every_key_either_makes_the_run_or_may_change():
-    """A new key of the config belongs into one of the lists above, and into run_folder.IDENTITY."""
+    """Add a new key of the config to one of the lists above; keys of IDENTITY also to run_folder.IDENTITY."""
     assert sorted([*IDENTITY, *FREE]) == sorted(keys_of(with_plan().to_dict()))
     assert sorted(run_folder.IDENTITY) == sorted(key.replace("__", ".") for key in IDENTITY)
 
@@ -216,7 +216,7 @@ def test_another_model_or_split_is_refused_by_the_key_that_differs(tmp_path, key
 
 
 @pytest.mark.parametrize("key", FREE)
-def test_what_may_change_between_resumes_is_accepted_and_listed(tmp_path, key):
+def test_a_change_that_a_resume_allows_is_accepted_and_listed(tmp_path, key):
     old, new = with_plan(), with_plan(**{key: FREE[key]})
     run_folder.check_same_run(str(tmp_path), old, new)
     assert [name for name, *_ in run_folder.differences(old, new)] == [key.replace("__", ".")]
@@ -254,12 +254,12 @@ def test_evaluations_and_ended_phases_are_behind_the_run(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
-def test_the_faults_that_were_asked_for_are_due_and_no_others(monkeypatch):
+def test_only_the_listed_faults_are_due(monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "kill@step=12, nan@step=30,term@step=3,,kill@save=2")
     faults.check()
-    asked = {("kill", "step", 12), ("nan", "step", 30), ("term", "step", 3), ("kill", "save", 2)}
+    listed = {("kill", "step", 12), ("nan", "step", 30), ("term", "step", 3), ("kill", "save", 2)}
     tried = {(fault, place, n) for fault in ("kill", "term", "nan") for place in ("step", "save") for n in range(40)}
-    assert {item for item in tried if faults.due(*item)} == asked
+    assert {item for item in tried if faults.due(*item)} == listed
 
 
 @pytest.mark.parametrize("value", ["", ","])
@@ -280,7 +280,7 @@ def test_an_unknown_fault_is_refused_with_the_known_ones(monkeypatch, item):
 
 @pytest.mark.parametrize("fault, status", [("kill@step=2", -9), ("term@step=2", -15), ("kill@save=2", 0)])
 def test_a_fault_strikes_at_its_count_alone(fault, status):
-    code = "from lowrank_jax import faults\nfor n in (1, 2, 3): faults.strike('step', n); print(n, flush=True)"
+    code = "from lowrank_jax.machine import faults\nfor n in (1, 2, 3): faults.strike('step', n); print(n, flush=True)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {faults.VARIABLE: fault}, capture_output=True, text=True)
     assert done.returncode == status and done.stdout.split() == (["1"] if status else ["1", "2", "3"])

@@ -1,4 +1,4 @@
-"""One update: accumulation, clipping, what each optimizer touches, the learning rate, precision and weights."""
+"""The train step: accumulation, clipping, optimizers, learning rate, precision, and averaged weights."""
 
 import contextlib
 import functools
@@ -15,7 +15,8 @@ from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.model import network
 from lowrank_jax.training import optim, run_folder, step
 from lowrank_jax.training.metrics import Meter
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import FittedStage, stages_of, unchanged
+from lowrank_jax.training.progress import Progress
 
 ROWS, LENGTH = 8, 16
 TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "latent_norm": True, "mlp": 24}
@@ -47,7 +48,7 @@ def state_of(config: RunConfig, at: int = 0) -> step.TrainState:
 
 
 def ragged_batch() -> dict:
-    """Rows with two documents each and from none to all of their tokens trained."""
+    """Return rows of two documents each, with none to all of their tokens trained."""
     rng = np.random.default_rng(1)
     shape = (ROWS, LENGTH)
     weights = (rng.random(shape) < np.linspace(0, 1, ROWS)[:, None]).astype(np.float32)
@@ -56,10 +57,16 @@ def ragged_batch() -> dict:
     return {"tokens": tokens, "targets": targets, "segments": segments, "weights": weights}
 
 
+def fitted_of(config: RunConfig) -> FittedStage:
+    """The config's only stage, with every setting as the config asks."""
+    (stage,) = stages_of(config)
+    return unchanged(stage)
+
+
 @functools.cache
 def compiled(config: RunConfig):
-    (stage,) = stages_of(config)
-    return stage, jit(lambda state, batch: step.train_step(config, stage, state, batch))
+    fitted = fitted_of(config)
+    return fitted, jit(lambda state, batch: step.train_step(config, fitted, state, batch))
 
 
 def updated(config: RunConfig, batch: dict, at: int = 0) -> tuple[step.TrainState, dict]:
@@ -77,7 +84,7 @@ def changes_of(state: step.TrainState) -> dict:
 
 @functools.cache
 def by_definition(smoothing: float = 0.0, z_loss: float = 0.0) -> tuple:
-    """(objective, its gradient): a mean over the trained tokens of `ragged_batch`, all rows and logits at once."""
+    """Return (objective, its gradient): the mean over the trained tokens of `ragged_batch`, with all rows at once."""
     return _by_definition()(params_away_from_init(), smoothing, z_loss)
 
 
@@ -145,9 +152,8 @@ def test_loss_falls_on_a_repeated_batch(name):
 
 def test_compiled_step_consumes_its_state_and_makes_the_same_update():
     config = toy(name="adamw")
-    (stage,) = stages_of(config)
     state = state_of(config)
-    after, metrics = step.lower(config, stage).compile()(state, jax.device_put(ragged_batch()))
+    after, metrics = step.lower(config, fitted_of(config)).compile()(state, jax.device_put(ragged_batch()))
     expected, its_metrics = updated(config, ragged_batch())
     close(after.opt_state, expected.opt_state, rtol=1e-4, atol=1e-7)
     of_noise = jax.tree.map(lambda mu: np.abs(mu) < 1e-6, optax.tree.get(expected.opt_state, "mu"))
@@ -197,7 +203,7 @@ def random_gradients(scale: float, seed: int) -> dict:
 
 @functools.cache
 def updater(**optimizer):
-    """Compiled: the last of the updates that a sequence of gradients makes."""
+    """Return a compiled function from a sequence of gradients to the last of its updates."""
     rule = optim.make(toy(**optimizer).optim)
 
     def run(gradients, params):
@@ -219,7 +225,7 @@ def is_block_matrix(path, x) -> bool:
 
 
 def split(tree: dict) -> tuple[list, list]:
-    """The stacked matrices of the blocks, and all the rest."""
+    """Return the stacked matrices of the blocks, and all other arrays."""
     leaves = jax.tree.leaves_with_path(tree)
     return [x for p, x in leaves if is_block_matrix(p, x)], [x for p, x in leaves if not is_block_matrix(p, x)]
 
@@ -358,7 +364,7 @@ def test_in_sft_the_average_follows_the_weights_from_its_start_at_its_own_settin
     values["sft"].update(PHASE | {"lr": 3e-2, "lr_head": 6e-3, "freeze": "mlp"})
     config = RunConfig.from_dict(values)
     before, stage = stages_of(config)
-    run = jit(lambda state, batch: step.train_step(config, stage, state, batch))
+    run = jit(lambda state, batch: step.train_step(config, unchanged(stage), state, batch))
     state, expected = state_of(config, before.end), params_away_from_init()
     for k in range(12):
         state, metrics = run(state, ragged_batch())
@@ -415,7 +421,7 @@ def test_accumulation_of_8_and_2_with_every_option_makes_the_loss_and_gradient_o
 
 
 def remembering(state: step.TrainState, loss: float, log_norm: float, count: int = 100, scale: float = 1.0):
-    """The state after so many steps that all had this loss and this log of the gradient norm."""
+    """Return the state after `count` steps that all had this loss and this log of the gradient norm."""
     g = state.guard
     after = g._replace(mean=np.array([loss, log_norm]), count=count, scale=scale)
     as_it_was = lambda new, old: jax.device_put(np.asarray(new, old.dtype), old.sharding)  # or it compiles anew
@@ -430,9 +436,9 @@ JUMPS = [
 
 
 def test_a_finite_spike_of_the_loss_or_of_the_gradient_alone_is_refused(tmp_path):
-    """The same update each time; only what the steps before were like differs."""
+    """The update is the same each time; only the statistics of the steps before differ."""
     config = with_optim(**AVERAGED)
-    stage, run = compiled(config)
+    fitted, run = compiled(config)
     first = state_of(config)
     _, metrics = run(first, ragged_batch())
     usual, usual_norm = float(metrics["loss"]), float(np.log(metrics["grad_norm"]))
@@ -446,14 +452,14 @@ def test_a_finite_spike_of_the_loss_or_of_the_gradient_alone_is_refused(tmp_path
             same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old))]
             assert not any(same) if ok else all(same)
         with contextlib.closing(Meter(config, str(tmp_path), len(JUMPS), 0)) as meter:
-            meter.add(stage, {"step": number, "tokens": number * ROWS * LENGTH}, metrics)
+            meter.add(fitted, Progress(step=number, tokens=number * ROWS * LENGTH), metrics)
             meter.flush()
     skips = [(e["step"], e["reason"]) for e in run_folder.read_rows(str(tmp_path), "events.jsonl")]
     assert skips == [(2, "spike"), (4, "spike")]
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_refused():
-    """The gradient alone is taken of the scaled loss, for which fp16 has no room; also before spikes are looked for."""
+    """Only the gradient, of the scaled loss, overflows fp16; this is refused even before spikes are."""
     config = toy("fp16", name="adamw")
     _, run = compiled(config)
     for count in (0, 100):

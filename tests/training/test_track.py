@@ -1,4 +1,4 @@
-"""Trackers: what TensorBoard, W&B and MLflow read back, across a resume, and that none of them can hold up a run."""
+"""Trackers: the rows that TensorBoard, W&B and MLflow show after a resume; none of them delays a run."""
 
 import contextlib
 import math
@@ -35,7 +35,7 @@ def no_network(monkeypatch):
 
 
 def send(name: str, folder, steps: range, start: int) -> None:
-    """Logs 1/step at each of `steps`, as a run that goes on from step `start`."""
+    """Log 1/step at each of `steps`, as a run that resumes from step `start`."""
     (tracker,) = track.open_trackers((name,), str(folder), {"seed": 3, "model": {"d": 16, "heads": [1, 2]}}, start)
     for step in steps:
         tracker.log(step, {"train/loss": 1 / step, "train/lr": 0.5})
@@ -43,7 +43,7 @@ def send(name: str, folder, steps: range, start: int) -> None:
 
 
 def wait_for(ready) -> None:
-    """Returns when `ready()` holds, which it must within 30 seconds."""
+    """Wait until `ready()` is True, for at most 30 seconds."""
     deadline = time.monotonic() + 30
     while not ready():
         assert time.monotonic() < deadline
@@ -51,21 +51,21 @@ def wait_for(ready) -> None:
 
 
 def events(folder) -> list:
-    """The events in TensorBoard's files, in the order of their writing."""
+    """Return the events in TensorBoard's files, in the order of their writing."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    read = []
     for path in sorted((folder / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:  # length, its checksum, the event, its checksum
             (size,) = struct.unpack("<Q", data[:8])
-            found.append(Event.FromString(data[12 : 12 + size]))
+            read.append(Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
-    return found
+    return read
 
 
 def shown(folder, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows: a session forgets what was logged at the step that it starts with, and after it."""
+    """Return the points that TensorBoard shows: a session hides older points from its first step on."""
     points = []
     for event in events(folder):
         if event.session_log.status == 1:
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch):
 
 
 def test_checking_imports_nothing():
-    code = "import sys; from lowrank_jax import track; track.check(('tensorboard', 'wandb', 'mlflow'));"
+    code = "import sys; from lowrank_jax.training import track; track.check(('tensorboard', 'wandb', 'mlflow'));"
     code += "print({'tensorboardX', 'wandb', 'mlflow', 'sqlalchemy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -155,7 +155,7 @@ def test_mlflow_goes_on_in_the_same_run_with_the_settings_as_parameters(tmp_path
 # ----------------------------------------------------------------------------------------------------------- failures
 
 
-def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, capfd):
     from tensorboardX import record_writer
 
     monkeypatch.setattr(record_writer, "open_file", lambda path: open("/dev/full", "wb"))
@@ -166,7 +166,7 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path, monkeypatch, ca
     assert "tensorboard is left out" in line and "No space left on device" in line
 
 
-def test_a_server_that_is_away_is_told_once_and_training_goes_on(tmp_path, monkeypatch, capfd):
+def test_a_server_that_is_away_is_reported_once_and_training_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     send("mlflow", tmp_path, range(1, 20), start=0)
@@ -175,7 +175,7 @@ def test_a_server_that_is_away_is_told_once_and_training_goes_on(tmp_path, monke
 
 
 @pytest.mark.parametrize("last", [7, 8])
-def test_a_service_is_opened_behind_the_first_step_or_at_the_end(last):
+def test_a_service_is_opened_after_the_first_step_or_at_the_end(last):
     opened, written = threading.Event(), []
 
     @contextlib.contextmanager

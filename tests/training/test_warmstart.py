@@ -1,4 +1,4 @@
-"""First weights from another run: what fits is taken, the rest is told, and a deeper model computes the same."""
+"""First weights from another run: arrays that fit are taken, others are listed, a deeper model computes the same."""
 
 import functools
 
@@ -44,7 +44,7 @@ def toy(**changes) -> ModelConfig:
 
 
 def trained(c: ModelConfig, seed: int = 0) -> dict:
-    """Random everywhere, the factors that start at zero included, for logits of about 1."""
+    """Return random weights, also where a new model has zeros, that make logits of about 1."""
     rng = np.random.default_rng(seed)
 
     def draw(path, w):
@@ -57,7 +57,7 @@ def trained(c: ModelConfig, seed: int = 0) -> dict:
 
 
 def fresh(c: ModelConfig) -> dict:
-    """Weights to be replaced: in most tests it does not matter which, and drawing them here compiles nothing."""
+    """Return weights to be replaced. Most tests need no particular ones, and these compile nothing."""
     return trained(c, seed=1)
 
 
@@ -93,7 +93,7 @@ def reasons(taken: warmstart.Taken) -> dict[str, str]:
 
 
 def outputs(c: ModelConfig, params: dict) -> list[np.ndarray]:
-    """The last factors of attention and MLP, [layers, in, D] each."""
+    """Return the last factors of attention and MLP, [layers, in, D] each."""
     attention, mlp = params["blocks"]["attention"]["o"], params["blocks"]["mlp"]["out"]
     return [attention["up" if c.rank else "kernel"], mlp["up" if c.mlp_rank else "kernel"]]
 
@@ -130,7 +130,7 @@ def test_a_deeper_model_computes_the_same_and_all_its_layers_learn(layers, chang
 
 
 def stack(layers: int, value: float) -> dict:
-    """As little of a model as has layers: in layer i, every weight is `value` + i."""
+    """Return a minimal model with layers: in layer i, every weight is `value` + i."""
     weight = lambda: np.tile(np.arange(layers, dtype=np.float32)[:, None, None] + value, (1, 2, 3))
     attention, mlp = {"o": {"down": weight(), "up": weight()}}, {"out": {"kernel": weight()}, "up": {"up": weight()}}
     return {"blocks": {"attention": attention, "mlp": mlp}, "norm": {"gain": np.ones(3, np.float32)}}
@@ -167,16 +167,16 @@ def test_a_copy_comes_on_top_of_its_group_as_in_the_paper():
 
 
 @pytest.mark.parametrize(
-    "there, here, note",
+    "old, new, note",
     [
         (8, 8, ""),
         (8, 16, "8 layers became 16: each is followed by a copy that starts as the identity"),
         (12, 17, "12 layers became 17: 5 of them added, as copies that start as the identity"),
-        (8, 4, "8 layers do not go into 4: the blocks start anew"),
+        (8, 4, "8 layers do not fit into 4: the blocks keep their random weights"),
     ],
 )
-def test_the_note_tells_what_became_of_the_layers(there, here, note):
-    taken = warmstart.take(stack(here, 0), stack(there, 0), same_tokens=True)
+def test_the_note_says_how_layers_were_added(old, new, note):
+    taken = warmstart.take(stack(new, 0), stack(old, 0), same_tokens=True)
     assert taken.note == note
     assert warmstart.describe(taken).splitlines()[-1].endswith(note)
 
@@ -185,7 +185,7 @@ def test_of_a_deeper_model_no_block_is_taken():
     params = fresh(toy(layers=1))
     taken = warmstart.take(params, trained(toy()), same_tokens=True)
     assert set(taken.taken) == {"embed/table", "norm/gain"}
-    assert reasons(taken)["blocks/attention/q/down"] == "[2, 24, 5] there, [1, 24, 5] here"
+    assert reasons(taken)["blocks/attention/q/down"] == "[2, 24, 5] in that run, [1, 24, 5] in this one"
     assert jax.tree.all(jax.tree.map(np.array_equal, taken.params["blocks"], params["blocks"]))
 
 
@@ -204,13 +204,13 @@ def test_a_model_of_the_same_shape_is_taken_whole():
 
 
 @pytest.mark.parametrize("layers", [2, 4])
-def test_what_does_not_fit_stays_new_and_is_listed(layers):
-    """Other ranks for V and O: those stay new, also in a deeper model, whose other arrays are stacked all the same."""
+def test_arrays_that_do_not_fit_stay_new_and_are_listed(layers):
+    """V and O have other ranks and stay new; in a deeper model the other arrays are still spread over its layers."""
     params = fresh(toy(layers=layers, rank_split=(1.0, 1.0, 3.0, 3.0), rank=10))
     source = trained(toy())
     taken = warmstart.take(params, source, same_tokens=True)
     assert set(reasons(taken)) == {f"blocks/attention/{x}/{y}" for x in "vo" for y in ("down", "up")}
-    assert reasons(taken)["blocks/attention/o/up"] == f"[2, 5, 24] there, [{layers}, 15, 24] here"
+    assert reasons(taken)["blocks/attention/o/up"] == f"[2, 5, 24] in that run, [{layers}, 15, 24] in this one"
     got, old, new = by_name(taken.params), by_name(source), by_name(params)
     for name in reasons(taken):
         np.testing.assert_array_equal(got[name], new[name])
@@ -224,7 +224,7 @@ def test_what_does_not_fit_stays_new_and_is_listed(layers):
 
 
 def test_added_layers_are_identities_also_where_not_all_of_a_block_fits():
-    """The outputs that do not fit are then those of a new model, which are zero."""
+    """The outputs that do not fit stay those of a new model, which are zero."""
     other_ranks = {"rank": 10, "rank_split": (1.0, 1.0, 3.0, 3.0)}
     shallow, deep = toy(**other_ranks), toy(**other_ranks, layers=4)
     params = jit(network.init, static_argnums=0)(deep, jax.random.key(0))
@@ -237,13 +237,13 @@ def test_added_layers_are_identities_also_where_not_all_of_a_block_fits():
 @pytest.mark.parametrize("layers", [2, 3])
 def test_arrays_that_only_one_of_the_two_has_are_listed(layers):
     taken = warmstart.take(fresh(toy(shared_kv=True, layers=layers)), trained(toy()), same_tokens=True)
-    assert taken.left == ("blocks/attention/v/down: there only",)
+    assert taken.left == ("blocks/attention/v/down: only in that run",)
     assert "computes something else" in taken.note or layers == 2
     taken = warmstart.take(fresh(toy(mlp_rank=7)), trained(toy()), same_tokens=True)
     assert {line for line in taken.left if "/out/" in line} == {
-        "blocks/mlp/out/down: here only",
-        "blocks/mlp/out/up: here only",
-        "blocks/mlp/out/kernel: there only",
+        "blocks/mlp/out/down: only in this run",
+        "blocks/mlp/out/up: only in this run",
+        "blocks/mlp/out/kernel: only in that run",
     }
 
 
@@ -268,10 +268,12 @@ def test_a_head_of_its_own_starts_as_the_embedding_that_was_the_head(changes):
 
 
 def test_a_head_is_left_where_there_is_none():
-    assert warmstart.take(fresh(toy()), trained(toy(tied=False)), True).left == ("head/table: there only",)
+    assert warmstart.take(fresh(toy()), trained(toy(tied=False)), True).left == ("head/table: only in that run",)
 
 
-@pytest.mark.parametrize("same_tokens, reason", [(True, "[61, 24] there, [67, 24] here"), (False, "another tokenizer")])
+@pytest.mark.parametrize(
+    "same_tokens, reason", [(True, "[61, 24] in that run, [67, 24] in this one"), (False, "another tokenizer")]
+)
 def test_a_table_of_another_size_stays_new(same_tokens, reason):
     params = fresh(toy(vocab=67, layers=4))
     taken = warmstart.take(params, trained(toy()), same_tokens)
@@ -284,13 +286,13 @@ def test_nothing_that_fits_is_one_line():
     with pytest.raises(UsageError) as e:
         warmstart.take(fresh(toy(d=48)), trained(toy()), same_tokens=True)
     assert str(e.value) == (
-        "config.init_from: none of that run's weights fits this model (blocks/attention/k/down: [2, 24, 5] there, "
-        "[2, 48, 5] here and 14 more); set config.model as there"
+        "config.init_from: none of that run's weights fits this model (blocks/attention/k/down: [2, 24, 5] in "
+        "that run, [2, 48, 5] in this one and 14 more); use its config.model"
     )
 
 
 @pytest.mark.parametrize("layers", [2, 4])
-def test_what_is_taken_has_the_dtype_of_the_model_and_memory_of_its_own(layers):
+def test_taken_arrays_have_the_dtype_of_the_model_and_memory_of_their_own(layers):
     source = jax.tree.map(lambda w: np.asarray(w, np.float64), trained(toy()))
     before = jax.tree.map(np.copy, source)
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), fresh(toy(layers=layers)))
