@@ -260,7 +260,7 @@ def memory(folder: str, path: str) -> dict:
 
     source = sources.open_source(read_sources(f"json:{path}", "sources")[0])
     part, readers = Part(0, held_out=False, shuffled=True, endless=False), MOST_READERS
-    many = [Reader(source, part, Limit(path, 0, None), False, 0, (i, readers), None) for i in range(readers)]
+    many = [Reader(source, part, Limit(path, 0), False, share=(i, readers)) for i in range(readers)]
 
     def documents():
         while many:
