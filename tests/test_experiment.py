@@ -13,7 +13,7 @@ import runs
 
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.model import attention, costs, network
-from lowrank_jax.training.progress import START
+from lowrank_jax.training.progress import Progress
 from scripts.bench import dense_twin
 from scripts.studies import arms, experiment, lengths, starts, tables
 
@@ -244,7 +244,7 @@ def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, to
     config = make.run_config(model__vocab=tok.vocab_size)
     draw = lambda w: 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)  # a new model's blocks do nothing
     params = jax.tree.map(draw, jax.eval_shape(lambda: network.init(config.model, jax.random.key(3))))
-    run = lengths.trained.Trained(config, tok, params, START)
+    run = lengths.trained.Trained(config, tok, params, Progress())
     ids = lengths.blocks(tok, [make.prose(400, i) for i in range(3)] + ["short"], 64)
     assert ids.shape == (3, 65)
     monkeypatch.setattr(lengths, "EDGES", (0, 16, 64))

@@ -95,7 +95,7 @@ def random_model(preset: str):
     from lowrank_jax.data import stream, tokenizer
     from lowrank_jax.machine import sharding
     from lowrank_jax.model import network
-    from lowrank_jax.training.progress import START
+    from lowrank_jax.training.progress import Progress
     from lowrank_jax.training.trained import Trained
 
     config, rng, vocab = config_of(preset), np.random.default_rng(0), PRESETS[preset]
@@ -108,7 +108,7 @@ def random_model(preset: str):
     params = jax.device_put(params, sharding.whole(sharding.one_device()))
     quickstart = cli.read_config([f"--config={harness.ROOT}/configs/quickstart.py"])
     texts = stream.texts([quickstart.pretrain], 5_000_000)
-    return Trained(config, tokenizer.train(texts, vocab), params, START)
+    return Trained(config, tokenizer.train(texts, vocab), params, Progress())
 
 
 # -------------------------------------------------------------------------------- a runtime, in a process of its own

@@ -11,7 +11,7 @@ from lowrank_jax.config import ModelConfig, RunConfig
 from lowrank_jax.data import tokenizer
 from lowrank_jax.training import run_folder, step
 from lowrank_jax.training.checkpoint import Checkpoints
-from lowrank_jax.training.progress import START
+from lowrank_jax.training.progress import Progress
 
 
 def fan_in(c: ModelConfig, factors: dict, key: jax.Array) -> dict:
@@ -69,4 +69,4 @@ def write(config: RunConfig, name: str, folder: str) -> None:
     tok.save(run_folder.tokenizer_folder(folder))
     run_folder.write_config(folder, config)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(step.first_state(config, apply(config.model, step.init_params(config), name)), START)
+        checkpoints.save(step.first_state(config, apply(config.model, step.init_params(config), name)), Progress())

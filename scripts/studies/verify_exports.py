@@ -43,7 +43,7 @@ def toy(changes: dict, tok):
     import jax
 
     from lowrank_jax.model import network
-    from lowrank_jax.training.progress import START
+    from lowrank_jax.training.progress import Progress
     from lowrank_jax.training.trained import Trained
 
     path = os.path.join(sys.path[0], "configs", "default.py")
@@ -57,7 +57,7 @@ def toy(changes: dict, tok):
         else w.shape[-2] ** -0.5 * jax.random.normal(next(keys), w.shape)
     )
     params = jax.tree_util.tree_map_with_path(draw, network.init(config.model, jax.random.key(0)))
-    return Trained(config, tok, params, START)
+    return Trained(config, tok, params, Progress())
 
 
 def error(trained, format: str, folder: str) -> float | None:
