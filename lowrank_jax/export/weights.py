@@ -1,6 +1,5 @@
 """Names of weights and keys of config.json in exports for PyTorch, and the way back."""
 
-import dataclasses
 import math
 
 import jax
@@ -11,6 +10,7 @@ from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine.sharding import path_name
 from lowrank_jax.model import network
+from lowrank_jax.training.run_folder import LATER
 
 FILE, TYPE = "model.safetensors", "lowrank_alibi"
 PREFIX = "model."  # of every name but the head's; lowrank.py has no such level
@@ -41,11 +41,10 @@ FREE = {"attention", "scan", "remat"}  # settings that change how the function i
 
 
 def refuse_unknown(c: ModelConfig) -> None:
-    """Raise UsageError for a setting that is in neither set, unless it has its default."""
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if field.name not in EXPORTED | FREE and value != field.default:
-            raise UsageError(f"config.model.{field.name}={value!r} cannot be exported or imported; no format knows it")
+    """Raise UsageError for a setting that is in neither set, unless it leaves the model as models were without it."""
+    for name, value in vars(c).items():
+        if name not in EXPORTED | FREE and (name not in LATER or value != LATER[name]):
+            raise UsageError(f"config.model.{name}={value!r} cannot be exported or imported; no format knows it")
 
 
 def tensors(params: dict) -> dict[str, np.ndarray]:

@@ -160,7 +160,8 @@ def test_no_process_of_the_command_imports_jax(world):
     env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1", "JAX_COMPILATION_CACHE_DIR": ""}  # with a cache `cli` needs JAX
     _, err = run(*args, env=env)
     imported = [line.rsplit("|", 1)[-1].strip() for line in err.splitlines() if line.startswith("import time:")]
-    assert imported.count("lowrank_jax.data.packing") == 3 and "jax" not in imported
+    assert "jax" not in imported
+    assert imported.count("lowrank_jax.data.packing") >= 2  # the command and at least the worker that wrote the shards
 
 
 def test_a_tokenizer_is_learnt_and_saved(world):
