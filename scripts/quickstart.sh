@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a chat model in minutes: sets up .venv, trains, shows samples. Run again, it goes on or shows them.
+# From a fresh clone to a chat model: set up .venv, train, and show samples. Run it again to resume an interrupted run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 run=${1:-runs/quickstart}

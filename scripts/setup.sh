@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv with Python 3.11 or newer and installs the given requirements files, once.
-# After it, `python` is the environment's.
+# Sourced by the other scripts: create .venv with Python 3.11 or newer and install the named requirements files, once.
+# Afterwards `python` is the environment's.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,7 +16,7 @@ find_python() {
   return 1
 }
 
-# The stamp holds what was installed last: a changed requirements file, or an install that was cut short, runs again.
+# The stamp is a copy of the installed requirements file: a changed file or an interrupted install is installed again.
 install_requirements() {
   local stamp=.venv/installed-$1
   if ! .venv/bin/python -c '' 2> /dev/null; then
@@ -42,7 +42,7 @@ for file in "$@"; do
   install_requirements "$file"
 done
 export PATH="$PWD/.venv/bin:$PATH"
-# Attention and decoding on a CPU are compiled for it (lowrank_jax/model/kernels/build.py).
+# Attention and decoding on a CPU are C++ compiled for it (lowrank_jax/model/kernels/build.py).
 if ! command -v "${CXX:-g++}" clang++ c++ > /dev/null && ! python -c 'import ziglang' 2> /dev/null; then
   echo "== installing a C++ compiler"
   python -m pip install --quiet --disable-pip-version-check ziglang==0.17.1

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up .venv with the test tools, checks the style, and runs the tests.
+# Set up .venv with the test tools, check the style, and run the tests.
 #
 #   bash scripts/test.sh           # all of them, as CI does
-#   bash scripts/test.sh quick     # those that take two minutes together, for each commit
-#   bash scripts/test.sh studies   # those of the studies' scripts alone
+#   bash scripts/test.sh quick     # the fast ones, two minutes in all, for each commit
+#   bash scripts/test.sh studies   # the tests of the study scripts alone
 #
 # Further arguments go to pytest.
 set -euo pipefail

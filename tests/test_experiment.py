@@ -1,29 +1,26 @@
-"""scripts/studies/experiment.py: arms are what they claim, baselines compute what they should, lines resume."""
+"""Arms of scripts/studies are what they claim, their starts and window compute what they should, and results resume."""
 
-import dataclasses
 import json
-import math
 import os
 import pathlib
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.model import attention, costs, network
-from lowrank_jax.training import optim
+from lowrank_jax.training.progress import Progress
 from scripts.bench import dense_twin
-from scripts.studies import arms, experiment, tables
+from scripts.studies import arms, experiment, lengths, starts, tables
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-ARMS = [(study, arm) for study, s in arms.STUDIES.items() for arm in s["arms"]]
+ARMS = [(study, arm) for study in arms.STUDIES for arm in arms.runnable(study)]
 
 
 def sizes(study: str, arm: str) -> dict[str, float]:
@@ -36,11 +33,16 @@ def sizes(study: str, arm: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("study, arm", ARMS, ids=lambda x: x.replace(" ", "-"))
-def test_every_arm_is_a_config_with_variants_that_exist(study, arm):
+def test_every_arm_is_a_config_with_a_start_that_exists(study, arm):
     config = experiment.config_of(study, arm)
     assert config.pretrain.steps > 0 and config.sft.steps == 0
-    assert set(filter(None, arms.changes(study, arm).get("variant", "").split("+"))) <= set(arms.VARIANTS)
-    assert arms.STUDIES[study]["reference"] in arms.STUDIES[study]["arms"]
+    assert arms.changes(study, arm).get("start") in {None, "", *starts.STARTS}
+    assert arms.STUDIES[study]["reference"] in arms.runnable(study)
+
+
+def test_an_arm_of_an_older_version_names_its_commit():
+    with pytest.raises(UsageError, match="git checkout 03e02b0b1b32"):
+        experiment.command(["run", "--study=length", "--arms=rope"])
 
 
 @pytest.mark.parametrize("study", arms.STUDIES)
@@ -58,142 +60,72 @@ def test_arms_of_one_study_differ_in_what_they_are_called_after_alone():
     assert sizes("quality", "whole")["parameters"] <= 0.32 * sizes("quality", "dense")["parameters"]
 
 
-# ----------------------------------------------------------------------------------------------------------- variants
+# ------------------------------------------------------------------------------------------------------------- starts
 
 
-@pytest.fixture
-def put_back(monkeypatch):
-    """Whatever a variant replaces, until the end of the test."""
-    for place, name in (
-        (attention, "alibi_slopes"),
-        (attention, "attend"),
-        (attention, "_chunked"),
-        (attention, "resolve"),
-        (network.Linear, "__init__"),
-        (network.Linear, "reduce"),
-        (network.Attention, "__init__"),
-        (optim, "_orthogonalized"),
-        (optim, "make"),
-    ):
-        monkeypatch.setattr(place, name, getattr(place, name))
+def first_weights(make, name: str, **changes) -> tuple[dict, dict]:
+    """Return (the product's own first weights of the blocks, those of another start)."""
+    c = make.run_config(**{"model__d": 32, "model__heads": 4, "model__rank": 8} | changes).model
+    params = network.init(c, jax.random.key(0))
+    return params["blocks"], starts.apply(c, params, name)["blocks"]
 
 
-def small(make, **changes):
-    return make.run_config(model__d=32, model__heads=4, model__rank=8, **changes)
-
-
-def qkv(T=48, H=4, K=8):
-    keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(key, (2, T, H, K)) for key in keys]
-
-
-def test_a_norm_on_q_k_and_v_is_the_products_own(make, put_back):
-    with_norm, without = (small(make, model__latent_norm=norm).model for norm in (True, False))
-    draw = lambda w: 0.2 * jax.random.normal(jax.random.key(w.size), w.shape)
-    params = jax.tree.map(draw, jax.eval_shape(lambda: network.init(with_norm, jax.random.key(1))))
-    tokens = jax.random.randint(jax.random.key(2), (2, 20), 0, 64)
-    features = lambda c: jax.jit(lambda p: network.features(c, p, tokens))(params)
-    expected, plain = features(with_norm), features(without)
-    arms.apply("norm_qk+norm_v")
-    np.testing.assert_allclose(features(without), expected, atol=1e-4)
-    assert np.abs(plain - expected).max() > 1e-2
-
-
-def test_nope_knows_no_distance_and_rope_knows_nothing_else(put_back):
-    q, k, v = qkv()
-    alibi = attention.attend(q, k, v)
-    arms.apply("nope")
-    swapped = [x.at[:, [3, 9]].set(x[:, [9, 3]]) for x in (k, v)]
-    nope = attention.attend(q, k, v)
-    np.testing.assert_allclose(attention.attend(q, *swapped)[:, 20:], nope[:, 20:], atol=1e-5)
-    assert np.abs(alibi - nope).max() > 1e-2
-    arms.apply("rope")
-    rope = attention.attend(q, k, v)
-    assert np.abs(attention.attend(q, *swapped)[:, 20:] - rope[:, 20:]).max() > 1e-2
-    score = lambda i, j: jnp.einsum("BHK,BHK->BH", *(arms.rotate(x)[:, at] for x, at in ((same_q, i), (same_k, j))))
-    same_q, same_k = (jnp.broadcast_to(x[:, :1], x.shape) for x in (q, k))
-    np.testing.assert_allclose(score(40, 33), score(12, 5), atol=1e-4)
-    assert np.abs(score(40, 33) - score(40, 20)).max() > 1e-2
-
-
-@pytest.mark.parametrize("names", ["", "rope"])
-def test_a_window_sees_the_last_tokens_and_no_others(put_back, names):
-    q, k, v = qkv()
-    arms.apply(names)
-    whole = attention.attend(q, k, v)
-    arms.see_only(8)
-    seen = attention.attend(q, k, v)
-    np.testing.assert_allclose(seen[:, :8], whole[:, :8], atol=1e-5)
-    for at in (8, 15, 16, 47):
-        last = [x[:, at - 7 : at + 1] for x in (q, k, v)]
-        np.testing.assert_allclose(seen[:, at], attention.attend(*last)[:, -1], atol=1e-5)
-    arms.see_only(64)
-    np.testing.assert_allclose(attention.attend(q, k, v), whole, atol=1e-5)
-
-
-def updates(variant: str) -> tuple[dict, dict]:
-    """(attention weights, what one Muon update adds to them) with d=32, 4 heads and a rank of 8."""
-    arms.apply(variant)
-    draw = lambda seed, *shape: 0.3 * np.random.default_rng(seed).standard_normal(shape, np.float32)
-    tree = lambda seed: {
-        name: {"down": draw((seed, i, 0), 2, 32, 8), "up": draw((seed, i, 1), 2, 8, 32)}
-        for i, name in enumerate("qkvo")
-    }
-    params, grads = ({"blocks": {"attention": tree(seed)}} for seed in (0, 1))
-    c = experiment.config_of("quality", "split").optim
-    rule = optim.make(dataclasses.replace(c, weight_decay=0.0, clip=0.0))
-    moved, _ = jax.jit(lambda: rule.update(grads, rule.init(params), params))()
-    return params["blocks"]["attention"], moved["blocks"]["attention"]
-
-
-def test_updates_of_down_factors_are_halved(put_back):
-    (_, plain), (_, half) = updates(""), updates("half_down")
-    np.testing.assert_allclose(half["v"]["down"], plain["v"]["down"] / 2, atol=1e-6)
-    np.testing.assert_allclose(half["v"]["up"], plain["v"]["up"], atol=1e-6)
-
-
-def test_a_bounded_update_moves_the_product_no_more_than_twice_as_a_dense_one(put_back):
-    weights, moved = updates("bounded")
-    largest = lambda w: np.linalg.norm(np.asarray(w), 2, axis=(1, 2))
-    limit = 1.25 * optim.MUON_UPDATE_RMS * math.sqrt(32)  # of a dense [32, 32]; Newton-Schulz ends between 0.7 and 1.2
-    for name in "qkvo":
-        (down, up), (d, u) = ([x[name][part] for part in ("down", "up")] for x in (weights, moved))
-        assert (largest(d) * largest(up) <= limit).all() and (largest(down) * largest(u) <= limit).all()
-
-
-def test_muon_for_each_head_orthogonalises_every_head(put_back, monkeypatch):
-    monkeypatch.setitem(arms.SETTINGS, "model.heads", 4)
-    _, moved = updates("muon_heads")
-    v_NRHK = np.asarray(moved["v"]["up"]).reshape(2, -1, 4, 8)
-    spread = np.linalg.svd(v_NRHK.swapaxes(1, 2), compute_uv=False)  # of each head [R, K]
-    assert spread.min() > 0.5 * spread.max()
-
-
-def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make, put_back):
-    arms.apply("spectral")
-    a = jax.jit(lambda: network.init(small(make).model, jax.random.key(0)))()["blocks"]["attention"]
+def test_a_spectral_start_is_the_best_of_its_rank_and_balanced(make):
+    _, blocks = first_weights(make, "spectral")
+    a = blocks["attention"]
     down, up = a["v"]["down"][0], a["v"]["up"][0]
     np.testing.assert_allclose(down.T @ down, up @ up.T, atol=1e-5)
     assert not a["o"]["up"].any() and a["o"]["down"].any()
 
 
-def test_a_start_of_half_the_size_is_half_the_products_own(make, put_back):
-    first = lambda: network.init(small(make).model, jax.random.key(0))["blocks"]
-    whole = first()
-    arms.apply("half_start")
-    half = first()
+def test_a_start_of_half_the_size_is_half_the_products_own(make):
+    own, half = first_weights(make, "half")
     for name, part in (("q", "down"), ("v", "up"), ("o", "up")):
-        np.testing.assert_array_equal(half["attention"][name][part], whole["attention"][name][part] / 2)
-    np.testing.assert_array_equal(half["mlp"]["gate"]["kernel"], whole["mlp"]["gate"]["kernel"])
+        np.testing.assert_array_equal(half["attention"][name][part], own["attention"][name][part] / 2)
+    np.testing.assert_array_equal(half["mlp"]["gate"]["kernel"], own["mlp"]["gate"]["kernel"])
 
 
-def test_fan_in_starts_have_the_variance_of_a_dense_draw(make, put_back):
-    arms.apply("fan_in")
-    c = make.run_config(model__d=256, model__heads=8, model__rank=32, model__layers=1).model
-    a = jax.jit(lambda: network.init(c, jax.random.key(0)))()["blocks"]["attention"]
-    np.testing.assert_allclose(np.std(a["v"]["down"]), 256**-0.5, rtol=0.05)
-    np.testing.assert_allclose(np.std(a["v"]["down"][0] @ a["v"]["up"][0]), 256**-0.5, rtol=0.05)
+@pytest.mark.parametrize("shared", [False, True])
+def test_fan_in_starts_have_the_variance_of_a_dense_draw(make, shared):
+    size = {"model__d": 256, "model__heads": 8, "model__rank": 32, "model__layers": 1, "model__shared_kv": shared}
+    _, blocks = first_weights(make, "fan_in", **size)
+    a = blocks["attention"]
+    np.testing.assert_allclose(np.std(a["k"]["down"]), 256**-0.5, rtol=0.05)
+    down = a["k" if shared else "v"]["down"]
+    np.testing.assert_allclose(np.std(down[0] @ a["v"]["up"][0]), 256**-0.5, rtol=0.05)
     assert not a["o"]["up"].any() and a["o"]["down"].any()
+
+
+# ------------------------------------------------------------------------------------------------------------- window
+
+
+def test_a_window_sees_the_last_tokens_and_no_others():
+    q, k, v = (jax.random.normal(key, (2, 48, 4, 8)) for key in jax.random.split(jax.random.key(0), 3))
+    whole, windowed = attention.attend(q, k, v), lengths.attend(q, k, v, 8)
+    np.testing.assert_allclose(windowed[:, :8], whole[:, :8], atol=1e-5)
+    for position in (8, 15, 16, 47):
+        last = [x[:, position - 7 : position + 1] for x in (q, k, v)]
+        np.testing.assert_allclose(windowed[:, position], attention.attend(*last)[:, -1], atol=1e-5)
+    np.testing.assert_allclose(lengths.attend(q, k, v, 64), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rank": 0}, {"latent_norm": True}, {"shared_kv": True}, {"mlp_rank": 8, "embed_rank": 16}],
+    ids=lambda changes: "-".join(changes),
+)
+def test_the_network_with_a_wide_window_is_the_network(make, changes):
+    sizes = {"model__d": 32, "model__heads": 4, "model__rank": 8, "model__vocab": 64}
+    c = make.run_config(**sizes | {f"model__{key}": value for key, value in changes.items()}).model
+    draw = lambda w: 0.2 * jax.random.normal(jax.random.key(w.size), w.shape)
+    params = jax.tree.map(draw, jax.eval_shape(lambda: network.init(c, jax.random.key(1))))
+    tokens = jax.random.randint(jax.random.key(2), (2, 20), 0, 64)
+    whole, wide, narrow = (
+        network.features(c, params, tokens),
+        *(lengths.features(c, params, tokens, n) for n in (32, 4)),
+    )
+    np.testing.assert_allclose(wide, whole, atol=1e-4)
+    assert np.abs(narrow - whole).max() > 1e-3
 
 
 # -------------------------------------------------------------------------------------------------------------- lines
@@ -248,7 +180,10 @@ def test_a_line_done_twice_counts_once_and_arms_come_in_the_studys_order(tmp_pat
 
 
 def run(*args: str, faults: str = "") -> tuple[int, str]:
-    script, env = ROOT / "scripts" / "experiment.py", os.environ | runs.ENVIRONMENT | {"LOWRANK_FAULTS": faults}
+    script, env = (
+        ROOT / "scripts" / "studies" / "experiment.py",
+        os.environ | runs.ENVIRONMENT | {"LOWRANK_FAULTS": faults},
+    )
     done = subprocess.run([sys.executable, script, *args], cwd=ROOT, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -260,7 +195,7 @@ def smoke(tmp_path_factory) -> list[str]:
     flags = ["--study=smoke", f"--folder={home / 'runs'}", f"--results={home / 'docs' / 'results'}", "--seeds=0"]
     code, out = run("run", *flags, "--arms=grown", faults="kill@step=3")
     assert code == 1 and "grown, lr 0.003, seed 0 ended" in out and not list((home / "docs" / "results").iterdir())
-    code, out = run("run", *flags, "--arms=grown,dense")
+    code, out = run("run", *flags, "--arms=grown,dense,half start")
     assert code == 0, out
     return flags
 
@@ -269,13 +204,13 @@ def smoke(tmp_path_factory) -> list[str]:
 def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
     path = pathlib.Path(smoke[2].removeprefix("--results=")) / "smoke.jsonl"
     before = path.read_text()
-    code, out = run("run", *smoke, "--arms=grown,dense")
+    code, out = run("run", *smoke, "--arms=grown,dense,half start")
     assert code == 0 and path.read_text() == before and "stage" not in out
-    grown, dense = (json.loads(text) for text in before.splitlines())
+    grown, dense, half = (json.loads(text) for text in before.splitlines())
     config = experiment.config_of("smoke", "dense").with_vocab(arms.VOCAB)
-    assert dense["parameters"] == costs.parameters(config.model)["total"] and dense["flops"] == experiment.flops_of(
-        config
-    )
+    assert dense["parameters"] == costs.parameters(config.model)["total"]
+    assert dense["flops"] == experiment.flops_of(config)
+    assert half["data_sha256"] == dense["data_sha256"] and half["bits_per_byte"] != dense["bits_per_byte"]
     assert dense["rows"] == [[4, 4, 32]] and grown["rows"] == [[2, 4, 32], [2, 2, 64]]
     assert dense["tokens"] == grown["tokens"] == 512 and dense["cpu_seconds"] > 1
     assert grown["cpu_seconds"] is None  # the second process knows only its own part
@@ -309,14 +244,14 @@ def test_bits_by_position_add_up_and_longer_rows_share_their_beginnings(make, to
     config = make.run_config(model__vocab=tok.vocab_size)
     draw = lambda w: 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)  # a new model's blocks do nothing
     params = jax.tree.map(draw, jax.eval_shape(lambda: network.init(config.model, jax.random.key(3))))
-    run = experiment.trained.Trained(config, tok, params, {})
-    ids = experiment.blocks(tok, [make.prose(400, i) for i in range(3)] + ["short"], 64)
+    run = lengths.trained.Trained(config, tok, params, Progress())
+    ids = lengths.blocks(tok, [make.prose(400, i) for i in range(3)] + ["short"], 64)
     assert ids.shape == (3, 65)
-    monkeypatch.setattr(experiment, "EDGES", (0, 16, 64))
-    whole, first, rest = experiment.bits(run, ids, 64)
+    monkeypatch.setattr(lengths, "EDGES", (0, 16, 64))
+    whole, first, rest = lengths.bits(run, ids, 64)
     size = tok.byte_lengths()[ids[:, 1:]]
     np.testing.assert_allclose(whole * size.sum(), first * size[:, :16].sum() + rest * size[:, 16:].sum(), rtol=1e-5)
-    short = experiment.bits(run, ids, 16)
+    short = lengths.bits(run, ids, 16)
     np.testing.assert_allclose(short[1], first, rtol=1e-5)
     assert abs(short[2] - rest) > 1e-6
 

@@ -1,11 +1,11 @@
-"""Loads a server of a run with many clients at once, and checks every answer against the one it gave alone.
+"""Load a server of a run with many clients at once, and compare each answer with that of an idle server.
 
     python scripts/bench/load_server.py --workdir=runs/quickstart
     python scripts/bench/load_server.py --workdir=runs/quickstart --clients=16 --seconds=30 --slots=4 --json
 
-Starts the server itself, on this machine's loopback. Questions differ in length and are drawn with a seed each, so that
-no two answers are alike. Half of them are asked as streams, of which some are left early. Dropped is what got no whole
-answer; mixed up is what got another than alone.
+The script starts the server itself, on this machine's loopback. Requests differ in length and have a seed each, so that
+no two answers are alike. Half of the requests are streams, and some of these are left early. A request without a whole
+answer counts as dropped; an answer that differs from the idle server's counts as mixed up.
 """
 
 import http.client
@@ -29,7 +29,7 @@ from lowrank_jax.training import run_folder
 
 WORDS = "the king and his queen said to all good people of old that no man may know what love has done here".split()
 QUESTIONS = 24
-LEFT = 0.05  # of the streams
+LEAVE_SHARE = 0.05  # of the streams
 
 
 class Answer(NamedTuple):
@@ -39,12 +39,12 @@ class Answer(NamedTuple):
     first: float | None = None  # seconds to the first text of a stream
 
 
-class Left(Exception):
+class LeftEarly(Exception):
     """The client left on purpose."""
 
 
 def questions(count: int, stop_ids: list[int], seed: int = 0) -> list[dict]:
-    """Requests of mixed lengths: a few words to some hundred, and 4 to 200 new tokens, as no answer may end before."""
+    """Return requests of a few words to some hundred, with 4 to 200 new tokens and no end before."""
     draw, bias = random.Random(seed), {str(i): -100 for i in stop_ids}
     prompt = lambda: " ".join(draw.choices(WORDS, k=round(3 * 100 ** draw.random())))
     question = lambda: {"prompt": prompt(), "max_tokens": round(4 * 50 ** draw.random())}
@@ -52,7 +52,7 @@ def questions(count: int, stop_ids: list[int], seed: int = 0) -> list[dict]:
 
 
 def ask(port: int, question: dict, leaves: bool = False) -> Answer:
-    """Asks over a connection of its own; raises OSError or ValueError where there is no whole answer."""
+    """Send a request over a connection of its own; raises OSError or ValueError without a whole answer."""
     connection, began = http.client.HTTPConnection("127.0.0.1", port, timeout=300), time.perf_counter()
     try:
         connection.request("POST", "/v1/completions", json.dumps(question))
@@ -81,15 +81,15 @@ def _read_stream(response, began: float, leaves: bool) -> Answer:
         if event.get("usage"):
             tokens = event["usage"]["completion_tokens"]
         if leaves and first:
-            raise Left
+            raise LeftEarly
     raise ValueError("the stream was cut off")
 
 
 class Load:
-    """What the clients, a thread each, have come to; they go on until `over`."""
+    """Clients in a thread each, until `over` is set, and their results."""
 
-    def __init__(self, port: int, asked: list[dict], known: list[str]):
-        self.port, self.asked, self.known = port, asked, known
+    def __init__(self, port: int, requests: list[dict], expected: list[str]):
+        self.port, self.requests, self.expected = port, requests, expected
         self.over = threading.Event()
         self.answers: list[Answer] = []
         self.mixed, self.dropped, self.left = [], [], 0
@@ -98,11 +98,11 @@ class Load:
     def client(self, seed: int) -> None:
         draw = random.Random(seed)
         while not self.over.is_set():
-            i, streams = draw.randrange(len(self.asked)), draw.random() < 0.5
+            i, streams = draw.randrange(len(self.requests)), draw.random() < 0.5
             stream = {"stream": True, "stream_options": {"include_usage": True}} if streams else {}
             try:
-                answer = ask(self.port, self.asked[i] | stream, leaves=streams and draw.random() < LEFT)
-            except Left:
+                answer = ask(self.port, self.requests[i] | stream, leaves=streams and draw.random() < LEAVE_SHARE)
+            except LeftEarly:
                 with self._lock:
                     self.left += 1
             except (OSError, ValueError, http.client.HTTPException) as e:
@@ -111,11 +111,11 @@ class Load:
             else:
                 with self._lock:
                     self.answers.append(answer)
-                    self.mixed += [i] if answer.text != self.known[i] else []
+                    self.mixed += [i] if answer.text != self.expected[i] else []
 
 
 def start(args) -> tuple[subprocess.Popen, int]:
-    """A server of the run, and its port."""
+    """Start a server of the run; return its process and port."""
     flags = [f"--workdir={args.workdir}", "--port=0", f"--slots={args.slots}", f"--queue={args.clients}"]
     command = [sys.executable, "-m", "lowrank_jax.serve", *flags, f"--weights={args.weights}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=os.getcwd())
@@ -135,17 +135,17 @@ def metric(port: int, name: str) -> float:
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), float("nan"))
 
 
-def alone(port: int, asked: list[dict]) -> list[str]:
-    """The answers that a server gives while nobody else asks; raises RunFailure where they could not be told apart."""
-    texts = [ask(port, question).text for question in asked]
+def alone(port: int, requests: list[dict]) -> list[str]:
+    """Return the answers of an otherwise idle server; raises RunFailure if two of them are alike."""
+    texts = [ask(port, request).text for request in requests]
     if len(set(texts)) < len(texts):
-        raise RunFailure("two of the answers are alike: if they were mixed up, nobody would notice")
+        raise RunFailure("two of the answers are alike, so that a mix-up could not be noticed; train the run longer")
     return texts
 
 
-def run(port: int, asked: list[dict], known: list[str], clients: int, seconds: float) -> dict:
-    """Loads the server for the time; what came of it, beside the `known` answers."""
-    load = Load(port, asked, known)
+def run(port: int, requests: list[dict], expected: list[str], clients: int, seconds: float) -> dict:
+    """Load the server for so many seconds; return the figures of all answers, compared with the `expected` ones."""
+    load = Load(port, requests, expected)
     resident = {"start": metric(port, "process_resident_memory_bytes")}
     threads = [threading.Thread(target=load.client, args=(seed,), daemon=True) for seed in range(clients)]
     began = time.perf_counter()
@@ -158,7 +158,7 @@ def run(port: int, asked: list[dict], known: list[str], clients: int, seconds: f
     for thread in threads:
         thread.join(300)
     elapsed = time.perf_counter() - began
-    time.sleep(1)  # what was left is dropped at the next step
+    time.sleep(1)  # the engine drops abandoned requests at its next step
     resident["end"] = metric(port, "process_resident_memory_bytes")
     percentiles = lambda values: (
         statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [0] * 99
@@ -192,17 +192,17 @@ def table(result: dict) -> str:
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
-    parser.add_argument("--clients", type=int, default=64, help="at the same time (default 64)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="how long (default 120)")
+    parser.add_argument("--clients", type=int, default=64, help="number of simultaneous clients (default 64)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="duration (default 120)")
     parser.add_argument("--slots", type=int, default=8, help="of the server (default 8)")
     parser.add_argument("--weights", default="auto", help="as of lowrank_jax.serve (default auto)")
     args = parser.parse_args(argv)
     if not 1 <= args.clients <= 1000 or not 0 < args.seconds <= 86400:
         raise UsageError("--clients must be between 1 and 1,000 and --seconds at most 86,400")
-    asked = questions(QUESTIONS, chat.stop_ids(tokenizer.load(run_folder.tokenizer_folder(args.workdir))))
+    requests = questions(QUESTIONS, chat.stop_ids(tokenizer.load(run_folder.tokenizer_folder(args.workdir))))
     process, port = start(args)
     try:
-        result = run(port, asked, alone(port, asked), args.clients, args.seconds)
+        result = run(port, requests, alone(port, requests), args.clients, args.seconds)
         process.send_signal(signal.SIGTERM)
         result["exit_status"] = process.wait(30)
     finally:

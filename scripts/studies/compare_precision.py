@@ -1,13 +1,13 @@
-"""Trains one config in several precisions, and tells how far their losses are from the first one's.
+"""Train a config in several precisions, and compare their losses with the first one's.
 
     python scripts/studies/compare_precision.py --config=configs/quickstart.py --precisions=bf16,fp8 --steps=500
 
-Only pretraining is done, with the same data in every arm, and each arm is a run of `python -m lowrank_jax.main` in
-FOLDER/PRECISION: one that is finished is not repeated, one that was interrupted goes on. Any key of the config can be
-set with --config.group.key=value, such as --config.optim.name=adamw.
+Each arm is a run of `python -m lowrank_jax.main` in FOLDER/PRECISION, with pretraining only and the same data. A
+finished arm is not repeated, and an interrupted one resumes. Any key of the config can be set with
+--config.group.key=value, such as --config.optim.name=adamw.
 
-An arm is within 1% of the first where its 50-step mean loss (anywhere in the run) and its held-out bits per byte are,
-and where it has not fallen back to bf16 on the way.
+An arm is within 1% of the first if every 50-step mean loss and the held-out bits per byte are, and if it has not fallen
+back to bf16.
 """
 
 import math
@@ -52,8 +52,8 @@ def command(argv: list[str]) -> dict:
     if args.steps < 1 or not names:
         raise UsageError("--steps must be above 0, and --precisions name at least one")
     arms = {name: os.path.join(args.folder, name) for name in names}
-    given = [a for a in argv if a.startswith("--config")]
-    flags = {name: given + _changes(name, args.steps) for name in arms}
+    config_flags = [a for a in argv if a.startswith("--config")]
+    flags = {name: config_flags + _changes(name, args.steps) for name in arms}
     for name, folder in arms.items():
         _check(folder, flags[name])
     for name, folder in arms.items():
@@ -68,20 +68,19 @@ def command(argv: list[str]) -> dict:
 
 
 def _changes(precision: str, steps: int) -> list[str]:
-    """What makes an arm of the config: pretraining alone, of a length of its own, every loss in the metrics."""
+    """Return the flags of an arm: pretraining only, for `steps` steps, with every loss in the metrics."""
     changes = {"precision": precision, "pretrain.steps": steps, "sft.steps": 0, "pretrain.sample": ""}
     changes |= {"every.log": 1, "every.eval": max(1, steps // 10)}
     return [f"--config.{key}={value}" for key, value in changes.items()]
 
 
 def _check(folder: str, flags: list[str]) -> None:
-    """Raises UsageError where the config cannot be used, or the folder holds a run of another."""
-    asked = cli.read_config(flags)
+    """Raise UsageError if the config cannot be used, or if the folder holds a run of another config."""
+    config = cli.read_config(flags)
     if not run_folder.holds_run(folder):
         return
-    had = run_folder.read_config(folder)
-    for key, was, now in run_folder.differences(had, asked):
-        if key != "model.vocab":  # asked for as 0, and resolved in the run
+    for key, was, now in run_folder.differences(run_folder.read_config(folder), config):
+        if key != "model.vocab":  # 0 in the config file, and resolved in the run
             raise UsageError(f"{folder} holds a run whose config.{key} is {was}, not {now}; use another --folder")
 
 
@@ -90,7 +89,7 @@ def _finished(folder: str) -> bool:
 
 
 def _train(flags: list[str]) -> None:
-    """Runs the training command, which gets the signals that come meanwhile."""
+    """Run the training command, and pass signals on to it."""
     path = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
     child = subprocess.Popen(
         [sys.executable, "-m", "lowrank_jax.main", *flags],
@@ -113,9 +112,9 @@ def _train(flags: list[str]) -> None:
 
 
 def read(folder: str, steps: int) -> dict:
-    """What a finished run tells by itself."""
+    """Return the figures of a finished run."""
     rows, events = run_folder.read_rows(folder, "metrics.jsonl"), run_folder.read_rows(folder, "events.jsonl")
-    train, held = [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
+    train, evaluated = [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
     by_step = {row["step"]: row["loss"] for row in train}
     losses = np.array([by_step.get(step) for step in range(1, steps + 1)], float)  # null or missing: NaN
     windows = np.lib.stride_tricks.sliding_window_view(losses, min(WINDOW, steps))
@@ -123,7 +122,7 @@ def read(folder: str, steps: int) -> dict:
     off = {kind: [float(look[kind]) for look in looks.values()] for kind in ("loss", "gradient")}
     return {
         "means": windows.mean(axis=1),
-        "bits_per_byte": held[-1]["bits_per_byte"] if held else float("nan"),
+        "bits_per_byte": evaluated[-1]["bits_per_byte"] if evaluated else float("nan"),
         "checks": len(looks),
         "loss_off": _range(off["loss"]),
         "gradient_off": _range(off["gradient"]),
@@ -134,12 +133,12 @@ def read(folder: str, steps: int) -> dict:
 
 
 def compare(arms: dict[str, dict]) -> list[dict]:
-    """A result for each arm, beside the first one. Raises RunFailure where they were not trained on the same data."""
+    """Return a result for each arm, compared with the first; raises RunFailure if they read different data."""
     (first_name, first), *_ = arms.items()
     results = []
     for name, arm in arms.items():
         if arm["data_sha256"] != first["data_sha256"]:
-            raise RunFailure(f"{name} has read other data than {first_name}: nothing can be compared")
+            raise RunFailure(f"{name} has read other data than {first_name}; use another --folder")
         facts, means = {key: value for key, value in arm.items() if key != "means"}, arm["means"]
         apart = np.nan_to_num(np.abs(means / first["means"] - 1), nan=np.inf)
         facts |= {"loss": _finite(means[-1]), "loss_ratio": _finite(means[-1] / first["means"][-1])}
@@ -157,12 +156,12 @@ def _range(values: list[float]) -> tuple[float, float] | None:
 
 
 def _finite(x: float) -> float | None:
-    """JSON has no NaN."""
+    """Return the number, or None if it is not finite: JSON has no NaN."""
     return float(x) if math.isfinite(x) else None
 
 
 def table(results: list[dict]) -> str:
-    """The arms side by side."""
+    """Return a table of the arms side by side."""
     first = results[0]["precision"]
     lines = [["", *(r["precision"] for r in results)]]
     for label, (key, form) in ROWS.items():

@@ -1,15 +1,14 @@
-"""Break the code on purpose, one small change at a time, and see whether the tests notice.
+"""Break the code on purpose, one small change at a time, and check that the tests notice.
 
     python scripts/studies/mutate.py           # every mutation of scripts/studies/mutations/*.toml, two at a time
     python scripts/studies/mutate.py --only=guard --jobs=1
 
-A mutation replaces one piece of text in one file and names the tests that must fail then. Each runs in a copy of the
-tracked files. First the same tests run without any mutation, and have to pass (unless --trust says that they just did).
-Outcomes go to --results as they come, one JSON object a line, and a second start goes on from there; at the end --out
-gets the table.
+A mutation replaces one piece of text in one file and names the tests that must then fail. Each runs in a copy of the
+tracked files. The same tests first run without any mutation and must pass; --trust skips this. Outcomes are appended to
+--results as one JSON object a line, and a second start resumes from there. --out gets the table at the end.
 
-mutmut 3 and cosmic-ray make mutants by rules, thousands of them. A test process imports JAX for 2 CPU seconds and
-compiles for more, so that a sample is all that fits; these were chosen by hand instead, for what a user would lose.
+The mutations were chosen by hand, for what a user would lose. mutmut 3 and cosmic-ray derive thousands of mutants from
+rules; a test process imports JAX for 2 CPU seconds and compiles for longer, so only a sample of them could run.
 """
 
 import argparse
@@ -27,17 +26,17 @@ import tempfile
 import tomllib
 
 ROOT = pathlib.Path(__file__).parents[2]
-SECONDS = 300  # after which a mutation's tests count as failed: it made something wait for ever
+SECONDS = 300  # after which a mutation's tests count as failed: the mutation lets something wait forever
 
 
-def read_mutations(folder: pathlib.Path = ROOT / "scripts" / "mutations") -> list[dict]:
+def read_mutations(folder: pathlib.Path = ROOT / "scripts" / "studies" / "mutations") -> list[dict]:
     """Return every mutation with its `area`, in the order of files and tables."""
     areas = [(path.stem, tomllib.loads(path.read_text())) for path in sorted(folder.glob("*.toml"))]
     return [{"area": area} | mutation for area, tables in areas for mutation in tables["mutation"]]
 
 
 def mutated(mutation: dict, text: str) -> str:
-    """Return a file's text with the mutation; raises ValueError where what it replaces is not there exactly once."""
+    """Return a file's text with the mutation; raises ValueError unless its text occurs exactly once."""
     count = text.count(mutation["find"])
     if count != 1:
         raise ValueError(f"{mutation['name']}: {count} places in {mutation['file']} have {mutation['find']!r}")
@@ -49,7 +48,7 @@ def key(mutation: dict) -> str:
 
 
 def copy_tree(folder: pathlib.Path) -> pathlib.Path:
-    """Copy the tracked files into `folder`, as they are now, with the environment linked."""
+    """Copy the tracked files into `folder`, with uncommitted changes, and link the environment."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def copy_tree(folder: pathlib.Path) -> pathlib.Path:
 
 
 def run_tests(folder: pathlib.Path, tests: list[str], *options: str) -> tuple[int, str]:
-    """Return pytest's exit status and the first line that tells of a failure; a status of -1 is a time-out."""
+    """Return pytest's exit status, -1 for a time-out, and its last line about a failure."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options, *tests]
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "LOWRANK_TEST_CACHE": str(folder.parent / "cache")}
     process = subprocess.Popen(
@@ -86,7 +85,7 @@ def try_mutation(folders: queue.Queue, mutation: dict) -> dict:
     finally:
         path.write_text(original)
         folders.put(folder)
-    if status not in (-1, 0, 1):  # no tests, or none that can be collected: nothing is known
+    if status not in (-1, 0, 1):  # pytest had no tests, or could not collect them: that proves nothing
         raise SystemExit(f"error: {mutation['name']}: pytest ended with {status}: {line}")
     return {
         "key": key(mutation),
@@ -130,8 +129,8 @@ and the others have tests since.
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="TEXT", help="those whose area or name contains it")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time (2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutations whose area or name contains it")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="number of parallel test runs (2)")
     parser.add_argument("--trust", action="store_true", help="do not run the tests without a mutation first")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "runs" / "mutations.jsonl", metavar="FILE")
     parser.add_argument("--out", type=pathlib.Path, default=None, metavar="FILE", help="the table, as Markdown")

@@ -1,7 +1,7 @@
-"""Markdown tables and plots from the results of scripts/studies/experiment.py, and both of them in docs/results.md.
+"""Write the Markdown tables and plots of docs/results.md from the results of scripts/studies/experiment.py.
 
-A line is one run. Means and deviations are over its seeds; a difference is taken within a seed, between an arm and its
-study's reference, each at the learning rate that suits it best.
+A line of the results is one run. ± is the sample standard deviation over seeds. A difference is taken within a seed,
+between an arm and its study's reference, each at its own best learning rate.
 """
 
 import os
@@ -17,7 +17,7 @@ def key(row: dict) -> tuple[str, float, int]:
 
 
 def read(folder: str, study: str) -> list[dict]:
-    """The lines of a study, the last one of each run, in the order of the study's arms."""
+    """Return the results of a study, the latest of each run, in the order of the study's arms."""
     rows = list({key(row): row for row in run_folder.read_rows(folder, f"{study}.jsonl")}.values())
     arms = list(STUDIES[study]["arms"])
     rows = [row for row in rows if row["arm"] in arms]
@@ -28,37 +28,42 @@ def arms_of(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows))
 
 
+def runs_of(rows: list[dict], arm: str, lr: float) -> list[dict]:
+    return [row for row in rows if (row["arm"], row["lr"]) == (arm, lr)]
+
+
 def best_lr(rows: list[dict], arm: str) -> float:
-    """The learning rate with the lowest mean, of those with the most seeds: no lucky seed decides alone."""
+    """Return the learning rate with the lowest mean among those with the most seeds: no lucky seed decides alone."""
     lrs = sorted({row["lr"] for row in rows if row["arm"] == arm})
-    most = max(len(_at(rows, arm, lr)) for lr in lrs)
-    whole = [lr for lr in lrs if len(_at(rows, arm, lr)) == most]
-    return min(whole, key=lambda lr: statistics.mean(row["bits_per_byte"] for row in _at(rows, arm, lr)))
+    most = max(len(runs_of(rows, arm, lr)) for lr in lrs)
+    whole = [lr for lr in lrs if len(runs_of(rows, arm, lr)) == most]
+    return min(whole, key=lambda lr: statistics.mean(row["bits_per_byte"] for row in runs_of(rows, arm, lr)))
 
 
 def best(rows: list[dict], arm: str) -> list[dict]:
-    """An arm's runs at its best learning rate."""
-    return _at(rows, arm, best_lr(rows, arm)) if arm in arms_of(rows) else []
+    """Return an arm's runs at its best learning rate."""
+    return runs_of(rows, arm, best_lr(rows, arm)) if arm in arms_of(rows) else []
 
 
 def paired(rows: list[dict], arm: str, reference: str) -> list[float]:
-    """Bits per byte of an arm less the reference's, for every seed that both have.
+    """Return bits per byte of an arm less the reference's, for every seed that both have.
 
-    Raises RunFailure where rows of the same shapes were filled with other data: then nothing can be compared.
+    Raises RunFailure if batches of the same shapes had other data: then the runs cannot be compared.
     """
-    ours, theirs = ({row["seed"]: row for row in best(rows, name)} for name in (arm, reference))
-    for seed in set(ours) & set(theirs):
-        a, b = ours[seed], theirs[seed]
+    by_seed, reference_by_seed = ({row["seed"]: row for row in best(rows, name)} for name in (arm, reference))
+    seeds = sorted(set(by_seed) & set(reference_by_seed))
+    for seed in seeds:
+        a, b = by_seed[seed], reference_by_seed[seed]
         if a["rows"] == b["rows"] and a["data_sha256"] != b["data_sha256"]:
-            raise RunFailure(f"{arm} has read other data than {reference} with seed {seed}: nothing can be compared")
-    return [ours[s]["bits_per_byte"] - theirs[s]["bits_per_byte"] for s in sorted(set(ours) & set(theirs))]
+            raise RunFailure(f"{arm} has read other data than {reference} with seed {seed}; run both again")
+    return [by_seed[s]["bits_per_byte"] - reference_by_seed[s]["bits_per_byte"] for s in seeds]
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
 def of_study(study: str, rows: list[dict]) -> str:
-    """The tables of a study, with what made its lines."""
+    """Return the tables of a study, with the command and commits of its lines."""
     if not rows:
         return f"No runs of `{study}` yet."
     parts = [quality(study, rows)]
@@ -68,11 +73,11 @@ def of_study(study: str, rows: list[dict]) -> str:
         parts += beside(study, rows)
     if STUDIES[study].get("growing"):
         parts.append(growth(study, rows))
-    return "\n\n".join([*parts, made_by(study, rows)])
+    return "\n\n".join([*parts, provenance(study, rows)])
 
 
 def quality(study: str, rows: list[dict]) -> str:
-    """Every arm at every learning rate, and its difference to the reference."""
+    """Return a table of every arm at every learning rate, and its difference to the reference."""
     reference, lrs = STUDIES[study]["reference"], sorted({row["lr"] for row in rows})
     head = ["arm", "parameters", "attention", "TFLOP", "Mtokens", *(f"lr {lr:g}" for lr in lrs)]
     lines = [[*head, f"minus {reference}, each at its best rate", "seeds"]]
@@ -80,25 +85,25 @@ def quality(study: str, rows: list[dict]) -> str:
         row, less = best(rows, arm)[0], paired(rows, arm, reference)
         sizes = [f"{row['parameters'] / 1e6:.2f}M", f"{row['attention'] / 1e6:.2f}M"]
         sizes += [f"{row['flops'] / 1e12:.1f}", f"{row['tokens'] / 1e6:.2f}"]
-        cells = [spread([r["bits_per_byte"] for r in _at(rows, arm, lr)]) for lr in lrs]
+        cells = [spread([r["bits_per_byte"] for r in runs_of(rows, arm, lr)]) for lr in lrs]
         lines.append([arm, *sizes, *cells, spread(less, "{:+.4f}"), str(len(less))])
     return markdown(lines)
 
 
 def beside(study: str, rows: list[dict]) -> list[str]:
-    """Return one table: arms and those that they are to be compared with at equal parameters or FLOPs (`limits`)."""
+    """Return a table of arms and those with at least as many parameters or FLOPs, by the study's `limits`."""
     lines = [["arm", "compared with", "parameters", "FLOPs", "tokens", "bits per byte, arm minus other", "lower in"]]
     for arm, than, *_ in STUDIES[study]["limits"]:
         if less := paired(rows, arm, than):
-            ours, theirs = best(rows, arm)[0], best(rows, than)[0]
-            shares = [f"{ours[what] / theirs[what]:.2f}" for what in ("parameters", "flops", "tokens")]
+            row, other = best(rows, arm)[0], best(rows, than)[0]
+            shares = [f"{row[name] / other[name]:.2f}" for name in ("parameters", "flops", "tokens")]
             lower = f"{sum(x < 0 for x in less)} of {len(less)}"
             lines.append([arm, than, *shares, spread(less, "{:+.4f}"), lower])
     return [markdown(lines)] if len(lines) > 1 else []
 
 
 def lengths(rows: list[dict]) -> str:
-    """Bits per byte of the same targets at each length, the kinds of text weighing alike; last, the control."""
+    """Return bits per byte of the same targets at each length, averaged over kinds of text; last, the control."""
     columns = list(next(iter(rows[0]["lengths"].values())))
     names = [f"windowed, at {columns[-2]}" if c == "window" else f"at {c}" for c in columns]
     lines = [["arm", *names, f"{columns[-2]} minus {columns[0]}", "seeds"]]
@@ -111,7 +116,7 @@ def lengths(rows: list[dict]) -> str:
 
 
 def positions(rows: list[dict]) -> str:
-    """Bits per byte by position in rows of the longest length, and of the same targets in rows of the shortest."""
+    """Return bits per byte by position in the longest rows, and of the same targets in the shortest rows."""
     columns = list(next(iter(rows[0]["lengths"].values())))
     shortest, longest = columns[0], columns[-2]
     spans = ["0-256", "256-512", "512-1024", "1024-2048", "2048-4096"]
@@ -125,7 +130,7 @@ def positions(rows: list[dict]) -> str:
 
 
 def growth(study: str, rows: list[dict]) -> str:
-    """Return one table: the tokens, FLOPs and time of each arm, and their shares of the reference's."""
+    """Return a table of each arm's tokens, FLOPs and time, and their shares of the reference's."""
     reference = STUDIES[study]["reference"]
     ends = {arm: {row["seed"]: row["curve"][-1] for row in best(rows, arm)} for arm in arms_of(rows)}
     tokens = {arm: best(rows, arm)[0]["tokens"] for arm in ends}
@@ -141,22 +146,21 @@ def growth(study: str, rows: list[dict]) -> str:
     return markdown(lines)
 
 
-def made_by(study: str, rows: list[dict]) -> str:
-    """The command, commits and seeds of a study's lines."""
-    join = lambda what: ", ".join(map(str, sorted(set(what))))
+def provenance(study: str, rows: list[dict]) -> str:
+    """Return the command, commits and CPU minutes of a study's lines."""
     lrs = ",".join(f"{lr:g}" for lr in sorted({row["lr"] for row in rows}))
     seeds = ",".join(map(str, sorted({row["seed"] for row in rows})))
     command = f"python scripts/studies/experiment.py run --study={study} --lrs={lrs} --seeds={seeds}"
     refused, minutes = sum(row["skipped"] for row in rows), sum(row["cpu_seconds"] or 0 for row in rows) / 60
     return (
         f"{len(rows)} runs, {minutes:.0f} CPU minutes, {refused} refused updates; `{command}`; "
-        f"commits {join(row['commit'] for row in rows)}. "
+        f"commits {', '.join(sorted({row['commit'] for row in rows}))}. "
         f"Each run with its own command: `docs/results/{study}.jsonl`."
     )
 
 
 def cost(rows: list[dict]) -> str:
-    """Of scripts/bench/dense_twin.py's lines: each preset's measurements, low rank beside dense."""
+    """Return a table of each preset's measurements by scripts/bench/dense_twin.py, low rank beside dense."""
     latest = {(row["preset"], row["what"], row["model"]): row for row in rows}
     lines = [["preset", "what", "low rank", "dense", "low rank / dense"]]
     for preset, what in dict.fromkeys((row["preset"], row["what"]) for row in rows):
@@ -172,28 +176,28 @@ def cost(rows: list[dict]) -> str:
     return f"{markdown(lines)}\n\n`python scripts/bench/dense_twin.py`, commits {commits}; {source}."
 
 
-# Of a measurement: what it is called, its unit, and how it is shown.
+# Name, unit and format of each measurement.
 COSTS = {
     "parameters": ("parameters, M", 1e6, "{:.1f}"),
-    "cpu_seconds": ("CPU seconds a step", 1, "{:.2f}"),
+    "cpu_seconds": ("CPU seconds per step", 1, "{:.2f}"),
     "state_bytes": ("weights and optimizer, MB", 1e6, "{:,.0f}"),
     "temporary_bytes": ("temporary, by the compiler, MB", 1e6, "{:,.0f}"),
-    "peak_rss_bytes": ("most memory of the process, MB", 1e6, "{:,.0f}"),
+    "peak_rss_bytes": ("peak memory of the process, MB", 1e6, "{:,.0f}"),
     "cache_bytes": ("cache for 4,096 tokens, MB", 1e6, "{:.1f}"),
-    "tokens_per_s_256": ("tokens a second after 256", 1, "{:.0f}"),
-    "tokens_per_s_3840": ("tokens a second after 3,840", 1, "{:.0f}"),
+    "tokens_per_s_256": ("tokens per second after 256", 1, "{:.0f}"),
+    "tokens_per_s_3840": ("tokens per second after 3,840", 1, "{:.0f}"),
     "peak_bytes_per_device": ("peak of a device, MB", 1e6, "{:,.0f}"),
     "param_bytes_per_device": ("weights on a device, MB", 1e6, "{:,.0f}"),
     "optimizer_bytes_per_device": ("optimizer on a device, MB", 1e6, "{:,.0f}"),
     "activation_bytes_per_device": ("temporary on a device, MB", 1e6, "{:,.0f}"),
-    "model_flops_per_step": ("FLOPs a step, T", 1e12, "{:.1f}"),
+    "model_flops_per_step": ("FLOPs per step, T", 1e12, "{:.1f}"),
     "compute_seconds": ("matmuls of a step at the peak, ms", 1e-3, "{:.1f}"),
     "memory_seconds": ("HBM of a step at the peak, ms", 1e-3, "{:.1f}"),
 }
 
 
 def spread(values: list[float], form: str = "{:.4f}") -> str:
-    """Mean and sample deviation; a dash without values."""
+    """Return mean ± sample standard deviation, or a dash without values."""
     if not values:
         return "–"
     mean = form.format(statistics.mean(values))
@@ -206,10 +210,6 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
-def _at(rows: list[dict], arm: str, lr: float) -> list[dict]:
-    return [row for row in rows if (row["arm"], row["lr"]) == (arm, lr)]
-
-
 def _over_kinds(row: dict, column: str) -> list[float]:
     return [statistics.mean(values) for values in zip(*(kind[column] for kind in row["lengths"].values()))]
 
@@ -218,7 +218,7 @@ def _over_kinds(row: dict, column: str) -> list[float]:
 
 
 def publish(folder: str) -> None:
-    """Puts every study's tables between its marks in the results.md above `folder`, and its plot into `folder`."""
+    """Write every study's tables between its marks in the results.md above `folder`, and its plot into `folder`."""
     path = os.path.join(os.path.dirname(os.path.abspath(folder)), "results.md")
     with open(path, encoding="utf-8") as f:
         page = f.read()
@@ -227,7 +227,7 @@ def publish(folder: str) -> None:
         if begin not in page:
             continue
         if page.find(end) < page.find(begin):
-            raise UsageError(f"{path} has {begin} and no {end} behind it")
+            raise UsageError(f"{path} has {begin} without {end} after it; add that line")
         before, rest = page.split(begin, 1)
         if study == "cost":
             rows, shown = [], cost(run_folder.read_rows(folder, "cost.jsonl"))
@@ -252,7 +252,7 @@ def plot(study: str, rows: list[dict], path: str) -> None:
 
 
 def _plot_quality(figure, study: str, rows: list[dict]) -> None:
-    """Each seed's difference to the reference; filled where parameters and FLOPs are at most the reference's."""
+    """Plot each seed's difference to the reference; filled if parameters and FLOPs are at most the reference's."""
     reference, axes = STUDIES[study]["reference"], figure.subplots()
     limit = best(rows, reference)[0] if best(rows, reference) else None
     for y, arm in enumerate(arms_of(rows)):

@@ -1,11 +1,11 @@
-"""The parity table of docs/export.md: for every kind of model, how far each export's logits are from the model's own.
+"""Print the parity table of docs/export.md: the largest difference of each export's logits to the model's own.
 
     pip install -r requirements-test.txt
     python scripts/studies/verify_exports.py [--workdir=runs/a,runs/b] [--formats=hf,torch,onnx,gguf,gguf-latent]
 
-Models of toy size with random weights, no factor zero and no gain 1, and the runs that are named besides. Logits are
-compared at random prompts of 1 and 13 tokens and of 1 and 1.5 times the longest trained, whole and against the cache;
-ids of texts and of a conversation must be the same. What a format cannot hold is a dash.
+The models are of toy size with random weights (no factor is zero and no gain is 1), and the runs of --workdir. Logits
+are compared at random prompts of 1 and 13 tokens and of 1 and 1.5 times the longest trained length, at once and with
+the cache; ids of texts and of a conversation must be the same. A dash marks a model that the format cannot hold.
 """
 
 import os
@@ -39,14 +39,15 @@ FORMATS = ("hf", "torch", "onnx", "gguf", "gguf-latent")
 
 
 def toy(changes: dict, tok):
-    """A model with random weights."""
+    """Return a model of toy size with random weights."""
     import jax
 
     from lowrank_jax.model import network
+    from lowrank_jax.training.progress import Progress
     from lowrank_jax.training.trained import Trained
 
-    here = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "default.py")
-    values = cli.read_config([f"--config={here}", "--config.pretrain.block=64"]).to_dict()
+    path = os.path.join(sys.path[0], "configs", "default.py")
+    values = cli.read_config([f"--config={path}", "--config.pretrain.block=64"]).to_dict()
     values["pretrain"]["tokens_per_step"] = 64
     values["model"] |= TOY | {"vocab": tok.vocab_size} | changes
     config, keys = RunConfig.from_dict(values), iter(jax.random.split(jax.random.key(1), 1000))
@@ -56,11 +57,11 @@ def toy(changes: dict, tok):
         else w.shape[-2] ** -0.5 * jax.random.normal(next(keys), w.shape)
     )
     params = jax.tree_util.tree_map_with_path(draw, network.init(config.model, jax.random.key(0)))
-    return Trained(config, tok, params, {"step": 0, "tokens": 0, "phase": "pretrain"})
+    return Trained(config, tok, params, Progress())
 
 
 def error(trained, format: str, folder: str) -> float | None:
-    """The largest difference of two logits, or None for what the format cannot hold."""
+    """Return the largest difference of two logits, or None if the format cannot hold the model."""
     from lowrank_jax.export import gguf, hf, onnx, torch
 
     options = {"attn": "latent"} if format == "gguf-latent" else {}
@@ -78,7 +79,7 @@ def command(argv: list[str]) -> dict:
     from lowrank_jax.training.trained import open_run
 
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", default="", help="runs to compare besides, with commas between")
+    parser.add_argument("--workdir", default="", help="folders of further runs, separated by commas")
     parser.add_argument("--formats", default=",".join(FORMATS))
     args = parser.parse_args(argv)
     formats = args.formats.split(",")
@@ -89,15 +90,15 @@ def command(argv: list[str]) -> dict:
     models |= {
         f"trained: {os.path.basename(run)}": lambda run=run: open_run(run) for run in args.workdir.split(",") if run
     }
-    found = {}
-    print("| model | " + " | ".join(formats) + " |\n|---" * 1 + "|---" * len(formats) + "|", flush=True)
+    errors = {}
+    print("| model | " + " | ".join(formats) + " |\n|---" + "|---" * len(formats) + "|", flush=True)
     for name, make in models.items():
         trained = make()
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = {format: error(trained, format, os.path.join(folder, format)) for format in formats}
-        shown = ["-" if found[name][format] is None else f"{found[name][format]:.1e}" for format in formats]
+            errors[name] = {format: error(trained, format, os.path.join(folder, format)) for format in formats}
+        shown = ["-" if errors[name][format] is None else f"{errors[name][format]:.1e}" for format in formats]
         print(f"| {name} | " + " | ".join(shown) + " |", flush=True)
-    return {"errors": found}
+    return {"errors": errors}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""scripts/verify_resume.py: it passes a run that is killed, and tells what differs where a run does."""
+"""verify_resume passes a run that is killed, and names the difference where runs differ."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 import pytest
 import runs
 
-from scripts import verify_resume
+from lowrank_jax.training import verify_resume
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +20,11 @@ pretrain.block=16 pretrain.eval_tokens=256 sft.steps=0 every.log=1 every.eval=4 
 
 
 def verify(home: pathlib.Path, name: str, source: str, status: int) -> tuple[dict, str]:
-    """The JSON and all output of a study of one arm and two kills in a folder of `home`; it ends with `status`."""
+    """Return the JSON and all output of a study with one arm and two kills, which must exit with `status`."""
     settings = [*SMALL.split(), f"pretrain.sources={source}", f"tokenizer.path={home}/words"]
     args = ["--config=configs/default.py", *(f"--config.{setting}" for setting in settings)]
     args += ["--precisions=fp32", "--optimizers=adamw", "--kills=2", f"--folder={home / name}", "--json"]
-    command = [sys.executable, ROOT / "scripts" / "verify_resume.py", *args]
+    command = [sys.executable, "-m", "lowrank_jax", "verify_resume", *args]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | runs.ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
@@ -32,7 +32,7 @@ def verify(home: pathlib.Path, name: str, source: str, status: int) -> tuple[dic
 
 @pytest.fixture(scope="module")
 def study(make, tok, tmp_path_factory):
-    """(folder of a study, what it reads, its result)."""
+    """(folder of a study, its source, its result)."""
     home = tmp_path_factory.mktemp("verify")
     source = make.write_jsonl(home / "notes.jsonl", [{"text": make.prose(40, i)} for i in range(60)])
     tok.save(home / "words")
@@ -40,7 +40,7 @@ def study(make, tok, tmp_path_factory):
 
 
 def copies(study, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Copies of the run left alone and the one killed, to be changed."""
+    """Return copies of the uninterrupted run and of the killed one, to be changed."""
     for name in ("alone", "killed1"):
         (tmp_path / name).mkdir()
         for file in ("metrics.jsonl", "events.jsonl"):
@@ -62,25 +62,25 @@ def test_a_run_that_is_killed_passes(study):
     assert (folder / "fp32-adamw" / "killed1" / "events.jsonl").is_file()
 
 
-def test_an_arm_that_differs_is_named_and_not_done_again(study):
+def test_an_arm_that_differs_is_named_and_not_trained_again(study):
     folder, source, result = study
     arm = result["arms"][0] | {"equal": False, "why": "row 3 of metrics.jsonl is none"}
     good = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").write_text(json.dumps(arm) + "\n")
-    result, told = verify(folder.parent, "study", source, 1)
+    result, output = verify(folder.parent, "study", source, 1)
     (folder / "results.jsonl").write_text(good)
     assert not result["equal"] and result["arms"] == [arm]
-    assert "error: not equal: fp32-adamw; " in told and "row 3 of metrics.jsonl" in told
+    assert "error: not equal: fp32-adamw; " in output and "row 3 of metrics.jsonl" in output
 
 
-def test_a_process_that_fails_is_shown_with_what_it_said(study):
-    result, told = verify(study[0].parent, "failing", "text:/nowhere/*.txt", 1)
+def test_a_process_that_fails_is_shown_with_its_error(study):
+    result, output = verify(study[0].parent, "failing", "text:/nowhere/*.txt", 1)
     assert result["arms"][0]["why"].startswith("left alone: exit status 2, expected 0")
-    assert "error: not equal: fp32-adamw; " in told and "/nowhere/*.txt: no such file" in told
+    assert "error: not equal: fp32-adamw; " in output and "/nowhere/*.txt: no such file" in output
 
 
 @pytest.mark.parametrize("key", ["step", "tokens", "data_sha256", "params_sha256"])
-def test_another_end_is_a_difference(study, tmp_path, key):
+def test_another_finish_event_is_a_difference(study, tmp_path, key):
     alone, killed = copies(study, tmp_path)
     assert verify_resume.difference(alone, killed) == ""
     edit(killed / "events.jsonl", lambda rows: [*rows[:-1], rows[-1] | {key: "other"}])
@@ -102,7 +102,7 @@ def test_another_row_is_a_difference(study, tmp_path, edits):
     assert "of metrics.jsonl is " in verify_resume.difference(alone, killed)
 
 
-def test_speed_is_not_compared_and_the_end_is_needed(study, tmp_path):
+def test_speed_is_not_compared_and_the_finish_event_is_needed(study, tmp_path):
     alone, killed = copies(study, tmp_path)
     edit(killed / "metrics.jsonl", lambda rows: [row | {"tokens_per_s": 1.0, "mfu": 0.5} for row in rows])
     assert verify_resume.difference(alone, killed) == ""
