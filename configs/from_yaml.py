@@ -1,7 +1,7 @@
 """A config from a YAML file with the same keys: --config=configs/from_yaml.py:my.yaml.
 
-Keys may also stand at the top level, without their group, as they do in many a trainer's file; those that pretrain and
-sft share then mean pretrain's:
+A key may also stand at the top level, without its group, as in the files of many trainers. A key that pretrain and sft
+share then means pretrain's:
 
     d: 768
     layers: 12
@@ -30,16 +30,16 @@ def get_config(path: str = ""):
     except yaml.YAMLError as e:
         raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path} must hold keys and values, such as d: 768")
+        raise UsageError(f"{path} must have keys and values, such as d: 768")
     c = default.get_config()
     for key, value in values.items():
-        holders = [c, c.model, c.pretrain, c.tokenizer, c.optim, c.every]
-        group = next((holder for holder in holders if key in holder), c)
+        groups = [c, c.model, c.pretrain, c.tokenizer, c.optim, c.every]
+        group = next((group for group in groups if key in group), c)
         if isinstance(value, dict) and key in group:
             for inner in value:
                 group[key][inner] = _plain(value[inner])
         else:
-            group[key] = _plain(value)  # an unknown key goes in too, to be rejected by name
+            group[key] = _plain(value)  # RunConfig rejects an unknown key by its name
     return c
 
 

@@ -1,6 +1,6 @@
-"""Model sizes by name: --config=configs/preset.py:base17. R = d/8 throughout: attention with 75% fewer parameters.
+"""Model sizes by name: --config=configs/preset.py:base17. All have R = d/8: attention with 75% fewer parameters.
 
-The two large ones were planned and never trained: `lowrank_jax.plan --topology` says what they need (docs/scaling.md).
+The two large presets were planned and never trained: `lowrank_jax.plan --topology` shows their needs (docs/scaling.md).
 """
 
 from configs import default
@@ -11,11 +11,11 @@ PRESETS = {
     "smallx2": {"d": 512, "layers": 16, "heads": 16, "rank": 64},
     "base": {"d": 768, "layers": 12, "heads": 24, "rank": 96},
     "base17": {"d": 768, "layers": 17, "heads": 24, "rank": 96},
-    # 0.98 and 6.8 billion parameters. Heads of 64 and, with ALiBi's channels, 80: what cuDNN's attention takes.
+    # 0.98 and 6.8 billion parameters. Heads of width 64, or 80 with ALiBi's channels, suit cuDNN's attention.
     "1b": {"d": 2048, "layers": 24, "heads": 32, "rank": 256, "remat": True},
     "7b": {"d": 4096, "layers": 44, "heads": 64, "rank": 512, "remat": True},
 }
-# Tokens a step are a power of two, so that 16, 64 or 256 devices share out the rows of every length.
+# Tokens per step are a power of two, so 16, 64 or 256 devices divide the rows of every length.
 LARGE = {
     "1b": {"tokens_per_step": 2**19, "microbatch_tokens": 32_768, "grow_every_steps": 10_000, "lr": 2e-3},
     "7b": {"tokens_per_step": 2**21, "microbatch_tokens": 65_536, "grow_every_steps": 20_000, "lr": 1e-3},

@@ -1,8 +1,8 @@
-"""What all commands share: reading flags and configs, and turning a mistake into one line and an exit status.
+"""The shared part of all commands: flags and configs in, one-line errors and exit statuses out.
 
 Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM or SIGINT.
-`--config=FILE.py[:ARG]` and `--config.a.b=value` are ml_collections config flags; this is the only importable file that
-knows them, and it hands on a frozen RunConfig.
+`--config=FILE.py[:ARG]` and `--config.a.b=value` are ml_collections config flags. Only this file imports them; it hands
+on a frozen RunConfig.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
-from lowrank_jax.machine import processes
+from lowrank_jax.machine import processes, startup
 from lowrank_jax.machine.console import ABANDONED
 
 
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
-        """The command's own flags, and the config that `--config` and `--config.key=value` describe."""
+        """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
         self.add_argument(
             "--config", metavar="FILE", help="a config, such as configs/custom.py or configs/preset.py:base"
         )
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_config(config_args: list[str]) -> RunConfig:
-    """The checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line."""
+    """Return the checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line."""
     path = config_args[0].removeprefix("--config=")
     if not os.path.isfile(path.split(":")[0]):
         raise UsageError(f"--config={path}: no such file")
@@ -60,7 +60,7 @@ def read_config(config_args: list[str]) -> RunConfig:
         config = values["config"].value.to_dict()
     except UsageError:
         raise
-    except Exception as e:  # a config is a program: anything may go wrong in it
+    except Exception as e:  # a config is a program: it may raise anything
         raise UsageError(f"--config: {' '.join(_reason(e).split())}") from None
     finally:
         sys.argv = argv
@@ -70,29 +70,23 @@ def read_config(config_args: list[str]) -> RunConfig:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a place, or none by being empty."""
+    """Keep compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a folder, or none by being empty."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    import jax  # here, so that --help and a mistake in a flag do not wait for it
+    import jax  # not at the top: --help and a mistake in a flag must not wait for it
 
+    # A folder for each kind of CPU: a program for one with more instructions dies of a signal on another.
+    cpu = hashlib.sha256(startup.cpu_features().encode()).hexdigest()[:8]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lowrank_jax", _machine()))
+    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lowrank_jax", f"xla-{platform.machine()}-{cpu}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _machine() -> str:
-    """Names this kind of CPU: a program made for one with more instructions ends with a signal on another."""
-    flags = ""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        flags = next((line for line in f if line.startswith(("flags", "Features"))), "")
-    return f"xla-{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
-
-
 def main(command, argv: list[str] | None = None) -> None:
-    """Runs `command(argv) -> dict | None` and exits as the contract says; with `--json` prints the dict.
+    """Run `command(argv) -> dict | None`, print the dict with `--json`, and exit with the status of the contract.
 
-    As the main program (without `argv`) it ends at once where threads named ABANDONED may be at work (nothing can stop
-    them, and they would hold up the exit for minutes), or where one of many processes has failed.
+    As the main program (without `argv`), it ends at once where threads named ABANDONED may be running, or where one of
+    several processes has failed. Nothing can stop such threads, and they would delay the exit for minutes.
     """
     leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
@@ -102,37 +96,37 @@ def main(command, argv: list[str] | None = None) -> None:
         if result is not None and "--json" in argv and processes.is_first():
             print(json.dumps(result), flush=True)
     except UsageError as e:
-        _tell(str(e))
+        _print_error(str(e))
         leave(2)
+    except BrokenPipeError:  # the reader of our output is gone: there is nobody to report to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
     except (RunFailure, OSError) as e:
-        if isinstance(e, BrokenPipeError):  # the reader of our output went away: nothing to report to
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            leave(1)
-        _tell(str(e))
+        _print_error(str(e))
         leave(1)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
     except SystemExit as e:
         leave(e.code)
     except Exception as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            if processes.count() > 1:
-                traceback.print_exc()
-                leave(1)
+        if "RESOURCE_EXHAUSTED" in str(e):
+            _print_error(f"out of memory: {str(e).splitlines()[0][:300]}")
+        elif processes.count() > 1:
+            traceback.print_exc()
+        else:
             raise
-        _tell(f"out of memory: {str(e).splitlines()[0][:300]}")
         leave(1)
 
 
-def _tell(error: str) -> None:
+def _print_error(error: str) -> None:
     print(f"{processes.name()}error: {' '.join(error.split())}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int | None) -> None:
     if status and processes.count() > 1 and processes.is_first():
-        time.sleep(3)  # the others end with a stack trace when this process, which coordinates them, is gone
-    is_left = any(thread.name.startswith(ABANDONED) for thread in threading.enumerate())
-    if not is_left and (not status or processes.count() == 1):  # a process that fails does not wait for the others
+        time.sleep(3)  # this process coordinates: without it, the others end with a stack trace
+    is_abandoned = any(thread.name.startswith(ABANDONED) for thread in threading.enumerate())
+    if not is_abandoned and (not status or processes.count() == 1):  # a failing process does not wait for the others
         sys.exit(status)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -141,11 +135,11 @@ def _leave(status: int | None) -> None:
 
 
 def _reason(e: Exception) -> str:
-    """A KeyError's text is the repr of its message; config_flags buries the cause of a failed load."""
-    missing = isinstance(e, (AttributeError, KeyError))
-    text = str(e.args[0]) if missing and e.args else str(e)
+    """Return an error's message. A KeyError's text is the repr of its message; config_flags hides a failed load."""
+    is_missing = isinstance(e, (AttributeError, KeyError))
+    text = str(e.args[0]) if is_missing and e.args else str(e)
     if "Traceback" in text:
         text = text.strip().splitlines()[-1]
-    if missing and text.startswith(("'", '"')):  # ml_collections says no more than the key, quoted twice
+    if is_missing and text.startswith(("'", '"')):  # ml_collections gives only the key, quoted twice
         text = "unknown config key " + text.replace("\\n", ". ").translate(str.maketrans("", "", "\\'\""))
     return text or type(e).__name__

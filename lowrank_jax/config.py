@@ -1,7 +1,7 @@
 """Every setting of a run as frozen, hashable dataclasses: the only form that exists below the command line.
 
-`RunConfig.from_dict` is the one gate: it rejects unknown keys, wrong types and impossible values, each in one line.
-What every key means is written beside its default in `configs/default.py`.
+`RunConfig.from_dict` rejects unknown keys, wrong types and impossible values, each in one line that names the key.
+configs/default.py explains every key beside its default.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 
 class UsageError(Exception):
-    """A mistake in a command, a config or the data: commands print it as one line and exit with status 2."""
+    """A mistake in a command, a config or the data; commands print it as one line and exit with status 2."""
 
 
 class RunFailure(Exception):
-    """A run that cannot go on, for a reason that one line explains: exit status 1."""
+    """A run that cannot go on, for a reason that one line explains; exit status 1."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class ModelConfig:
 
     @property
     def hidden(self) -> int:
-        """Width of the SwiGLU: 8/3 d, which gives three matrices the 8 d^2 of a classic 4d MLP, in steps of 64."""
+        """Return the SwiGLU's width: 8/3 d, so three matrices have the 8 d^2 of a classic 4d MLP, in steps of 64."""
         return self.mlp or -(-8 * self.d // 3 // 64) * 64
 
     @property
     def ranks(self) -> tuple[int, int, int, int]:
-        """Ranks of Q, K, V and O: 4 x `rank` shared out by `rank_split`, to the unit (largest remainder).
+        """Return the ranks of Q, K, V and O: 4 x `rank` divided by `rank_split`, by the largest remainders.
 
-        With `shared_kv`, K and V have one latent of the mean of their ranks, so both entries are that mean.
+        With `shared_kv`, K and V share a latent: both have the mean of their ranks.
         """
         shares = [4 * self.rank * s / sum(self.rank_split) for s in self.rank_split]
         ranks = [int(s) for s in shares]
@@ -60,13 +60,11 @@ class ModelConfig:
         for i in by_remainder[: 4 * self.rank - sum(ranks)]:
             ranks[i] += 1
         q, k, v, o = ranks
-        if self.shared_kv:
-            k = v = (k + v + 1) // 2
-        return q, k, v, o
+        return (q, (k + v + 1) // 2, (k + v + 1) // 2, o) if self.shared_kv else (q, k, v, o)
 
 
 Schedule = tuple[tuple[int, float], ...]
-"""(first step, value) pairs with rising steps, the first at 0: a value that changes by step."""
+"""(first step, value) pairs with rising steps from 0: a value that changes with the step."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class PhaseConfig:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Sequence lengths in order: the block, then every longer length of the growth plan."""
+        """Return the sequence lengths in order: the block, then every longer length of the growth plan."""
         return (self.block, *(n for n in self.grow_plan if n > self.block)) if self.auto_grow else (self.block,)
 
 
@@ -164,7 +162,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunConfig":
-        """Builds and checks a config from plain nested values; raises UsageError with one line."""
+        """Build and check a config from plain nested values; raises UsageError in one line."""
         config = _build(cls, values, "config")
         _check_model(config.model)
         _check_phase(config.pretrain, "pretrain")
@@ -173,17 +171,14 @@ class RunConfig:
         return config
 
     def to_dict(self) -> dict:
-        """Plain nested values that `from_dict` takes back."""
+        """Return plain nested values that `from_dict` takes back."""
         return dataclasses.asdict(self)
 
     def with_vocab(self, vocab: int) -> "RunConfig":
-        """The config with the tokenizer's true size; raises UsageError where the config says another."""
+        """Return the config with the tokenizer's size; raises UsageError where the config has another size."""
         if self.model.vocab not in (0, vocab):
             raise UsageError(f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
-
-
-# ---------------------------------------------------------------------------------------- plain values to dataclasses
 
 
 _LISTS = {tuple[int, ...]: "256,512,1024", tuple[float, ...]: "1,1,3,3", tuple[str, ...]: "tensorboard,wandb"}
@@ -199,7 +194,7 @@ def _build(cls, values, path: str):
             raise UsageError(f"unknown config key {path}.{key}" + (f"; did you mean {near[0]}?" if near else ""))
     missing = [key for key in hints if key not in values]
     if missing:
-        raise UsageError(f"config key {path}.{missing[0]} is missing")
+        raise UsageError(f"config key {path}.{missing[0]} is missing; see configs/default.py")
     return cls(**{key: _convert(hint, values[key], f"{path}.{key}") for key, hint in hints.items()})
 
 
@@ -231,7 +226,7 @@ def _convert(hint, value, path: str):
 
 
 def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
-    """Sources from `kind:location@weight, ...` or a list (also as JSON text) of such texts or groups of keys."""
+    """Return sources from `kind:location@weight, ...`, or from a list (or its JSON text) of such texts and groups."""
     items = value
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -243,22 +238,22 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
     if not isinstance(items, (list, tuple)):
         raise UsageError(f"{path}={value!r} must be text such as text:my/*.txt, or a list of sources")
     defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages", "split": "train"}
-    built = []
+    sources = []
     for i, item in enumerate(items):
-        where = f"{path}[{i}]"
         if isinstance(item, str):  # kind:location, kind:location@weight or kind:location@step:weight/step:weight
             spec, weight = re.fullmatch(r"(.*?)(?:@(\d[\d.:/]*))?", item, re.DOTALL).groups()
             item = {"spec": spec} | ({"weight": weight} if weight else {})
         if not isinstance(item, dict):
-            raise UsageError(f"{where}={item!r} must be text or a group of keys")
-        built.append(_build(SourceConfig, defaults | item, where))
-        if not re.match(r"\w+:.", built[-1].spec):
-            raise UsageError(f"{where}={built[-1].spec!r} must be kind:location, such as text:my/*.txt")
-    return tuple(built)
+            raise UsageError(f"{path}[{i}]={item!r} must be text or a group of keys")
+        source = _build(SourceConfig, defaults | item, f"{path}[{i}]")
+        if not re.match(r"\w+:.", source.spec):
+            raise UsageError(f"{path}[{i}]={source.spec!r} must be kind:location, such as text:my/*.txt")
+        sources.append(source)
+    return tuple(sources)
 
 
 def _read_schedule(value, path: str) -> Schedule:
-    """A number, or pairs of step and number: ((0, 0.7), (1000, 0.3)), {0: 0.7, 1000: 0.3} or "0:0.7/1000:0.3"."""
+    """Read a number, or (step, number) pairs: ((0, 0.7), (1000, 0.3)), {0: 0.7, 1000: 0.3} or "0:0.7/1000:0.3"."""
     if isinstance(value, str) and ":" in value:
         value = [pair.split(":") for pair in value.split("/")]
     pairs = value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [(0, value)]
@@ -268,12 +263,9 @@ def _read_schedule(value, path: str) -> Schedule:
         raise UsageError(f"{path}={value!r} must be a number, or pairs of a step and a number") from None
     steps = [step for step, _ in schedule]
     _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {value!r} must rise from 0")
-    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must not be negative")
-    _require(max(number for _, number in schedule) > 0, f"{path}={value!r} must be above 0, at some step at least")
+    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must be at least 0")
+    _require(max(number for _, number in schedule) > 0, f"{path}={value!r} must be above 0 at some step")
     return schedule
-
-
-# ------------------------------------------------------------------------------------------------ impossible values
 
 
 def _require(ok: bool, message: str) -> None:
@@ -285,91 +277,80 @@ def _one_of(value: str, choices: tuple[str, ...], path: str) -> None:
     _require(value in choices, f"{path}={value!r} must be one of {', '.join(choices)}")
 
 
+def _at_least(limit: int, group, path: str, *keys: str) -> None:
+    for key in keys:
+        _require(getattr(group, key) >= limit, f"{path}.{key}={getattr(group, key)} must be at least {limit}")
+
+
 def _check_model(m: ModelConfig) -> None:
-    for key in ("d", "layers", "heads"):
-        _require(getattr(m, key) >= 1, f"config.model.{key}={getattr(m, key)} must be at least 1")
-    for key in ("vocab", "rank", "mlp", "mlp_rank", "embed_rank"):
-        _require(getattr(m, key) >= 0, f"config.model.{key}={getattr(m, key)} must not be negative")
-    fits = [h for h in range(1, m.d + 1) if m.d % h == 0]
-    near = min(fits, key=lambda h: abs(h - m.heads))
-    _require(near == m.heads, f"config.model.heads={m.heads} does not divide config.model.d={m.d}; {near} would")
-    _require(m.rank <= m.d, f"config.model.rank={m.rank} must not exceed config.model.d={m.d}")
+    path = "config.model"
+    _at_least(1, m, path, "d", "layers", "heads")
+    _at_least(0, m, path, "vocab", "rank", "mlp", "mlp_rank", "embed_rank")
+    near = min((h for h in range(1, m.d + 1) if m.d % h == 0), key=lambda h: abs(h - m.heads))
+    _require(near == m.heads, f"{path}.heads={m.heads} does not divide {path}.d={m.d}; use {near}")
+    _require(m.rank <= m.d, f"{path}.rank={m.rank} must not exceed {path}.d={m.d}")
     good_split = len(m.rank_split) == 4 and min(m.rank_split) > 0
-    _require(good_split, f"config.model.rank_split={m.rank_split} must be four shares above 0, for q,k,v,o")
-    _require(m.rank > 0 or not m.shared_kv, "config.model.shared_kv needs a rank: with rank 0 there are no latents")
-    _require(
-        m.rank == 0 or min(m.ranks) >= 1, f"config.model.rank={m.rank} leaves a projection with rank 0 under rank_split"
-    )
-    _one_of(m.attention, ("auto", "reference", "chunked", "cudnn", "splash", "native"), "config.model.attention")
+    _require(good_split, f"{path}.rank_split={m.rank_split} must be four shares above 0, for q,k,v,o")
+    _require(m.rank > 0 or not m.shared_kv, f"{path}.shared_kv needs latents; set {path}.rank above 0")
+    too_small = m.rank > 0 and min(m.ranks) < 1
+    _require(not too_small, f"{path}.rank={m.rank} gives a projection rank 0; raise it or even out {path}.rank_split")
+    _one_of(m.attention, ("auto", "reference", "chunked", "cudnn", "splash", "native"), f"{path}.attention")
 
 
 def _check_phase(p: PhaseConfig, name: str) -> None:
     path = f"config.{name}"
-    _require(p.steps >= 0, f"{path}.steps={p.steps} must not be negative")
+    _at_least(0, p, path, "steps")
     if name == "sft" and p.steps == 0:
         return
     _require(len(p.sources) > 0, f"{path}.sources is empty; name at least one, such as text:my/*.txt")
-    for key in ("tokens_per_step", "block", "lr"):
+    _at_least(0, p, path, "microbatch_tokens", "tokens_per_param", "lr_core", "lr_head", "max_skipped", "readers")
+    for key in ("tokens_per_step", "block", "lr", "eval_tokens"):
         _require(getattr(p, key) > 0, f"{path}.{key}={getattr(p, key)} must be above 0")
-    for key in ("microbatch_tokens", "tokens_per_param", "lr_core", "lr_head"):
-        _require(getattr(p, key) >= 0, f"{path}.{key}={getattr(p, key)} must not be negative")
     _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param must not both be 0")
-    for key in ("warmup", "cooldown", "lr_end"):
-        _require(0 <= getattr(p, key) <= 1, f"{path}.{key}={getattr(p, key)} must be between 0 and 1")
-    _require(p.warmup + p.cooldown <= 1, f"{path}.warmup + {path}.cooldown must not exceed 1")
-    _require(0 <= p.eval_fraction <= 0.5, f"{path}.eval_fraction={p.eval_fraction} must be between 0 and 0.5")
-    _require(p.max_skipped >= 0, f"{path}.max_skipped={p.max_skipped} must not be negative")
-    _require(p.readers >= 0, f"{path}.readers={p.readers} must not be negative")
+    for key, limit in (("warmup", 1), ("cooldown", 1), ("lr_end", 1), ("eval_fraction", 0.5)):
+        _require(0 <= getattr(p, key) <= limit, f"{path}.{key}={getattr(p, key)} must be between 0 and {limit}")
+    _require(p.warmup + p.cooldown <= 1, f"{path}.warmup={p.warmup} + {path}.cooldown={p.cooldown} must not exceed 1")
     for first in sorted({step for source in p.sources for step, _ in source.weight}):
-        some = any([w for step, w in source.weight if step <= first][-1] > 0 for source in p.sources)
-        _require(some, f"{path}.sources: from step {first} on every weight is 0")
-    _require(p.eval_tokens > 0, f"{path}.eval_tokens={p.eval_tokens} must be above 0")
+        weights = [[w for step, w in source.weight if step <= first][-1] for source in p.sources]
+        _require(any(weights), f"{path}.sources: every weight is 0 from step {first} on; keep one above 0")
     _one_of(p.schedule, ("wsd", "cosine", "linear"), f"{path}.schedule")
     try:
         re.compile(p.freeze)
     except re.error as e:
         raise UsageError(f"{path}.freeze={p.freeze!r} is not a regular expression: {e}") from None
     if p.auto_grow:
-        _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty though {path}.auto_grow is True")
-        rising = all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:]))
-        shown = ",".join(map(str, p.grow_plan))
-        _require(rising, f"{path}.grow_plan={shown} must rise from length to length")
-        _require(
-            p.block <= p.grow_plan[0],
-            f"{path}.grow_plan={shown} starts below {path}.block={p.block}; lower the block or start the plan there",
-        )
-        _require(p.grow_every_steps > 0, f"{path}.grow_every_steps={p.grow_every_steps} must be above 0")
+        _check_growth(p, path)
     for length in (p.block, *p.grow_plan) if p.auto_grow else (p.block,):
-        rest = p.tokens_per_step % length
-        below, above = p.tokens_per_step - rest, p.tokens_per_step - rest + length
+        rows, rest = divmod(p.tokens_per_step, length)
         _require(
             rest == 0,
             f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}; "
-            f"{below or above} would be (tokens per step stay the same while the length grows)",
+            f"use {rows * length or length} (tokens per step stay the same while the length grows)",
         )
-        rows = p.tokens_per_step // length
-        _require(
-            not p.readers or rows % p.readers == 0,
-            f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step",
-        )
+        divides = not p.readers or rows % p.readers == 0
+        _require(divides, f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step")
+
+
+def _check_growth(p: PhaseConfig, path: str) -> None:
+    _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
+    shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
+    _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
+    too_long = f"{shown} starts below {path}.block={p.block}; lower the block, or start the plan with it"
+    _require(p.block <= p.grow_plan[0], too_long)
+    _at_least(1, p, path, "grow_every_steps")
 
 
 def _check_rest(c: RunConfig) -> None:
     _one_of(c.precision, ("auto", "fp32", "bf16", "fp16", "fp8"), "config.precision")
-    _require(c.memory_gb >= 0, f"config.memory_gb={c.memory_gb} must not be negative")
-    _require(c.profile >= 0, f"config.profile={c.profile} must not be negative")
-    for key in ("data", "fsdp", "tensor"):
-        _require(getattr(c.mesh, key) >= 0, f"config.mesh.{key}={getattr(c.mesh, key)} must not be negative")
     for name in c.track:
         _one_of(name, ("tensorboard", "wandb", "mlflow"), "config.track")
     _one_of(c.optim.name, ("muon", "adamw"), "config.optim.name")
     for key in ("beta1", "beta2", "label_smoothing", "ema"):
-        _require(0 <= getattr(c.optim, key) < 1, f"config.optim.{key}={getattr(c.optim, key)} must be in [0, 1)")
-    for key in ("weight_decay", "clip", "z_loss", "skip_sigma"):
-        _require(getattr(c.optim, key) >= 0, f"config.optim.{key} must not be negative")
-    _require(c.seed >= 0, f"config.seed={c.seed} must not be negative")
-    _require(c.tokenizer.path != "" or c.tokenizer.vocab_size > 0, "config.tokenizer needs a path or a vocab_size")
-    _require(c.tokenizer.train_bytes > 0, "config.tokenizer.train_bytes must be above 0")
-    for key in ("log", "eval", "save", "keep", "fp8_check"):
-        _require(getattr(c.every, key) >= 1, f"config.every.{key}={getattr(c.every, key)} must be at least 1")
-    _require(c.every.save_minutes >= 0, "config.every.save_minutes must not be negative")
+        value = getattr(c.optim, key)
+        _require(0 <= value < 1, f"config.optim.{key}={value} must be at least 0 and below 1")
+    _at_least(0, c, "config", "seed", "memory_gb", "profile")
+    _at_least(0, c.mesh, "config.mesh", "data", "fsdp", "tensor")
+    _at_least(0, c.optim, "config.optim", "weight_decay", "clip", "z_loss", "skip_sigma")
+    _at_least(0, c.every, "config.every", "save_minutes")
+    _at_least(1, c.every, "config.every", "log", "eval", "save", "keep", "fp8_check")
+    _at_least(1, c.tokenizer, "config.tokenizer", "train_bytes", *([] if c.tokenizer.path else ["vocab_size"]))

@@ -4,7 +4,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 run=${1:-runs/quickstart}
 
-echo "== training configs/quickstart.py in $run (about 5 minutes on 2 cores; if interrupted, run this again to go on)"
+echo "== training configs/quickstart.py in $run (about 10 CPU minutes; if interrupted, run this again to go on)"
 python -m lowrank_jax.main --config=configs/quickstart.py --workdir="$run"
 
 echo

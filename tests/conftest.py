@@ -1,4 +1,4 @@
-"""What several test files share: made-up text, files of it, a small tokenizer, and settings built on the defaults."""
+"""Helpers of several test files: invented text, files of it, a small tokenizer, and configs built on the defaults."""
 
 import copy
 import json
@@ -23,9 +23,9 @@ settings.load_profile("toy")
 
 
 def pytest_collection_modifyitems(items):
-    """Mark as slow what trains in a process, which needs `data` or `eight`, and the interpreted splash kernel.
+    """Mark as slow the tests that train in a process (they use `data` or `eight`) and the interpreted splash kernel.
 
-    Other slow files and tests say so themselves.
+    Other slow files and tests have the mark themselves.
     """
     for item in items:
         if {"data", "eight"} & set(item.fixturenames) or "splash" in item.name:
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 
 def _failed_if_skipped(report):
-    """The report of a test or file; with LOWRANK_NO_SKIP, as scripts/test.sh sets it, what is skipped has failed."""
+    """Return the report of a test or file. With LOWRANK_NO_SKIP, which scripts/test.sh sets, a skip is a failure."""
     if report.skipped and os.environ.get("LOWRANK_NO_SKIP"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome, report.longrepr = "failed", f"{reason} (LOWRANK_NO_SKIP is set: nothing may be skipped)"
@@ -54,14 +54,14 @@ SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va we xi yo zu".split(
 
 
 def prose(words: int, seed: int = 0) -> str:
-    """Made-up sentences, the same for the same seed."""
+    """Return invented sentences, the same for the same seed."""
     draw = random.Random(seed)
     text = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(words)]
     return " ".join(w.capitalize() + "." if i % 9 == 8 else w for i, w in enumerate(text))
 
 
 def chat(turns: int, seed: int = 0) -> list[dict]:
-    """A made-up conversation in which user and assistant take turns."""
+    """Return an invented conversation in which user and assistant take turns."""
     return [
         {"role": ("user", "assistant")[i % 2], "content": prose(3 + (seed + i) % 5, seed=100 * seed + i)}
         for i in range(turns)
@@ -69,13 +69,13 @@ def chat(turns: int, seed: int = 0) -> list[dict]:
 
 
 def write_jsonl(path, rows: list) -> str:
-    """Writes the rows one a line, and returns the source that names the file."""
+    """Write a row per line, and return the source that names the file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return f"json:{path}"
 
 
 def run_config(**changes) -> RunConfig:
-    """A config of toy size; `changes` are dotted keys with __ for the dot, such as model__d=16."""
+    """Return a config of toy size; `changes` are dotted keys with __ for the dot, such as model__d=16."""
     values = copy.deepcopy(default.get_config().to_dict())
     values["model"] |= {"vocab": 64, "d": 16, "layers": 2, "heads": 2, "rank": 4, "latent_norm": True}
     for key, value in changes.items():
@@ -89,13 +89,13 @@ def run_config(**changes) -> RunConfig:
 
 
 def phase(sources, **changes) -> PhaseConfig:
-    """The settings of a phase that reads `sources`, text or a list; nothing held out unless asked for."""
+    """Return a phase that reads `sources`, text or a list; by default it holds no documents out."""
     changes = {"sources": sources, "eval_fraction": 0.0} | changes
     return run_config(**{f"pretrain__{key}": value for key, value in changes.items()}).pretrain
 
 
 def described(name: str) -> list[jax.Device]:
-    """The topology's devices; skips the test where their compiler is not installed (they are made for Linux alone)."""
+    """Return the topology's devices; skips the test where their compiler, which exists for Linux alone, is missing."""
     try:
         return devices.topology(name)
     except UsageError as e:
@@ -106,7 +106,7 @@ def described(name: str) -> list[jax.Device]:
 
 @pytest.fixture(scope="session")
 def tok() -> tokenizer.Tokenizer:
-    """521 pieces, learnt from made-up prose: bytes for whatever is not in it."""
+    """A tokenizer of 521 pieces, learned from invented prose, with bytes for any other text."""
     return tokenizer.train([prose(2000)], 521)
 
 
@@ -131,7 +131,7 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def reference(data, tmp_path_factory) -> pathlib.Path:
-    """A run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("runs") / "reference"
     code, out, err = runs.train(data, workdir)
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""What the tests of exports share: small models with weights that matter, nasty texts, the command in this process."""
+"""Helpers for tests of exports: small models whose weights all matter, odd texts, the command in this process."""
 
 import json
 import os
@@ -12,14 +12,15 @@ import numpy as np
 from lowrank_jax import cli
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.model import network
+from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
 
-# Before transformers is imported: it keeps a copy of a model's code there, and asks the hub for updates.
+# Set before transformers is imported. It copies a model's code to this folder, and asks the hub for updates.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="lowrank_jax_test_modules_")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# Every head count that slopes are of another kind for, latents shared or not, heads tied or not; `tok` has an odd size.
+# Head counts with each kind of slopes, latents shared or not, heads tied or not. `tok` has an odd size.
 MODELS = {
     "usual": {},
     "12 heads, one latent": {"d": 48, "heads": 12, "shared_kv": True},
@@ -33,10 +34,10 @@ MODELS = {
 
 
 def trained(make, tok, **changes) -> Trained:
-    """A model with random weights: no factor is zero as in a new model, and no gain 1."""
+    """Return a model with random weights: no factor is zero as in a new model, and no gain is 1."""
     settings = {"d": 32, "heads": 8, "rank": 8, "mlp": 48, "vocab": tok.vocab_size} | changes
     config = make.run_config(pretrain__block=48, **{f"model__{key}": value for key, value in settings.items()})
-    rng = np.random.default_rng(0)  # jax would compile each draw
+    rng = np.random.default_rng(0)  # jax would compile every draw
 
     def draw(path, w):
         noise = rng.standard_normal(w.shape, np.float32)
@@ -44,11 +45,11 @@ def trained(make, tok, **changes) -> Trained:
 
     shapes = jax.eval_shape(lambda: network.init(config.model, jax.random.key(0)))
     params = jax.tree_util.tree_map_with_path(draw, shapes)
-    return Trained(config, tok, params, {"step": 7, "tokens": 1234, "phase": "pretrain", "cursor": {}})
+    return Trained(config, tok, params, Progress(step=7, tokens=1234, cursor={}))
 
 
 def nasty_texts(prose: str, count: int = 300) -> list[str]:
-    """Words, runs of few letters and of white space, code points from anywhere, all mixed; no name of a symbol."""
+    """Return mixtures of words, repeated letters, white space and any code points, without names of symbols."""
     draw = random.Random(0)
     words = prose.split()
     kinds = (
@@ -66,7 +67,7 @@ def nasty_texts(prose: str, count: int = 300) -> list[str]:
 
 
 def run(monkeypatch, capsys, model: Trained, *args: str) -> tuple[int, dict, str]:
-    """The command for a model that was never saved: exit status, what --json printed, what it told."""
+    """Run the command for a model that was never saved; return exit status, JSON and stderr."""
     monkeypatch.setattr(export, "open_run", lambda folder: model)
     status = 0
     try:
@@ -78,6 +79,7 @@ def run(monkeypatch, capsys, model: Trained, *args: str) -> tuple[int, dict, str
 
 
 def refused(result: tuple[int, dict, str], status: int, *names: str) -> None:
+    """Assert that the command failed with one line that has these names in it."""
     code, _, err = result
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == status and len(lines) == 1, err

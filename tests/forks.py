@@ -1,8 +1,8 @@
-"""Processes that begin with the package already imported, as forks of a server that has started no backend.
+"""Processes that start with the package imported, as forks of a server that has started no backend.
 
-Importing JAX and the package takes 2 CPU seconds, and the tests start a command about 200 times. The server is Python's
-own (`multiprocessing`'s forkserver). A fork runs a command through `runpy` as `python -m` would, with arguments,
-environment, signals and streams of its own. The variables that JAX reads at its import are the same for all forks.
+Importing JAX and the package takes 2 CPU seconds, and the tests start about 200 commands. The server is
+`multiprocessing`'s forkserver. A fork runs a command through `runpy`, as `python -m` would, with its own arguments,
+environment, signals and streams. All forks share the variables that JAX reads at its import.
 """
 
 import atexit
@@ -24,38 +24,38 @@ _context = multiprocessing.get_context("forkserver")
 
 
 def start_server(environment: dict[str, str]) -> None:
-    """Starts the server, once, with what JAX reads at its import."""
+    """Start the server, once, with the variables that JAX reads at its import."""
     _context.set_forkserver_preload([__name__, *PRELOADED])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server imports before it is told of a path
-        patch.setenv("OPENBLAS_NUM_THREADS", "1")  # forks have the thread that forked, and no other
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server imports before it receives a path
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")  # a fork has only the thread that forked
         multiprocessing.forkserver.ensure_running()
 
 
 class Fork:
-    """A forked command, with the part of `subprocess.Popen`'s interface that tests use. Its streams are text."""
+    """A forked command with the parts of `subprocess.Popen`'s interface that tests use. Its streams are text."""
 
     def __init__(self, module: str, args: list[str], cwd, env, patches: dict, stdin=None, stdout=None, stderr=None):
-        ours, theirs = {}, {}
+        parent, child = {}, {}
         for number, stream in enumerate((stdin, stdout, stderr)):
             if stream == subprocess.PIPE:
                 read, write = os.pipe()
-                ours[number], theirs[number] = (write, read) if number == 0 else (read, write)
+                parent[number], child[number] = (write, read) if number == 0 else (read, write)
             elif stream == subprocess.DEVNULL:
-                theirs[number] = os.open(os.devnull, os.O_RDWR)
+                child[number] = os.open(os.devnull, os.O_RDWR)
             elif stream is not None:
-                theirs[number] = os.dup(stream if isinstance(stream, int) else stream.fileno())
-        streams = _Streams(theirs)
+                child[number] = os.dup(stream if isinstance(stream, int) else stream.fileno())
+        streams = _Streams(child)
         self._process = _context.Process(target=_run, args=(module, args, os.fspath(cwd), env, patches, streams))
         self._process.start()
-        atexit.register(self._process.kill)  # what a failed test leaves behind; this process would wait for it
-        for fd in theirs.values():
+        atexit.register(self._process.kill)  # this process would wait for forks that a failed test leaves
+        for fd in child.values():
             os.close(fd)
         self.pid = self._process.pid
-        opened = {number: open(fd, "w" if number == 0 else "r", errors="replace") for number, fd in ours.items()}
-        self.stdin, self.stdout, self.stderr = (opened.get(number) for number in range(3))
+        files = {number: open(fd, "w" if number == 0 else "r", errors="replace") for number, fd in parent.items()}
+        self.stdin, self.stdout, self.stderr = (files.get(number) for number in range(3))
 
     @property
     def returncode(self) -> int | None:
@@ -78,7 +78,7 @@ class Fork:
         self._process.kill()
 
     def communicate(self, text: str | None = None, timeout: float | None = None) -> tuple[str, str]:
-        """Writes `text`, reads both streams to their end and waits; raises TimeoutExpired after so many seconds."""
+        """Write `text`, read both streams to their end and wait; raises TimeoutExpired after so many seconds."""
         read: dict[str, str] = {}
         readers = [
             threading.Thread(target=lambda name=name, stream=stream: read.update({name: stream.read()}), daemon=True)
@@ -91,7 +91,7 @@ class Fork:
             try:
                 self.stdin.write(text or "")
                 self.stdin.close()
-            except BrokenPipeError:  # the command ended without reading all
+            except BrokenPipeError:  # the command ended without reading all of it
                 pass
         self.wait(timeout)
         for reader in readers:
@@ -100,7 +100,7 @@ class Fork:
 
 
 class _Streams:
-    """File descriptors by number, which reach the fork with its arguments."""
+    """File descriptors by number, which are sent to the fork with its arguments."""
 
     def __init__(self, fds: dict[int, int]):
         self.fds = fds
@@ -132,6 +132,6 @@ def _run(module: str, args: list[str], cwd: str, env: dict[str, str], patches: d
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # nobody reads any more
+            except OSError:  # nobody reads the stream any more
                 pass
         atexit._run_exitfuncs()

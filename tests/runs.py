@@ -1,4 +1,4 @@
-"""The commands as real processes, for the tests that start them: a tiny run, its settings, and what it leaves."""
+"""The commands as real processes: the settings of a tiny run, and helpers that start it and read its files."""
 
 import atexit
 import json
@@ -43,15 +43,14 @@ TINY = {
 STEPS = TINY["pretrain.steps"] + TINY["sft.steps"]
 
 
-# Compiled programs, for all processes of a session: dozens of them run the same ones. The first process makes the
-# folder and deletes it; a folder that LOWRANK_TEST_CACHE names stays, and makes later sessions faster.
+# Compiled programs of all processes, as dozens of processes run the same programs. The first process creates the folder
+# and deletes it at its end. A folder that LOWRANK_TEST_CACHE names stays, which makes later test runs faster.
 CACHE = os.environ.get("LOWRANK_TEST_CACHE") or tempfile.mkdtemp(prefix="lowrank_jax_test_cache_")
 if "LOWRANK_TEST_CACHE" not in os.environ:
     os.environ["LOWRANK_TEST_CACHE"] = CACHE
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-# Nearly all that tests do is compile. Without LLVM's passes the programs of a tiny run compile in 15 CPU seconds, and
-# without XLA's own code for fusions in 7. Huge pages are asked for, so that no command starts itself anew for them
-# (startup.py).
+# Tests spend nearly all their time compiling. Without LLVM's passes a tiny run's programs compile in 15 CPU seconds,
+# without XLA's fusion emitters in 7. With huge pages on, no command restarts itself to request them (startup.py).
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": CACHE,
@@ -62,9 +61,9 @@ ENVIRONMENT = {
 
 
 def launch(module: str, *args: str, faults: str = "", fresh: bool = False, patches: dict | None = None, **popen):
-    """Starts a command: a fork of what has imported the package already, or with `fresh` a Python of its own.
+    """Start a command, as a fork of a process that has imported the package, or with `fresh` as a new Python.
 
-    `patches` are what a fork changes in the package first, such as {"lowrank_jax.training.recovery.ALONE_SECONDS": 2}.
+    `patches` are values that a fork sets in the package, such as {"lowrank_jax.training.recovery.ALONE_SECONDS": 2}.
     """
     env = os.environ | ENVIRONMENT | {"LOWRANK_FAULTS": faults} | popen.pop("env", {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | popen
@@ -111,7 +110,7 @@ def assert_one_line(code: int, err: str, status: int, *names: str) -> None:
 
 
 def same_end(workdir, reference) -> bool:
-    """Same weights, same data and, step by step, the same losses as the uninterrupted run."""
+    """Return whether two runs have the same weights, data and losses at every step."""
     finish, expected = rows(workdir, "events.jsonl")[-1], rows(reference, "events.jsonl")[-1]
     facts = lambda folder: [
         (row["step"], row.get("loss"), row.get("eval_loss"), row.get("lr")) for row in rows(folder, "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""The server as a real process, for the tests that talk to it."""
+"""The server as a real process, for the tests that send it requests."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ import runs
 class Served(NamedTuple):
     url: str
     process: forks.Fork
-    said: list[str]  # lines of standard error
+    lines: list[str]  # of standard error
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
@@ -27,7 +27,7 @@ class Served(NamedTuple):
         return sum(float(line.split()[-1]) for line in lines if line.startswith((name + " ", name + "{")))
 
     def post(self, path: str, body, headers: dict | None = None) -> tuple[int, dict, dict]:
-        """Status, headers and JSON of the response; `body` is sent as it is if it is bytes, else as JSON."""
+        """Return (status, headers, JSON) of the response; a `body` that is not bytes is sent as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers or {})
         try:
@@ -39,24 +39,24 @@ class Served(NamedTuple):
 
 @contextlib.contextmanager
 def serving(workdir, *args: str) -> Iterator[Served]:
-    """A server of the run in `workdir`, on a port of its own."""
+    """Yield a server of the run in `workdir`, on its own port."""
     process = runs.launch("serve", f"--workdir={workdir}", "--port=0", *args, stdout=subprocess.PIPE)
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if line.startswith("listening on "):
             break
-    assert said and said[-1].startswith("listening on "), said
-    threading.Thread(target=lambda: said.extend(process.stderr), daemon=True).start()
+    assert lines and lines[-1].startswith("listening on "), lines
+    threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
     try:
-        yield Served(said[-1].split()[-1], process, said)
+        yield Served(lines[-1].split()[-1], process, lines)
     finally:
         process.kill()
         process.wait()
 
 
 def until(condition, seconds: float = 10.0) -> bool:
-    """Whether the condition comes true within the time."""
+    """Wait for the condition; return False if it does not become true in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""The config gate: what it accepts comes back unchanged, and every mistake is one line that names its key."""
+"""The config: accepted values come back unchanged, and every mistake is one line that names its key."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ def test_a_weight_may_change_with_the_step(weight):
 
 WEIGHTS = {
     "0": "above 0",
-    "-1": "negative",
+    "-1": "at least 0",
     "10:1": "rise from 0",
     "0:1/0:2": "rise from 0",
     "0:1/5:1/3:1": "rise from 0",
@@ -90,21 +90,21 @@ WEIGHTS |= {"0:0/9:0": "above 0", "0:x": "a number", "0:1:2": "pairs of a step a
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_a_weight_that_cannot_be_is_refused(weight):
+def test_an_impossible_weight_is_an_error(weight):
     sources = [{"spec": "text:a", "weight": weight}, "text:b"]
     assert WEIGHTS[weight] in rejection({"pretrain.sources": sources})
 
 
-def test_weights_that_are_all_zero_at_some_step_are_refused():
+def test_weights_that_are_all_zero_at_some_step_are_an_error():
     sources = "text:a@0:1/50:0, text:b@0:0/20:1/70:0"
-    assert "config.pretrain.sources: from step 70 on every weight is 0" in rejection({"pretrain.sources": sources})
+    assert "config.pretrain.sources: every weight is 0 from step 70 on" in rejection({"pretrain.sources": sources})
 
 
 def test_readers_must_divide_the_rows_of_every_length():
     assert "config.pretrain.readers=5 must divide the 48 rows of 1024 tokens" in rejection({"pretrain.readers": 5})
 
 
-def test_a_growth_plan_that_is_not_in_use_is_not_checked():
+def test_an_unused_growth_plan_is_not_checked():
     assert not RunConfig.from_dict(changed({"pretrain.grow_plan": "512,256"})).pretrain.auto_grow
 
 
@@ -168,7 +168,7 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(changes, named, near
 def test_a_missing_key_is_named():
     values = changed({})
     del values["model"]["rank"]
-    with pytest.raises(UsageError, match=r"^config key config\.model\.rank is missing$"):
+    with pytest.raises(UsageError, match=r"^config key config\.model\.rank is missing; see configs/default\.py$"):
         RunConfig.from_dict(values)
 
 
@@ -180,7 +180,7 @@ def test_a_missing_key_is_named():
         (GROW | {"pretrain.grow_plan": ""}, "config.pretrain.grow_plan is empty"),
         (GROW | {"pretrain.grow_plan": "128,256"}, "starts below config.pretrain.block=256"),
         (GROW | {"pretrain.grow_plan": "256,512", "pretrain.grow_every_steps": 0}, "pretrain.grow_every_steps=0"),
-        ({"model.heads": 15}, "config.model.heads=15 does not divide config.model.d=512; 16 would"),
+        ({"model.heads": 15}, "config.model.heads=15 does not divide config.model.d=512; use 16"),
         ({"model.heads": 0}, "config.model.heads=0"),
         ({"model.rank": 513}, "config.model.rank=513 must not exceed config.model.d=512"),
         ({"model.rank": -1}, "config.model.rank=-1"),
@@ -203,7 +203,7 @@ def test_a_missing_key_is_named():
         ({"pretrain.tokens_per_param": 0}, "config.pretrain.tokens_per_param"),
         ({"pretrain.block": 0}, "config.pretrain.block=0"),
         ({"pretrain.lr": 0}, "config.pretrain.lr=0"),
-        ({"pretrain.warmup": 0.8}, "config.pretrain.warmup + config.pretrain.cooldown"),
+        ({"pretrain.warmup": 0.8}, "config.pretrain.warmup=0.8 + config.pretrain.cooldown"),
         ({"pretrain.lr_end": 1.5}, "config.pretrain.lr_end=1.5"),
         ({"pretrain.schedule": "steps"}, "config.pretrain.schedule='steps'"),
         ({"pretrain.eval_fraction": 0.9}, "config.pretrain.eval_fraction=0.9"),
@@ -220,7 +220,7 @@ def test_an_impossible_value_is_named(changes, named):
     assert named in rejection(changes)
 
 
-# Keys with the last value that may be and the first that may not, alone and in an SFT phase as well.
+# Keys with the last value that is allowed and the first that is not; those of a phase for pretraining and SFT.
 EDGES = [("model.vocab model.rank model.mlp model.mlp_rank model.embed_rank seed profile", 0, -1)]
 EDGES += [("mesh.data mesh.fsdp mesh.tensor", 0, -1)]
 EDGES += [("model.d model.layers model.heads tokenizer.vocab_size tokenizer.train_bytes", 1, 0)]
@@ -235,7 +235,7 @@ PHASE += [("warmup cooldown lr_end", 1.0, 1.001), ("eval_fraction", 0.5, 0.501)]
 EDGES = [(key, *ends) for keys, *ends in EDGES for key in keys.split()]
 PHASE = [(key, *ends) for keys, *ends in PHASE for key in keys.split()]
 EDGES += [(f"{phase}.{key}", *ends) for phase in ("pretrain", "sft") for key, *ends in PHASE]
-# What has to change along with a key.
+# Other keys that must change along with a key.
 WITH = {"model.rank": {"model.rank_split": (1, 1, 1, 1)}}
 WITH |= {"model.d": {"model.heads": 1, "model.rank": 1, "model.rank_split": (1, 1, 1, 1)}}
 WITH |= {f"{phase}.warmup": {f"{phase}.cooldown": 0.0} for phase in ("pretrain", "sft")}
@@ -244,11 +244,10 @@ WITH |= {"pretrain.tokens_per_param": {"pretrain.steps": 1}}
 
 
 @pytest.mark.parametrize("key, last, beyond", EDGES)
-def test_a_key_goes_up_to_its_last_value_and_no_further(key, last, beyond):
+def test_a_key_takes_its_last_allowed_value_and_not_the_next(key, last, beyond):
     others = ONE_SFT_STEP | WITH.get(key, {})
     assert RunConfig.from_dict(changed(others | {key: last}))
-    message = rejection(others | {key: beyond})
-    assert f"config.{key}" in message or message == "config.tokenizer needs a path or a vocab_size"
+    assert f"config.{key}" in rejection(others | {key: beyond})
 
 
 CHOICES = {"precision": "auto fp32 bf16 fp16 fp8", "optim.name": "muon adamw", "track": "tensorboard wandb mlflow"}
@@ -257,7 +256,7 @@ CHOICES |= {"pretrain.schedule": "wsd cosine linear", "sft.schedule": "wsd cosin
 
 
 @pytest.mark.parametrize("key", CHOICES)
-def test_of_a_few_words_each_is_accepted_and_another_is_told_them(key):
+def test_a_choice_takes_each_of_its_words_and_an_error_lists_them(key):
     for word in CHOICES[key].split():
         assert RunConfig.from_dict(changed(ONE_SFT_STEP | {key: word}))
     message = rejection(ONE_SFT_STEP | {key: "other"})
@@ -265,27 +264,33 @@ def test_of_a_few_words_each_is_accepted_and_another_is_told_them(key):
 
 
 TOGETHER = [
-    ({"pretrain.warmup": 0.6, "pretrain.cooldown": 0.5}, "config.pretrain.warmup + config.pretrain.cooldown must not"),
-    (ONE_SFT_STEP | {"sft.warmup": 0.6, "sft.cooldown": 0.5}, "config.sft.warmup + config.sft.cooldown must not"),
+    (
+        {"pretrain.warmup": 0.6, "pretrain.cooldown": 0.5},
+        "config.pretrain.warmup=0.6 + config.pretrain.cooldown=0.5",
+    ),
+    (
+        ONE_SFT_STEP | {"sft.warmup": 0.6, "sft.cooldown": 0.5},
+        "config.sft.warmup=0.6 + config.sft.cooldown=0.5",
+    ),
     ({"pretrain.steps": 0, "pretrain.tokens_per_param": 0.0}, "config.pretrain.steps and config.pretrain.tokens_per_"),
-    ({"model.rank": 0, "model.shared_kv": True}, "config.model.shared_kv needs a rank"),
+    ({"model.rank": 0, "model.shared_kv": True}, "config.model.shared_kv needs latents"),
     ({"pretrain.freeze": "(embed"}, "config.pretrain.freeze='(embed' is not a regular expression"),
     (ONE_SFT_STEP | {"sft.freeze": "(embed"}, "config.sft.freeze='(embed' is not a regular expression"),
 ]
 
 
 @pytest.mark.parametrize("changes, named", TOGETHER)
-def test_what_cannot_be_together_is_named(changes, named):
+def test_values_that_contradict_each_other_are_named(changes, named):
     assert named in rejection(changes)
 
 
 def test_the_suggested_tokens_per_step_is_accepted():
     message = rejection({"pretrain.tokens_per_step": 1000, "pretrain.block": 128})
-    suggested = int(message.split("; ")[1].split()[0])
+    suggested = int(message.split("; use ")[1].split()[0])
     assert RunConfig.from_dict(changed({"pretrain.tokens_per_step": suggested, "pretrain.block": 128}))
 
 
-def test_the_tokenizers_size_fills_an_open_vocab_and_contradicts_another():
+def test_the_tokenizers_size_fills_a_vocab_of_0_and_must_equal_any_other():
     assert built(vocab=0).with_vocab(257).model.vocab == 257
     assert built(vocab=257).with_vocab(257).model.vocab == 257
     with pytest.raises(UsageError, match=r"config\.model\.vocab=300"):
@@ -319,7 +324,7 @@ shares = st.tuples(*[st.floats(0.05, 8)] * 4)
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 512), shares)
-def test_ranks_share_out_exactly_four_times_rank_or_the_split_is_rejected(rank, split):
+def test_ranks_add_up_to_four_times_rank_or_the_split_is_rejected(rank, split):
     try:
         ranks = built(rank=rank, rank_split=split).model.ranks
     except UsageError as e:

@@ -1,13 +1,16 @@
-"""The configs that ship: what each promises, and YAML files with the same keys."""
+"""The shipped configs keep the promises of their docstrings, and YAML files have the same keys."""
 
 import pytest
 
-from lowrank_jax import cli, plan
+from lowrank_jax import cli
 from lowrank_jax.config import UsageError
+from lowrank_jax.training import forecast
+from lowrank_jax.training.plan import make
 
 
 def described(name: str, *overrides: str) -> dict:
-    return plan.describe(plan.resolve_vocab(cli.read_config([f"--config=configs/{name}", *overrides])))
+    config = forecast.resolve_vocab(cli.read_config([f"--config=configs/{name}", *overrides]))
+    return forecast.describe(config, make(config))
 
 
 def test_custom_grows_to_2048_and_has_75_percent_fewer_attention_parameters():
@@ -75,7 +78,7 @@ def test_yaml_keys_may_stand_with_or_without_their_group(tmp_path):
     "text, names",
     [("dd: 3", "dd"), ("pretrain: {stepz: 3}", "stepz"), ("d: [1", "YAML"), ("- a", "keys"), ("heads: 5", "heads=5")],
 )
-def test_bad_yaml_is_one_line(tmp_path, text, names):
+def test_bad_yaml_is_an_error_in_one_line(tmp_path, text, names):
     with pytest.raises(UsageError, match=names) as e:
         from_yaml(tmp_path, text)
     assert "\n" not in str(e.value)

@@ -210,8 +210,9 @@ def every_kind(data, tok, tmp_path_factory) -> tuple[pathlib.Path, dict]:
     (home / "d.txt").write_bytes(b"plain text here. " * 300 + b"caf\xe9 " + b"and more of it. " * 300)
     (home / "e.csv").write_text("text\n" + "".join(f"{text}\n" for text in texts[:9]))
     pyarrow.parquet.write_table(pyarrow.table({"body": texts}), home / "f.parquet", row_group_size=9)
-    script = [sys.executable, ROOT / "scripts" / "tokenize.py", f"--tokenizer={home}/tokenizer", "--shards=2"]
-    subprocess.run([*script, f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"], check=True, capture_output=True)
+    tokenize = [sys.executable, "-m", "lowrank_jax.data", "tokenize", f"--tokenizer={home}/tokenizer", "--shards=2"]
+    tokenize += [f"--sources=json:{data}/notes.jsonl", f"--out={home}/g"]
+    subprocess.run(tokenize, check=True, capture_output=True, cwd=ROOT)
     subprocess.run([sys.executable, "-c", test_tables.BUILDER, home], check=True, capture_output=True)
     specs = [
         f"{spec}{home}/{name}" for spec, name in (("json:", "c.jsonl.gz"), ("text:", "d.txt@3"), ("hf:", "e.csv@4"))
@@ -277,12 +278,12 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
 def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data, tok, tmp_path, monkeypatch, capfd):
     """And until then it is saved every 10 minutes, by a clock on which a step takes one."""
     from lowrank_jax import cli, main
-    from lowrank_jax.data import files, reader, stream
+    from lowrank_jax.data import blocks, reader, stream
     from lowrank_jax.training import loop as training
     from lowrank_jax.training.progress import Progress
 
     monkeypatch.chdir(ROOT)
-    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (files, "LEFT", 0)):
+    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (blocks, "OPEN_READS", 0)):
         monkeypatch.setattr(module, name, value)  # so that the mistake lies beyond what is read ahead
     clock, after = itertools.count(60, 60), Progress.after
     now = types.SimpleNamespace(monotonic=lambda: now.seconds, seconds=0)

@@ -1,4 +1,4 @@
-"""A test that is skipped has failed, where the whole suite is run."""
+"""A skipped test counts as failed where the whole suite runs."""
 
 import os
 import pathlib
@@ -48,8 +48,8 @@ def test_a_skip_fails_with_its_reason_where_none_is_allowed(pytester, monkeypatc
 
 
 @pytest.mark.parametrize("browser", ["chromium", "google-chrome", None])
-def test_the_script_allows_no_skip_and_goes_on_only_with_a_browser(tmp_path, browser):
-    """The script itself, between stand-ins for all that it calls."""
+def test_the_script_allows_no_skip_and_needs_a_browser(tmp_path, browser):
+    """Run the script itself with stand-ins for all programs that it calls."""
     script, tools = pathlib.Path(__file__).parents[1] / "scripts" / "test.sh", tmp_path / "tools"
     tools.mkdir()
     shutil.copy(script, tmp_path / "test.sh")

@@ -1,1 +1,1 @@
-"""Where tokens come from: sources of documents, tokenizer, chat rendering, and the resumable token stream."""
+"""From files to batches: sources of documents, tokenizers, chat templates, and the resumable token stream."""

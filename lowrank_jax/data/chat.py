@@ -1,8 +1,8 @@
-"""Conversations to tokens: a Jinja template renders, `{% generation %}` marks what the assistant says.
+"""Turns conversations into tokens: a Jinja template renders them, and `{% generation %}` marks the assistant's text.
 
-The template runs in Jinja's immutable sandbox with the meaning Hugging Face gives it. One without `{% generation %}` is
-rendered turn by turn to find out what the assistant says. Message text can never become a control symbol: inside it
-every symbol's name is broken up before rendering, and mended after the text has been cut at the real ones.
+The template runs in Jinja's immutable sandbox, with the meaning that Hugging Face gives it. A template without
+`{% generation %}` is rendered turn by turn to find the assistant's text. Message text can never become a control
+symbol: the names of symbols in it are split before rendering, and joined after the text is cut at the real symbols.
 """
 
 import datetime
@@ -18,17 +18,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lowrank_jax.config import UsageError
 from lowrank_jax.data.tokenizer import Tokenizer
 
-# Unicode noncharacters, reserved for a program's own use: they are dropped from message text.
+# Unicode noncharacters are reserved for a program's own use; they are removed from message text.
 OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
-TODAY = datetime.datetime(2024, 7, 26)  # what templates are told: with the real date a resume would change the data
+TODAY = datetime.datetime(2024, 7, 26)  # for templates: with the real date a resume would change the data
 _HAS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation without a BOS in front, and for each whether the assistant says it.
+    """Return a conversation's ids without BOS, and for each id whether the assistant says it.
 
-    With `prompt`, up to where the assistant is to speak. Raises UsageError where the template does not take the
-    conversation, or the assistant says nothing though it is no prompt.
+    A `prompt` ends where the assistant shall speak. Raises UsageError if the template refuses the conversation, or if
+    the assistant says nothing in a conversation that is no prompt.
     """
     ids, said, speaking = [], [], False
     specials = set(tokenizer.specials.values())
@@ -36,7 +36,7 @@ def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> 
         if part in (OPEN, CLOSE):
             speaking = part == OPEN
         elif part in tokenizer.specials:
-            ends = bool(ids) and said[-1] and ids[-1] not in specials  # a symbol that ends a turn carries weight
+            ends = bool(ids) and said[-1] and ids[-1] not in specials  # the symbol that ends a turn carries weight
             ids.append(tokenizer.specials[part])
             said.append(speaking or ends)
         elif text := part.replace(BREAK, ""):
@@ -45,26 +45,26 @@ def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> 
             said += [speaking] * len(new)
     if not prompt and not any(said):
         raise UsageError("a conversation has no assistant turn, so there is nothing to learn from it")
-    start = int(bool(ids) and ids[0] == tokenizer.bos)  # whoever asks puts it in front
+    start = int(bool(ids) and ids[0] == tokenizer.bos)  # the caller adds BOS
     return ids[start:], said[start:]
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids that end what the assistant says: EOS, and the symbol that the chat template puts behind a turn."""
+    """Return the ids that end the assistant's turn: EOS, and the symbol that the chat template puts behind a turn."""
     exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
         ids, said = encode(tokenizer, exchange)
-    except UsageError:  # a template that takes no such exchange
+    except UsageError:  # the template refuses such an exchange
         return [tokenizer.eos]
     specials = set(tokenizer.specials.values())
     spoken = [i for i, speaks in zip(ids, said) if speaks]
-    # The symbols before the answer say how it is meant, as <|channel|> does: they do not end it.
+    # Symbols before the answer, such as <|channel|>, describe it and do not end it.
     text = max((k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i])), default=-1)
     return sorted({tokenizer.eos, *specials.intersection(spoken[text + 1 :])})
 
 
 def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
-    """The template's text, with OPEN and CLOSE around what the assistant says and symbols in messages broken up."""
+    """Return the template's text, with OPEN and CLOSE around the assistant's text and symbols in messages split."""
     specials = tuple(tokenizer.specials)
     safe = [{k: _guard(v, specials) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
     if prompt or _HAS_GENERATION.search(tokenizer.chat_template):
@@ -73,7 +73,7 @@ def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
 
 
 def _mark_turns(tokenizer: Tokenizer, messages: list[dict]) -> str:
-    """Finds each answer between the text before it and the text up to it, which must both begin the whole text."""
+    """Mark each answer: it lies between the text without it and the text up to it, which must both begin the whole."""
     text, marked, done = _render(tokenizer, messages, False), "", 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -81,8 +81,8 @@ def _mark_turns(tokenizer: Tokenizer, messages: list[dict]) -> str:
         before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
         if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
             raise UsageError(
-                "the chat template does not begin a conversation with the text of its first turns, so it does not tell "
-                "what the assistant says; put {% generation %} and {% endgeneration %} around that"
+                "the chat template does not begin a conversation with the text of its first turns, so the assistant's "
+                "text cannot be found; put {% generation %} and {% endgeneration %} around it"
             )
         *_, end = [m.end() for m in _parts(tuple(tokenizer.specials)).finditer(after, len(before))] or [len(after)]
         stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
@@ -98,14 +98,14 @@ def _render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
         )
     except UsageError:
         raise
-    except Exception as e:  # a template is a program: anything may go wrong in it
+    except Exception as e:  # a template is a program, which may raise anything
         raise UsageError(f"the chat template does not take a conversation: {' '.join(str(e).split())[:200]}") from None
 
 
 def _guard(text: str, specials: tuple[str, ...]) -> str:
-    """`text` with every symbol's name in it broken up, and one that it might complete with the template around it.
+    """Split every symbol's name in `text`, and its ends if they could form one with the template's text around them.
 
-    The latter only where there is one to complete: templates look at how a message begins, and trim it.
+    Other ends stay as they are, because templates look at how a message begins, and trim it.
     """
     names, heads, tails = _guards(specials)
     text = names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
@@ -121,7 +121,7 @@ def _guard(text: str, specials: tuple[str, ...]) -> str:
 
 @functools.lru_cache
 def _guards(specials: tuple[str, ...]) -> tuple[re.Pattern, frozenset, frozenset]:
-    """What matches the first character of a symbol's name, also of overlapping ones; the names' beginnings and ends."""
+    """A pattern for the first letters of symbols' names, also overlapping ones, and the names' beginnings and ends."""
     names = re.compile(f"(?=(?:{_any_of(specials)})).", re.DOTALL)
     heads = frozenset(name[:n] for name in specials for n in range(1, len(name)))
     tails = frozenset(name[n:] for name in specials for n in range(1, len(name)))

@@ -1,4 +1,4 @@
-"""One reader's part of every batch: mixes the sources, and cuts their documents into rows.
+"""Packs documents into rows: each lane mixes the sources by itself and fills its part of every batch.
 
 Mixing is deterministic: the next document comes from the source that is furthest behind its share of the tokens.
 """
@@ -15,65 +15,65 @@ from lowrank_jax.data.records import BadRecord, Document
 from lowrank_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
-"""tokens, targets (int32), weights (float32: 0 where a target is not to be learnt), segments (int32: from 1; 0 pads).
+"""tokens, targets (int32), weights (float32, 0: not learnt), segments (int32, from 1; 0: padding), all [rows, length].
 
-All are [rows, length]; targets[t] is the token after tokens[t].
+targets[t] is the token after tokens[t].
 """
 
-# Conversations are packed from about this many rows at a time, of which the last stays half empty: 1.6% of the room.
+# Conversations are packed into about this many rows at once. The last row stays half empty, which is 1.6% of the room.
 WINDOW_ROWS = 32
-COUNTS = ("documents", "tokens", "cut", "unanswered", "refused")  # kept for each source
-PATIENCE = 10_000  # conversations in a row in which the assistant does not speak, before the run is stopped
+COUNTS = ("documents", "tokens", "cut", "unanswered", "refused")  # of each source
+PATIENCE = 10_000  # successive conversations without an assistant turn, before the run is stopped
 
 
 def encode_document(tokenizer: Tokenizer, document: Document, chats: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (int32) of a document between BOS and EOS, and which of them carry weight as targets (bool).
+    """Return a document's ids (int32) between BOS and EOS, and which of them carry weight as targets (bool).
 
-    In SFT (`chats`) only what the assistant says; in pretraining everything but BOS.
+    In SFT (`chats`) the assistant's tokens carry weight; in pretraining every token but BOS does.
     """
     if "ids" in document:
         return document["ids"], document["said"]
-    said = True
     if "messages" in document:
-        ids, said_in_chat = chat.encode(tokenizer, document["messages"])
-        said = said_in_chat if chats else True
+        ids, said = chat.encode(tokenizer, document["messages"])
     else:
-        ids = tokenizer.encode(document["text"])
-    whole, learnt = np.empty(len(ids) + 2, np.int32), np.empty(len(ids) + 2, bool)
-    whole[0], whole[1:-1], whole[-1] = tokenizer.bos, ids, tokenizer.eos
-    learnt[0], learnt[1:-1], learnt[-1] = False, said, not chats
-    return whole, learnt
+        ids, said = tokenizer.encode(document["text"]), True
+    learnt = np.zeros(len(ids) + 2, bool)
+    learnt[1:-1], learnt[-1] = said if chats else True, not chats
+    return np.array([tokenizer.bos, *ids, tokenizer.eos], np.int32), learnt
 
 
 class Lane:
-    """Rows from one reader of each source; `cursor()` and the constructor's `cursor` continue them exactly.
+    """Rows from one reader of each source; a `cursor` continues them exactly.
 
-    `shares(step)` gives each source's share of the tokens; `sha256` is where the hash of all batches starts.
+    `shares(step)` gives each source's share of the tokens; `sha256` is the start of the hash of all batches.
     """
 
     def __init__(self, readers: list[Reader], tokenizer: Tokenizer, chats: bool, shares: Callable, cursor, sha256: str):
         self._readers, self._tokenizer, self._chats, self._shares = readers, tokenizer, chats, shares
         zeros = [0] * len(readers)
-        at = cursor or {"step": 0, "offset": 0, "packed": [], "sha256": sha256}
-        self._credit = list(at.get("credit", [0.0] * len(readers)))  # tokens that each source is behind its share
-        self._counts = {key: list(at.get(key, zeros)) for key in COUNTS}
-        self._offset, self._packed, self._sha256 = at["offset"], [list(p) for p in at["packed"]], at["sha256"]
-        self._buffer: list[tuple] = []  # (position before it, ids, said): documents not yet used up
-        self._drawn_at = at["step"]  # the step at which the document at the cursor was drawn, when shares may differ
-        self._resumed = cursor is not None  # the first document to be drawn is then one that was drawn before
-        self._window_at, self._rows = None, []
+        start = cursor or {"step": 0, "offset": 0, "packed": [], "sha256": sha256}
+        self._credit = list(start.get("credit", [0.0] * len(readers)))  # tokens that each source is behind its share
+        self._counts = {key: list(start.get(key, zeros)) for key in COUNTS}
+        self._offset, self._packed, self._sha256 = start["offset"], [list(p) for p in start["packed"]], start["sha256"]
+        self._buffer: list[tuple] = []  # (position before it, ids, said) of documents not used up yet
+        self._draw_step = start["step"]  # at which the cursor's document was drawn: shares may depend on it
+        self._resumed = cursor is not None  # the first document to draw was then drawn before
+        self._window_start, self._rows = None, []
         if self._packed:
-            self._restore_window(at["step"])
+            self._restore_window(start["step"])
 
     def cursor(self) -> dict:
-        """Where the next row begins, as JSON values."""
-        at = self._window_at if self._packed else self._buffer[0][0] if self._buffer else self._position(self._drawn_at)
-        drawn = {key: list(values) for key, values in self._counts.items()} if self._packed else None  # for `summary`
+        """Return where the next row begins, as JSON values."""
+        if self._packed:
+            position = self._window_start
+        else:
+            position = self._buffer[0][0] if self._buffer else self._position(self._draw_step)
+        drawn = self._copy_counts() if self._packed else None  # for `summary`
         packed = [list(p) for p in self._packed]
-        return at | {"offset": self._offset, "packed": packed, "drawn": drawn, "sha256": self._sha256}
+        return position | {"offset": self._offset, "packed": packed, "drawn": drawn, "sha256": self._sha256}
 
     def next(self, rows: int, length: int, step: int) -> Batch | None:
-        """The next rows, or None where the sources are exhausted."""
+        """Return the next rows, or None if the sources are exhausted."""
         batch = self._next_whole(rows, length, step) if self._chats else self._next_exact(rows, length, step)
         if batch is not None:
             digest = hashlib.sha256(f"{self._sha256} {rows} {length}".encode())
@@ -83,11 +83,11 @@ class Lane:
         return batch
 
     def _next_exact(self, rows: int, length: int, step: int) -> Batch | None:
-        """Cuts the token stream every `length` tokens. Concatenated inputs are the stream: nothing lost or repeated."""
-        need = rows * length + 1  # the last target is looked at, not used up
+        """Cut the token stream every `length` tokens: the rows' tokens, one after another, are the stream."""
+        need = rows * length + 1  # the last target is not used up
         have = sum(len(ids) for _, ids, _ in self._buffer) - self._offset
         while have < need:
-            drawn = self._draw(self._drawn_at if self._resumed else step)
+            drawn = self._draw(self._draw_step if self._resumed else step)
             self._resumed = False
             if drawn is None:
                 return None
@@ -104,12 +104,12 @@ class Lane:
         return {
             "tokens": ids[:-1].reshape(rows, length),
             "targets": ids[1:].reshape(rows, length),
-            "weights": learnt.reshape(rows, length).astype(np.float32),  # no BOS is learnt: no target crosses documents
+            "weights": learnt.reshape(rows, length).astype(np.float32),  # BOS has none: no target crosses documents
             "segments": segments - segments[:, :1] + 1,
         }
 
     def _next_whole(self, rows: int, length: int, step: int) -> Batch | None:
-        """Rows of whole conversations; one that is longer than a row is cut to it."""
+        """Return rows of whole conversations; one that is longer than a row is cut."""
         batch = {key: np.zeros((rows, length), np.int32) for key in ("tokens", "targets", "segments")}
         batch["weights"] = np.zeros((rows, length), np.float32)
         for row in range(rows):
@@ -123,28 +123,25 @@ class Lane:
         return batch if batch["segments"].any() else None
 
     def _take_row(self, length: int, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The conversations of the next row; none where the sources are exhausted.
+        """Return the conversations of the next row, or none if the sources are exhausted.
 
-        The cursor of a window of conversations is where it was drawn, and how many rows of which length were taken:
-        `packed`, a list of [length, rows].
+        The cursor of a window of conversations is the place where it was drawn, and `packed`: a list of [length, rows]
+        with the number of rows taken at each length.
         """
         if not self._rows:
-            self._window_at, self._packed = self._position(step), [[length, 0]]
+            self._window_start, self._packed = self._position(step), [[length, 0]]
             self._rows = self._pack(self._draw_window(length, step), length)
-        elif self._packed[-1][0] != length:  # the length grew: the rest is packed anew
+        elif self._packed[-1][0] != length:  # the length grew: pack the rest again
             self._packed.append([length, 0])
             self._rows = self._pack([document for row in self._rows for document in row], length)
-        if not self._rows:
-            self._packed = []
-            return []
-        row = self._rows.pop(0)
+        row = self._rows.pop(0) if self._rows else []
         self._packed[-1][1] += 1
         if not self._rows:
             self._packed = []
         return row
 
     def _restore_window(self, step: int) -> None:
-        self._window_at, history = self._position(step), self._packed
+        self._window_start, history = self._position(step), self._packed
         documents = self._draw_window(history[0][0], step)
         for length, taken in history:
             self._rows = self._pack(documents, length)[taken:]
@@ -160,7 +157,7 @@ class Lane:
                 size += min(len(ids) - 1, length)
                 unanswered = 0
                 continue
-            self._counts["unanswered"][self._source] += 1  # nothing of it could be learnt in a row of this length
+            self._counts["unanswered"][self._source] += 1  # nothing in it can be learnt in a row of this length
             unanswered += 1
             if unanswered == PATIENCE:
                 raise UsageError(
@@ -170,9 +167,9 @@ class Lane:
         return window
 
     def _pack(self, documents: list[tuple], length: int) -> list[list[tuple]]:
-        """Best-fit decreasing: the longest first, each into the fullest row that takes it. The rows are then shuffled.
+        """Pack by best-fit decreasing: the longest first, each into the fullest row with room. Then shuffle the rows.
 
-        (grain's BestFitPackIterDataset has one length for good, and a state that is tied to it.)
+        grain's BestFitPackIterDataset cannot change its length, and its state depends on that length.
         """
         rows, room = [], []
         for document in sorted(documents, key=lambda d: -len(d[0])):
@@ -189,11 +186,14 @@ class Lane:
         return [rows[i] for i in np.random.default_rng([sum(self._counts["documents"]), length]).permutation(len(rows))]
 
     def _position(self, step: int) -> dict:
-        counts = {key: list(values) for key, values in self._counts.items()}
-        return counts | {"readers": [r.cursor() for r in self._readers], "credit": list(self._credit), "step": step}
+        places = {"readers": [r.cursor() for r in self._readers], "credit": list(self._credit), "step": step}
+        return self._copy_counts() | places
+
+    def _copy_counts(self) -> dict[str, list[int]]:
+        return {key: list(values) for key, values in self._counts.items()}
 
     def _draw(self, step: int) -> tuple[dict, np.ndarray, np.ndarray] | None:
-        """(position before it, ids, said) of the next document; None where the sources are exhausted."""
+        """Return (position before it, ids, said) of the next document, or None if the sources are exhausted."""
         shares = self._shares(step)
         while True:
             before = self._position(step)
@@ -220,14 +220,15 @@ class Lane:
         return before, ids, said
 
     def _end(self) -> None:
+        """Raise UsageError if the sources shall not end; they have no document left."""
         if any(r.endless for r in self._readers):
             bad = [describe(r.limit.last) for r in self._readers if r.limit.last]
-            why = f"; the last record that could not be used: {bad[-1]}" if bad else ""
-            raise UsageError(f"a whole epoch of every source held no document to train on{why}")
+            reason = f"; the last unusable record: {bad[-1]}" if bad else ""
+            raise UsageError(f"a whole epoch of every source has no document to train on{reason}")
 
 
 def show(batch: Batch, tokenizer: Tokenizer, marks: tuple[str, str], tokens: int) -> str:
-    """The first `tokens` of a batch's first row as text, with `marks` around what is trained."""
+    """Return the first `tokens` of a batch's first row as text, with `marks` around what is trained."""
     names = {i: name for name, i in tokenizer.specials.items()}
     row = {key: array[0][:tokens] for key, array in batch.items()}
     used = int((row["segments"] > 0).sum())

@@ -1,4 +1,4 @@
-"""One raw record (a JSON object, a row of a table) -> one document, or BadRecord with the reason.
+"""Turns a raw record (a JSON object, a row of a table) into a document, or raises BadRecord with the reason.
 
 | shape | keys |
 |---|---|
@@ -7,15 +7,15 @@
 | conversations | the same under that name |
 | a pair | prompt + response or completion, instruction (+ input) + output or response, question + answer or response |
 
-A text or messages key may be a path, as in `meta.body`. A value of null is a key that is not there, because a table has
-every column in every row.
+A text or messages key may be a path, as in `meta.body`. A null value counts as a missing key, because a table has every
+column in every row.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 Document = dict[str, Any]
-"""{"text": str}, {"messages": [{"role": str, "content": str}]}, or what was tokenised before:
+"""{"text": str}, {"messages": [{"role": str, "content": str}]}, or tokens:
 {"ids": int32 array from BOS to EOS, "said": bool array, whether a token carries weight as a target}."""
 
 PAIRS = (
@@ -26,18 +26,18 @@ PAIRS = (
     ("question", "answer"),
     ("question", "response"),
 )
-SYSTEM, INPUT = ("system", "system_prompt"), ("input", "context")  # what may stand beside a pair
+SYSTEM, INPUT = ("system", "system_prompt"), ("input", "context")  # optional keys beside a pair
 KEYS = ("conversations", *dict.fromkeys(key for pair in PAIRS for key in pair), *SYSTEM, *INPUT)
-"""All that a shape may need beside the text key and the messages key."""
+"""Every key that a record may need besides the text key and the messages key."""
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 SHOWN_KEYS, SHOWN_LETTERS = 8, 30
 
 
 class BadRecord(Exception):
-    """A record that cannot be used, or from `rows` that the rest of its block cannot.
+    """An unusable record; if `rows` raises it, the rest of the block is unusable.
 
-    `where` is cheap; `exact()`, if there is one, may scan a file to give its name and line.
+    `where` is cheap; `exact()`, if not None, may scan a file to return the file and line.
     """
 
     def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
@@ -48,9 +48,9 @@ class BadRecord(Exception):
 def document(
     record, text_key: str, messages_key: str, chats: bool, where: str, names: Iterable[str] | None = None
 ) -> Document:
-    """What a record says: with `chats` a conversation in any shape before the text, else the text before a pair.
+    """Return a record's document: with `chats`, prefer a conversation of any shape, and else the text, to a pair.
 
-    `names` are the keys that the record really has, where not all of them were read. Raises BadRecord.
+    `names` are the keys of a record of which only some were read. Raises BadRecord.
     """
     try:
         if not isinstance(record, dict):
@@ -61,9 +61,8 @@ def document(
             return _conversation(_messages(messages, repr(messages_key)), repr(messages_key))
         if text is not None and not chats:
             return {"text": _text(text, repr(text_key))}
-        found = _shape(record)
-        if found is not None:
-            return found
+        if (conversation := _shape(record)) is not None:
+            return conversation
         if text is not None:
             return {"text": _text(text, repr(text_key))}
         raise _Wrong(f"neither {messages_key!r} nor {text_key!r} in it{_listed(record if names is None else names)}")
@@ -72,7 +71,7 @@ def document(
 
 
 def roots(text_key: str, messages_key: str) -> set[str]:
-    """The top-level keys that `document` may look at."""
+    """Return the top-level keys that `document` may read."""
     return {part for key in (text_key, messages_key) for part in (key, key.split(".")[0])} | set(KEYS)
 
 
@@ -81,24 +80,24 @@ class _Wrong(Exception):
 
 
 def _shape(record: dict) -> Document | None:
-    """A conversation that does not stand under the messages key."""
+    """Return a conversation that is not under the messages key."""
     if record.get("conversations") is not None:
         return _conversation(_messages(record["conversations"], "'conversations'"), "'conversations'")
-    for asked, answered in PAIRS:
-        if record.get(asked) is not None and record.get(answered) is not None:
-            prompt, answer = record[asked], record[answered]
+    for prompt_key, answer_key in PAIRS:
+        prompt, answer = record.get(prompt_key), record.get(answer_key)
+        if prompt is not None and answer is not None:
             system = next((record[key] for key in SYSTEM if record.get(key)), None)
             turns = [] if system is None else [{"role": "system", "content": _text(system, "'system'")}]
-            if isinstance(prompt, (str, bytes)) and asked == "instruction":
+            if isinstance(prompt, (str, bytes)) and prompt_key == "instruction":
                 more = [_text(record[key], repr(key)) for key in INPUT if record.get(key)]
-                prompt = "\n\n".join([_text(prompt, repr(asked)), *(text for text in more if text.strip())])
-            turns += _side(prompt, "user", repr(asked)) + _side(answer, "assistant", repr(answered))
-            return _conversation(turns, repr(answered))
+                prompt = "\n\n".join([_text(prompt, repr(prompt_key)), *(text for text in more if text.strip())])
+            turns += _side(prompt, "user", repr(prompt_key)) + _side(answer, "assistant", repr(answer_key))
+            return _conversation(turns, repr(answer_key))
     return None
 
 
 def _side(value, role: str, key: str) -> list[dict]:
-    """Half of a pair: a text, or messages."""
+    """Return the messages of half a pair, which is a text or messages."""
     if isinstance(value, (str, bytes)):
         return [{"role": role, "content": _text(value, key)}]
     return _messages(value, key)
@@ -111,7 +110,7 @@ def _conversation(messages: list[dict], key: str) -> Document:
 
 
 def _messages(value, key: str) -> list[dict]:
-    """Messages from a list of dicts or, as `datasets` and TFDS give a sequence of structs, a dict of lists."""
+    """Return messages from a list of dicts or, as `datasets` and TFDS give it, a dict of lists."""
     if isinstance(value, dict):
         columns = {name: _list(column) for name, column in value.items()}
         if not columns or None in columns.values() or len({len(c) for c in columns.values()}) > 1:
@@ -147,14 +146,14 @@ def _part(part, key: str) -> str:
 
 
 def _list(value) -> list | None:
-    """A list from a list, a tuple or an array of one dimension or more; else None."""
+    """Return a list, a tuple or an array of at least one dimension as a list, and None for anything else."""
     if hasattr(value, "tolist") and getattr(value, "ndim", 0):
         value = value.tolist()
     return list(value) if isinstance(value, (list, tuple)) else None
 
 
 def _get(record: dict, key: str):
-    """The value under a key of that name or, where there is none, at the end of the path a.b.c; None without either."""
+    """Return the value of the key, or else of the path a.b.c, or else None."""
     if key in record:
         return record[key]
     for part in key.split("."):
@@ -163,7 +162,7 @@ def _get(record: dict, key: str):
 
 
 def _text(value, key: str) -> str:
-    """Half of a surrogate pair, which JSON can escape and UTF-8 cannot say, becomes a question mark."""
+    """Return text, with a question mark for half of a surrogate pair, which JSON can escape and UTF-8 cannot encode."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -1,85 +1,64 @@
-"""Where documents come from: `kind:location` -> documents in blocks that can be read in any order.
+"""Opens sources: `kind:location` -> documents in blocks.
 
 | kind | location | block |
 |---|---|---|
-| text, json | glob of files, here or in a bucket; .gz, .bz2, .xz, .zst | a range of bytes; a compressed file |
+| text, json | glob of files, local or in a bucket; .gz, .bz2, .xz, .zst | a range of bytes; a compressed file |
 | parquet | glob of files | a row group |
 | hf | hub name, folder or file, for the `datasets` library | a shard |
 | tfds | name[/config][:version] | 64 records |
-| arrayrecord | glob or folder of shards written by scripts/tokenize.py | 64 records |
+| arrayrecord | glob or folder of shards that the command `tokenize` wrote | 64 records |
 | builtin | a corpus that ships in a Python package | a document |
+
+To add a format, write a class like `blocks.Source` and open it in `open_source`.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterator
-from typing import Protocol
 
 from lowrank_jax.config import SourceConfig, UsageError
-from lowrank_jax.data import builtin, files, tables
+from lowrank_jax.data import builtin, files, shards, tables
+from lowrank_jax.data.blocks import Source, fingerprint
 from lowrank_jax.data.records import Document
 
 KINDS = ("text", "json", "parquet", "hf", "tfds", "arrayrecord", "builtin")
 
 
-class Source(Protocol):
-    """Documents in blocks that can be read in any order; the same arguments always give the same rows.
+def open_source(source: SourceConfig, chats: bool = False) -> Source:
+    """Open a source; with `chats`, its records are read as conversations if they can be.
 
-    Any method may raise OSError, for a read that may work when it is tried again.
+    Raises UsageError, which names the source, if it does not exist or its kind is unknown.
     """
+    kind, _, location = source.spec.partition(":")
+    keys = (source.text_key, source.messages_key, chats)
+    match kind:
+        case "text":
+            return files.TextFiles(files.find(source.spec, location))
+        case "json":
+            return files.JsonFiles(files.find(source.spec, location), *keys)
+        case "parquet":
+            return tables.Parquet(files.find(source.spec, location), *keys)
+        case "hf":
+            name, _, config = location.partition(":")
+            return tables.hugging_face(name, config, source.split, *keys)
+        case "tfds":
+            return tables.TFDS(location, source.split, *keys)
+        case "arrayrecord":
+            return shards.ArrayRecord(location)
+        case "builtin":
+            return Builtin(location)
+    raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
 
-    blocks: int
-    fingerprint: str
-    """Changes when the data does, and not when it moves to another folder."""
 
-    def rows(self, block: int, start: int = 0) -> Iterator:
-        """The rows of a block from the `start`-th on: cheap, and bounded in memory.
-
-        Raises BadRecord where the rest of the block cannot be read.
-        """
-
-    def document(self, row) -> Document:
-        """What a row says; raises BadRecord where it cannot be used."""
-
-
+@functools.cache  # a run opens it four times: tokenizer, first check, training, evaluation
 class Builtin:
     """A corpus in memory; every document is a block."""
 
     def __init__(self, name: str):
         self._documents = builtin.load(name)
-        self.blocks = len(self._documents)
-        self.fingerprint = hashlib.sha256(json.dumps(self._documents).encode()).hexdigest()[:16]
+        self.blocks, self.fingerprint = len(self._documents), fingerprint(self._documents)
 
     def rows(self, block: int, start: int = 0) -> Iterator[int]:
         return iter(range(block, block + 1 - min(start, 1)))
 
     def document(self, row: int) -> Document:
         return self._documents[row]
-
-
-_builtin = functools.cache(Builtin)  # opened for the tokenizer, a first look, training and evaluation
-
-
-def open_source(source: SourceConfig, chats: bool = False) -> Source:
-    """The documents of a source, read as conversations where there are some if `chats`.
-
-    Raises UsageError, naming it, where it is not there or its kind is unknown.
-    """
-    kind, _, location = source.spec.partition(":")
-    keys = (source.text_key, source.messages_key, chats)
-    if kind == "builtin":
-        return _builtin(location)
-    if kind == "hf":
-        name, _, config = location.partition(":")
-        return tables.hugging_face(name, config, source.split, *keys)
-    if kind == "tfds":
-        return tables.TFDS(location, source.split, *keys)
-    if kind not in KINDS:
-        raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
-    if kind == "arrayrecord":
-        return tables.ArrayRecord(location)
-    paths = files.find(source.spec, location)
-    if kind == "text":
-        return files.TextFiles(paths)
-    return files.JsonFiles(paths, *keys) if kind == "json" else tables.Parquet(paths, *keys)

@@ -1,9 +1,9 @@
-"""Text to ids and back to exactly the same text: SentencePiece (trained here, or loaded) and Hugging Face tokenizers.
+"""Turns text into ids and back into the same text: SentencePiece (learnt or loaded) and Hugging Face tokenizers.
 
-What it takes for ids to round-trip, and for user text to stay text:
-- a SentencePiece model has identity normalisation, no dummy prefix and no whitespace removal; a line feed is a piece
-  of its own, so a text may be encoded line by line: the same ids, faster than as one string;
-- chat tags are control symbols, which no text can ever encode to: only `special` yields their ids;
+Four rules make text round-trip, and keep user text text:
+- a SentencePiece model has identity normalisation, no dummy prefix and no whitespace removal;
+- a line feed is a piece of its own, so text is encoded line by line: the same ids, faster than as one string;
+- chat tags are control symbols, which no text encodes to: only `special` gives their ids;
 - a literal U+2581, SentencePiece's own mark for a space, is encoded as its three UTF-8 bytes.
 """
 
@@ -23,12 +23,12 @@ from lowrank_jax.config import UsageError
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPACE_MARK = "\u2581"
-LONGEST_LINE = 1 << 16  # characters of a line that a tokenizer learns from in one piece
+LEARN = "learn one with `python -m lowrank_jax learn_tokenizer`"
+LONGEST_LINE = 1 << 16  # characters; a tokenizer learns from a longer line in parts
 MODEL_FILE, TEMPLATE_FILE = "sentencepiece.model", "chat_template.jinja"
 JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-# ChatML, the chat template of every new tokenizer. What stands inside {% generation %} carries weight: the answer and
-# the tag that ends it. The blank line after it is the line feed that ends the turn: the first one after a block tag is
-# trimmed.
+# ChatML, the chat template of every new tokenizer. The text inside {% generation %} carries weight: the answer and the
+# tag that ends it. Jinja trims the first line feed after a block tag, so a blank line ends the turn.
 CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
 
@@ -36,47 +36,39 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # what a foreign model tends to lose
-# Every character of these is a piece even where it is too rare for the 99.95% coverage.
+PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
+# Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
 FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, line feed, ASCII, space
 
 
 class Tokenizer:
-    """What every tokenizer has; see `load` and `train`.
-
-    `vocab_size`, `bos`, `eos` (ids), `names` (bos_token, eos_token, ...: what chat templates call them), `specials`
-    (id of every control symbol by its name), `chat_template`, and `sha256`, which tells tokenizers apart.
-    """
+    """The interface of every tokenizer; see `load` and `train`."""
 
     vocab_size: int
     bos: int
     eos: int
-    names: dict[str, str]
-    specials: dict[str, int]
+    names: dict[str, str]  # bos_token, eos_token, ...: the symbols' names in chat templates
+    specials: dict[str, int]  # id of every control symbol by its name
     chat_template: str
-    sha256: str
+    sha256: str  # differs between tokenizers that differ
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: no BOS, no EOS, and never a control symbol. A lone surrogate is read as a ?."""
-        raise NotImplementedError
+        """Return the ids of `text` without BOS, EOS or any control symbol; a lone surrogate is read as a ?."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control symbols leave nothing behind."""
-        raise NotImplementedError
+        """Return the text of `ids`, without control symbols."""
 
     def byte_lengths(self) -> np.ndarray:
-        """[V] UTF-8 bytes that each id stands for (0 for control symbols): the denominator of bits per byte."""
-        raise NotImplementedError
+        """Return [V] UTF-8 bytes of each id, 0 for control symbols: the denominator of bits per byte."""
 
     def save(self, folder: str) -> None:
-        """Writes everything that `load` needs to give the same tokenizer."""
-        raise NotImplementedError
+        """Write everything that `load` needs to return the same tokenizer."""
 
     def special(self, piece: str) -> int:
-        """Id of a control symbol; raises UsageError where the tokenizer has none of that name."""
+        """Return the id of a control symbol; raises UsageError if the tokenizer has none of that name."""
         if piece not in self.specials:
-            raise UsageError(f"the tokenizer has no control symbol {piece}; train one with scripts/train_tokenizer.py")
+            raise UsageError(f"the tokenizer has no control symbol {piece}; {LEARN}")
         return self.specials[piece]
 
 
@@ -106,7 +98,7 @@ class SentencePiece(Tokenizer):
 
     def _encode_lines(self, text: str) -> list[int]:
         ids = []
-        # One thread: starting more takes 0.1 ms, as long as a page of text does, and readers have threads of their own.
+        # One thread: starting more takes 0.1 ms, as long as encoding a page, and readers have threads of their own.
         for line in self._sp.encode(text.split("\n"), num_threads=1):
             ids += line
             ids.append(self._line_feed)
@@ -121,6 +113,12 @@ class SentencePiece(Tokenizer):
     def save(self, folder: str) -> None:
         _write(folder, {MODEL_FILE: self.model, TEMPLATE_FILE: self.chat_template.encode()})
 
+    def proto(self):
+        """Return the model as a message `ModelProto` of sentencepiece_model.proto: pieces and settings."""
+        from sentencepiece import sentencepiece_model_pb2  # for exports alone
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self.model)
+
     def _byte_length(self, i: int) -> int:
         if self._sp.is_control(i) or self._sp.is_unknown(i):
             return 0
@@ -128,9 +126,9 @@ class SentencePiece(Tokenizer):
 
 
 class HuggingFace(Tokenizer):
-    """The contents of a tokenizer.json, and of the tokenizer_config.json beside it.
+    """The contents of a tokenizer.json and its tokenizer_config.json.
 
-    Without a chat template it gets ChatML, and the tags of that as new control symbols.
+    Without a chat template it gets ChatML, and ChatML's tags as new control symbols.
     """
 
     def __init__(self, text: str, config: dict, chat_template: str | None):
@@ -153,7 +151,7 @@ class HuggingFace(Tokenizer):
         self.names = {key: value for key, value in named.items() if value in self.specials}
         if "eos_token" not in self.names:
             raise UsageError(f"{CONFIG_FILE} must name an eos_token that tokenizer.json has as a special token")
-        self.names.setdefault("bos_token", self.names["eos_token"])  # what GPT-2 and Qwen put between documents
+        self.names.setdefault("bos_token", self.names["eos_token"])  # GPT-2 and Qwen put it between documents
         self.bos, self.eos = self.special(self.names["bos_token"]), self.special(self.names["eos_token"])
         self._json = self._tok.to_str()
         self._tok.encode_special_tokens = True  # text that looks like a special token is text
@@ -166,7 +164,7 @@ class HuggingFace(Tokenizer):
         ids = self._tok.encode(text, add_special_tokens=False).ids
         if self._special_ids.isdisjoint(ids):
             return ids
-        # The model itself has the symbols' names among its pieces, as Unigram may: no part shall have a whole one.
+        # The symbols' names are pieces of the model, as Unigram allows: cut the text so that no part has a whole name.
         cuts = [m.start() + 1 for m in self._names.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)])]
         return [i for part in parts for i in self._tok.encode(part, add_special_tokens=False).ids]
@@ -193,8 +191,9 @@ class HuggingFace(Tokenizer):
 
 
 def load(path: str) -> Tokenizer:
-    """The tokenizer in a folder that `save` wrote, a SentencePiece model, a tokenizer.json, a folder with one, or of
-    that name on the Hugging Face hub. Raises UsageError where there is none, or text does not survive it.
+    """Load a folder that `save` wrote, a SentencePiece model, a tokenizer.json or its folder, or a name on the hub.
+
+    Raises UsageError if none exists, or if its ids do not decode to the same text.
     """
     try:
         tokenizer = _load(path)
@@ -202,11 +201,10 @@ def load(path: str) -> Tokenizer:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except UsageError as e:
         raise UsageError(f"tokenizer {path}: {e}") from None
-    except Exception:  # `tokenizers` raises nothing more precise
-        what = JSON_FILE if _is_json(path) else "SentencePiece model"
-        raise UsageError(f"tokenizer {path}: not a {what}") from None
+    except Exception:  # `tokenizers` raises no type of its own
+        raise UsageError(f"tokenizer {path}: not a {JSON_FILE if _is_json(path) else 'SentencePiece model'}") from None
     if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, PROBE.lstrip())):
-        raise UsageError(f"tokenizer {path}: text does not survive it; train one with scripts/train_tokenizer.py")
+        raise UsageError(f"tokenizer {path}: its ids do not decode to the same text; {LEARN}")
     return tokenizer
 
 
@@ -228,9 +226,8 @@ def _load(path: str) -> Tokenizer:
         config |= json.loads(_read(os.path.join(folder, name)) or "{}")
     inside = config.get("chat_template")
     if isinstance(inside, list):  # several, by name
-        inside = next(
-            (t["template"] for t in inside if t.get("name") == "default"), inside[0]["template"] if inside else None
-        )
+        first = inside[0] if inside else {"template": None}
+        inside = next((t for t in inside if t.get("name") == "default"), first)["template"]
     text = _read(os.path.join(path, JSON_FILE) if os.path.isdir(path) else path)
     if text is None:
         raise FileNotFoundError(path)
@@ -242,13 +239,13 @@ def _is_json(path: str) -> bool:
 
 
 def _download(name: str) -> str:
-    """The folder where the hub's files of a tokenizer are kept."""
+    """Return the local folder of a tokenizer's files from the hub."""
     try:
         import huggingface_hub
 
         wanted = [JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE]
         folder = huggingface_hub.snapshot_download(name, allow_patterns=wanted)
-    except Exception as e:  # of the network, of the hub, or no such package
+    except Exception as e:  # from the network, the hub, or a missing package
         reason = " ".join(str(e).split())[:200]
         raise UsageError(f"no such file, and the Hugging Face hub did not give one of that name: {reason}") from None
     if not os.path.isfile(os.path.join(folder, JSON_FILE)):
@@ -284,11 +281,11 @@ def _lines(texts: Iterable[str], mistakes: list[Exception]):
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learns `vocab_size` BPE pieces from the lines of `texts`; raises UsageError where the size cannot be met."""
+    """Learn `vocab_size` BPE pieces from the lines of `texts`; raises UsageError if the texts do not give as many."""
     if vocab_size <= FIXED_PIECES:
         raise UsageError(f"tokenizer.vocab_size={vocab_size} must exceed {FIXED_PIECES} (bytes, ASCII and specials)")
     model = io.BytesIO()
-    mistakes = []  # SentencePiece would bury the message of an error in the texts in one of its own
+    mistakes = []  # SentencePiece would hide an error in the texts behind one of its own
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts, mistakes),
@@ -303,7 +300,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=4 * LONGEST_LINE,  # bytes; longer ones would be dropped in silence
+            max_sentence_length=4 * LONGEST_LINE,  # bytes; longer lines would be dropped silently
             user_defined_symbols=["\n"],
             control_symbols=[TURN_START, TURN_END],
             pad_id=0,

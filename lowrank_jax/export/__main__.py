@@ -1,4 +1,4 @@
-"""A trained model for other programs, verified: what they compute from the export is what the model computes.
+"""Export of a trained model for other programs. Each export is verified: its logits are compared with the model's.
 
     python -m lowrank_jax.export --workdir=runs/quickstart --format=hf --out=exports/hf
     python -m lowrank_jax.export --workdir=runs/quickstart --format=torch --out=exports/torch
@@ -7,81 +7,71 @@
 
 hf     a folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer and chat template
 torch  a folder for plain PyTorch: low-rank weights, one module, tokenizer and an example
-onnx   a folder for ONNX Runtime: a graph with the latents going in and out, tokenizer and a card
-gguf   model.gguf for llama.cpp, with the projections of attention merged (--attn=dense, the default) or with a cache
-       of latents (--attn=latent); a model with latent_norm cannot be written as one
+onnx   a folder for ONNX Runtime: a graph with latents as inputs and outputs, tokenizer and a card
+gguf   model.gguf for llama.cpp. --attn=dense, the default, merges the factors of attention; --attn=latent keeps a
+       cache of latents. A model with latent_norm cannot be exported as GGUF
 
-Training can go on from hf and torch: python -m lowrank_jax.importer.
+To continue training from hf or torch, import it: python -m lowrank_jax.importer.
 """
-
-import os
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
 from lowrank_jax.export import fidelity, gguf, hf, onnx, torch, verify
-from lowrank_jax.export.folder import whole_folder
+from lowrank_jax.export.folder import unused, whole_folder
 from lowrank_jax.machine import console
 from lowrank_jax.training import run_folder
 from lowrank_jax.training.trained import open_run
 
-# A format is a module with `write(trained, folder, ...) -> path` and `check(trained, path, ...) -> largest difference`,
-# which both take its options; with a choice of `TYPES`, also `quality(trained, path, ...) -> facts`.
+# A format is a module with these functions, which take its options as keywords. `write(trained, folder) -> path` raises
+# UsageError, before it writes, for a model or tokenizer that the format cannot hold. `check(trained, path)` reads
+# prompts as a whole and token by token, and raises RunFailure where logits or ids differ. `quality(trained, path)`
+# belongs to formats with `TYPES` for --quant. All raise NotInstalled where a package is missing.
 FORMATS = {"hf": hf, "torch": torch, "onnx": onnx, "gguf": gguf}
-OPTIONS = {"hf": ("merge",), "torch": (), "onnx": ("quant",), "gguf": ("attn", "quant")}
+OPTIONS = {"hf": (), "torch": (), "onnx": ("quant",), "gguf": ("attn", "quant")}
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_argument("--workdir", required=True, help="the run")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--attn", choices=gguf.FORMS, help="gguf: projections merged, or latents kept (default dense)")
-    kinds = f"gguf: {', '.join(gguf.TYPES)}; onnx: {', '.join(onnx.TYPES)}"
-    parser.add_argument("--quant", metavar="KIND", help=f"how matrices are kept (default f32); {kinds}")
-    parser.add_argument("--merge", action="store_true", help="hf: dense weights for a class of transformers' own")
-    parser.add_argument("--unfinished", action="store_true", help="also a run whose training has not ended")
+    parser.add_argument("--out", required=True, help="the new folder")
+    parser.add_argument("--attn", choices=gguf.FORMS, help="gguf: merged projections or latents (default dense)")
+    types = f"gguf: {', '.join(gguf.TYPES)}; onnx: {', '.join(onnx.TYPES)}"
+    parser.add_argument("--quant", metavar="KIND", help=f"type of the matrices (default f32); {types}")
+    parser.add_argument("--unfinished", action="store_true", help="export a run whose training has not ended")
     args = parser.parse_args(argv)
-    format, options = FORMATS[args.format], _options(args)
-    out = os.path.realpath(args.out)
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UsageError(f"--out={args.out} is there already; name a folder that is new or empty")
-    trained, difference, changed = open_run(args.workdir), None, {}
+    format, options, out = FORMATS[args.format], _options(args), unused(args.out, "--out")
+    trained, difference, change = open_run(args.workdir), None, {}
     step = trained.progress.step
     if not args.unfinished and run_folder.finished_step(args.workdir) != step:
         raise UsageError(
             f"--workdir={args.workdir} is not finished (its newest checkpoint is of step {step}); "
-            "let lowrank_jax.main end it, or export it as it is with --unfinished"
+            "finish it with lowrank_jax.main, or export it as it is with --unfinished"
         )
     with whole_folder(out) as folder:
         path = format.write(trained, folder, **options)
         try:
             difference = format.check(trained, path, **options)
-            told = f"verified: logits differ by at most {difference:.1e}"
+            outcome = f"verified: logits differ by at most {difference:.1e}"
             if options.get("quant", "f32") != "f32":
-                changed = format.quality(trained, path, **options)
-                told = f"{options['quant']}, {fidelity.describe(changed)}"
+                change = format.quality(trained, path, **options)
+                outcome = f"{options['quant']}, {fidelity.describe(change)}"
         except verify.NotInstalled as e:
-            told = f"not verified: nothing here runs it ({e})"
-    console.say(f"{args.out}: {args.format}, {told}")
-    return {
-        "format": args.format,
-        "out": args.out,
-        "verified": difference is not None,
-        "max_abs_err": difference,
-        "step": step,
-        **changed,
-    }
+            outcome = f"not verified: {e}"
+    console.say(f"{args.out}: {args.format}, {outcome}")
+    facts = {"format": args.format, "out": args.out, "verified": difference is not None, "max_abs_err": difference}
+    return facts | {"step": step} | change
 
 
 def _options(args) -> dict:
-    """What was asked for; raises UsageError for what the format does not know."""
-    asked = {name: getattr(args, name) for name in ("attn", "quant", "merge") if getattr(args, name)}
-    for name in asked:
+    """Return the options to pass to the format; raises UsageError for options that it does not have."""
+    options = {name: getattr(args, name) for name in ("attn", "quant") if getattr(args, name)}
+    for name in options:
         if name not in OPTIONS[args.format]:
             raise UsageError(f"--{name} is not for --format={args.format}")
-    if "quant" in asked and asked["quant"] not in (known := FORMATS[args.format].TYPES):
-        raise UsageError(f"--quant={args.quant} must be one of {', '.join(known)} for --format={args.format}")
-    return asked
+    if "quant" in options and args.quant not in (types := FORMATS[args.format].TYPES):
+        raise UsageError(f"--quant={args.quant} must be one of {', '.join(types)} for --format={args.format}")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""A matrix as the product of two thin ones, chosen by what it does to real inputs: activation-aware SVD.
+"""Activation-aware SVD: a matrix as the product of two thin ones that is best for real inputs.
 
-The least error of x @ W over inputs x with covariance C = L L^T is that of the SVD of L^T W (SVD-LLM, arXiv
-2403.07378). Where errors of the output y count by a metric G = B B^T, as those of a query do through the keys that it
-meets, it is that of L^T W B.
+For inputs x with second moments L L^T, the best product for x @ W follows from the SVD of L^T W (SVD-LLM, arXiv
+2403.07378). Where a metric B B^T weighs errors of the output, as the keys weigh those of a query, it is L^T W B.
 """
 
 import numpy as np
 
-DAMPING = 1e-6  # of the mean variance: what no input does must not be divided by
+DAMPING = 1e-6  # of the mean variance: directions without input must not be divided by 0
 
 
 def factors(w_IO: np.ndarray, inputs_II: np.ndarray, rank: int, metric_OO: np.ndarray | None = None):
-    """(down [I, R], up [R, O]) in fp32, with the least error of a rank for inputs with second moments `inputs_II`.
+    """Return (down [I, R], up [R, O]) in fp32 with the least error for inputs with second moments `inputs_II`.
 
-    At full rank the product is `w_IO`. Both are scaled alike, as training wants them.
+    At full rank the product is `w_IO`. Both factors have the same scale, as training wants them.
     """
     w_IO = np.asarray(w_IO, np.float64)
     left_II = _root(inputs_II)
@@ -25,20 +24,20 @@ def factors(w_IO: np.ndarray, inputs_II: np.ndarray, rank: int, metric_OO: np.nd
 
 
 def error(w_IO: np.ndarray, product_IO: np.ndarray, inputs_II: np.ndarray) -> float:
-    """Root mean square of x @ (W - product) beside that of x @ W, over inputs with second moments `inputs_II`."""
+    """Return the RMS of x @ (W - product) relative to that of x @ W, for second moments `inputs_II` of x."""
     size = lambda m_IO: np.einsum("IO,IJ,JO->", m_IO, inputs_II, m_IO, optimize=True)
     w_IO = np.asarray(w_IO, np.float64)
     return float((max(size(w_IO - product_IO), 0) / max(size(w_IO), 1e-300)) ** 0.5)
 
 
 def _root(c: np.ndarray) -> np.ndarray:
-    """Lower triangular L with L L^T = C and a little more on the diagonal."""
+    """Return a lower triangular L with L L^T = C, up to a little more on the diagonal."""
     c = np.asarray(c, np.float64)
     return np.linalg.cholesky(c + max(DAMPING * np.trace(c) / len(c), 1e-30) * np.eye(len(c)))
 
 
 def _balanced(down_IR: np.ndarray, up_RO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same product, its singular values shared out evenly: fp32 loses nothing, and no factor learns slower."""
+    """Return factors of the same product with equal singular values: fp32 loses nothing, no factor learns slower."""
     q_IR, r_RR = np.linalg.qr(down_IR)
     t_OR, u_RR = np.linalg.qr(up_RO.T)
     p_RR, s_R, v_RR = np.linalg.svd(r_RR @ u_RR.T)

@@ -1,10 +1,11 @@
-"""What an export of lower precision changes: errors of logits, KL divergence and bits per byte on held-out text."""
+"""Loss of an export in lower precision: errors of logits, KL divergence and bits per byte on held-out text."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.special import log_softmax
 
 from lowrank_jax.config import RunFailure, UsageError, read_sources
 from lowrank_jax.data import stream
@@ -13,39 +14,36 @@ from lowrank_jax.training import evaluation
 from lowrank_jax.training.trained import Trained
 
 TOKENS = 1024  # to measure on
-LIMIT = 0.5  # nats of KL divergence a token, beyond which it is another model: q4_k_m of small ones had 0.003 to 0.02
-SMALLEST = -80.0  # log-probabilities of fp32 end here
-OTHER = "builtin:quickstart"  # where the run's own data are out of reach
+LIMIT = 0.5  # nats of KL divergence per token; beyond it something is wrong: q4_k_m of small models had 0.003 to 0.02
+FALLBACK = "builtin:quickstart"  # read where the run's own data are out of reach
 
 
-def measure(trained: Trained, theirs: Callable[[np.ndarray], np.ndarray], tokens: int = TOKENS) -> dict:
-    """{max_abs_err, kl, bits_per_byte, bits_per_byte_change, measured_tokens, measured_on}, as plain values.
+def measure(trained: Trained, output: Callable[[np.ndarray], np.ndarray], tokens: int = TOKENS) -> dict:
+    """Return {max_abs_err, kl, bits_per_byte, bits_per_byte_change, measured_tokens, measured_on} as plain values.
 
-    `theirs` gives logits [T, V] for token ids [T], each row shifted as it likes: errors are of log-probabilities. `kl`
-    is of ours to theirs, in nats a token; `bits_per_byte` is theirs. It is measured as the run is evaluated, but for
-    documents packed in one row, which see each other in both. Raises RunFailure where theirs are no numbers or
-    of another model.
+    `output` gives the export's logits [T, V] for token ids [T]; each row may be shifted, as errors are those of
+    log-probabilities. `kl` goes from the model to the export, in nats per token. Unlike in `evaluate`, documents that
+    are packed into one row see each other. Raises RunFailure where logits are not finite or belong to another model.
     """
     rows, name = _rows(trained, tokens)
     worst = divergence = bits = bits_before = size = count = 0.0
     byte_lengths = trained.tokenizer.byte_lengths()
+    log_probs = lambda logits_TV: log_softmax(np.asarray(logits_TV, np.float64), axis=-1)
     for row in rows:
         tokens_T, targets_T, weights_T = row["tokens"], row["targets"], row["weights"]
-        ours_TV = _log_probs(verify.logits(trained, tokens_T, np.arange(len(tokens_T))))
-        theirs_TV = _log_probs(theirs(tokens_T))
-        seen_TV = ours_TV > SMALLEST
-        if not np.isfinite(theirs_TV[seen_TV]).all():
+        model_TV = log_probs(verify.logits(trained, tokens_T, np.arange(len(tokens_T))))
+        export_TV = log_probs(output(tokens_T))
+        counts_TV = model_TV > verify.SMALLEST
+        if not np.isfinite(export_TV[counts_TV]).all():
             raise RunFailure("the export's logits are not finite")
-        gap_TV = np.where(seen_TV, ours_TV - np.where(seen_TV, theirs_TV, 0), 0)
+        gap_TV = np.where(counts_TV, model_TV - np.where(counts_TV, export_TV, 0), 0)
         worst = max(worst, np.abs(gap_TV).max())
-        divergence, count = divergence + (np.exp(ours_TV) * gap_TV).sum(), count + len(tokens_T)
-        bits += _bits(theirs_TV, targets_T, weights_T)
-        bits_before += _bits(ours_TV, targets_T, weights_T)
+        divergence, count = divergence + (np.exp(model_TV) * gap_TV).sum(), count + len(tokens_T)
+        bits += _bits(export_TV, targets_T, weights_T)
+        bits_before += _bits(model_TV, targets_T, weights_T)
         size += (byte_lengths[targets_T] * weights_T).sum()
     if divergence / count > LIMIT:
-        raise RunFailure(
-            f"the export is not the model any more: KL divergence of {divergence / count:.2g} nats a token"
-        )
+        raise RunFailure(f"the export is another model: KL divergence of {divergence / count:.2g} nats per token")
     size = max(size, 1)
     return {
         "max_abs_err": float(worst),
@@ -57,29 +55,28 @@ def measure(trained: Trained, theirs: Callable[[np.ndarray], np.ndarray], tokens
     }
 
 
-def describe(found: dict) -> str:
-    """One line for the person who watches."""
-    errors = f"logits differ by at most {found['max_abs_err']:.2g}, KL {found['kl']:.2g} nats a token"
-    bits = f"bits per byte {found['bits_per_byte']:.4f} ({found['bits_per_byte_change']:+.4f})"
-    return f"{errors}, {bits} on {found['measured_tokens']:,} tokens of {found['measured_on']}"
+def describe(measured: dict) -> str:
+    """Return what `measure` found as text for the command's last line."""
+    errors = f"logits differ by at most {measured['max_abs_err']:.2g}, KL {measured['kl']:.2g} nats per token"
+    bits = f"bits per byte {measured['bits_per_byte']:.4f} ({measured['bits_per_byte_change']:+.4f})"
+    return f"{errors}, {bits} on {measured['measured_tokens']:,} tokens of {measured['measured_on']}"
 
 
 def _rows(trained: Trained, tokens: int) -> tuple[list[dict], str]:
-    """Rows {tokens, targets, weights} of at most so many tokens together, and the name of their text."""
-    p, tokenizer = trained.config.pretrain, trained.tokenizer
-    p = dataclasses.replace(p, eval_tokens=tokens)
-    length = min(p.lengths[-1], tokens)
+    """Return rows {tokens, targets, weights} of at most `tokens` tokens in total, and the name of their text."""
+    tokenizer = trained.tokenizer
+    p = dataclasses.replace(trained.config.pretrain, eval_tokens=tokens)
+    longest = length = min(p.lengths[-1], tokens)
     while length > 1:
         try:
             batches = evaluation.held_out(p, tokenizer, trained.config.seed, False, length, lambda *_, **__: None)
-        except (UsageError, OSError):  # files that were moved, a hub that is out of reach
+        except (UsageError, OSError):  # moved files, or a hub out of reach
             break
         if batches:
             return _cut(batches, tokens), "held-out text"
         length //= 2
-    length = min(p.lengths[-1], tokens)
-    batch = stream.read_once(read_sources(OTHER, "source"), tokenizer).next(tokens // length, length)
-    return _cut([batch], tokens), OTHER
+    batch = stream.read_once(read_sources(FALLBACK, "source"), tokenizer).next(tokens // longest, longest)
+    return _cut([batch], tokens), FALLBACK
 
 
 def _cut(batches: list[stream.Batch], tokens: int) -> list[dict]:
@@ -89,9 +86,3 @@ def _cut(batches: list[stream.Batch], tokens: int) -> list[dict]:
 
 def _bits(log_probs_TV: np.ndarray, targets_T: np.ndarray, weights_T: np.ndarray) -> float:
     return -(log_probs_TV[np.arange(len(targets_T)), targets_T] * weights_T).sum() / math.log(2)
-
-
-def _log_probs(logits_TV: np.ndarray) -> np.ndarray:
-    x_TV = np.asarray(logits_TV, np.float64)
-    x_TV = x_TV - x_TV.max(-1, keepdims=True)
-    return x_TV - np.log(np.exp(x_TV).sum(-1, keepdims=True))

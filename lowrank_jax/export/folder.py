@@ -1,4 +1,4 @@
-"""The folder of an export for PyTorch or ONNX: what is in each of them, and how it comes to be whole or not at all."""
+"""Folders of exports: created whole or not at all, and the files that all of them share."""
 
 import contextlib
 import dataclasses
@@ -10,39 +10,48 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lowrank_jax.config import PhaseConfig, RunConfig
+from lowrank_jax.config import PhaseConfig, RunConfig, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
 from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
 
-ORIGIN, TOKENIZER = "lowrank_jax.json", "tokenizer"  # what an import needs beside the weights, see importer.py
-PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose places are names, not paths
+ORIGIN, TOKENIZER = "lowrank_jax.json", "tokenizer"  # what an import needs beside weights and config.json
+PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose locations are names, not paths
+
+
+def unused(path: str, flag: str) -> str:
+    """Return the absolute path of a new or empty folder; raises UsageError for any other."""
+    out = os.path.realpath(path)
+    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UsageError(f"{flag}={path} exists already; name a folder that is new or empty")
+    return out
 
 
 @contextlib.contextmanager
 def whole_folder(out: str) -> Iterator[str]:
-    """A path beside `out` that becomes `out` if nothing is raised, and otherwise leaves nothing behind."""
+    """Yield a path beside `out` that is renamed to `out` at the end; an exception leaves nothing behind."""
     parent = os.path.dirname(out)
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as hidden:
-        yield (made := os.path.join(hidden, "export"))
+        yield (folder := os.path.join(hidden, "export"))
         os.makedirs(os.path.dirname(out), exist_ok=True)
-        if os.path.isdir(out):  # an empty one: rename replaces it on POSIX alone
+        if os.path.isdir(out):  # it is empty: os.rename replaces an empty folder on POSIX alone
             os.rmdir(out)
-        os.rename(made, out)
+        os.rename(folder, out)
 
 
-def write(trained: Trained, folder: str, settings: dict, texts: dict[str, str], code: Sequence[str] = ()) -> None:
-    """Makes the folder of config.json with the model's sizes and `settings`, the tokenizer, and `texts` by name.
+def write(
+    trained: Trained, folder: str, texts: dict[str, str], code: Sequence[str] = (), settings: dict | None = None
+) -> None:
+    """Write config.json with `settings` besides the model's sizes, the tokenizer, and `texts` by file name.
 
-    `code` are files of this package. Raises UsageError for a tokenizer that cannot be described.
+    `code` names files of this package to copy. Raises UsageError for a tokenizer that cannot be described.
     """
-    config, tokenizer, _, _ = trained
-    length = verify.longest(config)
-    texts = texts | hf_tokenizer.files(tokenizer, length)
-    texts["config.json"] = as_json(weights.settings(config.model, tokenizer, length) | settings)
     os.makedirs(folder, exist_ok=True)
+    length = verify.longest(trained.config)
+    config = weights.settings(trained.config.model, trained.tokenizer, length) | (settings or {})
+    texts = texts | hf_tokenizer.files(trained.tokenizer, length) | {"config.json": as_json(config)}
     for name, text in texts.items():
         with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as f:
             f.write(text)
@@ -50,14 +59,17 @@ def write(trained: Trained, folder: str, settings: dict, texts: dict[str, str], 
         shutil.copyfile(os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name))
 
 
-def write_weights(trained: Trained, folder: str, found: dict[str, np.ndarray], format: str) -> None:
-    """Adds weights.FILE, as readable as the config.json that `write` made, and what an import needs beside it."""
-    weights.save(found, os.path.join(folder, weights.FILE), format)
-    shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, weights.FILE))
-    config, tokenizer, _, progress = trained
+def write_weights(trained: Trained, folder: str, tensors: dict[str, np.ndarray]) -> None:
+    """Add the weights, and what an import needs besides, to a folder that `write` has filled."""
+    verify.need("safetensors")
+    from safetensors.numpy import save_file
+
+    path = os.path.join(folder, weights.FILE)
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(os.path.join(folder, "config.json"), path)  # save_file lets only the owner read it
     with open(os.path.join(folder, ORIGIN), "w", encoding="utf-8") as f:
-        f.write(as_json({"config": without_places(config).to_dict(), "progress": plain(progress)}))
-    tokenizer.save(os.path.join(folder, TOKENIZER))
+        f.write(as_json({"config": without_paths(trained.config).to_dict(), "progress": plain(trained.progress)}))
+    trained.tokenizer.save(os.path.join(folder, TOKENIZER))
 
 
 def as_json(value: dict) -> str:
@@ -65,14 +77,12 @@ def as_json(value: dict) -> str:
 
 
 def plain(progress: Progress) -> dict:
-    """What a run's progress says in numbers and words."""
-    return {
-        key: value for key, value in progress.to_dict().items() if isinstance(value, (int, float, str)) and value != ""
-    }
+    """Return the numbers and words of a run's progress."""
+    return {key: x for key, x in progress.to_dict().items() if isinstance(x, (int, float, str)) and x != ""}
 
 
-def without_places(config: RunConfig) -> RunConfig:
-    """The config without paths, but for the last part of each source's: where files lay is nobody's business."""
+def without_paths(config: RunConfig) -> RunConfig:
+    """Return the config with no path but the last part of each source: an export tells nothing of the machine."""
 
     def name(spec: str) -> str:
         kind, _, place = spec.partition(":")
@@ -86,20 +96,20 @@ def without_places(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, init_from="", tokenizer=tokenizer, **phases)
 
 
-def facts(config: RunConfig, progress: Progress) -> str:
-    """A table for a card: what the model is and, as far as the progress tells it, what it has been trained on."""
-    c, sources = config.model, lambda p: ", ".join(f"`{source.spec}`" for source in p.sources)
-    known = without_places(config)
-    found = {
+def facts(trained: Trained) -> str:
+    """Return a Markdown table for a card: the model's sizes and what it was trained on."""
+    config, c = without_paths(trained.config), trained.config.model
+    sources = lambda p: ", ".join(f"`{source.spec}`" for source in p.sources)
+    rows = {
         "width, layers, heads": f"{c.d}, {c.layers}, {c.heads}",
         "ranks of Q, K, V, O": ", ".join(map(str, c.ranks)) if c.rank else "dense",
         "vocabulary": f"{c.vocab:,}",
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,
-        "pretraining data": sources(known.pretrain),
+        "pretraining data": sources(config.pretrain),
     }
     if config.sft.steps:
-        found["chat data"] = sources(known.sft)
-    shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(progress).items()}
-    found |= {f"`{key}` in training": value for key, value in shown.items()}
-    return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in found.items())
+        rows["chat data"] = sources(config.sft)
+    shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
+    rows |= {f"`{key}` in training": value for key, value in shown.items()}
+    return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())

@@ -1,8 +1,8 @@
-"""BLOOM and MPT in Hugging Face form, the projections of their attention replaced by products of a rank.
+"""Compression of BLOOM and MPT in Hugging Face form: projections of attention become products of a rank.
 
-Their LayerNorm, GELU and biases are not ours, so they cannot become one of our runs: what is written is a folder of
-their own class, which every program that runs the dense one runs too, and the factors beside it. The file is not
-smaller; whoever wants that takes the factors. `rank` numbers instead of the width are what a cache has to keep.
+LayerNorm, GELU and biases keep them from becoming runs. The result is a folder of the same class, for every program
+that runs the dense model, and a file of factors. The folder is not smaller; the factors are, and a cache of latents
+would keep `rank` numbers instead of the width.
 """
 
 import json
@@ -13,21 +13,21 @@ import numpy as np
 
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import sources
-from lowrank_jax.export import factorize
+from lowrank_jax.export import compression, factorize, verify
 from lowrank_jax.machine import console
 
-# Per family: the fused Q, K and V, whether their rows take turns head by head, and O.
+# Per family: the fused Q, K and V; whether its rows alternate between the three, head by head; O.
 FAMILIES = {
     "bloom": ("self_attention.query_key_value", True, "self_attention.dense"),
     "mpt": ("attn.Wqkv", False, "attn.out_proj"),
 }
 FACTORS = "factors.safetensors"
-LENGTH, BATCH = 256, 8  # tokens of a row, rows at a time
-PARTS = 10  # of which one is held out
+LENGTH, BATCH = 256, 8  # tokens per row, rows per batch
+PARTS = 10  # of the text, with one held out
 
 
 def family(folder: str) -> str:
-    """The family of a Hugging Face folder, or nothing where it is none of these."""
+    """Return the family of a Hugging Face folder, or an empty text for any other folder."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             name = json.load(f)["model_type"]
@@ -36,14 +36,13 @@ def family(folder: str) -> str:
     return name if name in FAMILIES else ""
 
 
-def compress(source: str, made: str, rank: int, split: tuple[float, ...], data: str, tokens: int) -> dict:
-    """Writes the compressed model into the folder `made`; prints and returns errors per layer and bits per byte."""
-    try:
-        import torch
-        import transformers
-        from safetensors.numpy import save_file
-    except ImportError as e:
-        raise UsageError(f"--from={source} needs the package {e.name}: pip install torch transformers") from None
+def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data: str, tokens: int) -> dict:
+    """Write the compressed model into `folder`; print and return errors per layer and bits per byte."""
+    verify.need("torch", "transformers", "safetensors")
+    import torch
+    import transformers
+    from safetensors.numpy import save_file
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     net = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
@@ -51,62 +50,53 @@ def compress(source: str, made: str, rank: int, split: tuple[float, ...], data: 
     ranks = _ranks(rank, split, net.config.hidden_size)
     text, held_out = _rows(tok, data, tokens)
     with torch.no_grad():
-        seen, new = _moments(net, text), _moments(net, held_out)
+        moments, new_moments = _moments(net, text), _moments(net, held_out)
         before = _bits_per_byte(net, tok, held_out)
         factors, errors = {}, {}
         for name, linear in _matrices(net):
-            parts = _split(net, name, linear.weight.double().numpy())
             products = []
-            for part, w_IO in parts.items():
-                down, up = factorize.factors(w_IO, seen[name], ranks[part])
+            for part, w_IO in _split(net, name, linear.weight.double().numpy()).items():
+                down, up = factorize.factors(w_IO, moments[name], ranks[part])
                 factors |= {f"{name}.{part}.down": down, f"{name}.{part}.up": up}
                 products.append(down.astype(np.float64) @ up)
                 layer = next(word for word in name.split(".") if word.isdigit())
-                errors.setdefault(layer, {})[part] = factorize.error(w_IO, products[-1], new[name])
-            linear.weight.copy_(torch.tensor(_joined(net, name, products)))
+                errors.setdefault(layer, {})[part] = factorize.error(w_IO, products[-1], new_moments[name])
+            linear.weight.copy_(torch.tensor(_joined(net, products)))
         after = _bits_per_byte(net, tok, held_out)
-    net.save_pretrained(made)
-    tok.save_pretrained(made)
-    save_file(factors, os.path.join(made, FACTORS))
-    print("layer " + "".join(f"{part:>8}" for part in ranks))
-    for layer, row in errors.items():
-        print(f"{layer:>5} " + "".join(f"{row[part]:8.3f}" for part in ranks))
+    net.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    save_file(factors, os.path.join(folder, FACTORS))
+    rows = list(errors.values())
+    compression.print_errors(list(ranks), rows)
     print(f"bits per byte {before:.4f} -> {after:.4f}", flush=True)
-    console.say(
-        f"of the class {type(net).__name__}, with products of rank {rank} on average; {FACTORS} has the factors"
-    )
-    return {
-        "ranks": list(ranks.values()),
-        "calibration_tokens": text.size,
-        "errors": list(errors.values()),
-        "bits_per_byte_before": before,
-        "bits_per_byte_after": after,
-    }
+    console.say(f"saved as {type(net).__name__}, with products of rank {rank} on average; {FACTORS} has the factors")
+    facts = {"ranks": list(ranks.values()), "calibration_tokens": text.size, "errors": rows}
+    return facts | {"bits_per_byte_before": before, "bits_per_byte_after": after}
 
 
 def _ranks(rank: int, split: tuple[float, ...], width: int) -> dict[str, int]:
     ranks = {part: max(1, round(4 * rank * share / sum(split))) for part, share in zip("qkvo", split)}
     if max(ranks.values()) > width:
-        raise UsageError(f"--rank={rank} makes the largest rank {max(ranks.values())}, more than the width of {width}")
+        raise UsageError(f"--rank={rank} gives a largest rank of {max(ranks.values())}, more than the width of {width}")
     return ranks
 
 
 def _rows(tok, data: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N, LENGTH] of the text to calibrate with, and of one part in PARTS that is held out."""
-    ids, opened = [], [sources.open_source(config) for config in read_sources(data, "--data")]
-    documents = (s.document(row) for s in opened for block in range(s.blocks) for row in s.rows(block))
+    """Return token ids [N, LENGTH] of the text to calibrate with, and of the part that is held out."""
+    ids, readers = [], [sources.open_source(config) for config in read_sources(data, "--data")]
+    documents = (s.document(row) for s in readers for block in range(s.blocks) for row in s.rows(block))
     wanted = tokens * PARTS // (PARTS - 1) + LENGTH * PARTS
     for document in documents:
         if "text" not in document:
-            raise UsageError(f"--data={data} must hold texts")
+            raise UsageError(f"--data={data} must hold texts, not chats")
         ids += tok(document["text"])["input_ids"]
         if len(ids) >= wanted:
             break
     rows = np.array(ids[: min(len(ids), wanted) // LENGTH * LENGTH]).reshape(-1, LENGTH)
     if len(rows) < PARTS:
         raise UsageError(f"--data={data} has {len(ids)} tokens; at least {PARTS * LENGTH} are needed")
-    is_held = np.arange(len(rows)) % PARTS == PARTS - 1
-    return rows[~is_held], rows[is_held]
+    is_held_out = np.arange(len(rows)) % PARTS == PARTS - 1
+    return rows[~is_held_out], rows[is_held_out]
 
 
 def _matrices(net) -> list:
@@ -115,7 +105,7 @@ def _matrices(net) -> list:
 
 
 def _split(net, name: str, w_OI: np.ndarray) -> dict[str, np.ndarray]:
-    """The projections [in, out] that are in a matrix."""
+    """Return the projections [in, out] in a matrix by their letters."""
     fused, in_turns, _ = FAMILIES[net.config.model_type]
     if not name.endswith(fused):
         return {"o": w_OI.T}
@@ -124,31 +114,30 @@ def _split(net, name: str, w_OI: np.ndarray) -> dict[str, np.ndarray]:
     return {part: w.T for part, w in zip("qkv", parts.reshape(3, -1, D))}
 
 
-def _joined(net, name: str, parts: list[np.ndarray]) -> np.ndarray:
-    """The matrix that `_split` took apart."""
-    _, in_turns, _ = FAMILIES[net.config.model_type]
+def _joined(net, parts: list[np.ndarray]) -> np.ndarray:
+    """Return the matrix that `_split` divided into these parts."""
     w = np.stack([part.T for part in parts])
-    if in_turns and len(parts) == 3:
+    if len(parts) == 3 and FAMILIES[net.config.model_type][1]:
         w = w.reshape(3, net.config.num_attention_heads, -1, w.shape[-1]).swapaxes(0, 1)
     return w.reshape(-1, w.shape[-1])
 
 
 def _moments(net, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Second moments [I, I] of the inputs to each matrix."""
+    """Return second moments [I, I] of the inputs to each matrix, by its name."""
     import torch
 
     sums = {}
 
-    def note(name: str):
+    def record(name: str):
         def hook(module, args):
             x = args[0].reshape(-1, args[0].shape[-1]).double()
             sums[name] = sums[name] + x.T @ x if name in sums else x.T @ x
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(note(name)) for name, linear in _matrices(net)]
-    for at in range(0, len(rows), BATCH):
-        net(torch.tensor(rows[at : at + BATCH]), use_cache=False)
+    hooks = [linear.register_forward_pre_hook(record(name)) for name, linear in _matrices(net)]
+    for start in range(0, len(rows), BATCH):
+        net(torch.tensor(rows[start : start + BATCH]), use_cache=False)
     for hook in hooks:
         hook.remove()
     return {name: x.numpy() for name, x in sums.items()}
@@ -158,8 +147,8 @@ def _bits_per_byte(net, tok, rows: np.ndarray) -> float:
     import torch
 
     nats = size = 0.0
-    for at in range(0, len(rows), BATCH):
-        ids = torch.tensor(rows[at : at + BATCH])
+    for start in range(0, len(rows), BATCH):
+        ids = torch.tensor(rows[start : start + BATCH])
         logits = net(ids, use_cache=False).logits[:, :-1]
         nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         size += sum(len(tok.decode(row[1:]).encode()) for row in ids)

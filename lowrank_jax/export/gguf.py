@@ -1,49 +1,51 @@
-"""One GGUF file for llama.cpp, of the architecture `refact`: RMSNorm, SwiGLU, ALiBi, no biases.
+"""A GGUF file for llama.cpp, of its architecture `refact`: RMSNorm, SwiGLU, ALiBi, no biases.
 
-Its projections of attention are dense. `attn=dense` merges the factors; the cache then holds keys and values.
-`attn=latent` writes the down-projections of K and V as the one key and value head that all query heads share, and their
-up-projections into Q and O: the same function, with the latents in the cache.
+That architecture has dense projections. `attn=dense` merges the factors, and the cache holds keys and values.
+`attn=latent` writes the down-projections of K and V as one key and value head that all query heads share, and folds
+the up-projections into Q and O. The function is the same, and the cache holds latents.
 """
 
 import os
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import SentencePiece, Tokenizer
-from lowrank_jax.export import fidelity, llama, mix, pieces, template, verify
+from lowrank_jax.export import fidelity, hf_tokenizer, llama, verify, weights
 from lowrank_jax.machine import console
 from lowrank_jax.model.network import EPS
 from lowrank_jax.training.trained import Trained
 
-FORMS, TYPES = ("dense", "latent"), tuple(mix.TYPES)
-FILE = "model.gguf"
-CONTEXT = 4  # of what it was trained to: llama.cpp's server gives a prompt no more than this, ALiBi has no limit
-# llama.cpp rounds what it multiplies f16 weights by to f16: logits of a small model that spread by 3 came out 6e-3 off.
-# A tensor in the wrong place costs more than 1; of few bits, what `fidelity` measures decides.
+FORMS, FILE = ("dense", "latent"), "model.gguf"
+CONTEXT = 4  # times the trained length: llama.cpp's server limits prompts to this, while ALiBi has no limit
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_k_m": "Q4_K"}
+PACKED_BY_LLAMA = ("Q4_K", "Q6_K")  # the package gguf cannot pack these
+BLOCKS = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q5_0": 32, "Q4_K": 256, "Q6_K": 256}  # numbers that share a scale
+LARGER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0", "Q5_0": "F16", "Q8_0": "F16"}  # used where blocks do not divide a row
+# llama.cpp rounds activations to f16 before it multiplies f16 weights: logits of a small model that spread by 3 were
+# off by 6e-3. A tensor in the wrong place costs more than 1. For few bits, `fidelity` decides.
 TOLERANCES = {"f32": verify.TOLERANCE, "f16": 0.1, "bf16": 0.5, "q8_0": 1.0, "q4_k_m": 4.0}
 
 
 def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32") -> str:
-    """Writes model.gguf into `folder`, which it makes, and returns its path.
+    """Write model.gguf into a folder, which is created, and return the file's path."""
+    verify.need("gguf", *(["xllamacpp"] if TYPES[quant] in PACKED_BY_LLAMA else []))
+    import gguf
 
-    Raises UsageError, before it writes, for a model or tokenizer that such a file cannot hold.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise UsageError("--format=gguf needs the package gguf: pip install gguf") from None
     c, tokenizer = trained.config.model, trained.tokenizer
-    _refuse(c, tokenizer, attn, quant)
-    found = pieces.read(tokenizer.model)
-    weights = list(tensors(c, trained.params, attn))
-    sizes = {name: w.shape[-1] for name, w in weights if w.ndim == 2}
-    kinds = {name: mix.kind(name, size, quant, c.layers, c.tied) for name, size in sizes.items()}
-    if odd := [name for name in kinds if kinds[name] != mix.wanted(name, quant, c.layers, c.tied)]:
-        instead = " or ".join(sorted({kinds[name] for name in odd}))
+    _refuse(c, tokenizer, attn)
+    pieces = hf_tokenizer.pieces(tokenizer)
+    named = list(tensors(c, trained.params, attn))
+    columns = {name: w.shape[-1] for name, w in named if w.ndim == 2}
+    kinds = {name: kind(name, size, quant, c.layers, c.tied) for name, size in columns.items()}
+    larger = [name for name in kinds if kinds[name] != _wanted_kind(name, quant, c.layers, c.tied)]
+    if larger:
+        types = " or ".join(sorted({kinds[name] for name in larger}))
         console.say(
-            f"{quant}: its blocks do not divide the rows of {len(odd)} of {len(kinds)} matrices, kept as {instead}"
+            f"{quant}: blocks do not divide the rows of {len(larger)} of {len(kinds)} matrices, kept as {types}"
         )
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, FILE)
@@ -61,11 +63,11 @@ def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32"
     out.add_value_length(width)
     out.add_layer_norm_rms_eps(EPS)
     out.add_file_type(gguf.LlamaFileType[("ALL_" if quant == "f32" else "MOSTLY_") + quant.upper()])
-    _add_tokenizer(out, tokenizer, found)
-    for name, w in weights:
-        kind = gguf.GGMLQuantizationType[kinds[name] if name in kinds else "F32"]
-        pack = llama.quantize if kind.name in mix.MADE_BY_LLAMA else gguf.quants.quantize
-        out.add_tensor(f"{name}.weight", pack(w, kind), raw_dtype=kind)
+    _add_tokenizer(out, tokenizer, pieces)
+    for name, w in named:
+        packed_as = gguf.GGMLQuantizationType[kinds.get(name, "F32")]
+        pack = llama.quantize if packed_as.name in PACKED_BY_LLAMA else gguf.quants.quantize
+        out.add_tensor(f"{name}.weight", pack(w, packed_as), raw_dtype=packed_as)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -74,120 +76,128 @@ def write(trained: Trained, folder: str, attn: str = "dense", quant: str = "f32"
 
 
 def check(trained: Trained, path: str, attn: str = "dense", quant: str = "f32") -> float:
-    """The largest difference of two log-probabilities in llama.cpp, its cache in f32.
-
-    Raises RunFailure where it is too large or the tokenizer is another, NotInstalled where nothing here runs it.
-    """
+    """Return the largest difference of two log-probabilities."""
     tokens = max(len(row) for row, _ in verify.prompts(trained)) + 1
-    with llama.opened(path, trained.config.model.vocab, tokens) as run:
-        # llama.cpp marks spaces as SentencePiece does, so to it a mark in the text is a space.
-        verify.check_ids(trained.tokenizer, run.encode)
-        verify.check_chat(trained.tokenizer, run.encode_chat)
-        return verify.check(verify.log_prob_difference(trained, run.log_probs), TOLERANCES[quant])
+    with llama.serve(path, trained.config.model.vocab, tokens) as client:
+        # llama.cpp marks spaces as SentencePiece does, so it takes a mark in the text for a space.
+        verify.check_ids(trained.tokenizer, client.encode)
+        verify.check_chat(trained.tokenizer, client.encode_chat)
+        return verify.check(trained, [client.log_probs], TOLERANCES[quant], log_probs=True)
 
 
 def quality(trained: Trained, path: str, attn: str = "dense", quant: str = "f32", tokens: int = 0) -> dict:
-    """What `quant` changes on held-out text, see `fidelity.measure`; raises NotInstalled where nothing here runs it.
+    """Return what `quant` changes on held-out text, see `fidelity.measure`.
 
-    On fewer tokens for a larger vocabulary, unless `tokens` are asked for: 15 ms for each of 2,048 probabilities.
+    The default number of tokens falls with the vocabulary: 2,048 probabilities of a token take 15 ms.
     """
     vocab = trained.config.model.vocab
     tokens = tokens or min(fidelity.TOKENS, max(2**21 // vocab, 256))
-    with llama.opened(path, vocab, verify.longest(trained.config) + 1) as run:
-        return fidelity.measure(trained, lambda row: run.log_probs(row, np.arange(len(row))), tokens)
+    with llama.serve(path, vocab, verify.longest(trained.config) + 1) as client:
+        return fidelity.measure(trained, lambda row: client.log_probs(row, np.arange(len(row))), tokens)
 
 
-def tensors(c: ModelConfig, params: dict, attn: str):
-    """(name, fp32 array) of each tensor; a matrix is [out, in]."""
-    yield "token_embd", _fp32(_table(params["embed"]))
+def kind(name: str, columns: int, quant: str, layers: int, tied: bool) -> str:
+    """Return the type of a matrix with that many columns, such as Q4_K, chosen as llama.cpp's own quantiser does."""
+    choice = _wanted_kind(name, quant, layers, tied)
+    while columns % BLOCKS[choice]:
+        choice = LARGER[choice]
+    return choice
+
+
+def _wanted_kind(name: str, quant: str, layers: int, tied: bool) -> str:
+    """Return the type of a matrix if blocks divide its rows.
+
+    `q4_k_m` keeps the head, and in half of the layers V and the MLP's last matrix, in 6 bits, the rest in 4.
+    """
+    if not name.startswith("blk."):
+        is_sensitive = name == ("token_embd" if tied else "output")
+    else:
+        _, layer, part = name.split(".")
+        i, eighth = int(layer), layers // 8
+        is_chosen = i < eighth or i >= 7 * layers // 8 or (i - eighth) % 3 == 2
+        is_sensitive = is_chosen and part in ("attn_v", "ffn_down")
+    return "Q6_K" if quant == "q4_k_m" and is_sensitive else TYPES[quant]
+
+
+def tensors(c: ModelConfig, params: dict, attn: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, fp32 array) of each tensor; a matrix is [out, in]."""
+    fp32 = lambda w: np.ascontiguousarray(w, np.float32)
+    yield "token_embd", fp32(_product(params["embed"]))
     if not c.tied:
-        yield "output", _fp32(_table(params["head"]))
-    yield "output_norm", _fp32(params["norm"]["gain"])
+        yield "output", fp32(_product(params["head"]))
+    yield "output_norm", fp32(params["norm"]["gain"])
     for i in range(c.layers):
-        block = _layer(params["blocks"], i)
+        block = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
         for name, w in zip(("q", "k", "v", "output"), attention(c, block["attention"], attn)):
-            yield f"blk.{i}.attn_{name}", _fp32(w)
+            yield f"blk.{i}.attn_{name}", fp32(w)
         for name, key in (("gate", "gate"), ("up", "up"), ("down", "out")):
-            yield f"blk.{i}.ffn_{name}", _fp32(_merged(block["mlp"][key]).T)
+            yield f"blk.{i}.ffn_{name}", fp32(_product(block["mlp"][key]).T)
         for name, key in (("attn_norm", "attention_norm"), ("ffn_norm", "mlp_norm")):
-            yield f"blk.{i}.{name}", _fp32(block[key]["gain"])
+            yield f"blk.{i}.{name}", fp32(block[key]["gain"])
 
 
-def attention(c: ModelConfig, weights: dict, attn: str) -> tuple[np.ndarray, ...]:
-    """Q, K, V and O of a layer as [out, in] float64, for heads of their own or for one head of latents.
+def attention(c: ModelConfig, block: dict, attn: str) -> tuple[np.ndarray, ...]:
+    """Return Q, K, V and O of a layer as [out, in] float64, with a key head per query head or one head of latents.
 
-    Of latents: q_h . (U_h c) = (q_h U_h) . c, so the up-projection of K goes into Q, and that of V into O. llama.cpp
-    divides scores by the root of the head's width, which is now the rank.
+    For latents: q_h . (U_h c) = (q_h U_h) . c, so Q takes the up-projection of K, and O that of V. llama.cpp divides
+    scores by the root of the head's width, which is then the rank.
     """
     H, K, D = c.heads, c.head_dim, c.d
-    q_DX, o_XD = _merged(weights["q"]), _merged(weights["o"])
-    k, v = weights["k"], dict(weights["v"])
+    q_DX, o_XD = _product(block["q"]), _product(block["o"])
+    k, v = block["k"], dict(block["v"])
     if c.shared_kv:
         v["down"] = k["down"]
     if attn == "dense":
-        return q_DX.T, _merged(k).T, _merged(v).T, o_XD.T
+        return q_DX.T, _product(k).T, _product(v).T, o_XD.T
     rank = c.ranks[1]
-    up_k_RHK, up_v_RHK = (_matrix(w["up"]).reshape(rank, H, K) for w in (k, v))
+    up_k_RHK, up_v_RHK = (_float64(w["up"]).reshape(rank, H, K) for w in (k, v))
     q_DHR = np.einsum("DHK,RHK->DHR", q_DX.reshape(D, H, K), up_k_RHK, optimize=True) * (rank / K) ** 0.5
     o_HRD = np.einsum("RHK,HKD->HRD", up_v_RHK, o_XD.reshape(H, K, D), optimize=True)
-    return q_DHR.reshape(D, -1).T, _matrix(k["down"]).T, _matrix(v["down"]).T, o_HRD.reshape(-1, D).T
+    return q_DHR.reshape(D, -1).T, _float64(k["down"]).T, _float64(v["down"]).T, o_HRD.reshape(-1, D).T
 
 
-def _refuse(c: ModelConfig, tokenizer: Tokenizer, attn: str, quant: str) -> None:
+def _refuse(c: ModelConfig, tokenizer: Tokenizer, attn: str) -> None:
+    weights.refuse_unknown(c)
     if c.latent_norm and c.rank:
         raise UsageError(
-            "--format=gguf cannot hold the norms of config.model.latent_norm, which stand between the factors; "
+            "--format=gguf cannot hold the norms between the factors that config.model.latent_norm adds; "
             "train with config.model.latent_norm=False, or use --format=hf"
         )
     if attn == "latent" and not c.rank:
         raise UsageError("--attn=latent needs latents, and config.model.rank=0 has none; use --attn=dense")
     if attn == "latent" and c.ranks[1] != c.ranks[2]:
         ranks = f"{c.ranks[1]} and {c.ranks[2]}"
-        raise UsageError(f"--attn=latent needs one rank for K and V, and they have {ranks}; use --attn=dense")
+        raise UsageError(f"--attn=latent needs one rank for K and V, but theirs are {ranks}; use --attn=dense")
     if not isinstance(tokenizer, SentencePiece):
         raise UsageError("--format=gguf takes SentencePiece tokenizers alone, and this run has a tokenizer.json")
-    if quant in mix.NEED_LLAMA and not llama.is_installed():
-        raise UsageError(f"--quant={quant} is packed by llama.cpp itself: pip install xllamacpp")
 
 
-def _add_tokenizer(out, tokenizer: SentencePiece, found: list[pieces.Piece]) -> None:
+def _add_tokenizer(out, tokenizer: SentencePiece, pieces: list) -> None:
     stops = [i for i in chat.stop_ids(tokenizer) if i != tokenizer.eos]
     out.add_tokenizer_model("llama")
     out.add_tokenizer_pre("default")
-    out.add_token_list([piece.text.encode() for piece in found])
-    out.add_token_scores([piece.score for piece in found])
-    out.add_token_types([piece.kind for piece in found])
+    out.add_token_list([piece.piece.encode() for piece in pieces])
+    out.add_token_scores([piece.score for piece in pieces])
+    out.add_token_types([piece.type for piece in pieces])  # GGUF numbers the types as SentencePiece does
     out.add_bos_token_id(tokenizer.bos)
     out.add_eos_token_id(tokenizer.eos)
     if stops:
         out.add_eot_token_id(stops[0])
+    ids = {piece.piece: i for i, piece in reversed(list(enumerate(pieces)))}
     for key, add in (("unk_token", out.add_unk_token_id), ("pad_token", out.add_pad_token_id)):
-        names = [i for i, piece in enumerate(found) if piece.text == tokenizer.names[key]]
-        if names:
-            add(names[0])
+        if tokenizer.names[key] in ids:
+            add(ids[tokenizer.names[key]])
     out.add_add_bos_token(True)
     out.add_add_eos_token(False)
     out.add_add_space_prefix(False)
-    out.add_chat_template(template.plain(template.with_bos(tokenizer)))
+    out.add_chat_template(hf_tokenizer.without_generation(hf_tokenizer.template(tokenizer)))
 
 
-def _layer(blocks: dict, i: int) -> dict:
-    return {key: _layer(value, i) if isinstance(value, dict) else value[i] for key, value in blocks.items()}
+def _product(w: dict) -> np.ndarray:
+    """Return a projection [in, out] or a table [V, D] in float64, its factors multiplied."""
+    first, *second = [_float64(w[key]) for key in ("kernel", "table", "down", "up") if key in w]
+    return first @ second[0] if second else first
 
 
-def _table(w: dict) -> np.ndarray:
-    """[V, D] float64 of an embedding or a head."""
-    return _matrix(w["table"]) @ _matrix(w["up"]) if "up" in w else _matrix(w["table"])
-
-
-def _merged(w: dict) -> np.ndarray:
-    """[in, out] float64 of a projection, its factors multiplied."""
-    return _matrix(w["kernel"]) if "kernel" in w else _matrix(w["down"]) @ _matrix(w["up"])
-
-
-def _matrix(w) -> np.ndarray:
+def _float64(w) -> np.ndarray:
     return np.asarray(w, np.float64)
-
-
-def _fp32(w) -> np.ndarray:
-    return np.ascontiguousarray(w, np.float32)

@@ -1,77 +1,61 @@
-"""A folder for Hugging Face transformers: weights in low rank, the model's code, tokenizer, settings and a card.
+"""A folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer, settings and a card.
 
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) and AutoTokenizer.from_pretrained(folder) load it.
 """
 
 import numpy as np
 
-from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat
 from lowrank_jax.export import folder as folders
 from lowrank_jax.export import verify, weights
 from lowrank_jax.training.trained import Trained
 
-CODE = "modeling_lowrank.py"
-MERGED = (
-    "--merge: no class of transformers' own is exact, as those with ALiBi (Bloom, MPT, Falcon) have LayerNorm and GELU "
-    "instead of RMSNorm and SwiGLU; use --format=hf without it, or --format=gguf --attn=dense for merged weights"
-)
+MODULE = "modeling_lowrank"
 
 
-def write(trained: Trained, folder: str, merge: bool = False) -> str:
-    """Writes the files into `folder`, which it makes, and returns it; raises UsageError for a foreign tokenizer that
-    cannot be described, where a package is missing, and for `merge`.
-    """
-    if merge:
-        raise UsageError(MERGED)
-    name = CODE.removesuffix(".py")
+def write(trained: Trained, folder: str) -> str:
+    """Write the files into a folder, which is created, and return it."""
     settings = {
         "architectures": ["LowRankForCausalLM"],
         "auto_map": {
-            "AutoConfig": f"{name}.LowRankConfig",
-            "AutoModel": f"{name}.LowRankModel",
-            "AutoModelForCausalLM": f"{name}.LowRankForCausalLM",
+            "AutoConfig": f"{MODULE}.LowRankConfig",
+            "AutoModel": f"{MODULE}.LowRankModel",
+            "AutoModelForCausalLM": f"{MODULE}.LowRankForCausalLM",
         },
         "dtype": "float32",
     }
-    ends = weights.special_ids(trained.tokenizer) | {"eos_token_id": chat.stop_ids(trained.tokenizer)}
     texts = {
-        "generation_config.json": folders.as_json(ends),
-        "README.md": CARD.format(facts=folders.facts(trained.config, trained.progress)),
+        "generation_config.json": folders.as_json(weights.token_ids(trained.tokenizer)),
+        "README.md": CARD.format(facts=folders.facts(trained)),
     }
-    folders.write(trained, folder, settings, texts, [CODE])
-    folders.write_weights(trained, folder, weights.tensors(trained.params), "hf")
+    folders.write(trained, folder, texts, [f"{MODULE}.py", "lowrank.py"], settings)
+    folders.write_weights(trained, folder, weights.tensors(trained.params))
     return folder
 
 
-def check(trained: Trained, folder: str, merge: bool = False) -> float:
-    """The largest difference of two logits, of prompts read as a whole and token by token.
+def check(trained: Trained, folder: str) -> float:
+    """Return the largest difference of two logits."""
+    verify.need("torch", "transformers")
+    import torch
+    import transformers
 
-    Raises RunFailure where it is too large or the tokenizer is another, NotInstalled where nothing here runs it.
-    """
-    try:
-        import torch
-        import transformers
+    from lowrank_jax.export.modeling_lowrank import LowRankForCausalLM
 
-        from lowrank_jax.export.modeling_lowrank import LowRankForCausalLM
-    except ImportError:
-        raise verify.NotInstalled("pip install torch transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tok = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # without, it asks
-    verify.check_ids(trained.tokenizer, lambda text: tok(text)["input_ids"][1:])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks the user
+    verify.check_ids(trained.tokenizer, lambda text: tokenizer(text)["input_ids"][1:])
     verify.check_chat(
         trained.tokenizer,
-        lambda messages: tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
+        lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
     )
     net = LowRankForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def read(tokens: np.ndarray, places: np.ndarray, cache):
-        out = net(torch.tensor(tokens[None]), past_key_values=cache, logits_to_keep=torch.tensor(places))
+    def read(tokens: np.ndarray, positions: np.ndarray, cache):
+        out = net(torch.tensor(tokens[None]), past_key_values=cache, logits_to_keep=torch.tensor(positions))
         return out.logits[0].numpy(), out.past_key_values
 
     with torch.no_grad():
-        return verify.check(verify.difference_of_reader(trained, read))
+        return verify.check_cached(trained, read)
 
 
 CARD = """---
@@ -82,14 +66,14 @@ tags: [lowrank_alibi, custom_code]
 
 # A low-rank ALiBi language model
 
-Trained with lowrank_jax: pre-norm RMSNorm, SwiGLU, ALiBi, attention in low rank; the cache holds latents, not keys and
-values. It runs at any length.
+Trained with lowrank_jax: pre-norm RMSNorm, SwiGLU, ALiBi, attention in low rank. The cache holds latents instead of
+keys and values. The model runs at any length.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)  # or it asks
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)  # without it, transformers asks you
 chat = [{{"role": "user", "content": "Hello."}}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))

@@ -1,21 +1,22 @@
-"""The files from which transformers makes the same tokenizer: tokenizer.json, tokenizer_config.json, the template."""
+"""Tokenizer files for transformers: tokenizer.json, tokenizer_config.json and the chat template."""
 
 import json
 import os
+import re
 import tempfile
 
+from lowrank_jax.config import UsageError
+from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import CONFIG_FILE, JSON_FILE, SPACE_MARK, TEMPLATE_FILE, SentencePiece, Tokenizer
-from lowrank_jax.export import pieces, template
-from lowrank_jax.export.pieces import CONTROL, NORMAL, UNKNOWN, USER, Piece
 
 
 def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
-    """Contents by file name; raises UsageError for a SentencePiece model that tokenizer.json cannot describe.
+    """Return contents by file name; raises UsageError for a SentencePiece model that tokenizer.json cannot describe.
 
-    A text gets the BOS in front, as documents have it in training. Only `split_special_tokens=True` keeps a text that
-    has the name of a control symbol in it from becoming one: transformers finds the template's tags by their names.
+    Every text gets a BOS in front, as documents have in training. In transformers, a text that contains the name of a
+    control symbol gets that symbol's id, unless `split_special_tokens=True`: the template needs its tags found by name.
     """
-    facts = _from_pieces(pieces.read(tokenizer.model)) if isinstance(tokenizer, SentencePiece) else _saved(tokenizer)
+    model = _from_pieces(pieces(tokenizer)) if isinstance(tokenizer, SentencePiece) else _saved(tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,
@@ -26,10 +27,42 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
     config.setdefault("pad_token", tokenizer.names["eos_token"])
     dump = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
     return {
-        JSON_FILE: dump(facts | {"post_processor": _bos_in_front(tokenizer)}),
+        JSON_FILE: dump(model | {"post_processor": _bos_in_front(tokenizer)}),
         CONFIG_FILE: dump(config),
-        TEMPLATE_FILE: template.with_bos(tokenizer),
+        TEMPLATE_FILE: template(tokenizer),
     }
+
+
+def template(tokenizer: Tokenizer) -> str:
+    """Return the chat template with a BOS in front, for programs that add none when they tokenize rendered text."""
+    try:
+        if chat.render(tokenizer, [{"role": "user", "content": "a"}], True).startswith(tokenizer.names["bos_token"]):
+            return tokenizer.chat_template
+    except UsageError:  # the template does not take such a conversation
+        pass
+    return "{{ bos_token }}" + tokenizer.chat_template
+
+
+def without_generation(template: str) -> str:
+    """Return the template without `{% generation %}`, which few engines know.
+
+    `{% if true %}` takes its place, so that the white space around it stays the same.
+    """
+    return re.sub(r"(\{%[-+]?\s*)(end)?generation\b", lambda m: m[1] + ("endif" if m[2] else "if true"), template)
+
+
+def pieces(tokenizer: SentencePiece) -> list:
+    """Return the pieces by id, each with `piece`, `score` and `type`.
+
+    Raises UsageError unless the model is BPE and leaves the text as it is, like those that data/tokenizer.py trains.
+    """
+    model = tokenizer.proto()
+    rules = model.normalizer_spec
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise UsageError("this SentencePiece model is not BPE; only BPE models can be exported")
+    if rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces:
+        raise UsageError("a SentencePiece model that changes the text (normalisation, dummy prefix) cannot be exported")
+    return list(model.pieces)
 
 
 def _saved(tokenizer: Tokenizer) -> dict:
@@ -50,38 +83,30 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict:
     }
 
 
-def _from_pieces(found: list[Piece]) -> dict:
-    """A tokenizer.json that gives the ids of these SentencePiece pieces.
+def _from_pieces(pieces: list) -> dict:
+    """Return a tokenizer.json that gives the ids of these SentencePiece pieces.
 
-    The mark for a space becomes a space in the pieces, instead of the spaces a mark in the text as is usual: so a mark
-    that stands in the text stays what it is, three bytes.
+    Usually the spaces in a text become marks. The marks in the pieces become spaces instead, so that a mark in a text
+    stays what it is: three bytes.
     """
-    texts = [p.text if p.kind not in (NORMAL, USER) else p.text.replace(SPACE_MARK, " ") for p in found]
+    texts = [p.piece.replace(SPACE_MARK, " ") if p.type in (p.NORMAL, p.USER_DEFINED) else p.piece for p in pieces]
+    exact = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {
-            "id": i,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": piece.kind != USER,
-        }
-        for i, (text, piece) in enumerate(zip(texts, found))
-        if piece.kind in (CONTROL, UNKNOWN, USER)
+        {"id": i, "content": text, **exact, "special": p.type != p.USER_DEFINED}
+        for i, (text, p) in enumerate(zip(texts, pieces))
+        if p.type in (p.CONTROL, p.UNKNOWN, p.USER_DEFINED)
     ]
-    ranks = {text: -piece.score for text, piece in zip(texts, found) if piece.kind == NORMAL}
     model = {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(text for text, piece in zip(texts, found) if piece.kind == UNKNOWN),
+        "unk_token": next(p.piece for p in pieces if p.type == p.UNKNOWN),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": True,
         "ignore_merges": False,
         "vocab": {text: i for i, text in enumerate(texts)},
-        "merges": _merges(ranks),
+        "merges": _merges({text: -p.score for text, p in zip(texts, pieces) if p.type == p.NORMAL}),
     }
     return {
         "version": "1.0",
@@ -96,9 +121,9 @@ def _from_pieces(found: list[Piece]) -> dict:
 
 
 def _merges(ranks: dict[str, float]) -> list[tuple[str, str]]:
-    """Pairs of pieces that merge, the first to merge first.
+    """Return the pairs of pieces that merge, in order of their ranks.
 
-    SentencePiece merges whatever two neighbours make a piece, so every cut of a piece into two others is a pair.
+    SentencePiece merges any two neighbours that form a piece, so every cut of a piece into two pieces is a pair.
     """
     pairs = [
         (rank, cut, whole[:cut], whole[cut:])

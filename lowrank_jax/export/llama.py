@@ -1,7 +1,7 @@
-"""llama.cpp, to verify a GGUF file with: its own server in this process, from a wheel that is built already.
+"""llama.cpp in this process, to verify and quantise GGUF files: the package xllamacpp.
 
-The wheel (xllamacpp) has no call for logits, but the server's answers carry the log-probability of every token. Nor has
-it one to quantise with, but ggml's is among the symbols of its library.
+It has no call for logits, but the answers of its server carry the log-probability of every token. It has no call that
+quantises either, but its library exports the functions of ggml.
 """
 
 import contextlib
@@ -20,38 +20,38 @@ SMALL = 1 << 28  # bytes of a file
 
 
 class Llama:
-    """A model that is served; see `opened`."""
+    """A client of a served model; see `serve`."""
 
     def __init__(self, address: str, vocab: int):
         self._host, self._vocab = address.removeprefix("http://"), vocab
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text alone."""
-        return self._ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
+        """Return the ids of a text alone."""
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Ids of a conversation that the assistant is to go on with, by the file's template."""
-        text = self._ask("/apply-template", {"messages": messages})["prompt"]
-        return self._ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+        """Return the ids of a conversation that the assistant is to continue, by the file's template."""
+        text = self._post("/apply-template", {"messages": messages})["prompt"]
+        return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
-    def log_probs(self, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """[P, V] of what follows each of the places [P] among the token ids [T], which rise.
+    def log_probs(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return log-probabilities [P, V] of what follows each of the rising positions [P] in the token ids [T].
 
-        Each place goes on from the cache of the one before; for the last, all is read anew at once.
+        Each position continues from the cache of the one before; for the last, all tokens are read anew at once.
         """
-        found = np.full((len(places), self._vocab), np.nan)
-        # It draws one token, and tells nothing if that is the end or half a character: a bias, which comes after the
-        # probabilities, makes it a letter.
+        log_probs_PV = np.full((len(positions), self._vocab), np.nan)
+        # The server draws one token, and returns no probabilities where that ends the text or is half a character. A
+        # bias, which is added after the probabilities are taken, makes it a letter.
         settings = {"n_predict": 1, "n_probs": self._vocab, "logit_bias": [[self.encode("a")[-1], 1e4]]}
-        for row, place in zip(found, places):
-            asked = {"prompt": tokens[: place + 1].tolist(), "cache_prompt": bool(place != places[-1])}
-            answer = self._ask("/completion", settings | asked)
+        for row, position in zip(log_probs_PV, positions):
+            prompt = {"prompt": tokens[: position + 1].tolist(), "cache_prompt": bool(position != positions[-1])}
+            answer = self._post("/completion", settings | prompt)
             for token in answer["completion_probabilities"][0]["top_logprobs"]:
                 row[token["id"]] = token["logprob"]
-        return found
+        return log_probs_PV
 
-    def _ask(self, path: str, body: dict) -> dict:
-        connection = http.client.HTTPConnection(self._host)  # urllib would go through a proxy, if one is set
+    def _post(self, path: str, body: dict) -> dict:
+        connection = http.client.HTTPConnection(self._host)  # urllib would use a proxy where one is set
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -63,16 +63,8 @@ class Llama:
         return json.loads(text)
 
 
-def is_installed() -> bool:
-    try:
-        import xllamacpp  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def quantize(w: np.ndarray, kind: int) -> np.ndarray:
-    """The matrix [rows, columns] as llama.cpp's quantiser packs it: the bytes [rows, bytes of a row] of a ggml_type."""
+    """Return the matrix [rows, columns] packed by ggml as a ggml_type: uint8 [rows, bytes of a row]."""
     import xllamacpp
 
     library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
@@ -89,23 +81,22 @@ def quantize(w: np.ndarray, kind: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def opened(path: str, vocab: int, tokens: int) -> Iterator[Llama]:
-    """The model in a GGUF file, served on this machine with room for so many tokens, keys and values in f32.
+def serve(path: str, vocab: int, tokens: int) -> Iterator[Llama]:
+    """Serve a GGUF file on this machine, with a context of `tokens` and a cache in f32.
 
-    (In f16, as llama.cpp has them unless told, logits of toy models came out 1e-3 off: faults would not show.) Raises
-    NotInstalled where there is no llama.cpp, RunFailure where it does not take the file.
+    With a cache in f16, the default, logits of toy models were off by 1e-3, which would hide mistakes. Raises
+    RunFailure where llama.cpp does not load the file.
     """
-    try:
-        import xllamacpp
-    except ImportError:
-        raise verify.NotInstalled("pip install xllamacpp") from None
+    verify.need("xllamacpp")
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx, params.n_parallel, params.n_gpu_layers = tokens, 1, 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.verbosity = False, -1
-    # Threads wait for each other by spinning: on a busy machine, two take 280 ms for a toy's token, one takes 0.3.
+    # Threads wait for each other by spinning: on a busy machine, two take 280 ms for a toy's token, one takes 0.3 ms.
     params.cpuparams.n_threads = 1 if os.path.getsize(path) < SMALL else os.cpu_count() or 1
     try:
         server = xllamacpp.Server(params)

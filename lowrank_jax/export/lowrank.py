@@ -1,12 +1,12 @@
-"""A low-rank ALiBi language model in plain PyTorch: all of it, with config.json and model.safetensors beside it.
+"""A low-rank ALiBi language model in plain PyTorch. It needs config.json and model.safetensors from the same folder.
 
     net = LowRank.load(folder)
     logits_BTV, past = net(ids_BT)                # a prompt
-    logits_B1V, past = net(next_ids_B1, past)     # one token more
+    logits_B1V, past = net(next_ids_B1, past)     # one more token
 
-Pre-norm RMSNorm, SwiGLU, no biases. Each projection of attention is x @ down @ up. `past` holds what `down` makes of
-the tokens, never keys or values: of each layer the latents of K and V, or the one latent that is both. Few tokens after
-many fold `up` into the query and the output and do not expand it.
+Pre-norm RMSNorm, SwiGLU, no biases. Each projection of attention is x @ down @ up. `past` is the cache. It holds the
+latents, x @ down, of K and V in each layer, or the one latent that they share, and never keys or values. A step of one
+token folds `up` into the query and the output instead of expanding the cache.
 
 Shapes: B batch, T query length, S key length, D model, H heads, K head width, R width of a latent.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-Past = list[list[torch.Tensor]]  # of each layer [k, v] or, where they share it, [k]: [B, 1, S, R]
+Past = list[list[torch.Tensor]]  # per layer [k, v], or [k] where they share a latent; each is [B, 1, S, R]
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -28,22 +28,8 @@ def alibi_slopes(heads: int) -> list[float]:
     return [2 ** (-8 * (h + 1) / n) for h in range(n)] + [2 ** (-4 * (2 * h + 1) / n) for h in range(heads - n)]
 
 
-def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return rms_norm(x, self.eps) * self.weight
-
-
 class Linear(nn.Module):
-    """x @ kernel, or x @ down @ up with a rank; without `has_down`, `up` for a latent that is made elsewhere."""
+    """x @ kernel, or with a rank x @ down @ up; without `has_down` the latent comes from another layer."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, has_down: bool = True):
         super().__init__()
@@ -66,7 +52,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c):
         super().__init__()
         d = c.hidden_size
         self.c, self.H, self.K, self.fold = c, c.num_attention_heads, d // c.num_attention_heads, None
@@ -78,8 +64,8 @@ class Attention(nn.Module):
         past = new if past is None else [torch.cat(both, 2) for both in zip(past, new)]
         k_BSR, v_BSR = past[0][:, 0], past[-1][:, 0]
         q_BHTK = self.heads(self.latent(x_BTD, self.q), self.q) * self.K**-0.5
-        few = x_BTD.shape[1] == 1 if self.fold is None else self.fold
-        if few and self.k.rank:
+        fold = x_BTD.shape[1] == 1 if self.fold is None else self.fold
+        if fold and self.k.rank:
             o_BHTK = self.folded(q_BHTK, k_BSR, v_BSR, bias_BHTS)
         else:
             scores_BHTS = (q_BHTK @ self.heads(k_BSR, self.k).mT).float() + bias_BHTS
@@ -88,20 +74,26 @@ class Attention(nn.Module):
 
     def latent(self, x, linear):
         c = linear.reduce(x)
-        return rms_norm(c, self.c.rms_norm_eps) if self.c.latent_norm and linear.rank else c
+        return F.rms_norm(c, c.shape[-1:], eps=self.c.rms_norm_eps) if self.c.latent_norm and linear.rank else c
 
     def heads(self, c, linear):
         return linear.expand(c).unflatten(-1, (self.H, self.K)).transpose(1, 2)
 
     def folded(self, q_BHTK, k_BSR, v_BSR, bias_BHTS):
-        """q_h . (U_h c) = (q_h U_h) . c, and the same for the output: the heads work on the latents themselves."""
-        up_k_HKR, up_v_HKR = (linear.up.weight.view(self.H, self.K, -1) for linear in (self.k, self.v))
-        scores_BHTS = ((q_BHTK @ up_k_HKR) @ k_BSR[:, None].mT).float() + bias_BHTS
-        return (scores_BHTS.softmax(-1).to(q_BHTK.dtype) @ v_BSR[:, None]) @ up_v_HKR.mT
+        """Attend to the latents themselves: q_h . (U_h c) = (q_h U_h) . c, and likewise for the output.
+
+        All heads are in one product, [B, H T, R] with [B, R, S]: torch would copy the latents for each head.
+        """
+        B, H, T, K = q_BHTK.shape
+        up_k_HKR, up_v_HKR = (linear.up.weight.view(H, K, -1) for linear in (self.k, self.v))
+        scores_BXS = (q_BHTK @ up_k_HKR).reshape(B, H * T, -1) @ k_BSR.mT
+        scores_BHTS = scores_BXS.view(B, H, T, -1).float() + bias_BHTS
+        p_BXS = scores_BHTS.softmax(-1).to(q_BHTK.dtype).view(B, H * T, -1)
+        return (p_BXS @ v_BSR).view(B, H, T, -1) @ up_v_HKR.mT
 
 
 class MLP(nn.Module):
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c):
         super().__init__()
         d, f, rank = c.hidden_size, c.intermediate_size, c.mlp_rank
         self.gate, self.up, self.out = Linear(d, f, rank), Linear(d, f, rank), Linear(f, d, rank)
@@ -111,10 +103,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c: SimpleNamespace):
+    def __init__(self, c):
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
-        self.mlp_norm, self.mlp = RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
+        self.attention_norm, self.attention = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
+        self.mlp_norm, self.mlp = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
     def forward(self, x, bias, past):
         out, past = self.attention(self.attention_norm(x), bias, past)
@@ -129,7 +121,7 @@ class LowRank(nn.Module):
         width = c.embed_rank or c.hidden_size
         self.embed_tokens = nn.Embedding(c.vocab_size, width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         if c.embed_rank:
             self.embed_up = nn.Linear(width, c.hidden_size, bias=False)
         if not c.tie_word_embeddings:
@@ -143,15 +135,15 @@ class LowRank(nn.Module):
 
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             config = json.load(f)
-        with torch.device("meta"):  # no weights are drawn that the file replaces
+        with torch.device("meta"):  # draws no weights, as those in the file replace them
             net = cls(config)
         net.load_state_dict(load_file(os.path.join(folder, "model.safetensors")), assign=True)
         return net.eval()
 
     def forward(self, ids_BT, past: Past | None = None, mask_BS=None) -> tuple[torch.Tensor, Past]:
-        """Logits [B, T, V] of T new tokens behind those of `past`, and the past with them.
+        """Return logits [B, T, V] of T new tokens after those of `past`, and the past that includes them.
 
-        Rows of different lengths are padded on the left; `mask_BS` is then 0 where there is padding, `past` included.
+        Pad rows of different lengths on the left. `mask_BS` is then 0 at padding; it covers `past` and the new tokens.
         """
         x_BTD = self.embed_tokens(ids_BT)
         x_BTD = self.embed_up(x_BTD) if self.c.embed_rank else x_BTD
@@ -163,9 +155,9 @@ class LowRank(nn.Module):
         return self.logits(self.norm(x_BTD)), present
 
     def bias(self, T, before, mask_BS, device):
-        """-m_h (i - j) as [1 or B, H, T, S], and -1e30 where nothing may be seen.
+        """Return -m_h (i - j) as [1 or B, H, T, S], and -1e30 at hidden positions.
 
-        Positions count along the row, padding included: a shift of all of them changes no difference.
+        Positions count along the row, padding included: a shift of all positions changes no difference.
         """
         query_T, key_S = torch.arange(T, device=device) + before, torch.arange(T + before, device=device)
         distance_TS = query_T[:, None] - key_S
@@ -183,14 +175,14 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids: list[int], count: int, temperature: float = 0.0) -> list[int]:
-        """At most `count` ids that follow these, the likeliest ones unless there is a temperature, up to an end."""
+        """Return at most `count` ids that follow `ids`, up to an end; the likeliest ones where `temperature` is 0."""
         ends, new, past = self.c.eos_token_id, [], None
         ends = ends if isinstance(ends, list) else [ends]
-        given = torch.tensor([ids], device=self.embed_tokens.weight.device)
+        unread = torch.tensor([ids], device=self.embed_tokens.weight.device)
         while len(new) < count and not (new and new[-1] in ends):
-            logits, past = self(given, past)
+            logits, past = self(unread, past)
             last_V = logits[0, -1].float()
             drawn = torch.multinomial((last_V / temperature).softmax(-1), 1) if temperature else last_V.argmax()[None]
-            given = drawn[None]
+            unread = drawn[None]
             new.append(drawn.item())
         return new

@@ -1,8 +1,7 @@
-"""A low-rank ALiBi decoder for transformers, loaded with `trust_remote_code=True`; no other code is needed.
+"""A low-rank ALiBi decoder for transformers, loaded with `trust_remote_code=True`. Its layers are those of lowrank.py.
 
-Pre-norm RMSNorm, SwiGLU, no biases. Each projection of attention is x @ down @ up. The cache holds what
-`down` makes of the tokens, never keys or values, as one head: DynamicCache and StaticCache take it as it is. A step of
-one token folds `up` into the query and the output and does not expand the cache.
+The cache holds latents, never keys or values, as one head: DynamicCache and StaticCache take them as they are. A step
+of one token folds `up` into the query and the output instead of expanding the cache.
 
 Shapes: B batch, T query length, S key length, D model, H heads, K head width, R width of a latent.
 """
@@ -17,11 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .lowrank import MLP, Attention, Linear, alibi_slopes
+
 
 class LowRankConfig(PreTrainedConfig):
-    """`rank_q` to `rank_o` are the widths of the latents, 0 for dense projections; `mlp_rank` and `embed_rank` alike.
+    """Sizes of the network. `rank_q` to `rank_o`, `mlp_rank` and `embed_rank` are 0 for dense matrices.
 
-    With `shared_kv`, K and V have one latent; with `latent_norm`, those of Q, K and V are RMS-normalised.
+    With `shared_kv`, K and V share one latent; with `latent_norm`, the latents of Q, K and V are RMS-normalised.
     """
 
     model_type = "lowrank_alibi"
@@ -41,7 +42,7 @@ class LowRankConfig(PreTrainedConfig):
     mlp_rank: int = 0
     embed_rank: int = 0
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048  # what it was trained to: ALiBi has no limit
+    max_position_embeddings: int = 2048  # the longest in training: ALiBi has no limit
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -51,115 +52,41 @@ class LowRankConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.head_dim = self.hidden_size // self.num_attention_heads
-        self.num_key_value_heads = 1  # what a cache sees
+        self.num_key_value_heads = 1  # for the cache
         super().__post_init__(**kwargs)
 
 
-def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8(h+1)/n) for the n heads up to a power of two, then every second slope of 2n (arXiv 2108.12409)."""
-    n = 1 << (heads.bit_length() - 1)
-    return [2 ** (-8 * (h + 1) / n) for h in range(n)] + [2 ** (-4 * (2 * h + 1) / n) for h in range(heads - n)]
-
-
-def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return rms_norm(x, self.eps) * self.weight
-
-
-class LowRankLinear(nn.Module):
-    """x @ kernel, or x @ down @ up with a rank; without `has_down`, `up` for a latent that is made elsewhere."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int, has_down: bool = True):
-        super().__init__()
-        self.rank = rank
-        if not rank:
-            self.kernel = nn.Linear(d_in, d_out, bias=False)
-            return
-        if has_down:
-            self.down = nn.Linear(d_in, rank, bias=False)
-        self.up = nn.Linear(rank, d_out, bias=False)
-
-    def reduce(self, x):
-        return self.down(x) if self.rank else self.kernel(x)
-
-    def expand(self, c):
-        return self.up(c) if self.rank else c
-
-    def forward(self, x):
-        return self.expand(self.reduce(x))
-
-    def foldable(self) -> bool:
-        """Whether `up` is a plain matrix: adapters and quantised weights are called, not read."""
-        return self.rank > 0 and type(self.up) is nn.Linear
-
-
-class LowRankAttention(nn.Module):
+class LowRankAttention(Attention):
     def __init__(self, config: LowRankConfig, layer: int):
-        super().__init__()
-        c, d = config, config.hidden_size
-        self.config, self.layer, self.H, self.K = config, layer, c.num_attention_heads, c.head_dim
-        self.q, self.k = LowRankLinear(d, d, c.rank_q), LowRankLinear(d, d, c.rank_k)
-        self.v = LowRankLinear(d, d, c.rank_v, has_down=not c.shared_kv)
-        self.o = LowRankLinear(d, d, c.rank_o)
-
-    def latent(self, x, linear: LowRankLinear):
-        c = linear.reduce(x)
-        return rms_norm(c, self.config.rms_norm_eps) if self.config.latent_norm and linear.rank else c
-
-    def heads(self, c, linear: LowRankLinear):
-        y = linear.expand(c)
-        return y.view(*y.shape[:2], self.H, self.K).transpose(1, 2)
+        super().__init__(config)
+        self.layer = layer
 
     def forward(self, x_BTD, bias, cache: Cache | None = None):
         k_BSR = self.latent(x_BTD, self.k)
-        v_BSR = k_BSR[..., :0] if self.config.shared_kv else self.latent(x_BTD, self.v)  # nothing twice in the cache
+        v_BSR = k_BSR[..., :0] if self.c.shared_kv else self.latent(x_BTD, self.v)  # the cache holds nothing twice
         if cache is not None:
             k_BSR, v_BSR = (c.squeeze(1) for c in cache.update(k_BSR[:, None], v_BSR[:, None], self.layer))
-        if self.config.shared_kv:
-            v_BSR = k_BSR
+        v_BSR = k_BSR if self.c.shared_kv else v_BSR
         q_BHTK = self.heads(self.latent(x_BTD, self.q), self.q)
-        if x_BTD.shape[1] == 1 and self.k.foldable() and self.v.foldable():
-            o_BHTK = self.folded(q_BHTK, k_BSR, v_BSR, bias)
+        if x_BTD.shape[1] == 1 and can_fold(self.k) and can_fold(self.v):
+            o_BHTK = self.folded(q_BHTK * self.K**-0.5, k_BSR, v_BSR, bias)
         else:
             k_BHSK, v_BHSK = self.heads(k_BSR, self.k), self.heads(v_BSR, self.v)
             o_BHTK = nn.functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype))
         return self.o(o_BHTK.transpose(1, 2).reshape(x_BTD.shape))
 
-    def folded(self, q_BHTK, k_BSR, v_BSR, bias):
-        """q_h . (U_h c) = (q_h U_h) . c, and the same for the output: the heads work on the latents themselves."""
-        B, H, T, K = q_BHTK.shape
-        up_k_HKR, up_v_HKR = (linear.up.weight.view(H, K, -1) for linear in (self.k, self.v))
-        q_BXR = (q_BHTK * K**-0.5 @ up_k_HKR).reshape(B, H * T, -1)
-        scores_BHTS = (q_BXR @ k_BSR.mT).view(B, H, T, -1).float() + bias
-        p_BXS = scores_BHTS.softmax(-1).to(q_BHTK.dtype).view(B, H * T, -1)
-        return (p_BXS @ v_BSR).view(B, H, T, -1) @ up_v_HKR.mT
 
-
-class LowRankMLP(nn.Module):
-    def __init__(self, config: LowRankConfig):
-        super().__init__()
-        d, f, rank = config.hidden_size, config.intermediate_size, config.mlp_rank
-        self.gate, self.up, self.out = LowRankLinear(d, f, rank), LowRankLinear(d, f, rank), LowRankLinear(f, d, rank)
-
-    def forward(self, x):
-        return self.out(nn.functional.silu(self.gate(x)) * self.up(x))
+def can_fold(linear: Linear) -> bool:
+    """Return whether `up` is a plain matrix: adapters and quantised weights can be called, but not read."""
+    return linear.rank > 0 and type(linear.up) is nn.Linear
 
 
 class LowRankBlock(GradientCheckpointingLayer):
     def __init__(self, config: LowRankConfig, layer: int):
         super().__init__()
         d, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm, self.attention = RMSNorm(d, eps), LowRankAttention(config, layer)
-        self.mlp_norm, self.mlp = RMSNorm(d, eps), LowRankMLP(config)
+        self.attention_norm, self.attention = nn.RMSNorm(d, eps), LowRankAttention(config, layer)
+        self.mlp_norm, self.mlp = nn.RMSNorm(d, eps), MLP(config)
 
     def forward(self, x, bias, cache: Cache | None = None):
         x = x + self.attention(self.attention_norm(x), bias, cache)
@@ -172,7 +99,7 @@ class LowRankPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LowRankBlock"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_sdpa = True  # the others take no bias that differs by head
+    _supports_sdpa = True  # no other backend takes a bias per head
     _can_compile_fullgraph = True
 
 
@@ -183,28 +110,28 @@ class LowRankModel(LowRankPreTrainedModel):
         if config.embed_rank:
             self.embed_up = nn.Linear(config.embed_rank, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(LowRankBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def alibi_bias(self, x_BTD, attention_mask, cache: Cache | None):
-        """-m_h (i - j) as [1 or B, H, T, S], and the least number there is where nothing may be seen.
+        """Return -m_h (i - j) as [1 or B, H, T, S], and the lowest number of the type at hidden positions.
 
-        Positions count along the row, padding included: a shift of all of them changes no difference.
+        Positions count along the row, padding included: a shift of all positions changes no difference.
         """
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x_BTD,
             attention_mask=attention_mask,
             past_key_values=cache,
-            allow_is_causal_skip=False,  # or it may be None
+            allow_is_causal_skip=False,  # which would return None
         )
         T, S = mask.shape[-2:]
         start = 0 if cache is None else cache.get_seq_length()
-        here = x_BTD.device
-        distance_TS = torch.arange(T, device=here)[:, None] + start - torch.arange(S, device=here)
-        # Made anew each time: a buffer that is not saved would be lost on the meta device that models are built on.
-        slopes_H11 = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=here)[:, None, None]
-        hidden = ~mask if mask.dtype == torch.bool else mask < 0  # sdpa's is bool, eager's is added
+        device = x_BTD.device
+        distance_TS = torch.arange(T, device=device)[:, None] + start - torch.arange(S, device=device)
+        # Computed in every call: transformers builds models on the meta device, where an unsaved buffer would be lost.
+        slopes_H11 = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)[:, None, None]
+        hidden = ~mask if mask.dtype == torch.bool else mask < 0  # the mask of sdpa is bool, that of eager is added
         return (-slopes_H11 * distance_TS)[None].masked_fill(hidden, torch.finfo(x_BTD.dtype).min)
 
     @can_return_tuple
@@ -222,8 +149,8 @@ class LowRankModel(LowRankPreTrainedModel):
         if x_BTD is None:
             x_BTD = self.embed_tokens(input_ids)
             x_BTD = self.embed_up(x_BTD) if self.config.embed_rank else x_BTD
-        wanted = self.config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and wanted and not self.training:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not self.training:
             past_key_values = DynamicCache(config=self.config)
         bias = self.alibi_bias(x_BTD, attention_mask, past_key_values)  # before a layer adds to the cache
         states = []
@@ -262,8 +189,9 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = out.last_hidden_state[:, kept]  # all of them for 0
+        # 0 keeps all positions.
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        x = out.last_hidden_state[:, positions]
         if self.config.embed_rank:
             x = x @ self.model.embed_up.weight if self.config.tie_word_embeddings else self.lm_head_down(x)
         logits = self.lm_head(x)
@@ -273,6 +201,6 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
         )
 
 
-LowRankConfig.register_for_auto_class()  # so that save_pretrained copies this file along
+LowRankConfig.register_for_auto_class()  # so that save_pretrained copies the code, too
 LowRankModel.register_for_auto_class("AutoModel")
 LowRankForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,7 +1,8 @@
-"""Whether an export computes what the model computes: the same logits for random prompts, the same ids for texts."""
+"""Comparison of an export with the model: the same logits for random prompts, the same ids for texts and chats."""
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable
 
@@ -12,12 +13,13 @@ from lowrank_jax.config import ModelConfig, RunConfig, RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import PROBE, Tokenizer
 from lowrank_jax.model import network
-from lowrank_jax.training.plan import make
+from lowrank_jax.training import plan
 from lowrank_jax.training.trained import Trained
 
 TOLERANCE = 1e-4  # largest difference of two fp32 logits
-PLACES = 16  # of a prompt, where logits are compared
-CHUNK, STEPS = 512, 5  # tokens that a program reads at a time, so that their biases fit into memory; tokens one by one
+POSITIONS = 16  # compared in each prompt
+CHUNK, STEPS = 512, 5  # tokens read at once, so that their biases fit into memory; tokens read one by one
+SMALLEST = -80.0  # fp32 has no probabilities below e^-80
 TEXTS = (
     PROBE,
     " leading, trailing ",
@@ -33,97 +35,94 @@ CHAT = (
 )
 
 
-class NotInstalled(Exception):
-    """The program that would run the export is not here; the message says what to install."""
+class NotInstalled(UsageError):
+    """A package is missing; the message says what to install."""
+
+
+def need(*packages: str) -> None:
+    """Raise NotInstalled unless all packages are installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise NotInstalled(f"packages are missing: pip install {' '.join(missing)}")
 
 
 def longest(config: RunConfig) -> int:
-    """The longest sequence that the run trains on."""
-    return max(stage.seq_len for stage in make(config).stages)
+    """Return the length of the longest sequence in the run's training."""
+    return max(stage.seq_len for stage in plan.stages_of(config))
 
 
 def prompts(trained: Trained) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(random token ids [T], places in them [P]), short ones and ones beyond what the run was trained to."""
+    """Return (random token ids [T], positions in them [P]): short prompts, and prompts beyond the trained length."""
     draw, n = np.random.default_rng(0), longest(trained.config)
     rows = [draw.integers(trained.config.model.vocab, size=T) for T in (1, 13, n + 1, n + n // 2 + 7)]
-    return [(row, np.unique(np.linspace(0, len(row) - 1, PLACES).astype(int))) for row in rows]
+    return [(row, np.unique(np.linspace(0, len(row) - 1, POSITIONS).astype(int))) for row in rows]
 
 
-def logits(trained: Trained, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """[P, V] of our model at the places [P] among the token ids [T], computed in full fp32."""
+def logits(trained: Trained, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return the model's logits [P, V] at the positions [P] of the token ids [T], computed in full fp32."""
     c = dataclasses.replace(trained.config.model, attention="chunked")  # the kernels of GPUs and TPUs are less exact
     with jax.default_matmul_precision("highest"):
-        return np.asarray(_logits(c, trained.params, tokens[None], places))[0]
+        return np.asarray(_logits(c, trained.params, tokens[None], positions))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(c: ModelConfig, params: dict, tokens_BT: jax.Array, places_P: jax.Array) -> jax.Array:
+def _logits(c: ModelConfig, params: dict, tokens_BT: jax.Array, positions_P: jax.Array) -> jax.Array:
     x_BTD = network.features(c, params, tokens_BT)
-    return network.logits(c, params, x_BTD[:, places_P])
+    return network.logits(c, params, x_BTD[:, positions_P])
 
 
-def difference(trained: Trained, *theirs: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """Between our logits and each `theirs(tokens, places)`, the largest of all prompts; NaN where one is NaN."""
+def check(trained: Trained, outputs: list[Callable], tolerance: float = TOLERANCE, log_probs: bool = False) -> float:
+    """Return the largest difference between the model's logits and those of each `output(tokens, positions)`.
 
-    def largest(prompt) -> float:
-        ours = logits(trained, *prompt)
-        return np.max([np.abs(ours - each(*prompt)).max() for each in theirs])
-
-    return float(np.max([largest(prompt) for prompt in prompts(trained)]))
-
-
-def difference_of_reader(trained: Trained, read: Callable) -> float:
-    """The same for a program that has a cache, which each prompt goes through twice: as a whole, and as it is decoded.
-
-    `read(tokens [T], places [P] among them, cache or None)` gives (logits [P, V], cache).
+    With `log_probs`, the outputs are log-probabilities. They differ from logits by one number per row. Raises
+    RunFailure where the difference exceeds the tolerance or is NaN.
     """
-    return difference(trained, *(functools.partial(_in_parts, read, steps) for steps in (0, STEPS)))
+    worst = 0.0
+    for tokens, positions in prompts(trained):
+        expected = logits(trained, tokens, positions)
+        if log_probs:
+            expected = np.asarray(jax.nn.log_softmax(expected))
+        counts = expected > (SMALLEST if log_probs else -np.inf)
+        gaps = [np.abs(expected - output(tokens, positions))[counts].max() for output in outputs]
+        worst = float(np.max([worst, *gaps]))  # of numbers and NaN, np.max returns NaN
+    if not worst <= tolerance:
+        raise RunFailure(f"the export's logits differ from the model's by {worst:.2g}, more than {tolerance:g}")
+    return worst
 
 
-def _in_parts(read: Callable, steps: int, tokens: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Logits [P, V] at the places: read in chunks, the last `steps` tokens one by one."""
+def check_cached(trained: Trained, read: Callable, tolerance: float = TOLERANCE) -> float:
+    """Do the same for a program with a cache, reading each prompt as a whole and token by token.
+
+    `read(tokens [T], positions [P] among them, cache or None)` returns (logits [P, V], cache).
+    """
+    return check(trained, [functools.partial(_in_parts, read, steps) for steps in (0, STEPS)], tolerance)
+
+
+def _in_parts(read: Callable, steps: int, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return logits [P, V] at the positions; the last `steps` tokens are read one by one, the others in chunks."""
     whole = max(len(tokens) - steps, 1)
     cuts = [*range(0, whole, CHUNK), *range(whole, len(tokens)), len(tokens)]
-    cache, rows = None, []
+    cache, parts = None, []
     for start, end in itertools.pairwise(cuts):
-        found, cache = read(tokens[start:end], places[(places >= start) & (places < end)] - start, cache)
-        rows.append(found)
-    return np.concatenate(rows)
+        is_inside = (positions >= start) & (positions < end)
+        part, cache = read(tokens[start:end], positions[is_inside] - start, cache)
+        parts.append(part)
+    return np.concatenate(parts)
 
 
-def log_prob_difference(trained: Trained, theirs: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """The same of log-probabilities, which differ from logits by what a whole row has in common.
-
-    Those below -80 do not count: fp32 has no such probabilities.
-    """
-
-    def largest(prompt) -> float:
-        ours = np.asarray(jax.nn.log_softmax(logits(trained, *prompt)))
-        return np.abs(ours - theirs(*prompt))[ours > -80].max()
-
-    return float(max(largest(prompt) for prompt in prompts(trained)))
-
-
-def check(found: float, tolerance: float = TOLERANCE) -> float:
-    """The difference that was found; raises RunFailure where it is too large, or not a number."""
-    if not found <= tolerance:
-        raise RunFailure(f"the export's logits differ from the model's by {found:.2g}, more than {tolerance:g}")
-    return found
-
-
-def check_ids(tokenizer: Tokenizer, theirs: Callable[[str], list[int]]) -> None:
-    """Raises RunFailure where a text has other ids in the export."""
+def check_ids(tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> None:
+    """Raise RunFailure where the export's tokenizer, `encode`, gives a text other ids."""
     for text in TEXTS:
-        if tokenizer.encode(text) != theirs(text):
+        if tokenizer.encode(text) != encode(text):
             raise RunFailure(f"the export's tokenizer gives other ids for {text!r}")
 
 
-def check_chat(tokenizer: Tokenizer, theirs: Callable[[list[dict]], list[int]]) -> None:
-    """Raises RunFailure where a conversation that the assistant is to go on with has other ids in the export."""
+def check_chat(tokenizer: Tokenizer, encode: Callable[[list[dict]], list[int]]) -> None:
+    """Raise RunFailure where the export gives other ids to a conversation that the assistant is to continue."""
     messages = list(CHAT)
     try:
-        ours = [tokenizer.bos, *chat.encode(tokenizer, messages, prompt=True)[0]]
-    except UsageError:  # a template that takes no such conversation
+        expected = [tokenizer.bos, *chat.encode(tokenizer, messages, prompt=True)[0]]
+    except UsageError:  # the template does not take such a conversation
         return
-    if ours != theirs(messages):
+    if expected != encode(messages):
         raise RunFailure("the export's chat template gives other ids")

@@ -1,17 +1,15 @@
 """The trained network as inference runs it: the same function of the same parameters, over a cache of latents.
 
-`prepare` lays the weights out for it once: each layer's own arrays (out of a stack they would be copied at every step),
-what is multiplied by the same thing joined, gains and scales multiplied in. `read` runs new tokens of some rows
-against what the cache holds of them: one token of every row is decoding, many tokens of one row are prefill, and both
-are this one function.
+`prepare` lays out the weights once. It gives each layer its own arrays, because slicing them out of a stack copies them
+at every step; joins matrices that multiply the same input; and multiplies gains and scales in. `read` runs new tokens
+against the cache: one token of every row is decoding, many tokens of one row are prefill.
 
-Attention comes in two forms, which differ only in the order of multiplication; `absorbs` chooses by their cost.
-Expanded: keys and values are rebuilt from the cached latents. Absorbed: U_K is moved to the query and U_V behind the
-average, so that all heads read the latents themselves. This is exact, as nothing nonlinear stands between a cached
-latent and the heads (the matrix associativity of DeepSeek-V2's MLA, arXiv 2405.04434, section 2.1.2, here without its
-RoPE exception).
+Attention has two forms, which differ only in the order of multiplication; `absorbs` chooses the cheaper one. Expanded:
+keys and values are rebuilt from the cached latents. Absorbed: U_K multiplies the query and U_V the average, so that all
+heads read the latents themselves. Both are exact, because nothing nonlinear stands between a cached latent and the
+heads (the associativity of DeepSeek-V2's MLA, arXiv 2405.04434, section 2.1.2, here without its RoPE exception).
 
-Shapes, beside those of model.py: W tokens of the window, G groups of queries that read the same keys (1 absorbed, H
+Shapes, beside those of network.py: W tokens of the window, G groups of queries that read the same keys (1 absorbed, H
 expanded), Q queries of a group (H T absorbed, T expanded), E width of what they read.
 """
 
@@ -28,19 +26,19 @@ from lowrank_jax.inference.quantize import times
 from lowrank_jax.model import attention
 from lowrank_jax.model.network import rms_norm
 
-BLOCK = 128  # cached tokens that are read at a time: a row costs what it holds, however much the cache could
+BLOCK = 128  # cached tokens per pass of attention: a row costs what it holds, whatever the size of the cache
 
 
 class Layer(NamedTuple):
-    """Weights [in, out] of one block; None stands for an identity, or for what another form has."""
+    """Weights [in, out] of one block; None is an identity, or a matrix that this form does not need."""
 
     latents: jax.Array  # [D, Rq + Rk + Rv]; without Rv when K and V share a latent; [D, 3D] without factors
     q_up: jax.Array | None  # [Rq, D], divided by sqrt(K)
     k_up: jax.Array | None  # [Rk, D]
     v_up: jax.Array | None  # [Rv, D]
-    query: jax.Array | None  # [Rq, H Rk]: q_up and k_up in one, where that is less work
-    k_heads: jax.Array | None  # [H, Rk, K]: k_up for the absorbed form where `query` is not
-    v_heads: jax.Array | None  # [H, Rv, K]: v_up for the absorbed form, or it would be taken apart at every step
+    query: jax.Array | None  # [Rq, H Rk]: q_up times k_up, where that is less work
+    k_heads: jax.Array | None  # [H, Rk, K]: k_up for the absorbed form, without `query`
+    v_heads: jax.Array | None  # [H, Rv, K]: v_up for the absorbed form, reshaped once instead of at every step
     o_down: jax.Array | None  # [D, Ro]
     o_up: jax.Array  # [Ro, D]
     mlp_in: jax.Array  # gate and up: [D, 2F], or [D, 2M] before the factors
@@ -51,23 +49,31 @@ class Layer(NamedTuple):
 class Weights(NamedTuple):
     table: jax.Array  # [V, D], or [V, E] with a factored embedding
     table_up: jax.Array | None  # [E, D]
-    head: tuple | None  # a table and its `up` of its own, unless it is tied
+    head: tuple | None  # the head's own table and `up`, unless it is tied
     layers: tuple[Layer, ...]
     norm: jax.Array  # [D]
 
 
+class Place(NamedTuple):
+    """The place of new tokens: row b of them follows `starts_B[b]` cached tokens and `offset` tokens of the window."""
+
+    starts_B: jax.Array
+    offset: jax.Array | int = 0
+    row: jax.Array | int = 0  # the cache's row of the first row
+
+
 def absorbs(c: ModelConfig, T: int) -> bool:
-    """Whether T new tokens of a row read the cache with fewer multiplications absorbed than expanded."""
+    """Return True if T new tokens of a row need fewer multiplications absorbed than expanded."""
     _, k, v, _ = c.ranks
     return bool(c.rank) and T * c.heads * (k + v) <= (k + v) * c.d + T * 2 * c.d
 
 
 @functools.partial(jax.jit, static_argnames=("c", "kind", "dtype"))
 def prepare(c: ModelConfig, params: dict, kind: str, dtype) -> Weights:
-    """The weights of `params` (see model.init) laid out for `read`, which computes in `dtype`.
+    """Return the weights of `params` (see network.init) laid out for `read`, which computes in `dtype`.
 
-    `kind` is how they are kept (see quantize.KINDS); with int8 and int4 what is no matrix stays in `dtype`, and with
-    int4 the embedding is int8: its rows are what the last layer's error is compared with.
+    `kind` is one of quantize.KINDS. With int8 and int4, vectors stay in `dtype`. With int4 the embedding is int8,
+    because the last hidden state is compared with its rows.
     """
 
     def keep(w, table=False):
@@ -109,7 +115,7 @@ def _layer(c: ModelConfig, block: dict) -> Layer:
 
 
 def dtype(w: Weights):
-    """What `read` computes in, and the cache is kept in."""
+    """Return the type that `read` computes in and the cache is kept in."""
     return w.norm.dtype
 
 
@@ -118,7 +124,7 @@ def _by_head(c: ModelConfig, x):
 
 
 def empty_cache(c: ModelConfig, rows: int, size: int, dtype) -> dict[str, jax.Array]:
-    """{"k": [N, rows, size, Rk], "v": [N, rows, size, Rv]}, or only "k" when K and V share their latent."""
+    """Return {"k": [N, rows, size, Rk], "v": [N, rows, size, Rv]}, or only "k" when K and V share their latent."""
     widths = {"k": c.ranks[1], "v": c.ranks[2]} if c.rank else {"k": c.d, "v": c.d}
     if c.shared_kv and c.rank:
         del widths["v"]
@@ -126,56 +132,52 @@ def empty_cache(c: ModelConfig, rows: int, size: int, dtype) -> dict[str, jax.Ar
 
 
 def empty_window(c: ModelConfig, rows: int, size: int, dtype) -> tuple[dict, ...]:
-    """Room for the latents of tokens that are not in the cache yet: of each layer {"k": [rows, size, Rk], ...}."""
+    """Return room for latents that are not in the cache yet: for each layer {"k": [rows, size, Rk], ...}."""
     return tuple({name: x[n] for name, x in empty_cache(c, rows, size, dtype).items()} for n in range(c.layers))
 
 
-def read(
-    c: ModelConfig, w: Weights, cache: dict, window: tuple, tokens_BT, starts_B, at, row=0
-) -> tuple[jax.Array, tuple]:
-    """Reads T new tokens of each of B rows: their normalised last hidden states [B, T, D], and the window with them.
+def read(c: ModelConfig, w: Weights, cache: dict, window: tuple, tokens_BT, place: Place) -> tuple[jax.Array, tuple]:
+    """Read T new tokens of B rows; return their normalised last hidden states [B, T, D] and the window with them.
 
-    Of each row, from `row` on, the cache holds `starts_B` tokens, the window the next `at`, and the new ones come
-    behind. The cache itself is only read: XLA would copy it whole at every step of a loop that also writes to it.
+    The cache is only read: XLA would copy all of it at every step of a loop that also writes to it.
     """
-    x_BTD, windows = _embed(w, tokens_BT), []
+    x_BTD, windows = quantize.rows(w.table, tokens_BT, dtype(w)), []
+    x_BTD = x_BTD if w.table_up is None else times(x_BTD, w.table_up)
     for n, layer in enumerate(w.layers):
-        held = lambda i, n=n: jax.tree.map(
-            lambda x: jax.lax.dynamic_slice(x, (n, row, i * BLOCK, 0), (1, len(tokens_BT), BLOCK, x.shape[-1]))[0],
-            cache,
-        )
-        out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), held, window[n], starts_B, at)
+        cached = functools.partial(_block, cache, n, place.row, len(tokens_BT))
+        out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), cached, window[n], place)
         x_BTD += out_BTD
         x_BTD += _mlp(layer, rms_norm(x_BTD))
         windows.append(latents)
     return rms_norm(x_BTD) * w.norm, tuple(windows)
 
 
+def _block(cache: dict, n: int, row, B: int, i) -> dict:
+    """Return block i of layer n's cached latents, for B rows from `row` on."""
+    block = lambda x: jax.lax.dynamic_slice(x, (n, row, i * BLOCK, 0), (1, B, BLOCK, x.shape[-1]))[0]
+    return jax.tree.map(block, cache)
+
+
 def keep(cache: dict, window: tuple, starts_B, row=0) -> dict:
-    """The cache with each row's window behind its `starts_B` tokens, where there must be room for all of it."""
+    """Return the cache with each row's window behind its `starts_B` tokens; all of the window must fit."""
     stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *window)
     for b in range(len(starts_B)):
-        place = lambda old, new, b=b: jax.lax.dynamic_update_slice(old, new[:, b : b + 1], (0, row + b, starts_B[b], 0))
-        cache = jax.tree.map(place, cache, stacked)
+        put = lambda old, new, b=b: jax.lax.dynamic_update_slice(old, new[:, b : b + 1], (0, row + b, starts_B[b], 0))
+        cache = jax.tree.map(put, cache, stacked)
     return cache
 
 
 def logits(w: Weights, x_BD: jax.Array) -> jax.Array:
-    """[B, V] in fp32 from normalised hidden states, through the head.
+    """Return fp32 logits [B, V] of normalised hidden states.
 
-    The barrier keeps the product table @ x, in which XLA's CPU dot reads the table as it lies: turned around, 8 rows of
-    16,384 logits took 7 ms instead of 0.8.
+    The barrier keeps the product table @ x, in which XLA's CPU dot reads the table as it is stored. Transposed, 8 rows
+    of 16,384 logits took 7 ms instead of 0.8.
     """
     table, up = w.head or (w.table, w.table_up)
     x_BD = x_BD if up is None else times(x_BD, up, outputs=0)
     if not isinstance(table, jax.Array) or x_BD.dtype != jnp.float32:
         return times(x_BD, table, outputs=0).astype(jnp.float32)
     return jax.lax.optimization_barrier(table @ x_BD.T).T
-
-
-def _embed(w: Weights, tokens):
-    x = quantize.rows(w.table, tokens, dtype(w))
-    return x if w.table_up is None else times(x, w.table_up)
 
 
 def _mlp(layer: Layer, x):
@@ -185,19 +187,61 @@ def _mlp(layer: Layer, x):
     return functools.reduce(times, layer.mlp_out, jax.nn.silu(gate) * up)
 
 
-def _attention(c: ModelConfig, layer: Layer, x_BTD, held, window: dict, starts_B, at) -> tuple[jax.Array, dict]:
-    """What a layer's attention adds to the residual stream, and its window with the new tokens' latents.
+def _attention(c: ModelConfig, layer: Layer, x_BTD, cached, window: dict, place: Place) -> tuple[jax.Array, dict]:
+    """Return a layer's contribution to the residual stream, and its window with the new tokens' latents.
 
-    `held(i)` are the cached latents of block i of the rows.
+    `cached(i)` returns block i of the rows' cached latents.
     """
+    (B, T, _), (starts_B, offset, _) = x_BTD.shape, place
+    absorbed = absorbs(c, T)
+    q_BGQE, window = _queries(c, layer, x_BTD, window, offset)
+    slopes_H11 = jnp.asarray(attention.alibi_slopes(c.heads))[:, None, None]
+
+    def scores_and_values(latents: dict, distance_BTS, visible_BTS):
+        k_BGSE, v_BGSE = _keys_values(c, layer, latents, absorbed)
+        bias_BHTS = -slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
+        bias_BHTS = jnp.where(visible_BTS[:, None], bias_BHTS, attention.MASKED)
+        s_BGQS = jnp.einsum("BGQE,BGSE->BGQS", q_BGQE, k_BGSE, preferred_element_type=jnp.float32)
+        return s_BGQS + bias_BHTS.reshape(-1, *s_BGQS.shape[1:]), v_BGSE
+
+    def mean(p_BGQS, v_BGSE):
+        return jnp.einsum("BGQS,BGSE->BGQE", p_BGQS.astype(v_BGSE.dtype), v_BGSE, preferred_element_type=jnp.float32)
+
+    # Softmax in one pass over blocks (Milakov & Gimelshein, arXiv 1805.02867). The window comes first: every query sees
+    # a key in it, while the cache may be empty.
+    query_T, key_W = offset + jnp.arange(T), jnp.arange(window["k"].shape[1])
+    distance_TW = query_T[:, None] - key_W
+    s, v = scores_and_values(window, distance_TW[None], (distance_TW >= 0)[None])
+    top = s.max(-1, keepdims=True)
+    p = jnp.exp(s - top)
+    state = top, p.sum(-1, keepdims=True), mean(p, v)
+
+    def add_block(i, state):
+        top, total, acc = state
+        key_S = i * BLOCK + jnp.arange(BLOCK)
+        distance_BTS = (starts_B[:, None] + query_T)[..., None] - key_S
+        s, v = scores_and_values(cached(i), distance_BTS, (key_S < starts_B[:, None])[:, None])
+        higher = jnp.maximum(top, s.max(-1, keepdims=True))
+        p, factor = jnp.exp(s - higher), jnp.exp(top - higher)
+        return higher, total * factor + p.sum(-1, keepdims=True), acc * factor + mean(p, v)
+
+    blocks = (jnp.max(starts_B) + BLOCK - 1) // BLOCK
+    _, total, acc = jax.lax.fori_loop(0, blocks, add_block, state)
+    o_BHTE = (acc / total).astype(x_BTD.dtype).reshape(B, c.heads, T, -1)
+    o_BTHK = jnp.einsum("BHTR,HRK->BTHK", o_BHTE, layer.v_heads) if absorbed else o_BHTE.swapaxes(1, 2)
+    o_BTD = o_BTHK.reshape(B, T, c.d)
+    return times(o_BTD if layer.o_down is None else times(o_BTD, layer.o_down), layer.o_up), window
+
+
+def _queries(c: ModelConfig, layer: Layer, x_BTD, window: dict, offset) -> tuple[jax.Array, dict]:
+    """Return the new tokens' queries [B, G, Q, E], and the window with their latents at `offset`."""
     B, T, _ = x_BTD.shape
-    H, absorbed = c.heads, absorbs(c, T)
     rank_q, rank_k = c.ranks[0] if c.rank else c.d, window["k"].shape[-1]
     parts = jnp.split(times(x_BTD, layer.latents), (rank_q, rank_q + rank_k)[: 1 + ("v" in window)], axis=-1)
     query_BTR, *latents = map(rms_norm, parts) if c.latent_norm and c.rank else parts
     new = dict(zip(("k", "v"), latents))
-    window = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, at, 0)), window, new)
-
+    window = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, offset, 0)), window, new)
+    absorbed = absorbs(c, T)
     if absorbed and layer.query is not None:
         q_BTHE = _by_head(c, times(query_BTR, layer.query))
     else:
@@ -205,51 +249,13 @@ def _attention(c: ModelConfig, layer: Layer, x_BTD, held, window: dict, starts_B
         if absorbed:
             q_BTHE = jnp.einsum("BTHK,HRK->BTHR", q_BTHE, layer.k_heads)
     q_BHTE = q_BTHE.swapaxes(1, 2)
-    q_BGQE = q_BHTE.reshape(B, 1, H * T, -1) if absorbed else q_BHTE
-    slopes_H11 = jnp.asarray(attention.alibi_slopes(H))[:, None, None]
+    return q_BHTE.reshape(B, 1, c.heads * T, -1) if absorbed else q_BHTE, window
 
-    def keys_values(latents: dict) -> tuple[jax.Array, jax.Array]:
-        k_BSR, v_BSR = latents["k"], latents.get("v", latents["k"])
-        if absorbed:
-            return k_BSR[:, None], v_BSR[:, None]
-        expand = lambda x, up: _by_head(c, x if up is None else times(x, up)).swapaxes(1, 2)
-        return expand(k_BSR, layer.k_up), expand(v_BSR, layer.v_up)
 
-    def scores(k_BGSE, distance_BTS, visible_BTS):
-        bias_BHTS = -slopes_H11 * distance_BTS[:, None].astype(jnp.float32)
-        bias_BHTS = jnp.where(visible_BTS[:, None], bias_BHTS, attention.MASKED)
-        s_BGQS = jnp.einsum("BGQE,BGSE->BGQS", q_BGQE, k_BGSE, preferred_element_type=jnp.float32)
-        return s_BGQS + bias_BHTS.reshape(-1, *s_BGQS.shape[1:])
-
-    def mean(p_BGQS, v_BGSE):
-        return jnp.einsum("BGQS,BGSE->BGQE", p_BGQS.astype(v_BGSE.dtype), v_BGSE, preferred_element_type=jnp.float32)
-
-    # Softmax in one pass over blocks (Milakov & Gimelshein, arXiv 1805.02867). The window comes first: in it, unlike in
-    # an empty cache, every query sees a key.
-    query_at_T, at_W = at + jnp.arange(T), jnp.arange(window["k"].shape[1])
-    k, v = keys_values(window)
-    distance_TW = query_at_T[:, None] - at_W
-    s = scores(k, distance_TW[None], (distance_TW >= 0)[None])
-    top = s.max(-1, keepdims=True)
-    p = jnp.exp(s - top)
-    state = top, p.sum(-1, keepdims=True), mean(p, v)
-
-    def add_block(i, state):
-        top, total, acc = state
-        k, v = keys_values(held(i))
-        at_S = i * BLOCK + jnp.arange(BLOCK)
-        distance_BTS = (starts_B[:, None] + query_at_T)[..., None] - at_S
-        s = scores(k, distance_BTS, (at_S < starts_B[:, None])[:, None])
-        higher = jnp.maximum(top, s.max(-1, keepdims=True))
-        p, kept = jnp.exp(s - higher), jnp.exp(top - higher)
-        return higher, total * kept + p.sum(-1, keepdims=True), acc * kept + mean(p, v)
-
-    blocks = (jnp.max(starts_B) + BLOCK - 1) // BLOCK
-    _, total, acc = jax.lax.fori_loop(0, blocks, add_block, state)
-    o_BHTE = (acc / total).astype(x_BTD.dtype).reshape(B, H, T, -1)
+def _keys_values(c: ModelConfig, layer: Layer, latents: dict, absorbed: bool) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values [B, G, S, E] of cached latents."""
+    k_BSR, v_BSR = latents["k"], latents.get("v", latents["k"])
     if absorbed:
-        o_BTHK = jnp.einsum("BHTR,HRK->BTHK", o_BHTE, layer.v_heads)
-    else:
-        o_BTHK = o_BHTE.swapaxes(1, 2)
-    o_BTD = o_BTHK.reshape(B, T, c.d)
-    return times(o_BTD if layer.o_down is None else times(o_BTD, layer.o_down), layer.o_up), window
+        return k_BSR[:, None], v_BSR[:, None]
+    expand = lambda x, up: _by_head(c, x if up is None else times(x, up)).swapaxes(1, 2)
+    return expand(k_BSR, layer.k_up), expand(v_BSR, layer.v_up)

@@ -1,4 +1,4 @@
-"""Matrices in panels for a CPU's C++ (cpp/decode.cc), which multiplies by them as they lie there, in 32 to 4 bits."""
+"""Weight matrices in the layout that the CPU decoder's C++ (model/kernels/decode.cc) reads, in 32 to 4 bits."""
 
 import functools
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ COLUMNS = 32  # outputs of a panel
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("panels", "scales"), meta_fields=("outputs",))
 @dataclass(frozen=True)
 class Matrix:
-    """Matrices [in, outputs] of the same shape, of float32, bfloat16, int8 or int4: one, or more beside each other."""
+    """A stack of matrices [in, outputs] of one shape, in float32, bfloat16, int8 or int4."""
 
-    panels: jax.Array  # [count, P, in, COLUMNS], the last panel filled up with zeros; of int4 uint8, two to a byte
+    panels: jax.Array  # [count, P, in, COLUMNS], the last panel padded with zeros; int4 as uint8, two to a byte
     scales: jax.Array | None  # of integers: [count, P, groups of inputs, COLUMNS] in float32
     outputs: int
 
 
 @jax.jit
 def matrix(w: jax.Array, scales: jax.Array | None = None) -> Matrix:
-    """Of [in, out] or [count, in, out], integers with `scales` of [groups, out] or [count, groups, out]."""
+    """Return [in, out] or [count, in, out] in panels; integers have `scales` [groups, out] or [count, groups, out]."""
     panels = _panels(w)
-    if w.dtype == jnp.bfloat16:  # two to a word, so that one load is two vectors
+    if w.dtype == jnp.bfloat16:  # two to a word, so that one load fills two vectors
         panels = panels.reshape(*panels.shape[:3], 2, -1).swapaxes(3, 4).reshape(panels.shape)
     elif w.dtype == jnp.int4:
         low, high = jnp.split((panels.astype(jnp.int8) + 8).astype(jnp.uint8), 2, axis=-1)
@@ -38,17 +38,17 @@ def _panels(w: jax.Array) -> jax.Array:
 
 
 def times(x: jax.Array, m: Matrix) -> jax.Array:
-    """x [..., in] in float32 times one matrix, or several: [..., count * outputs]."""
+    """Return x [..., in], in float32, times the matrices: [..., count * outputs]."""
     rows = x.reshape(-1, x.shape[-1])
     result = jax.ShapeDtypeStruct((len(rows), len(m.panels) * m.outputs), jnp.float32)
     (y,) = jax.ffi.ffi_call("lowrank_times", [result])(rows, *jax.tree.leaves(m))
     return y.reshape(*x.shape[:-1], -1)
 
 
-def columns(m: Matrix, at: jax.Array) -> jax.Array:
-    """What belongs to some outputs of one matrix of float32, bfloat16 or int8: [..., in]."""
-    place = at % COLUMNS
+def columns(m: Matrix, ids: jax.Array) -> jax.Array:
+    """Return the weights [..., in] of some outputs of one matrix, in float32, bfloat16 or int8."""
+    place = ids % COLUMNS
     if m.panels.dtype == jnp.bfloat16:
         place = place % (COLUMNS // 2) * 2 + place // (COLUMNS // 2)
-    taken = m.panels[0, at // COLUMNS, :, place].astype(jnp.float32)
-    return taken if m.scales is None else taken * m.scales[0, at // COLUMNS, 0, at % COLUMNS][..., None]
+    taken = m.panels[0, ids // COLUMNS, :, place].astype(jnp.float32)
+    return taken if m.scales is None else taken * m.scales[0, ids // COLUMNS, 0, ids % COLUMNS][..., None]

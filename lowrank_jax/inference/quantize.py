@@ -1,10 +1,10 @@
-"""Matrix products with weights of 32, 16, 8 or 4 bits; what is multiplied by them keeps its precision.
+"""Matrix products with weights of 32, 16, 8 or 4 bits; the other factor keeps its precision.
 
-The arrays are qwix's: int8 with one scale for each output, int4 with one for each output and GROUP inputs. On GPUs and
-TPUs the integers are widened on their way into the product. XLA's CPU backend widens them in memory first, which undoes
-the gain, but multiplies int8 by int8 at full speed: there x becomes two int8 numbers, which together are within
-1/64,516 of a row's largest value. Milliseconds for 24 matrices [2048, 768] and one row on 2 cores: float32 4.7, int8
-widened 39, int8 in two parts 2.1.
+The arrays are qwix's: int8 has one scale per output, int4 one per output and GROUP inputs. GPUs and TPUs widen the
+integers inside the product. XLA's CPU backend widens them in memory first, which costs more than they save, but
+multiplies int8 by int8 at full speed. There x becomes two int8 numbers, which together are within 1/64,516 of a row's
+largest value. Milliseconds for 24 matrices [2048, 768] and one row on 2 cores: float32 4.7, int8 widened 39, int8 in
+two parts 2.1.
 """
 
 import math
@@ -16,11 +16,11 @@ import qwix
 from lowrank_jax.inference import panels
 
 KINDS = ("fp32", "bf16", "fp16", "int8", "int4")
-GROUP = 64  # inputs that share a scale of int4, or the largest divisor of 64 that divides their number
+GROUP = 64  # inputs per scale of int4; if it does not divide their number, the largest divisor of 64 that does
 
 
 def pack(w: jax.Array, kind: str, outputs: int = 1) -> qwix.QArray:
-    """A weight matrix as int8 or int4; its axis `outputs` is the one that is not multiplied along."""
+    """Return a weight matrix as int8 or int4; its axis `outputs` holds the outputs."""
     if kind == "int8":
         return qwix.quantize(w, jnp.int8, channelwise_axes=(outputs,))
     inputs = 1 - outputs
@@ -28,19 +28,22 @@ def pack(w: jax.Array, kind: str, outputs: int = 1) -> qwix.QArray:
     return qwix.quantize(w, jnp.int4, channelwise_axes=(outputs,), tiled_axes={inputs: group})
 
 
-def matrix(w, outputs: int = 1, parts: int = 1) -> panels.Matrix:
-    """A weight matrix, or an array of some [count, inputs, outputs], in panels; `parts` are beside each other in it."""
-    arrays = [w.qvalue, w.scale] if isinstance(w, qwix.QArray) else [w]
-    arrays = arrays if outputs else [x.T for x in arrays]
-    arrays = arrays if parts == 1 else [jnp.stack(jnp.split(x, parts, axis=1)) for x in arrays]
-    return panels.matrix(*arrays)
+def matrix(weights, outputs: int = 1, parts: int = 1):
+    """Return a weight matrix, a stack of them [count, inputs, outputs], or a tree of both, in panels.
+
+    A matrix whose outputs are `parts` concatenated matrices becomes a stack of them.
+    """
+
+    def in_panels(w) -> panels.Matrix:
+        arrays = [w.qvalue, w.scale] if isinstance(w, qwix.QArray) else [w]
+        arrays = arrays if outputs else [x.T for x in arrays]
+        return panels.matrix(*(arrays if parts == 1 else [jnp.stack(jnp.split(x, parts, axis=1)) for x in arrays]))
+
+    return jax.tree.map(in_panels, weights, is_leaf=lambda w: isinstance(w, qwix.QArray))
 
 
 def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
-    """x [..., inputs] times a matrix, [inputs, outputs] or with `outputs` 0 the other way round, in x's precision.
-
-    A matrix in panels has its outputs where it has them.
-    """
+    """Return x [..., inputs] times a matrix whose axis `outputs` holds its outputs, in x's precision."""
     if isinstance(w, panels.Matrix):
         return panels.times(x, w)
     if isinstance(w, qwix.QArray):
@@ -50,23 +53,23 @@ def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
             return jax.lax.platform_dependent(x, w, cpu=in_parts, default=widened)
         return _product(x, qwix.dequantize(w).astype(x.dtype), outputs)
     if x.dtype == jnp.bfloat16 and math.prod(x.shape[:-1]) == 1:
-        # XLA's CPU backend has a fast bfloat16 product from two rows on: 73 ms became 7 with a second one.
+        # XLA's CPU backend has a fast bfloat16 product for two rows or more: a second row made 73 ms 7 ms.
         twice = lambda x, w: _product(jnp.concatenate([x, x]), w, outputs)[:1]
         return jax.lax.platform_dependent(x, w, cpu=twice, default=lambda x, w: _product(x, w, outputs))
     return _product(x, w, outputs)
 
 
-def rows(w, at: jax.Array, dtype) -> jax.Array:
-    """Rows of a matrix that is an array, or int8 with its outputs as axis 0."""
+def rows(w, ids: jax.Array, dtype) -> jax.Array:
+    """Return rows of a matrix that is an array, in panels, or int8 with its outputs on axis 0."""
     if isinstance(w, panels.Matrix):
-        return panels.columns(w, at)
+        return panels.columns(w, ids)
     if isinstance(w, qwix.QArray):
-        return w.qvalue[at].astype(dtype) * w.scale[at].astype(dtype)
-    return w[at].astype(dtype)
+        return w.qvalue[ids].astype(dtype) * w.scale[ids].astype(dtype)
+    return w[ids].astype(dtype)
 
 
 def bytes_of(weights) -> int:
-    """What arrays take in memory; int4 are two to a byte."""
+    """Return the bytes that arrays take in memory; two int4 share a byte."""
     bits = lambda x: 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
     return sum(x.size * bits(x) for x in jax.tree.leaves(weights)) // 8
 

@@ -1,16 +1,17 @@
-"""How the next token is chosen: bias, penalties, n-grams, temperature, top-k, top-p and min-p, for rows that differ.
+"""Choice of the next token: bias, penalties, n-grams, temperature, top-k, top-p and min-p, for rows that differ.
 
-The meaning and the order are those of Hugging Face's logits processors (transformers 5.23, `_get_logits_processor`);
-presence and frequency penalties are OpenAI's, applied right after the repetition penalty as vLLM and llama.cpp do.
-Everything runs in the compiled decode loop at every token. So that one program serves all settings and a batch pays
-only for what one of its rows uses, features stand behind `lax.cond`, nested, because a GPU's host looks at each one.
+Meaning and order are those of Hugging Face's logits processors (transformers 5.23, `_get_logits_processor`); presence
+and frequency penalties are OpenAI's, right after the repetition penalty as in vLLM and llama.cpp. All of it runs in the
+compiled decoding loop. One program serves all settings, and a batch pays only for what its rows use: each feature is
+behind a `lax.cond`, and these are nested, because a GPU's host reads each condition.
 
 Shapes: B rows, V vocabulary, S context, M biased tokens, N blocks of the vocabulary, K tokens of a block.
 """
 
-import numbers
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import jax
@@ -24,67 +25,57 @@ from lowrank_jax.model.attention import MASKED
 MOST = 2**31 - 1
 MOST_BIASED = 300  # OpenAI's limit
 COLDEST = 1e-6  # lower temperatures count as this one: logits divided by it stay finite in fp32
-BLOCK = 128  # tokens of a block of the two-stage draw: 2 x 128 noises instead of 16,384 at V = 16,384
-UNITS = 2**30  # of probability, for sums in int32, which no order of summation changes
+BLOCK = 128  # tokens per block of the two-stage draw: 2 x 128 random numbers instead of 16,384 at V = 16,384
+UNITS = 2**30  # integer units of probability, whose sum does not depend on the order of summation
 
-LIMITS = {  # kind, lowest, highest
-    "temperature": (numbers.Real, 0, 100),
-    "top_k": (numbers.Integral, 0, MOST),
-    "top_p": (numbers.Real, 0, 1),
-    "min_p": (numbers.Real, 0, 1),
-    "repetition_penalty": (numbers.Real, 0.01, 100),
-    "presence_penalty": (numbers.Real, -2, 2),  # OpenAI's ranges
-    "frequency_penalty": (numbers.Real, -2, 2),
-    "penalty_last_n": (numbers.Integral, 0, MOST),
-    "no_repeat_ngram": (numbers.Integral, 0, 64),  # a pass over the context for each token of it
-    "seed": (numbers.Integral, 0, 2**63 - 1),
-}
+
+def _from(low, high, default):
+    return dataclasses.field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request's tokens are drawn; a value out of range raises UsageError.
+    """The settings with which one request's tokens are drawn; a value out of range raises UsageError.
 
-    The penalties look at the last `penalty_last_n` tokens of the context, prompt included, or at all of it: repetition
-    (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of tokens that occur, presence is
-    subtracted from them once, frequency once for each time. `no_repeat_ngram` n bans what would repeat n tokens of the
-    context. `logit_bias` has pairs (token id, what is added to its logit); ids the vocabulary lacks do nothing.
+    Penalties look at the last `penalty_last_n` tokens of the context, prompt included, or at all of it. Repetition
+    (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of tokens that occur; presence is
+    subtracted from them once, frequency once per occurrence. `no_repeat_ngram` n bans what would repeat n tokens of
+    the context. `logit_bias` has pairs (token id, bias); ids outside of the vocabulary do nothing.
     """
 
-    temperature: float = 0.8  # 0 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0  # 1 is off; 0 keeps the likeliest
-    min_p: float = 0.0  # 0 is off
-    repetition_penalty: float = 1.0  # 1 is off
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    penalty_last_n: int = 0  # 0 is all
-    no_repeat_ngram: int = 0  # 0 is off
+    temperature: float = _from(0, 100, 0.8)  # 0 is greedy
+    top_k: int = _from(0, MOST, 0)  # 0 is off
+    top_p: float = _from(0, 1, 1.0)  # 1 is off; 0 keeps the most likely token
+    min_p: float = _from(0, 1, 0.0)  # 0 is off
+    repetition_penalty: float = _from(0.01, 100, 1.0)  # 1 is off
+    presence_penalty: float = _from(-2, 2, 0.0)  # OpenAI's range
+    frequency_penalty: float = _from(-2, 2, 0.0)  # OpenAI's range
+    penalty_last_n: int = _from(0, MOST, 0)  # 0 is all
+    no_repeat_ngram: int = _from(0, 64, 0)  # 0 is off; each n costs a pass over the context
     logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = 0
+    seed: int = _from(0, 2**63 - 1, 0)
 
     def __post_init__(self):
-        for name, (kind, low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if not _is(kind, value) or not low <= value <= high:
-                what = "a whole number" if kind is numbers.Integral else "a number"
-                raise UsageError(f"{name}={_short(value)} must be {what} from {low} to {high}")
+        for field in dataclasses.fields(self):
+            if "range" in field.metadata:
+                value, (low, high) = getattr(self, field.name), field.metadata["range"]
+                if not _is_number(value, field.type, low, high):
+                    kind = "a whole number" if field.type is int else "a number"
+                    raise UsageError(f"{field.name}={_short(value)} must be {kind} from {low} to {high}")
         pairs = self.logit_bias
         if not isinstance(pairs, tuple) or len(pairs) > MOST_BIASED:
             raise UsageError(f"logit_bias must be a tuple of at most {MOST_BIASED} pairs of a token id and a bias")
         for pair in pairs:
-            if not isinstance(pair, tuple) or len(pair) != 2:
-                raise UsageError(f"logit_bias has {_short(pair)}, which must be a pair of a token id and a bias")
-            if not _is(numbers.Integral, pair[0]) or not 0 <= pair[0] <= MOST:
-                raise UsageError(f"logit_bias has the token id {_short(pair[0])}, which must be from 0 to {MOST}")
-            if not _is(numbers.Real, pair[1]) or not -100 <= pair[1] <= 100:
-                raise UsageError(f"logit_bias of {pair[0]} is {_short(pair[1])}, but must be a number from -100 to 100")
+            is_pair = isinstance(pair, tuple) and len(pair) == 2
+            if not is_pair or not _is_number(pair[0], int, 0, MOST) or not _is_number(pair[1], float, -100, 100):
+                raise UsageError(f"logit_bias has {_short(pair)}, which must be (token id, number from -100 to 100)")
         if len({token for token, _ in pairs}) < len(pairs):
             raise UsageError("logit_bias must name each token id once")
 
 
-def _is(kind, value) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_number(value, kind: type, low, high) -> bool:
+    is_kind = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return is_kind and bool(low <= value <= high)
 
 
 def _short(value) -> str:
@@ -92,7 +83,7 @@ def _short(value) -> str:
 
 
 PRESETS = {
-    # The model's own first choice: the same text every time.
+    # The model's first choice: the same text every time.
     "det": Sampling(temperature=0.0),
     # llama.cpp's default temperature, top-p, min-p and window, with ollama's 1.1 because small models loop. Without
     # their top-k of 40, which excludes little beyond these two and costs as much as top-p.
@@ -103,7 +94,7 @@ PRESETS = {
 
 
 class Rows(NamedTuple):
-    """The Sampling of B rows as arrays, which `rows` makes and a compiled function takes; [B] if not said."""
+    """The Sampling of B rows as arrays for a compiled function; [B] unless noted."""
 
     temperature: np.ndarray
     top_k: np.ndarray
@@ -114,13 +105,13 @@ class Rows(NamedTuple):
     frequency_penalty: np.ndarray
     penalty_last_n: np.ndarray
     no_repeat_ngram: np.ndarray
-    bias_ids: np.ndarray  # [B, M], padded with a bias of 0; M is a power of two from 8 on: few shapes are compiled
+    bias_ids: np.ndarray  # [B, M], padded with a bias of 0; M is a power of two, at least 8: few shapes are compiled
     bias_values: np.ndarray  # [B, M]
-    key: np.ndarray  # [B, 2] uint32: jax.random.key(seed), but with all 63 bits of the seed and always threefry's
+    key: np.ndarray  # [B, 2] uint32: the threefry key of jax.random.key(seed), with all 63 bits of the seed
 
 
 def rows(samplings: Sequence[Sampling]) -> Rows:
-    """Arrays of the host. Greedy rows have their filters off, so that they never make a batch pay for them."""
+    """Return NumPy arrays. Greedy rows have their filters off, so that no batch pays for them."""
     column = lambda name, dtype: np.asarray([getattr(s, name) for s in samplings], dtype)
     temperature = column("temperature", np.float64)
     drawn = lambda name, off: np.where(temperature > 0, column(name, np.float64), off)
@@ -142,32 +133,22 @@ def rows(samplings: Sequence[Sampling]) -> Rows:
     )
 
 
-def adjust(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
-    """fp32 logits of the distribution that `choose` draws from; excluded tokens are at MASKED.
-
-    The context of a row is the first `lengths_B` of its `tokens_BS`. Greedy rows have bias, penalties and n-grams only.
-    Something always remains: the likeliest token, and where n-grams would ban everything, they ban nothing.
-    Of tied logits top-k and top-p keep all or none, where Hugging Face's top-p breaks the tie by index.
-    """
-    return _filtered(_edited(logits_BV, rows, tokens_BS, lengths_B), rows)
-
-
 def choose(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
-    """[B] int32 next tokens: the argmax for greedy rows, else a draw from the softmax of `adjust`.
+    """Return [B] int32 next tokens: the argmax of `edited` for greedy rows, else a draw from the softmax of `filtered`.
 
-    The draw depends on the row's seed and length alone, and so neither on its batch nor on its place in it.
+    The draw depends only on the row's seed and length.
     """
-    edited_BV = _edited(logits_BV, rows, tokens_BS, lengths_B)
+    edited_BV = edited(logits_BV, rows, tokens_BS, lengths_B)
     best_B = _argmax(edited_BV)
     is_drawn_B = rows.temperature > 0
-    draw = lambda: jnp.where(is_drawn_B, _draw(_filtered(edited_BV, rows), rows.key, lengths_B), best_B)
+    draw = lambda: jnp.where(is_drawn_B, _draw(filtered(edited_BV, rows), rows.key, lengths_B), best_B)
     return lax.cond(jnp.any(is_drawn_B), draw, lambda: best_B)
 
 
 def logprobs(logits_BV, chosen_B, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities [B] of the chosen tokens, and ids and log-probabilities [B, n] of the n <= V likeliest.
+    """Return log-probabilities [B] of the chosen tokens, and ids and log-probabilities [B, n] of the n most likely.
 
-    They are the model's own, before `adjust`.
+    They are the model's own, before any setting changes the logits.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
@@ -179,8 +160,11 @@ def _if_any(on_B, change, x_BV):
     return lax.cond(jnp.any(on_B), change, lambda x_BV: x_BV, x_BV)
 
 
-def _edited(logits_BV, rows: Rows, tokens_BS, lengths_B):
-    """The logits with bias, penalties and n-gram bans."""
+def edited(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
+    """Return the logits in fp32 with bias, penalties and n-gram bans; banned tokens are at MASKED.
+
+    A row's context is the first `lengths_B` of its `tokens_BS`. N-grams that would ban all tokens ban none.
+    """
     is_biased_B = jnp.any(rows.bias_values != 0, axis=-1)
     is_penalised_B = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
     ngram_B = jnp.where(rows.no_repeat_ngram <= lengths_B, rows.no_repeat_ngram, 0)
@@ -207,14 +191,14 @@ def _penalised(x_BV, rows: Rows, tokens_BS, lengths_B):
 
 
 def _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B):
-    """Bans each token of the context that follows the n - 1 tokens with which the context ends; n = 0 bans nothing."""
+    """Ban each token of the context that follows the n - 1 tokens with which the context ends; n = 0 bans nothing."""
     at_S, V, n_B1 = jnp.arange(tokens_BS.shape[1]), x_BV.shape[1], ngram_B[:, None]
 
     def follows(back, so_far_BS):
         last_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(lengths_B - back, 0)[:, None], axis=1)
         return so_far_BS & ((jnp.roll(tokens_BS, back, axis=1) == last_B1) | (back >= n_B1))
 
-    # What the roll wraps around stands before n - 1.
+    # Tokens that the roll wraps around are before n - 1.
     whole_BS = (n_B1 > 0) & (at_S >= n_B1 - 1) & (at_S < lengths_B[:, None])
     repeats_BS = lax.fori_loop(1, jnp.max(ngram_B), follows, whole_BS)
     row_B1 = jnp.arange(x_BV.shape[0])[:, None]
@@ -223,8 +207,11 @@ def _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B):
     return jnp.where(is_banned_BV & remains_B1, MASKED, x_BV)
 
 
-def _filtered(x_BV, rows: Rows):
-    """Temperature, top-k, top-p and min-p; each filter takes out what lies below a floor."""
+def filtered(x_BV, rows: Rows) -> jax.Array:
+    """Apply temperature, top-k, top-p and min-p; each filter masks the logits below a floor, never the largest.
+
+    Top-k and top-p keep all of several tied logits or none, while Hugging Face's top-p breaks ties by index.
+    """
     top_k_B, top_p_B = jnp.minimum(rows.top_k, x_BV.shape[1]), rows.top_p
     above = lambda x_BV, floor_B: jnp.where(x_BV >= floor_B[:, None], x_BV, MASKED)
     temperature_B1 = jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
@@ -249,11 +236,11 @@ def _filtered(x_BV, rows: Rows):
 
 
 def _floor(x_BV, weight_BV, least_B):
-    """[B] the largest value such that the weights of all logits from it up sum to `least_B` or more; exact.
+    """Return the largest value [B] such that the weights of all logits from it upwards sum to `least_B` or more.
 
-    Bisects the 32 bits of a float, whose order is that of int32 once negative ones have their other bits flipped.
-    Against a sort of the vocabulary on 2 CPU cores, V = 16,384: 0.2 ms instead of 3.6 at B = 1, 1.6 instead of 28 at 8.
-    Two and four bits at a time, 16 and 8 passes of 3 and 15 sums each, took 1.3 and 2.4 times as long.
+    It bisects the 32 bits of a float, which sort like an int32 once negative ones have their other bits flipped, and is
+    exact. Compared with a sort on 2 CPU cores, V = 16,384: 0.2 ms instead of 3.6 at B = 1, 1.6 instead of 28 at B = 8.
+    Bisecting two or four bits per pass took 1.3 and 2.4 times as long.
     """
     order = lambda bits: jnp.where(bits < 0, bits ^ MOST, bits)  # its own inverse
     order_BV = order(lax.bitcast_convert_type(x_BV, jnp.int32))
@@ -268,19 +255,19 @@ def _floor(x_BV, weight_BV, least_B):
 
 
 def _argmax(x_BV):
-    """[B] the first maximum. jnp.argmax, a variadic reduction, takes 1.7 times as long on CPU (0.4 ms at B = 8)."""
+    """Return the first maximum [B]; jnp.argmax, a variadic reduction, takes 1.7 times as long on CPU."""
     V = x_BV.shape[1]
     is_best_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
     first_B = jnp.min(jnp.where(is_best_BV, jnp.arange(V, dtype=jnp.int32), V), axis=-1)
-    return jnp.minimum(first_B, V - 1)  # an id even of a row of NaN
+    return jnp.minimum(first_B, V - 1)  # a valid id even for a row of NaN
 
 
 def _draw(x_BV, key_B2, lengths_B):
-    """A draw from softmax(x): first a block by its mass, then a token of the block, both by Gumbel-max.
+    """Draw from softmax(x): first a block by its probability, then a token of the block, both by Gumbel-max.
 
-    Exact, as P(token) = P(block) P(token | block). On 2 CPU cores, V = 16,384, against noise for every token: 0.17 ms
-    instead of 0.80 at B = 1, 0.29 instead of 2.5 at B = 8. Uniforms and inverse cumulative sums took 0.10 and 0.25,
-    but rounding in a cumulative sum can pick an excluded token.
+    It is exact: P(token) = P(block) P(token | block). On 2 CPU cores with V = 16,384 it takes 0.17 ms at B = 1 and 0.29
+    at B = 8; noise for every token takes 0.80 and 2.5. Inverse cumulative sums take 0.10 and 0.25, but their rounding
+    can pick a masked token.
     """
     x_BV = jnp.pad(x_BV, ((0, 0), (0, -x_BV.shape[1] % BLOCK)), constant_values=MASKED)
 

@@ -1,25 +1,25 @@
-"""Token ids to text as they come."""
+"""Text of token ids, piece by piece."""
 
 from collections.abc import Sequence
 
 from lowrank_jax.data.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what a decoder makes of a character whose last bytes are still to come
+UNFINISHED = "\ufffd"  # a decoder's output for a character without its last bytes
 
 
 class Writer:
-    """The text of the ids given to `add`, piece by piece; all pieces and `end` joined are the text of all ids.
+    """Writes text as ids arrive: the pieces of `add` and `end`, joined, are the text of all ids.
 
-    What may still change is held back: a character without all its bytes, and what may become a stop string. Once one
-    is whole, neither it nor anything behind it is written, and `stopped` is true.
+    It holds back text that may change: a character without all its bytes, or the beginning of a stop string. Once a
+    stop string is complete, neither it nor later text is written, and `stopped` is true.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
         self._ids: list[int] = []
-        self._from = 0  # ids before it are written and too far back to matter to what comes
-        self._done = ""  # the text of the ids from there on that has been taken from the decoder
-        self._held = ""  # taken, but it may become a stop string
+        self._from = 0  # ids before this one no longer affect the text to come
+        self._done = ""  # the decoded text of the ids from `_from` on
+        self._pending = ""  # decoded, but it may begin a stop string
         self.stopped = False
 
     def add(self, ids: Sequence[int]) -> str:
@@ -28,29 +28,29 @@ class Writer:
         if text.endswith(UNFINISHED) and len(self._ids) - self._from < 64:
             return ""
         new, self._done = text[len(self._done) :], text
-        if len(self._ids) - self._from > 32:  # some ids stay: how one is written may depend on those before it
+        if len(self._ids) - self._from > 32:  # some ids stay, because the text of an id may depend on ids before it
             self._from = len(self._ids) - 8
             self._done = self._tokenizer.decode(self._ids[self._from :])
         return self._release(new)
 
     def end(self) -> str:
-        """The rest, when no ids will follow."""
+        """Return the rest of the text, when no more ids follow."""
         text = self._tokenizer.decode(self._ids[self._from :])[len(self._done) :]
         self._done += text
         new = self._release(text)
         if self.stopped:
             return new
-        held, self._held = self._held, ""
-        return new + held
+        rest, self._pending = self._pending, ""
+        return new + rest
 
     def _release(self, new: str) -> str:
         if self.stopped:
             return ""
-        text, self._held = self._held + new, ""
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:  # what is whole first counts, so that it does not matter how ids are cut
+        text, self._pending = self._pending + new, ""
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        if ends:  # the stop string that is complete first counts, however the ids are cut into pieces
             self.stopped = True
-            return text[: min(found)[1]]
+            return text[: min(ends)[1]]
         longest = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - longest :]
+        self._pending = text[len(text) - longest :]
         return text[: len(text) - longest]

@@ -127,37 +127,6 @@ def cgroup_limits(root: pathlib.Path) -> list[int]:
     return limits
 
 
-# XLA's description of an H100 SXM: NVIDIA's data sheet (132 multiprocessors at up to 1.98 GHz, 50 MB of L2, 80 GB at
-# 3.35 TB/s) and the table of compute capability 9.0 in the CUDA programming guide. device_description_str becomes
-# device_kind. Without a version, XLA assumes CUDA 0.0, whose cuBLASLt has no float8 matmul.
-H100 = """
-device_description_str: "NVIDIA H100 80GB HBM3"
-platform_name: "CUDA"
-runtime_version { major: 12 minor: 9 }
-dnn_version_info { major: 9 minor: 10 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  memory_bandwidth: 3350000000000
-  device_memory_size: 80000000000
-  l2_cache_size: 52428800
-  shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_block: 49152
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-  threads_per_core_limit: 2048
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-}
-"""
-
-
 class Slices(NamedTuple):
     """Sides of a TPU slice's grid of chips, chips of the largest slice, and an example of a grid."""
 
@@ -169,6 +138,7 @@ class Slices(NamedTuple):
 # `v4` is missing: its compiler describes a chip as two devices, and a real chip is one device.
 TPUS = {"v5e": Slices(2, 256, "4x4"), "v5p": Slices(3, 8960, "4x4x4")}
 TPUS |= {"v6e": Slices(2, 256, "4x4"), "tpu7x": Slices(3, 9216, "2x2x1")}
+H100 = pathlib.Path(__file__).with_name("h100.txtpb")  # a description for XLA
 H100S = re.compile(r"h100:([1-8])(?:x([1-9]\d{0,3}))?")  # GPUs of a host, and hosts
 TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices.example}" for name, slices in TPUS.items()), "h100:8"])
 TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
@@ -213,7 +183,7 @@ def _parse(name: str) -> dict:
     """Return the arguments of `get_topology_desc`. A side of 0 is refused because libtpu kills the process for it."""
     if match := H100S.fullmatch(name):
         gpus, hosts = match[1], match[2] or "1"
-        return dict(platform="cuda", topology_name="h100", topology=f"1x{hosts}x{gpus}", target_config=H100)
+        return dict(platform="cuda", topology_name="h100", topology=f"1x{hosts}x{gpus}", target_config=H100.read_text())
     prefix, _, grid = name.partition(":")
     if prefix not in TPUS:
         raise UsageError(f"topology {name!r} is unknown; use a name such as {TOPOLOGIES}")
@@ -247,7 +217,7 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
 
 
 def _assume_cudnn() -> None:
-    """Let JAX use cuDNN's attention without cuDNN, as if the version that H100 names were installed.
+    """Let JAX use cuDNN's attention without cuDNN, as if the version in h100.txtpb were installed.
 
     JAX asks the library for its version even when it compiles for a described device.
     """

@@ -1,4 +1,4 @@
-"""Settings of a training process: of its environment before JAX is imported, and of the garbage collector."""
+"""The start of a process: its environment before JAX is imported, its CPU, and the garbage collector."""
 
 import gc
 import os
@@ -27,6 +27,15 @@ def prepare() -> None:
     """Restart this command, in the same process, where variables are missing in its environment."""
     if missing := environment():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+
+
+def cpu_features() -> str:
+    """Return the line that lists the CPU's features, on which compiled programs depend; empty where unknown."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            return next((line for line in f if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""
 
 
 def spare_imports() -> None:

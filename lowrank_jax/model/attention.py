@@ -1,11 +1,10 @@
-"""ALiBi and causal attention for training and prefill, with four interchangeable backends.
+"""ALiBi and causal attention for training and prefill, with five interchangeable backends.
 
-ALiBi (Press et al., arXiv 2108.12409): score_ij = q_i . k_j / sqrt(K) - m_h (i - j). There are no position weights,
-so any length runs; positions count along the row, and shifting them changes nothing, so packed documents need a
-segment mask only.
+ALiBi (Press et al., arXiv 2108.12409): score_ij = q_i . k_j / sqrt(K) - m_h (i - j). It has no position weights, so any
+length runs. Shifting all positions changes nothing, so packed documents only need a segment mask.
 
-The fused kernels of GPUs and TPUs take no bias that is not T x T. But softmax ignores what a whole row has in common,
-so -m (i - j) is as good as m j, and that is a product of channels which are added to q and k (`_augment`).
+The fused kernels of GPUs and TPUs take a bias only as a T x T array. But softmax ignores a term that a whole row
+shares, so m j replaces -m (i - j), and m j is a product of channels that are added to q and k (`_augment`).
 
 Shapes: B batch, T query length, S key length, H heads, K head width, E channels.
 """
@@ -27,14 +26,14 @@ MASKED = -1e30  # finite: -inf - -inf is NaN, and no causal row is ever fully ma
 # 680 ms at T = 256 and 2048, 256 took 187 and 762, and jax.nn.dot_product_attention with a bias 272 and 3060.
 CHUNK = 128
 
-PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "native": "cpu"}  # of the kernels that run on one alone
-APART = 256  # how much lower the scores of another document are, where no mask can be given
+PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "native": "cpu"}  # kernels that run on one platform alone
+APART = 256  # how much the scores of other documents are lowered, where a kernel takes no mask
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
-    """[H] slopes m_h: 2^(-8(h+1)/H) for a power of two, else the paper's interleaving.
+    """Return the slopes m_h [H]: 2^(-8(h+1)/H) for a power of two.
 
-    Interleaving: with n the largest power of two below H, the n slopes of n heads, then every second slope of 2n.
+    Otherwise, with n the largest power of two below H, the n slopes of n heads and then every second slope of 2n heads.
     """
     n = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8 * (h + 1) / n) for h in range(n)]
@@ -43,18 +42,18 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 def alibi_bias(slopes_H: jax.Array, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-    """-m_h (i - j) in fp32, with the heads in front: [H, *query_positions.shape, S]."""
+    """Return -m_h (i - j) in fp32, with the heads in front: [H, *query_positions.shape, S]."""
     distance = query_positions[..., None] - key_positions
     return -jnp.asarray(slopes_H).reshape(-1, *[1] * distance.ndim) * distance.astype(jnp.float32)
 
 
 def attend(q_BTHK, k_BTHK, v_BTHK, segments_BT=None, backend: str = "auto") -> jax.Array:
-    """Causal ALiBi attention of each token to the earlier tokens of its own segment; returns [B, T, H, K].
+    """Return the causal ALiBi attention [B, T, H, K] of each token to the earlier tokens of its own segment.
 
-    `segments_BT` numbers the packed documents (None: one document a row). Scores and softmax are fp32. `backend` is
+    `segments_BT` numbers the packed documents (None: one document per row). Scores and softmax are fp32. `backend` is
     `reference` (one T x T array, the definition), `chunked` (static query chunks), `cudnn` (NVIDIA GPUs), `splash`
-    (TPUs), or `auto`: what `resolve` says for this process's devices. A kernel that is named may be compiled for a
-    device that is not here. Raises UsageError where it does not take these shapes.
+    (TPUs), `native` (C++ for CPUs), or `auto`: the choice of `resolve` for this process's devices. A named kernel can
+    be compiled for a described device. Raises UsageError where a named kernel does not take these shapes.
     """
     T, _, K = q_BTHK.shape[1:]
     platform = PLATFORMS.get(backend) or jax.default_backend()
@@ -66,10 +65,10 @@ def attend(q_BTHK, k_BTHK, v_BTHK, segments_BT=None, backend: str = "auto") -> j
 
 
 def resolve(backend: str, platform: str, dtype, head_dim: int, seq_len: int) -> tuple[str, str]:
-    """The kernel that `backend` is on `cpu`, `gpu` (or `cuda`) or `tpu`, and why it is not the platform's own, or "".
+    """Return (kernel, reason): what `backend` means on `cpu`, `gpu` (or `cuda`) or `tpu`.
 
-    `auto` is the platform's own kernel where that takes these shapes, else `chunked`. Raises UsageError for a backend
-    that is named and cannot run there.
+    `auto` is the platform's own kernel where it takes these shapes, else `chunked`, and `reason` says why. Raises
+    UsageError for a named backend that cannot run there.
     """
     platform = "gpu" if platform == "cuda" else platform
     own = {platform: kernel for kernel, platform in PLATFORMS.items()}.get(platform, "chunked")
@@ -85,14 +84,14 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return f"{kernel} is for a {PLATFORMS[kernel].upper()}, not a {platform.upper()}"
     if kernel == "cudnn" and dtype not in ("bfloat16", "float16"):
         return f"cudnn takes bfloat16 and float16, not {dtype}"
-    if kernel == "cudnn" and (head_dim % 8 or head_dim > 112):  # 128 with its channels; only Hoppers take up to 256
+    if kernel == "cudnn" and (head_dim % 8 or head_dim > 112):  # 128 with ALiBi's channels; only Hoppers take 256
         return f"cudnn takes heads whose width is a multiple of 8 and at most 112, not {head_dim}"
     if kernel == "splash" and dtype not in ("bfloat16", "float32"):
         return f"splash takes bfloat16 and float32, not {dtype}"
-    if kernel == "native" and (dtype != "float32" or head_dim % 16):
-        return f"native takes float32 and heads whose width is a multiple of 16, not {dtype} and {head_dim}"
+    if kernel == "native" and (dtype != "float32" or head_dim % build.LANES):
+        return f"native takes float32 and heads whose width is a multiple of {build.LANES}, not {dtype} and {head_dim}"
     if kernel == "native" and not build.load("attend"):
-        return "native is not compiled here"
+        return "native is not compiled on this machine"
     if kernel == "splash" and seq_len % 128:
         return f"splash takes lengths that are a multiple of 128, not {seq_len}"
     return ""
@@ -100,10 +99,10 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
 
 def _reference(q_BTHK, k_BTHK, v_BTHK, segments_BT):
     T, H, K = q_BTHK.shape[1:]
-    at = jnp.arange(T)
+    positions = jnp.arange(T)
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BTHK, preferred_element_type=jnp.float32) / math.sqrt(K)
-    scores_BHTS += alibi_bias(alibi_slopes(H), at, at)
-    visible = at[:, None] >= at
+    scores_BHTS += alibi_bias(alibi_slopes(H), positions, positions)
+    visible = positions[:, None] >= positions
     if segments_BT is not None:
         visible = visible & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
     probs_BHTS = jax.nn.softmax(jnp.where(visible, scores_BHTS, MASKED), axis=-1)
@@ -111,7 +110,7 @@ def _reference(q_BTHK, k_BTHK, v_BTHK, segments_BT):
 
 
 def _chunked(q_BTHK, k_BTHK, v_BTHK, segments_BT):
-    """Each chunk of queries meets only the keys up to its own end: half the square, and no T x T array."""
+    """Compute the scores of each chunk of queries with the keys up to its end: half the work, and no T x T array."""
     T, H, K = q_BTHK.shape[1:]
     slopes_H = alibi_slopes(H)
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK / math.sqrt(K), k_BTHK, v_BTHK))
@@ -120,10 +119,10 @@ def _chunked(q_BTHK, k_BTHK, v_BTHK, segments_BT):
     for start in range(0, T, chunk):
         stop = min(start + chunk, T)
         scores = jnp.einsum("BHTK,BHSK->BHTS", q[:, :, start:stop], k[:, :, :stop], preferred_element_type=jnp.float32)
-        # A row of scores may be shifted by a constant under softmax: measuring every distance from the chunk's last
-        # query makes the bias one row for all its queries.
+        # Softmax ignores a constant shift of a row, so all distances are measured from the chunk's last query: one row
+        # of the bias serves all its queries.
         scores += alibi_bias(slopes_H, jnp.full((1,), stop - 1), jnp.arange(stop))
-        if segments_BT is None:  # only the chunk's own square needs the causal mask
+        if segments_BT is None:  # only the chunk's own keys need the causal mask
             causal = jnp.arange(start, stop)[:, None] >= jnp.arange(start, stop)
             scores = scores.at[..., start:].add(jnp.where(causal, 0.0, MASKED))
         else:
@@ -134,25 +133,24 @@ def _chunked(q_BTHK, k_BTHK, v_BTHK, segments_BT):
     return jnp.concatenate(out, axis=2).swapaxes(1, 2)
 
 
-# -------------------------------------------------------------------------------------------------- the fused kernels
-
-
 def _augment(q_BTHK, k_BTHK, slopes_H, scale: float, segments_BT=None) -> tuple[jax.Array, jax.Array]:
-    """q and k with more channels, for a kernel that multiplies their product by `scale`: [B, T, H, K + 8 or K + 16].
+    """Return q and k with more channels, [B, T, H, K + 8 or K + 16], for a kernel that scales their product by `scale`.
 
-    Four add m j to the scores. Positions are 256 a + b, with a and b exact in bf16 (below 65,536), and a slope is the
-    sum of two numbers of which the first is exact in bf16: alone it would be off by up to 1/512 of itself.
+    Four channels add m j to the scores. A position is 256 a + b, with a and b exact in bf16 (below 65,536). A slope is
+    the sum of two numbers, the first exact in bf16; the first alone would be off by up to 1/512 of the slope.
 
-    With `segments_BT`, twelve more are the bits of its number as +1 and -1. What they add is the same for all keys of
-    the query's own document and at least APART lower for any other's, of which then nothing is left: exp(-103) is 0 in
-    fp32. That holds unless q . k / sqrt(K) is 150 higher there than with the query's own key, and for numbers less than
-    4096 apart. Scores grow by 1536, less than m j comes to (5800 at T = 8192), where fp32 has steps of 1/8192. Relative
-    errors at T = 2048, of the output and of all gradients, with 1, 5, 64 or 300 documents: 3e-5 to 5e-5 in fp32; in
-    bf16 2e-3 to 3e-3, and the reference's are the same.
+    With `segments_BT`, twelve more channels hold the bits of the document's number as +1 and -1. They add the same to
+    all keys of the query's own document and at least APART less to any other key, whose share then vanishes: exp(-103)
+    is 0 in fp32. This holds for numbers less than 4096 apart, unless q . k / sqrt(K) is 150 higher for the other key.
+    Scores grow by 1536, less than m j does (5800 at T = 8192), where fp32 has steps of 1/8192. Relative errors at T =
+    2048, of the output and of all gradients, with 1, 5, 64 or 300 documents, are 3e-5 to 5e-5 in fp32 and, as the
+    reference's, 2e-3 to 3e-3 in bf16.
     """
     B, T, H, _ = q_BTHK.shape
     m_H, j_T = slopes_H / scale, jnp.arange(T)
-    high_H = jax.lax.reduce_precision(m_H, exponent_bits=8, mantissa_bits=7)  # on GPUs XLA drops casts to and fro
+    high_H = jax.lax.reduce_precision(
+        m_H, exponent_bits=8, mantissa_bits=7
+    )  # XLA for GPUs drops casts to bf16 and back
     low_H = m_H - high_H
     q_HE = jnp.stack([256 * high_H, high_H, 256 * low_H, low_H], axis=-1)
     k_T1E = jnp.stack([j_T // 256, j_T % 256] * 2, axis=-1)[:, None]
@@ -166,25 +164,21 @@ def _augment(q_BTHK, k_BTHK, slopes_H, scale: float, segments_BT=None) -> tuple[
     return join(q_BTHK, q_HE, of_q), join(k_BTHK, k_T1E, of_k)
 
 
-def _cudnn_inputs(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k and v with ALiBi and the segments in their channels, all of one width, as cuDNN wants them."""
-    K = q_BTHK.shape[-1]
-    q_BTHE, k_BTHE = _augment(q_BTHK, k_BTHK, slopes_H, 1 / math.sqrt(K), segments_BT)
-    return q_BTHE, k_BTHE, jnp.pad(v_BTHK, [(0, 0)] * 3 + [(0, q_BTHE.shape[-1] - K)])
-
-
 def _cudnn(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
     K = q_BTHK.shape[-1]
-    qkv = _cudnn_inputs(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT)
-    return jax.nn.dot_product_attention(*qkv, scale=1 / math.sqrt(K), is_causal=True, implementation="cudnn")[..., :K]
+    scale = 1 / math.sqrt(K)
+    q_BTHE, k_BTHE = _augment(q_BTHK, k_BTHK, slopes_H, scale, segments_BT)
+    v_BTHE = jnp.pad(v_BTHK, [(0, 0)] * 3 + [(0, q_BTHE.shape[-1] - K)])  # cuDNN takes q, k and v of one width
+    options = {"scale": scale, "is_causal": True, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(q_BTHE, k_BTHE, v_BTHE, **options)[..., :K]
 
 
 def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # 0.15 s, wasted anywhere but on TPUs
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # 0.15 s, needed on TPUs alone
 
     T, H, K = q_BTHK.shape[1:]
     block = max(n for n in (128, 256, 384, 512) if T % n == 0)
-    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)  # never made: a function of two positions
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)  # a function of two positions, no array
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=splash.BlockSizes(*[block] * 8))
     scaled_BTHK = (q_BTHK.astype(jnp.float32) / math.sqrt(K)).astype(q_BTHK.dtype)  # the kernel has no scale
     qkv = *_augment(scaled_BTHK, k_BTHK, slopes_H, 1.0), v_BTHK
@@ -200,28 +194,28 @@ def _native(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
 def _native_forward(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
     B, T, H, _ = q_BTHK.shape
     segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
-    given = q_BTHK, k_BTHK, v_BTHK, segments_BT, jnp.asarray(slopes_H)
+    inputs = q_BTHK, k_BTHK, v_BTHK, segments_BT, jnp.asarray(slopes_H)
     results = [jax.ShapeDtypeStruct(q_BTHK.shape, jnp.float32), jax.ShapeDtypeStruct((B, H, T), jnp.float32)]
-    o_BTHK, log_sums_BHT = jax.ffi.ffi_call("lowrank_attend", results)(*given)
-    return o_BTHK, (*given, o_BTHK, log_sums_BHT)
+    o_BTHK, log_sums_BHT = jax.ffi.ffi_call("lowrank_attend", results)(*inputs)
+    return o_BTHK, (*inputs, o_BTHK, log_sums_BHT)
 
 
-def _native_backward(kept, g_BTHK):
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3]]
-    return *jax.ffi.ffi_call("lowrank_attend_gradient", results)(*kept, g_BTHK), None, None
+def _native_backward(saved, g_BTHK):
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in saved[:3]]
+    return *jax.ffi.ffi_call("lowrank_attend_gradient", results)(*saved, g_BTHK), None, None
 
 
 _native.defvjp(_native_forward, _native_backward)
 
 
 def _on_each_device(kernel, q_BTHK, k_BTHK, v_BTHK, segments_BT):
-    """Each device of the context's mesh attends with its own rows and heads.
+    """Run the kernel on each device of the context's mesh, with the device's own rows and heads.
 
-    XLA cannot divide a Pallas kernel, and cuDNN's only through callbacks, which a described GPU may not have.
+    XLA cannot split a Pallas kernel, and splits cuDNN's only through callbacks, which a described GPU may lack.
     """
     slopes_H = alibi_slopes(q_BTHK.shape[2])
     if jax.sharding.get_abstract_mesh().size > 1:
-        at = sharding.spec(q_BTHK.shape, sharding.ROWS, None, sharding.TENSOR)
-        specs = (at, at, at, PartitionSpec(at[2]), PartitionSpec(at[0]))
-        kernel = jax.shard_map(kernel, in_specs=specs, out_specs=at, check_vma=False)
+        spec = sharding.spec(q_BTHK.shape, sharding.ROWS, None, sharding.TENSOR)
+        specs = (spec, spec, spec, PartitionSpec(spec[2]), PartitionSpec(spec[0]))
+        kernel = jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)
     return kernel(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT)

@@ -1,6 +1,6 @@
-"""What a model costs, by arithmetic on its config alone: parameters, FLOPs and cache bytes, beside a dense twin.
+"""Costs of a model, computed from its config: parameters, FLOPs and cache bytes, beside those of a dense twin.
 
-The dense twin has the same width, depth, MLP and vocabulary, with full D x D attention projections.
+The dense twin has the same width, depth, hidden width and vocabulary, with full matrices everywhere.
 """
 
 import dataclasses
@@ -9,20 +9,20 @@ from lowrank_jax.config import ModelConfig
 
 
 def parameters(m: ModelConfig) -> dict[str, int]:
-    """Parameters by component; equals a count of the arrays that `model.init` makes."""
+    """Return the parameters by component, which equal a count of `network.init`'s arrays."""
     q, k, v, o = m.ranks
     downs = q + k + o if m.shared_kv else q + k + v + o
     attention = m.layers * m.d * (downs + q + k + v + o if m.rank else 4 * m.d)
     per_matrix = m.mlp_rank * (m.d + m.hidden) if m.mlp_rank else m.d * m.hidden
     embedding = m.embed_rank * (m.vocab + m.d) if m.embed_rank else m.vocab * m.d
     counts = {"attention": attention, "mlp": 3 * m.layers * per_matrix, "embedding": embedding}
-    counts["head"] = 0 if m.tied else embedding  # which is then the embedding
+    counts["head"] = 0 if m.tied else embedding  # a tied head is the embedding
     counts["norm"] = (2 * m.layers + 1) * m.d
     return counts | {"total": sum(counts.values())}
 
 
 def dense_parameters(m: ModelConfig) -> dict[str, int]:
-    """Parameters by component of the dense twin."""
+    """Return the parameters of the dense twin by component."""
     return parameters(dense_twin(m))
 
 
@@ -31,11 +31,10 @@ def dense_twin(m: ModelConfig) -> ModelConfig:
 
 
 def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
-    """FLOPs of one trained token, forward and backward (2 + 4 per weight used), without rematerialisation.
+    """Return the FLOPs of a trained token, forward and backward (2 + 4 per weight used), without rematerialisation.
 
-    The head has as many weights as the embedding, tied or not; a factored embedding is multiplied on the way in too,
-    a plain one is only looked up. Causal
-    attention over T keys costs 2 x 2 x T/2 x D forward, three times that with the backward pass.
+    The head has as many weights as the embedding, tied or not. A factored embedding is multiplied on the way in, too; a
+    plain one is only looked up. Causal attention over T keys costs 2 x 2 x T/2 x D forward, and twice that backward.
     """
     counts = parameters(m)
     used = counts["attention"] + counts["mlp"] + counts["embedding"] + (m.embed_rank * m.d if m.embed_rank else 0)
@@ -43,7 +42,7 @@ def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
 
 
 def kv_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> dict[str, int]:
-    """Bytes that one token adds to the cache: its latents, and the keys and values a dense model would keep."""
+    """Return the cache bytes per token: of the latents, and of the keys and values of a dense model."""
     _, k, v, _ = m.ranks
     latent = k if m.shared_kv else k + v if m.rank else 2 * m.d
     return {"latent": m.layers * latent * bytes_per_value, "dense": m.layers * 2 * m.d * bytes_per_value}

@@ -1,7 +1,10 @@
 """The network: a pre-norm transformer with low-rank attention, ALiBi and SwiGLU.
 
-Flax NNX lives in this file and nowhere else. Outside, parameters are a plain nested dict whose block weights are
-stacked over layers, and the model is three pure functions: `init`, `features`, `logits`. decoder.py adds the cache.
+Only this file uses Flax NNX. Outside, parameters are a plain nested dict whose block weights are stacked over layers,
+and the model is three pure functions: `init`, `features`, `logits`. inference/decoder.py adds the cache.
+
+A new option in ModelConfig changes the modules below, `costs.parameters`, the rules in machine/sharding.py, the
+decoder and the exports alike: they describe the same arrays.
 
 Shape legend, used by every file: B batch, T query length, S key length, D model, H heads, K head width (D/H), R rank,
 F mlp, V vocabulary, N layers. A name ends in its shape: `x_BTD`. Weights are [in, out], so `x @ w`.
@@ -21,13 +24,13 @@ EPS = 1e-6
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
-    """x / sqrt(mean(x^2) + 1e-6) over the last axis, in fp32 (arXiv 1910.07467, without its gain)."""
+    """Return x / sqrt(mean(x^2) + EPS) over the last axis, computed in fp32 (arXiv 1910.07467, without its gain)."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + EPS)).astype(x.dtype)
 
 
 def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """rms_norm(x) * gain."""
+    """Return rms_norm(x) * gain."""
     # XLA's compiler for CPUs: [1, 1024, 512] forward and backward took 7.5 ms on 2 cores, [1024, 512] takes 0.7.
     rows = x[0] if x.ndim == 3 and len(x) == 1 else x
     return (rms_norm(rows) * gain).reshape(x.shape)
@@ -35,12 +38,12 @@ def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up. Its gradient computes silu once more: else JAX would keep two more such arrays a layer."""
+    """Return silu(gate) * up. The gradient computes silu again; JAX would keep two more arrays per layer."""
     return jax.nn.silu(gate) * up
 
 
-def _swiglu_backward(kept, g):
-    gate, up = kept
+def _swiglu_backward(saved, g):
+    gate, up = saved
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     return g * up * (sigmoid + silu * (1 - sigmoid)), g * silu
@@ -60,47 +63,44 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """x @ kernel, or x @ down @ up with `rank`: rank (d_in + d_out) weights instead of d_in d_out.
 
-    down ~ N(0, s/d_in) and up ~ N(0, s/d_out) are as large as U sqrt(S) and sqrt(S) V^T of a dense fan-in draw's SVD
-    would be: its singular values reach 1 + sqrt(d_out/d_in) (Marchenko-Pastur), and s = 0.9 of that is about the mean
-    of those that a rank of D/8 keeps. After N(0, 1/d_in) and N(0, 1/rank), whose product has the variance of a dense
-    map, models ended 0.0091 +- 0.0038 bits per byte higher (docs/results.md).
+    down ~ N(0, s/d_in) and up ~ N(0, s/d_out) are as large as U sqrt(S) and sqrt(S) V^T of the SVD of a dense matrix
+    with variance 1/d_in. Its singular values reach 1 + sqrt(d_out/d_in) (Marchenko-Pastur), and s = 0.9 of that is
+    about the mean of those that a rank of D/8 keeps. With N(0, 1/d_in) and N(0, 1/rank), whose product has the variance
+    of a dense matrix, models ended 0.0091 +- 0.0038 bits per byte higher (docs/results.md).
 
-    `zero` starts the map at zero through its last factor. Without `has_down` only `up` is here, for a latent made
-    elsewhere. `matmul` multiplies by every weight of it, see `precision.Policy`.
+    `zero` starts the map at zero through its last factor. Without `has_down` it only expands, the latent of another
+    map. `matmul` multiplies by all its weights (`precision.Policy`).
     """
 
     def __init__(self, matmul: Callable, rngs: nnx.Rngs, d_in: int, d_out: int, rank=0, zero=False, has_down=True):
         self.matmul = matmul
-
-        def normal(rows, columns, std):
-            return nnx.Param(std * jax.random.normal(rngs.params(), (rows, columns)))
-
+        normal = lambda *shape, std: nnx.Param(std * jax.random.normal(rngs.params(), shape))
         if not rank:
-            self.kernel = normal(d_in, d_out, 0.0 if zero else d_in**-0.5)
+            self.kernel = normal(d_in, d_out, std=0.0 if zero else d_in**-0.5)
             return
         s = 0.9 * (1 + (d_out / d_in) ** 0.5)
         if has_down:
-            self.down = normal(d_in, rank, (s / d_in) ** 0.5)
-        self.up = normal(rank, d_out, 0.0 if zero else (s / d_out) ** 0.5)
+            self.down = normal(d_in, rank, std=(s / d_in) ** 0.5)
+        self.up = normal(rank, d_out, std=0.0 if zero else (s / d_out) ** 0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.expand(self.reduce(x))
 
     def reduce(self, x: jax.Array) -> jax.Array:
-        """[..., d_in] to the latent [..., rank]; without factors the latent is the result."""
+        """Return the latent [..., rank] of x [..., d_in]; without factors, the result [..., d_out]."""
         return self.matmul(x, self.down[...] if hasattr(self, "up") else self.kernel[...])
 
     def expand(self, c: jax.Array) -> jax.Array:
-        """The latent [..., rank] to [..., d_out]."""
+        """Return the result [..., d_out] of a latent [..., rank]."""
         return self.matmul(c, self.up[...]) if hasattr(self, "up") else c
 
 
 class Embedding(nnx.Module):
     """Token table, also the head where the model is `tied`; with `embed_rank` E it is [V, E] @ [E, D], up ~ N(0, 1/E).
 
-    The table is N(0, (4/D)^2). In a new model, whose blocks are zero maps, the logit of a token after itself is D times
+    The table is N(0, (4/D)^2). In a new model, whose blocks are zero maps, the logit of repeating a token is D times
     the deviation: 4 is small in a softmax over thousands. With N(0, 1/D) the quickstart began at 9.0 bits per byte
-    instead of 4.4, and ended alike.
+    instead of 4.4, and ended at the same loss.
     """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
@@ -109,19 +109,16 @@ class Embedding(nnx.Module):
         self.up = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width, c.d))) if c.embed_rank else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        rows = self._table()[tokens]
+        # All of the width is gathered: both uses need it, and the partitioner would move activations instead.
+        rows = constrain(self.table[...], TENSOR)[tokens]
         return rows if self.up is None else rows @ self.up[...]
-
-    def _table(self) -> jax.Array:
-        """With every width of it: both uses need them all, and the partitioner moves activations if it may choose."""
-        return constrain(self.table[...], TENSOR)
 
     def head(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.table[...], x if self.up is None else x @ self.up[...].T
 
 
 class Attention(nnx.Module):
-    """Low-rank Q, K, V and O; with rank 0 they are dense. A shared latent c_K is also c_V."""
+    """Low-rank Q, K, V and O, or dense ones with rank 0. With `shared_kv`, the latent of K is also that of V."""
 
     def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
         self.c = c
@@ -132,7 +129,7 @@ class Attention(nnx.Module):
         self.o = Linear(matmul, rngs, c.d, c.d, rank_o, zero=True)
 
     def _latent(self, x: jax.Array, linear: Linear) -> jax.Array:
-        """The latent, normalised where the config says so. No gain: `up` would absorb it."""
+        """Return the latent, normalised with `latent_norm`. The norm has no gain: `up` would absorb it."""
         c = linear.reduce(x)
         c = rms_norm(c) if self.c.latent_norm and self.c.rank else c
         return constrain(c, ROWS)
@@ -174,17 +171,16 @@ class Block(nnx.Module):
 
 
 def init(c: ModelConfig, key: jax.Array) -> dict:
-    """fp32 parameters {"embed", "blocks", "norm"}, and "head" unless it is tied, which is shaped as the embedding.
+    """Return fp32 parameters {"embed", "blocks", "norm"}, and an untied model's "head", shaped as the embedding.
 
     Every array under "blocks" has the layers [N] in front.
     """
     embed_key, blocks_key = jax.random.split(key)
     weights = lambda module: nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    block = lambda key: weights(Block(c, jnp.matmul, nnx.Rngs(key)))
     params = {
         "embed": weights(Embedding(c, nnx.Rngs(embed_key))),
-        "blocks": jax.vmap(lambda k: weights(Block(c, jnp.matmul, nnx.Rngs(k))))(
-            jax.random.split(blocks_key, c.layers)
-        ),
+        "blocks": jax.vmap(block)(jax.random.split(blocks_key, c.layers)),
         "norm": weights(Norm(c.d)),
     }
     if not c.tied:
@@ -195,42 +191,39 @@ def init(c: ModelConfig, key: jax.Array) -> dict:
 def features(
     c: ModelConfig, params: dict, tokens_BT, segments_BT=None, dtype=jnp.float32, matmul: Callable = jnp.matmul
 ) -> jax.Array:
-    """The normalised last hidden state [B, T, D], in `dtype`.
-
-    `matmul` multiplies activations by the blocks' weights.
-    """
+    """Return the normalised last hidden states [B, T, D] in `dtype`; `matmul` multiplies by the blocks' weights."""
     params = _cast(params, dtype)
-    block = lambda x_BTD, weights: (_block(c, weights, matmul)(x_BTD, segments_BT), None)
-    x_BTD = constrain(_embedding(c, params["embed"])(tokens_BT), ROWS)
-    x_BTD, _ = _over_layers(c, jax.checkpoint(block) if c.remat else block, x_BTD, params["blocks"])
-    return _final_norm(c, params)(x_BTD)
+    over_layer = lambda x_BTD, weights: (block(c, weights, x_BTD, segments_BT, matmul), None)
+    x_BTD = constrain(embed(c, params, tokens_BT), ROWS)
+    # With `scan` one compiled body serves all layers; without it each layer has its own.
+    over_layer = jax.checkpoint(over_layer) if c.remat else over_layer
+    x_BTD, _ = jax.lax.scan(over_layer, x_BTD, params["blocks"], unroll=1 if c.scan else c.layers)
+    return _bind(lambda: Norm(c.d), params["norm"])(x_BTD)
 
 
 def embed(c: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
-    """What the first block reads, [B, T, D]."""
+    """Return the first block's input [B, T, D]."""
     return _embedding(c, params["embed"])(tokens_BT)
 
 
 def block(c: ModelConfig, weights: dict, x_BTD, segments_BT=None, matmul: Callable = jnp.matmul) -> jax.Array:
-    """[B, T, D] behind one block, of whose weights nothing is stacked."""
-    return _block(c, weights, matmul)(x_BTD, segments_BT)
+    """Return the output [B, T, D] of one block, whose weights are not stacked."""
+    return _bind(lambda: Block(c, matmul, nnx.Rngs(0)), weights)(x_BTD, segments_BT)
 
 
 def head(c: ModelConfig, params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(table [V, E], hidden states [..., E]) whose product are the logits, from normalised hidden states [..., D]."""
+    """Return (table [V, E], hidden states [..., E]) whose product is the logits of the final hidden states [..., D]."""
     return _embedding(c, _cast(params["embed" if c.tied else "head"], x.dtype)).head(x)
 
 
 def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
-    """[..., V] in fp32 from the normalised hidden states [..., D]."""
+    """Return the logits [..., V] in fp32 of the final hidden states [..., D]."""
     table_VE, x = head(c, params, x)
     return jnp.einsum("...E,VE->...V", x, constrain(table_VE, TENSOR), preferred_element_type=jnp.float32)
 
 
-# The modules around given weights. Building them is abstract: no arrays, and nothing in the compiled program.
-
-
-def _bind(make, weights: dict) -> nnx.Module:
+def _bind(make: Callable, weights: dict) -> nnx.Module:
+    """Return the module with these weights. Building it is abstract: no arrays, and nothing in the compiled program."""
     graph, state = nnx.split(nnx.eval_shape(make))
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state)
@@ -238,19 +231,6 @@ def _bind(make, weights: dict) -> nnx.Module:
 
 def _embedding(c: ModelConfig, weights: dict) -> Embedding:
     return _bind(lambda: Embedding(c, nnx.Rngs(0)), weights)
-
-
-def _block(c: ModelConfig, weights: dict, matmul: Callable = jnp.matmul) -> Block:
-    return _bind(lambda: Block(c, matmul, nnx.Rngs(0)), weights)
-
-
-def _final_norm(c: ModelConfig, params: dict) -> Norm:
-    return _bind(lambda: Norm(c.d), params["norm"])
-
-
-def _over_layers(c: ModelConfig, block, x, stacked):
-    """Runs `block` over the stacked layers: one compiled body with `scan`, one per layer without."""
-    return jax.lax.scan(block, x, stacked, unroll=1 if c.scan else c.layers)
 
 
 def _cast(params: dict, dtype) -> dict:

@@ -1,8 +1,8 @@
-"""Numerical policies: weights and optimizer state are always fp32; a policy chooses what the matmuls run in.
+"""Numerical policies: weights and optimizer state are always fp32, and a policy chooses the precision of the matmuls.
 
-fp8 here is stateless (the current maximum of each tensor is its scale), so nothing of it is in a checkpoint. Its
-matmuls hand float8 arrays to `dot_general` and scale the result: the other way, rounding to float8 and back before a
-bf16 matmul, is a pattern that XLA removes without a word, rounding included (see tests/model/test_fp8.py).
+fp8 is stateless: the current maximum of a tensor is its scale, so checkpoints hold nothing of it. Its matmuls hand
+float8 arrays to `dot_general` and scale the result. The other way, rounding to float8 and back before a bf16 matmul, is
+a pattern that XLA removes silently, rounding included (tests/model/test_fp8.py).
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The smallest dimension of a weight whose matmul is worth float8. Below about 300 (an H100's 989 TFLOP/s over its 3.35
-# TB/s) a bf16 matmul waits for memory and not for the tensor cores; the nearest width that models have is 256.
+# The smallest dimension of a weight whose matmul gains from float8. Below about 300 (an H100's 989 TFLOP/s over its
+# 3.35 TB/s) a bf16 matmul waits for memory, not for the tensor cores. The nearest width that models have is 256.
 FP8_WIDTH = 256
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2  # more precision for values, more range for gradients
 
 
 class Policy(NamedTuple):
-    """`dtype` is what a model computes in; `matmul` multiplies activations [..., K] by a block's weight [K, N]."""
+    """The `dtype` of a model's activations, and a `matmul` of activations [..., K] by a block's weight [K, N]."""
 
     name: str
     dtype: jnp.dtype
@@ -27,9 +27,9 @@ class Policy(NamedTuple):
 
 
 def resolve(precision: str, platform: str | None = None) -> str:
-    """`auto` is bf16 on an accelerator and fp32 on a CPU, where bf16 matmuls are slower and no smaller.
+    """Replace `auto` by bf16 on an accelerator and by fp32 on a CPU, where bf16 matmuls are slower and no smaller.
 
-    Without a `platform` it is that of JAX's first device.
+    `platform` defaults to that of JAX's first device.
     """
     if precision != "auto":
         return precision
@@ -44,10 +44,10 @@ def policy(precision: str) -> Policy:
 
 @jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., K] @ w [K, N], whose gradient of w is made as it lies in memory.
+    """Return x [..., K] @ w [K, N], with a gradient of w in w's own layout in memory.
 
-    JAX's own makes it turned around, and XLA's compiler for CPUs then turns around the gradients of x in what computes
-    them: SwiGLU forward and backward, 2048 x 512 x 1408, took 182 ms on 2 cores instead of 122.
+    JAX's own gradient is transposed, and XLA's CPU compiler then transposes the gradients of x inside the fusions that
+    compute them: SwiGLU forward and backward, 2048 x 512 x 1408, took 182 ms on 2 cores instead of 122.
     """
     return x @ w
 
@@ -67,7 +67,7 @@ def fp8_where_wide(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def fp8_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., K] @ w [K, N] in x.dtype, with both rounded to e4m3; gradients multiply e5m2 by e4m3.
+    """Return x [..., K] @ w [K, N] in x.dtype, with both rounded to e4m3; gradients multiply e5m2 by e4m3.
 
     The recipe of Micikevicius et al. (arXiv 2209.05433, section 3) with per-tensor current scaling.
     """
@@ -91,14 +91,14 @@ fp8_matmul.defvjp(_forward, _backward)
 
 
 def _quantize(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """(x / scale rounded to `dtype`, scale): the largest value of x becomes the largest of `dtype`.
+    """Return (x / scale rounded to `dtype`, scale); the largest value of x becomes the largest of `dtype`.
 
-    The floor keeps a tensor of zeros finite; NaN and infinity go through to the scale, and so to the loss, for the
-    guard to see. The clip is against rounding up: e4m3fn has no infinity, what is too large becomes NaN.
+    The floor keeps a tensor of zeros finite. NaN and infinity pass into the scale and so into the loss, where the guard
+    sees them. The clip guards against rounding up: e4m3fn has no infinity, and too large a value becomes NaN.
     """
-    most, x = float(jnp.finfo(dtype).max), x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / most
-    return jnp.clip(x / scale, -most, most).astype(dtype), scale
+    largest, x = float(jnp.finfo(dtype).max), x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x)), 1e-30) / largest
+    return jnp.clip(x / scale, -largest, largest).astype(dtype), scale
 
 
 def _scaled_dot(a, b, contract, scale, dtype, precision=None) -> jax.Array:

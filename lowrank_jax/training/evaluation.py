@@ -134,9 +134,9 @@ def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, 
         i, tokens, targets, weights = numbered_chunk
         starts_B = jnp.full(B, i * chunk)
         window = decoder.empty_window(c, B, chunk, decoder.dtype(w))
-        x_BTD, window = cpu_decoder.read(c, w, cache, window, tokens, starts_B, 0)
+        x_BTD, window = cpu_decoder.read(c, w, cache, window, tokens, decoder.Place(starts_B))
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))
-        nats = loss.cross_entropy_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))
+        nats = loss.objective_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))[1]
         return decoder.keep(cache, window, starts_B), nats
 
     parts = [in_chunks(x) for x in (tokens_BT, targets_BT, weights_BT)]

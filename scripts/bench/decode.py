@@ -104,7 +104,7 @@ def ours(preset: str, vocab: int, folder: str, kind: str, new: int) -> dict:
         e.forget()  # no prompt is known already
         started, first = time.perf_counter(), None
         for prompt in prompts(rows, length, vocab):
-            e.add(prompt, new, greedy)
+            e.add(engine.Request(prompt, new, greedy))
         while e.free < rows:
             if e.step():
                 first = first or time.perf_counter()

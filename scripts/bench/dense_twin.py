@@ -134,7 +134,7 @@ def decode(preset: str, which: str, new: int = 33) -> dict:
     for count in BEFORE:
         prompt, speeds = np.random.default_rng(count).integers(5, VOCAB, count).tolist(), []
         for _ in range(4):  # the first one compiles
-            slot, ends = e.add(prompt, new, sampling.PRESETS["det"]), []
+            slot, ends = e.add(engine.Request(prompt, new, sampling.PRESETS["det"])), []
             while e.free < 1:
                 if slot in e.step():
                     ends.append(time.perf_counter())

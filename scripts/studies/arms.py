@@ -159,6 +159,7 @@ STUDIES = {
             "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
             "balanced": BALANCED,
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
+            "dense small tokens": DENSE | {"model.d": 216, "model.mlp": 664, "pretrain.steps": 1296},
             "balanced half updates": low(variant="half_down+half_up"),
             "balanced even": low(EVEN, variant=""),
             "d/4 balanced": low(rank=64, variant=""),
@@ -172,6 +173,7 @@ STUDIES = {
             ("balanced even", "dense small", "parameters"),
             ("d/4 balanced", "d/4 dense small", "parameters"),
             ("balanced tokens", "dense", "parameters", "flops"),
+            ("balanced tokens", "dense small tokens", "parameters"),
         ],
     },
     # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096, by position, and with attention that sees

@@ -75,7 +75,7 @@ def quality(study: str, rows: list[dict]) -> str:
     """Every arm at every learning rate, and its difference to the reference."""
     reference, lrs = STUDIES[study]["reference"], sorted({row["lr"] for row in rows})
     head = ["arm", "parameters", "attention", "TFLOP", "Mtokens", *(f"lr {lr:g}" for lr in lrs)]
-    lines = [[*head, f"less {reference}, each at its best", "seeds"]]
+    lines = [[*head, f"minus {reference}, each at its best rate", "seeds"]]
     for arm in arms_of(rows):
         row, less = best(rows, arm)[0], paired(rows, arm, reference)
         sizes = [f"{row['parameters'] / 1e6:.2f}M", f"{row['attention'] / 1e6:.2f}M"]
@@ -86,14 +86,14 @@ def quality(study: str, rows: list[dict]) -> str:
 
 
 def beside(study: str, rows: list[dict]) -> list[str]:
-    """One table, of arms beside those that they are to be compared with at equal parameters or FLOPs (`limits`)."""
-    lines = [["arm", "beside", "parameters", "FLOPs", "bits per byte less, each at its best", "ahead in"]]
+    """Return one table: arms and those that they are to be compared with at equal parameters or FLOPs (`limits`)."""
+    lines = [["arm", "compared with", "parameters", "FLOPs", "tokens", "bits per byte, arm minus other", "lower in"]]
     for arm, than, *_ in STUDIES[study]["limits"]:
         if less := paired(rows, arm, than):
             ours, theirs = best(rows, arm)[0], best(rows, than)[0]
-            shares = [f"{ours[what] / theirs[what]:.2f} of its" for what in ("parameters", "flops")]
-            ahead = f"{sum(x < 0 for x in less)} of {len(less)}"
-            lines.append([arm, than, *shares, spread(less, "{:+.4f}"), ahead])
+            shares = [f"{ours[what] / theirs[what]:.2f}" for what in ("parameters", "flops", "tokens")]
+            lower = f"{sum(x < 0 for x in less)} of {len(less)}"
+            lines.append([arm, than, *shares, spread(less, "{:+.4f}"), lower])
     return [markdown(lines)] if len(lines) > 1 else []
 
 
@@ -101,7 +101,7 @@ def lengths(rows: list[dict]) -> str:
     """Bits per byte of the same targets at each length, the kinds of text weighing alike; last, the control."""
     columns = list(next(iter(rows[0]["lengths"].values())))
     names = [f"windowed, at {columns[-2]}" if c == "window" else f"at {c}" for c in columns]
-    lines = [["arm", *names, f"{columns[-2]} less {columns[0]}", "seeds"]]
+    lines = [["arm", *names, f"{columns[-2]} minus {columns[0]}", "seeds"]]
     for arm in arms_of(rows):
         runs = best(rows, arm)
         by_column = {c: [_over_kinds(row, c)[0] for row in runs] for c in columns}
@@ -125,16 +125,19 @@ def positions(rows: list[dict]) -> str:
 
 
 def growth(study: str, rows: list[dict]) -> str:
-    """What each arm cost in FLOPs and time, and what it then loses at the longest length."""
+    """Return one table: the tokens, FLOPs and time of each arm, and their shares of the reference's."""
     reference = STUDIES[study]["reference"]
     ends = {arm: {row["seed"]: row["curve"][-1] for row in best(rows, arm)} for arm in arms_of(rows)}
-    lines = [["arm", "TFLOP", "seconds of steps", f"of {reference}'s FLOPs", f"of {reference}'s time", "seeds"]]
+    tokens = {arm: best(rows, arm)[0]["tokens"] for arm in ends}
+    of_reference = [f"{what}, share of {reference}" for what in ("tokens", "FLOPs", "time")]
+    lines = [["arm", "TFLOP", "seconds of steps", *of_reference, "seeds"]]
     for arm, by_seed in ends.items():
         both = sorted(set(by_seed) & set(ends.get(reference, {})))
         share = lambda what: spread([by_seed[s][what] / ends[reference][s][what] for s in both], "{:.2f}")  # noqa: B023
         flops = f"{next(iter(by_seed.values()))['flops'] / 1e12:.1f}"
         seconds = spread([end["seconds"] for end in by_seed.values()], "{:.0f}")
-        lines.append([arm, flops, seconds, share("flops"), share("seconds"), str(len(by_seed))])
+        of_tokens = f"{tokens[arm] / tokens[reference]:.2f}" if reference in tokens else "–"
+        lines.append([arm, flops, seconds, of_tokens, share("flops"), share("seconds"), str(len(by_seed))])
     return markdown(lines)
 
 
@@ -162,7 +165,7 @@ def cost(rows: list[dict]) -> str:
             values = [row.get(name) for row in pair]
             if None not in values:
                 shown = [form.format(value / unit) for value in values]
-                where = {"train": "training on a CPU", "decode": "decoding on a CPU"}.get(what, what)
+                where = {"train": "training on a CPU", "decode": "decoding on a CPU"}.get(what, f"{what}, compiled")
                 lines.append([preset, f"{where}: {label}", *shown, f"{values[0] / values[1]:.2f}"])
     commits = ", ".join(sorted({row["commit"] for row in latest.values()}))
     source = "each line: `docs/results/cost.jsonl`"
@@ -261,7 +264,7 @@ def _plot_quality(figure, study: str, rows: list[dict]) -> None:
     axes.axvline(0, color="#999999", lw=0.8)
     axes.set_yticks(range(len(arms_of(rows))), arms_of(rows), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"bits per byte less {reference}'s, by seed (open: more parameters or FLOPs than {reference})")
+    axes.set_xlabel(f"bits per byte minus {reference}'s, by seed (open: more parameters or FLOPs than {reference})")
 
 
 def _plot_lengths(figure, study: str, rows: list[dict]) -> None:

@@ -70,14 +70,14 @@ def test_a_prompt_ends_where_the_assistant_is_to_speak(tok):
 
 
 def runs(ids: list[int], said: list[bool]) -> list[list[int]]:
-    """The unbroken stretches of `ids` that carry weight."""
-    found, before = [], False
+    """Return the unbroken stretches of `ids` that carry weight."""
+    stretches, before = [], False
     for i, speaks in zip(ids, said, strict=True):
         if speaks:
-            found = found if before else [*found, []]
-            found[-1].append(i)
+            stretches = stretches if before else [*stretches, []]
+            stretches[-1].append(i)
         before = speaks
-    return found
+    return stretches
 
 
 @given(CHATS)
@@ -137,7 +137,7 @@ def test_chatml_trains_the_same_with_generation_tags_and_without(tok, messages):
     assert chat.encode(tokenizer.SentencePiece(tok.model, UNMARKED), messages) == chat.encode(tok, messages)
 
 
-def test_the_tag_that_ends_an_answer_is_trained_also_where_it_stands_outside_the_generation_tags(tok):
+def test_the_tag_that_ends_an_answer_is_trained_even_outside_the_generation_tags(tok):
     outside = tokenizer.CHATML.replace("<|im_end|>{% endgeneration %}\n\n", "{% endgeneration %}<|im_end|>\n")
     assert outside != tokenizer.CHATML
     outside = tokenizer.SentencePiece(tok.model, outside)
@@ -145,10 +145,10 @@ def test_the_tag_that_ends_an_answer_is_trained_also_where_it_stands_outside_the
     assert chat.stop_ids(outside) == chat.stop_ids(tok) == sorted(map(tok.special, (EOS, TURN_END)))
 
 
-def test_a_template_that_forgets_earlier_turns_must_say_what_the_assistant_says(tok):
+def test_a_template_that_forgets_earlier_turns_must_mark_the_assistants_text(tok):
     forgetful = [t.replace("in messages", "in messages[-2:]") for t in (UNMARKED, tokenizer.CHATML)]
     unmarked, marked = (tokenizer.SentencePiece(tok.model, template) for template in forgetful)
-    with pytest.raises(UsageError, match="put {% generation %} and {% endgeneration %} around that$"):
+    with pytest.raises(UsageError, match="put {% generation %} and {% endgeneration %} around it$"):
         chat.encode(unmarked, MULTI_TURN)
     assert chat.encode(marked, MULTI_TURN) == chat.encode(tok, MULTI_TURN[-2:])
 
@@ -168,12 +168,12 @@ def test_a_template_that_trims_a_message_does_not_complete_a_symbol_around_it(to
     assert tok.decode(ids) == f"user\n<{content.strip()}>\nassistant\n<ba>\n"
 
 
-def test_only_eos_ends_an_answer_where_the_template_takes_no_exchange(tok):
+def test_only_eos_ends_an_answer_if_the_template_refuses_an_exchange(tok):
     refuses = tokenizer.SentencePiece(tok.model, "{{ raise_exception('a system message must come first') }}")
     assert chat.stop_ids(refuses) == [tok.eos]
 
 
-def test_a_bos_that_the_template_puts_in_front_is_left_to_the_caller(tok):
+def test_the_templates_own_bos_is_left_to_the_caller(tok):
     with_bos = tokenizer.SentencePiece(tok.model, "{{ bos_token }}" + tokenizer.CHATML)
     for prompt in (False, True):
         assert chat.encode(with_bos, MULTI_TURN, prompt) == chat.encode(tok, MULTI_TURN, prompt)

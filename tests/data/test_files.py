@@ -53,7 +53,7 @@ def test_a_glob_reads_every_matching_file_in_order_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("end, count", [("\n\n", 200), ("\n", 300), (" ", 1500)], ids=["paragraph", "line", "space"])
-def test_pieces_end_at_the_widest_break_there_is(tmp_path, end, count):
+def test_pieces_end_at_the_widest_break(tmp_path, end, count):
     inner = {"\n\n": "\n", "\n": " ", " ": "-"}[end]
     parts = [inner.join([f"begin{i}", *(["middle"] * (i % 5)), "end"]) for i in range(count)]
     (tmp_path / "a.txt").write_text(end.join(parts))
@@ -87,13 +87,13 @@ def test_the_pieces_are_the_file_but_for_whitespace_between_them(tmp_path_factor
             assert texts(f"text:{path}") == []
             return
         pieces = texts(f"text:{path}")
-    at = 0
+    end = 0
     for piece in pieces:
-        found = text.index(piece, at)
-        assert text[at:found].strip(SPACES) == ""
+        start = text.index(piece, end)
+        assert text[end:start].strip(SPACES) == ""
         assert len(piece.encode()) <= 8 + 8 + 3
-        at = found + len(piece)
-    assert text[at:].strip(SPACES) == ""
+        end = start + len(piece)
+    assert text[end:].strip(SPACES) == ""
 
 
 @pytest.mark.parametrize("content", ["", " ", "\n\n\n", " \r\n\t\n" * 2000])
@@ -146,7 +146,7 @@ def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b[:100] + bytes(50) + b[150:]], ids=["cut", "zeros"]
 )
-def test_a_damaged_compressed_file_is_named_where_it_breaks(tmp_path, suffix, kind, damage):
+def test_a_damaged_compressed_file_is_named_with_the_place(tmp_path, suffix, kind, damage):
     rows = "".join(json.dumps({"text": os.urandom(40).hex()}) + "\n" for i in range(5000))
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(damage(PACKERS[suffix](rows.encode())))
@@ -157,7 +157,7 @@ def test_a_damaged_compressed_file_is_named_where_it_breaks(tmp_path, suffix, ki
 
 
 @pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".bz2", bz2.compress)])
-def test_a_read_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch, suffix, compress):
+def test_a_read_that_may_work_again_is_no_damage(tmp_path, monkeypatch, suffix, compress):
     (tmp_path / f"a.txt{suffix}").write_bytes(compress(b"some text"))
     text = source(f"text:{tmp_path}/a.txt{suffix}")
 
@@ -174,7 +174,7 @@ def test_a_read_that_fails_for_a_moment_is_no_damage(tmp_path, monkeypatch, suff
     assert [text.document(row) for row in text.rows(0)] == [{"text": "some text"}]
 
 
-def test_what_is_not_compressed_at_all_is_named(tmp_path):
+def test_a_file_that_is_not_compressed_at_all_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_text('{"text": "plain"}')
     with pytest.raises(BadRecord, match="a.jsonl.gz, record 1: the file is damaged"):
         opened(f"json:{tmp_path}/a.jsonl.gz")
@@ -188,7 +188,7 @@ def test_json_lines_are_read_around_blank_lines(tmp_path):
     assert opened(spec) == [{"text": "one"}, {"text": "tw\u00f6\n"}, {"text": "three"}]
 
 
-def test_a_json_array_holds_one_record_an_item(tmp_path):
+def test_every_item_of_a_json_array_is_a_record(tmp_path):
     spec = json_file(tmp_path / "a.json", ' \n[\n {"text": "one", "id": 1},\n {"text": "two"}\n]\n')
     assert opened(spec) == [{"text": "one"}, {"text": "two"}]
 
@@ -230,7 +230,7 @@ def test_a_broken_line_is_refused_with_its_file_and_number(tmp_path, record):
 
 
 @pytest.mark.parametrize("content", [b'{"text": "caf\xe9"}\n', b'{"text": ' + b"[" * 100_000, b"[1, 2", b"[1]\n[2]\n"])
-def test_what_is_not_json_at_all_is_refused_with_its_file(tmp_path, content):
+def test_a_file_that_is_not_json_is_refused_by_name(tmp_path, content):
     with pytest.raises(BadRecord, match=f"{tmp_path}/a.jsonl.*: not JSON: "):
         opened(json_file(tmp_path / "a.jsonl", content))
 
@@ -311,7 +311,7 @@ def test_the_fingerprint_follows_the_files_and_not_their_folder(tmp_path):
     assert first == moved and len({first, added, source(f"text:{tmp_path}/one/*").fingerprint}) == 3
 
 
-def test_files_in_a_bucket_are_read_like_files_here(make):
+def test_files_in_a_bucket_are_read_like_local_files(make):
     rows = [{"text": f"row {i} " + make.prose(50, i)} for i in range(200)]
     bucket = fsspec.filesystem("memory")
     for name in ("a.jsonl", "b.jsonl"):

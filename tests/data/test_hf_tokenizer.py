@@ -44,29 +44,29 @@ def learn(kind: str) -> tokenizers.Tokenizer:
     """A byte-level BPE, as GPT-2 has; a BPE with byte fallback, as Llama 2; or a lower-casing WordPiece."""
     texts = ["the cat sat on the mat. ba ce di fo gu ha je\n"] * 5
     if kind == "bytes":
-        made = tokenizers.Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        learnt = tokenizers.Tokenizer(models.BPE())
+        learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        learnt.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
     elif kind == "fallback":
-        made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        made.normalizer = normalizers.Replace(" ", "\u2581")
+        learnt = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        learnt.normalizer = normalizers.Replace(" ", "\u2581")
         parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        made.decoder = decoders.Sequence(parts)
+        learnt.decoder = decoders.Sequence(parts)
         first = [*SPECIALS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=first)
-        made.train_from_iterator(texts, trainer)
-        facts = json.loads(made.to_str())
+        learnt.train_from_iterator(texts, trainer)
+        facts = json.loads(learnt.to_str())
         facts["added_tokens"] = [t for t in facts["added_tokens"] if t["content"] in SPECIALS]
         return tokenizers.Tokenizer.from_str(json.dumps(facts))
     else:
-        made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        made.normalizer = normalizers.BertNormalizer(lowercase=True)
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        learnt = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        learnt.normalizer = normalizers.BertNormalizer(lowercase=True)
+        learnt.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         trainer = trainers.WordPieceTrainer(vocab_size=100, special_tokens=["[UNK]", END])
-    made.train_from_iterator(texts, trainer)
-    return made
+    learnt.train_from_iterator(texts, trainer)
+    return learnt
 
 
 def write(folder, kind: str = "bytes", template: str = "", **config) -> str:
@@ -122,12 +122,12 @@ def unigram(folder) -> str:
     """A Unigram model with byte fallback, which has its special tokens among its pieces."""
     pieces = [("<unk>", 0.0), *((name, 0.0) for name in SPECIALS), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
     pieces += [(character, -5.0) for character in "\u2581abcdefghi<>/|"]
-    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    made.normalizer = normalizers.Replace(" ", "\u2581")
-    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    made.add_special_tokens(list(SPECIALS))
+    learnt = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    learnt.normalizer = normalizers.Replace(" ", "\u2581")
+    learnt.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    learnt.add_special_tokens(list(SPECIALS))
     folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
+    learnt.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
     return str(folder)
 
@@ -157,7 +157,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tok):
     assert trained(tok, [CHAT[1], {"role": "assistant", "content": "a\ud83d b"}]) == f"a? b{TURN}"
 
 
-def test_what_is_saved_is_the_same_tokenizer(tok, tmp_path):
+def test_a_saved_tokenizer_is_the_same_tokenizer(tok, tmp_path):
     tok.save(tmp_path)
     again = tokenizer.load(str(tmp_path))
     for fact in ("vocab_size", "bos", "eos", "names", "specials", "chat_template", "sha256"):
@@ -177,7 +177,7 @@ def test_ids_with_gaps_all_fit_into_the_vocabulary(tmp_path):
     assert tok.vocab_size == count + 7 == vocab[last] + 1 and len(tok.byte_lengths()) == tok.vocab_size
 
 
-def test_without_a_template_there_is_chatml_and_its_tags_are_added(tmp_path):
+def test_a_tokenizer_without_a_template_gets_chatml_and_its_tags(tmp_path):
     tok = tokenizer.load(write(tmp_path / "a"))
     assert tok.chat_template == CHATML and tok.bos == tok.eos == tok.special(END)
     assert tok.vocab_size == learn("bytes").get_vocab_size() + 2
@@ -187,7 +187,7 @@ def test_without_a_template_there_is_chatml_and_its_tags_are_added(tmp_path):
     assert tok.sha256 != tokenizer.load(write(tmp_path / "c", template=LLAMA)).sha256
 
 
-def test_tokenizers_that_differ_only_in_their_eos_are_told_apart(tmp_path):
+def test_tokenizers_that_differ_only_in_their_eos_have_different_hashes(tmp_path):
     one, other = (tokenizer.load(write(tmp_path / name, "bytes", LLAMA, eos_token=name)) for name in (END, TURN))
     assert one._json == other._json and one.eos != other.eos and one.sha256 != other.sha256
 
@@ -222,13 +222,13 @@ def test_the_config_goes_before_the_map_of_special_tokens(tmp_path):
 def test_a_tokenizer_that_changes_text_is_refused_in_one_line(tmp_path):
     spaced = edited(tmp_path / "b", lambda facts: facts["pre_tokenizer"].update(add_prefix_space=True))
     for folder in (write(tmp_path / "a", "wordpiece"), spaced):
-        with pytest.raises(UsageError, match=f"^tokenizer {folder}: text does not survive it") as e:
+        with pytest.raises(UsageError, match=f"^tokenizer {folder}: its ids do not decode to the same text") as e:
             tokenizer.load(folder)
         assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}'])
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
+def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}: not a tokenizer.json$"):
         tokenizer.load(str(tmp_path))
@@ -247,7 +247,7 @@ def test_a_missing_json_file_is_refused_by_name(tmp_path):
         tokenizer.load(f"{tmp_path}/tokenizer.json")
 
 
-def test_what_the_hub_gives_is_loaded_if_there_is_a_tokenizer_in_it(monkeypatch, tmp_path):
+def test_a_tokenizer_from_the_hub_is_loaded(monkeypatch, tmp_path):
     import huggingface_hub
 
     folder = write(tmp_path / "a", "bytes", LLAMA)
@@ -258,7 +258,7 @@ def test_what_the_hub_gives_is_loaded_if_there_is_a_tokenizer_in_it(monkeypatch,
         tokenizer.load("some/name")
 
 
-def test_a_name_that_the_hub_does_not_give_is_refused_in_one_line(monkeypatch):
+def test_a_name_that_the_hub_does_not_know_is_refused_in_one_line(monkeypatch):
     import huggingface_hub
 
     def away(*_, **__):
@@ -296,7 +296,7 @@ def with_template(tok, template: str) -> tokenizer.Tokenizer:
     return tokenizer.HuggingFace(tok._json, {"eos_token": END, "bos_token": "<s>"}, template)
 
 
-def test_the_symbol_behind_an_answer_is_trained_also_where_the_template_leaves_it_out(tok):
+def test_the_symbol_behind_an_answer_is_trained_even_if_the_template_omits_it(tok):
     inst = with_template(tok, INST)
     assert trained(inst, CHAT[1:]) == f"di fo.{END}ha je{END}"
     ids, _ = chat.encode(inst, CHAT[1:])
@@ -333,25 +333,25 @@ def test_marked_and_unmarked_templates_train_the_same(tok):
 
 
 @given(TEXTS, TEXTS, TEXTS)
-def test_no_message_adds_a_special_token(tok, asked, answered, role):
-    messages = [{"role": f"u{role}", "content": asked}, {"role": "assistant", "content": f"a{answered}"}]
+def test_no_message_adds_a_special_token(tok, question, answer, role):
+    messages = [{"role": f"u{role}", "content": question}, {"role": "assistant", "content": f"a{answer}"}]
     ids, _ = chat.encode(tok, messages)
     assert [i for i in spelled(tok, ids) if i in tok.specials] == [HEAD, TAIL, TURN] * 2
 
 
 @given(TEXTS, TEXTS, TEXTS)
-def test_text_of_messages_survives_also_under_other_keys(tok, asked, answered, name):
-    asked, answered, name = (
+def test_text_of_messages_survives_also_under_other_keys(tok, question, answer, name):
+    question, answer, name = (
         text.replace("\u2581", "_").translate(dict.fromkeys(map(ord, "\ufdd0\ufdd1\ufdd2")))
-        for text in (asked, answered, name)
+        for text in (question, answer, name)
     )
     tok = with_template(tok, PLAIN)
     messages = [
-        {"role": "user", "content": asked, "name": name},
-        {"role": "assistant", "content": answered, "name": name},
+        {"role": "user", "content": question, "name": name},
+        {"role": "assistant", "content": answer, "name": name},
     ]
     ids, _ = chat.encode(tok, messages)
-    assert tok.decode(ids) == f"user {name}{asked}assistant {name}{answered}"
+    assert tok.decode(ids) == f"user {name}{question}assistant {name}{answer}"
     assert [i for i in spelled(tok, ids) if i in tok.specials] == [HEAD, TAIL, TURN] * 2
 
 

@@ -1,4 +1,4 @@
-"""scripts/tokenize.py: what a run reads from its shards is what it would have encoded itself."""
+"""The command `tokenize`: a run reads from its shards the tokens that it would have encoded itself."""
 
 import json
 import os
@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 
 from lowrank_jax.config import UsageError, read_sources
-from lowrank_jax.data import packing, sources, tables
+from lowrank_jax.data import packing, shards, sources, tokenizer
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "tokenize.py"
 
 
-def command(*args, **options) -> subprocess.Popen:
-    argv = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def command(*args, name: str = "tokenize", **options) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "lowrank_jax.data", name, *map(str, args)]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
 
 
 def run(*args, status: int = 0, **options) -> tuple[str, str]:
@@ -39,7 +38,7 @@ def on_the_fly(tok, spec: str, chats: bool) -> list[tuple]:
 
 
 def from_shards(folder) -> list[tuple]:
-    source = tables.ArrayRecord(str(folder))
+    source = shards.ArrayRecord(str(folder))
     documents = [source.document(row) for block in range(source.blocks) for row in source.rows(block)]
     return plain((document["ids"], document["said"]) for document in documents)
 
@@ -70,9 +69,9 @@ def test_shards_hold_the_ids_of_a_run_whatever_the_number_of_workers(world, tok)
     run(*args, f"--out={world}/three", "--workers=3")
     assert contents(world / "one") == contents(world / "three")
     assert sorted(contents(world / "one")) == ["meta.json", *(f"part-0000{i}-of-00003.array_record" for i in range(3))]
-    found = from_shards(world / "one")
-    assert found == on_the_fly(tok, spec, False) and len(found) == 600
-    tokens = sum(len(ids) for ids, _ in found)
+    encoded = from_shards(world / "one")
+    assert encoded == on_the_fly(tok, spec, False) and len(encoded) == 600
+    tokens = sum(len(ids) for ids, _ in encoded)
     assert out.startswith(f"600 documents, {tokens:,} tokens in 3 shards of {world}/one: ") and out.count("\n") == 1
     assert "tokens/s" in out and err == ""
     meta = json.loads((world / "one" / "meta.json").read_text())
@@ -80,19 +79,19 @@ def test_shards_hold_the_ids_of_a_run_whatever_the_number_of_workers(world, tok)
     assert (meta["vocab_size"], meta["tokenizer_sha256"]) == (tok.vocab_size, tok.sha256)
 
 
-def test_conversations_keep_what_the_assistant_says_and_bad_records_are_counted(world, tok):
+def test_only_the_assistants_tokens_carry_weight_and_bad_records_are_counted(world, tok):
     spec = f"json:{world}/chat.jsonl"
     args = (f"--tokenizer={world}/tok", f"--sources={spec}", f"--out={world}/chats", "--chats", "--json")
-    out, err = run(*args, cwd=SCRIPT.parent)  # where every new process would find this file as `tokenize`
-    assert "skipped 1 records that cannot be used; for one, " in err and "'messages' is empty" in err
+    out, err = run(*args)
+    assert "skipped 1 unusable records; for example, " in err and "'messages' is empty" in err
     assert "chat.jsonl, record 41" in err or "chat.jsonl, line 41" in err
     assert json.loads(out.splitlines()[-1])["skipped"] == 1
     lines = (world / "chat.jsonl").read_text().splitlines(keepends=True)
     (world / "good.jsonl").write_text("".join(lines[:-1]))
-    found = from_shards(world / "chats")
-    assert found == on_the_fly(tok, f"json:{world}/good.jsonl", True) and len(found) == 40
-    assert all(any(said) and not all(said[1:]) for _, said in found)
-    assert tables.ArrayRecord(str(world / "chats")).chats
+    encoded = from_shards(world / "chats")
+    assert encoded == on_the_fly(tok, f"json:{world}/good.jsonl", True) and len(encoded) == 40
+    assert all(any(said) and not all(said[1:]) for _, said in encoded)
+    assert shards.ArrayRecord(str(world / "chats")).chats
 
 
 def test_mistakes_are_one_line_and_status_2(world):
@@ -105,7 +104,10 @@ def test_mistakes_are_one_line_and_status_2(world):
         ({"--tokenizer": f"{world}/none"}, "none"),
         ({"--sources": f"json:{world}/none*"}, "no such file"),
         ({"--sources": "text.jsonl"}, "must be kind:location"),
-        ({"--sources": f"json:{world}/no_text.jsonl"}, f"there is no text in json:{world}/no_text.jsonl; for one, "),
+        (
+            {"--sources": f"json:{world}/no_text.jsonl"},
+            f"no text in json:{world}/no_text.jsonl; for example, ",
+        ),
         ({"--sources": f"json:{world}/chat.jsonl", "--max_skipped": "0"}, "chat.jsonl"),
         ({"--workers": "-1"}, "must not be negative"),
         ({"--sheep": "1"}, "unrecognized arguments"),
@@ -122,13 +124,13 @@ def test_a_kill_leaves_nothing_that_opens_and_no_process(world, make, tmp_path, 
     make.write_jsonl(tmp_path / "big.jsonl", [{"text": make.prose(2000)}] * 6000)
     out = tmp_path / "out"
     args = (f"--tokenizer={world}/tok", f"--sources=json:{tmp_path}/big.jsonl", f"--out={out}", "--workers=2")
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored below a job in the background
-    process = command(*args, preexec_fn=heard)
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    process = command(*args, preexec_fn=listen)
     end = time.monotonic() + 60
     while not any(path.stat().st_size for path in tmp_path.glob("out.partial-*/*")) and time.monotonic() < end:
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGSTOP)  # it shall not be done before it is killed
+    process.send_signal(signal.SIGSTOP)  # it must not end before it is killed
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     assert len(children) >= 2
     process.send_signal(sign)
@@ -143,21 +145,31 @@ def test_a_kill_leaves_nothing_that_opens_and_no_process(world, make, tmp_path, 
     assert len(left) == (sign == signal.SIGKILL)
     for folder in left:
         with pytest.raises(UsageError, match="meta.json: no such file"):
-            tables.ArrayRecord(str(folder))
+            shards.ArrayRecord(str(folder))
 
 
-def test_what_is_tokenised_already_is_refused(world, tok):
+def test_tokenised_sources_are_refused(world, tok):
     run(f"--tokenizer={world}/tok", f"--sources=json:{world}/text.jsonl", f"--out={world}/first")
     args = (f"--tokenizer={world}/tok", f"--sources=arrayrecord:{world}/first", f"--out={world}/second")
     assert "is tokenised already" in run(*args, status=2)[1]
 
 
-@pytest.mark.parametrize("name", ["bench_step.py", "train_tokenizer.py", "tokenize.py"])
-def test_scripts_beside_it_still_find_the_tokenize_of_the_standard_library(name):
-    lines = f"import runpy, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.argv = ['x', '--help']\n"
-    lines += "import tokenize, linecache, inspect; assert tokenize.tokenize and inspect.getsource(tokenize.open)\n"
-    lines += f"runpy.run_path({str(SCRIPT.parent / name)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, SCRIPT.parent / name, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+def test_no_process_of_the_command_imports_jax(world):
+    """The 1 s of importing JAX would be paid by every worker."""
+    args = (f"--tokenizer={world}/tok", f"--sources=json:{world}/text.jsonl", f"--out={world}/no_jax", "--workers=2")
+    env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1", "JAX_COMPILATION_CACHE_DIR": ""}  # with a cache `cli` needs JAX
+    _, err = run(*args, env=env)
+    imported = [line.rsplit("|", 1)[-1].strip() for line in err.splitlines() if line.startswith("import time:")]
+    assert "jax" not in imported
+    assert imported.count("lowrank_jax.data.packing") >= 2  # the command and at least the worker that wrote the shards
+
+
+def test_a_tokenizer_is_learnt_and_saved(world):
+    args = (f"--sources=json:{world}/text.jsonl", "--vocab_size=521", f"--out={world}/learnt")
+    assert run(*args, name="learn_tokenizer")[0] == f"521 pieces in {world}/learnt\n"
+    assert tokenizer.load(f"{world}/learnt").vocab_size == 521
+    assert "is not empty" in run(*args, name="learn_tokenizer", status=2)[1]
+
+
+def test_an_unknown_command_is_one_line_and_status_2():
+    assert run(name="sheep", status=2)[1] == "error: name a command: tokenize or learn_tokenizer; each has --help\n"

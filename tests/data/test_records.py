@@ -52,13 +52,13 @@ def test_every_shape_of_a_conversation_is_the_same_document(record):
     assert read(nulls | record) == TALK
 
 
-def test_what_stands_beside_a_pair_joins_it():
+def test_the_optional_keys_beside_a_pair_join_it():
     record = {"instruction": "Add.", "input": "1 and 2", "output": "3", "system": "You add."}
     system, user = {"role": "system", "content": "You add."}, {"role": "user", "content": "Add.\n\n1 and 2"}
     assert read(record) == {"messages": [system, user, {"role": "assistant", "content": "3"}]}
 
 
-def test_messages_keep_their_other_texts():
+def test_messages_keep_their_other_text_fields():
     turn = {"role": "tool", "content": "4", "name": "sum", "cost": 3, "call": None}
     kept = read({"messages": [turn, ANSWER]})["messages"][0]
     assert kept == {"role": "tool", "content": "4", "name": "sum"}
@@ -118,7 +118,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("record, reason", WRONG.values(), ids=WRONG)
-def test_what_cannot_be_used_is_refused_with_the_reason(record, reason):
+def test_unusable_records_are_refused_with_the_reason(record, reason):
     for chats in (True, False):
         assert reason in refused(record, chats)
 

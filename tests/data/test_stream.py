@@ -1,11 +1,13 @@
-"""The token stream: nothing lost, nothing repeated, nothing learnt across documents, and every cursor exact."""
+"""The token stream loses and repeats nothing, learns nothing across documents, and resumes exactly at a cursor."""
 
 import collections
 import contextlib
 import gzip
 import itertools
 import json
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat, files, packing, reader, stream, tokenizer
 from lowrank_jax.data.packing import WINDOW_ROWS
+from lowrank_jax.machine.interrupt import Interrupted
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=12)
 
@@ -41,7 +44,7 @@ def open_stream(make, tok):
         phase = make.phase(sources, **changes)
         if held_out:
             return stream.open_held_out(phase, tok, seed, chats)
-        return stream.open_phase(phase, tok, seed, chats, cursor, share)
+        return stream.open_phase(phase, tok, seed, chats, stream.Start(cursor), share)
 
     return open_stream
 
@@ -67,7 +70,7 @@ def joined(batches: list[stream.Batch], key: str) -> np.ndarray:
 
 
 def texts(tok, batches: list[stream.Batch]) -> list[str]:
-    """What every document that begins in `batches` says."""
+    """Return the text of every document that begins in `batches`."""
     tokens = joined(batches, "tokens")
     return [tok.decode(ids) for ids in np.split(tokens, np.flatnonzero(tokens == tok.bos))[1:]]
 
@@ -95,7 +98,7 @@ def test_batches_of_any_shapes_are_the_flat_stream(corpus, tok, read_once, shape
     assert np.array_equal(joined(batches, "weights"), document[1 : n + 1] == document[:n])
 
 
-def test_a_stream_that_is_read_once_ends_where_no_full_batch_is_left(corpus, tok, read_once):
+def test_a_stream_that_is_read_once_ends_when_no_full_batch_is_left(corpus, tok, read_once):
     tokens, _ = flat(tok, corpus["rows"]["few"])
     documents = read_once(corpus["few"])
     batches = take(documents, [(2, 10)] * 1000)
@@ -111,9 +114,9 @@ def test_segments_change_exactly_between_documents_and_start_at_1_in_every_row(c
     document = flat(tok, corpus["rows"]["many"])[1]
     for batch in take(read_once(corpus["many"]), shapes):
         rows, length = batch["segments"].shape
-        here, document = document[: rows * length].reshape(rows, length), document[rows * length :]
+        expected, document = document[: rows * length].reshape(rows, length), document[rows * length :]
         assert (batch["segments"][:, 0] == 1).all()
-        assert np.array_equal(np.diff(batch["segments"]), np.diff(here))
+        assert np.array_equal(np.diff(batch["segments"]), np.diff(expected))
 
 
 def test_arrays_have_the_types_that_training_is_compiled_for(corpus, open_stream):
@@ -125,7 +128,7 @@ def test_arrays_have_the_types_that_training_is_compiled_for(corpus, open_stream
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_epoch_reads_every_document_once_in_an_order_of_its_own(corpus, tok, tmp_path, open_stream, packed):
-    """Of a packed file there is one block, so that only the order within it can differ."""
+    """A packed file is one block, so that only the order within it can differ."""
     source, written = corpus["many"], [row["text"] for row in corpus["rows"]["many"]]
     if packed:
         lines = "".join(json.dumps({"text": text}) + "\n" for text in written)
@@ -268,7 +271,7 @@ def test_any_number_of_hosts_reads_the_same_global_batches_and_cursor(large, ope
 
 
 @pytest.mark.parametrize("before, after", [(1, 4), (4, 2), (2, 8), (8, 1)])
-def test_a_run_goes_on_with_another_number_of_hosts(large, open_stream, before, after):
+def test_a_run_resumes_on_another_number_of_hosts(large, open_stream, before, after):
     batches = read(open_stream(large, **SHARED))
     for stop in (3, 10, 12, 13):
         streams = [open_stream(large, share=(host, before), **SHARED) for host in range(before)]
@@ -298,7 +301,7 @@ def test_readers_share_an_epoch_without_overlap(large, tok, open_stream):
 
 
 def test_a_reader_without_a_document_stays_without_one_after_a_resume(make, tmp_path, open_stream):
-    """Which reader a block falls to changes with the epoch; a reader without one goes on with the other source."""
+    """The reader of a block changes with the epoch; a reader without a block reads the other source."""
     rows = [{"text": make.prose(20, i) if i in (5, 17) else " " * 1500} for i in range(90)]
     sparse = make.write_jsonl(tmp_path / "sparse.jsonl", rows)
     full = make.write_jsonl(tmp_path / "full.jsonl", [{"text": make.prose(20, 500 + i)} for i in range(90)])
@@ -324,7 +327,7 @@ def test_another_number_of_readers_is_refused(large, open_stream):
 
 
 def spent(tok, batches: list[stream.Batch], lanes: int) -> list[list[tuple[str, int]]]:
-    """Of every lane, the (first word, size) of each document of which the batches hold the end."""
+    """Return (first word, size) of each document that ends in the batches, for every lane."""
     documents = []
     for lane in range(lanes):
         parts = [np.split(batch["tokens"], lanes)[lane].ravel() for batch in batches]
@@ -334,14 +337,14 @@ def spent(tok, batches: list[stream.Batch], lanes: int) -> list[list[tuple[str, 
     return documents
 
 
-def test_what_was_read_of_each_source_is_told_as_a_count_of_the_batches_has_it(corpus, large, tok, open_stream):
+def test_the_summary_counts_what_the_batches_hold_of_each_source(corpus, large, tok, open_stream):
     cases = [([corpus["few"], corpus["many"]], ("few", "many"), (5, 60), 1), ([large[1]["spec"]], ("zip",), (300,), 8)]
     apart = 0
     for specs, names, sizes, lanes in cases:
         documents, batches = open_stream(specs, **SHARED), []
         for step in range(12):
-            read_of, told = spent(tok, batches, lanes), stream.summary(documents.cursor())
-            for name, size, said in zip(names, sizes, told):
+            read_of, summary = spent(tok, batches, lanes), stream.summary(documents.cursor())
+            for name, size, said in zip(names, sizes, summary):
                 own = [[n for word, n in lane if word.startswith(name)] for lane in read_of]
                 assert said["documents"] == sum(map(len, own)) and said["tokens"] == sum(map(sum, own))
                 shares = [sum((row + row // lanes) % lanes == lane for row in range(size)) for lane in range(lanes)]
@@ -356,11 +359,23 @@ def test_shares_follow_their_schedule(large, tok, open_stream):
     batches = read(open_stream(large, **SHARED), [(16, 64)] * 30)
 
     def share(batches, name):
-        found = [text[:3] for text in texts(tok, batches)]
-        return found.count(name) / len(found)
+        names = [text[:3] for text in texts(tok, batches)]
+        return names.count(name) / len(names)
 
     assert share(batches[:7], "txt") == 0 and share(batches[12:], "txt") > 0
     assert share(batches[:7], "big") > 2 * share(batches[14:], "big") > 0
+
+
+@pytest.mark.parametrize("rows, readers", [(1, 1), (6, 6), (7, 7), (8, 8), (9, 3), (11, 1), (16, 8), (30, 6)])
+def test_the_most_readers_that_divide_the_rows_are_chosen_up_to_eight(make, rows, readers):
+    size = {"block": 16, "tokens_per_step": 16 * rows}
+    assert stream.readers(make.phase("text:x", **size)) == readers
+    assert stream.readers(make.phase("text:x", readers=rows, **size)) == rows
+
+
+def test_readers_divide_the_rows_of_every_length(make):
+    growth = {"auto_grow": True, "block": 16, "grow_plan": (16, 32, 64), "tokens_per_step": 16 * 24}
+    assert stream.readers(make.phase("text:x", **growth)) == 6  # of 24, 12 and 6 rows
 
 
 # ------------------------------------------------------------------------------------------------------------ the feed
@@ -373,8 +388,9 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
         for start, end in ((0, stop), (stop, 20)):
             shape_at = lambda step: (*GROWS[step], step)
             documents = open_stream(large, cursor=cursor, **SHARED)
-            with contextlib.closing(stream.Feed(documents, range(start, 20), shape_at, lambda step, b: b)) as feed:
-                for batch, after in itertools.islice(feed, end - start):
+            place = lambda step, batch: batch
+            with contextlib.closing(stream.Feed(documents, range(start, 20), shape_at, place)) as prepared:
+                for batch, after in itertools.islice(prepared, end - start):
                     got.append(batch)
                     cursor = after
         assert same(got, batches)
@@ -383,23 +399,52 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
 def test_the_feed_works_ahead_and_places_every_batch(large, open_stream):
     placed = []
     documents = open_stream(large, **SHARED)
-    feed = stream.Feed(
+    batches = stream.Feed(
         documents, range(20), lambda step: (16, 64, step), lambda step, batch: placed.append(step) or step
     )
-    with contextlib.closing(feed):
-        assert next(feed)[0] == 0
+    with contextlib.closing(batches):
+        assert next(batches)[0] == 0
         deadline = time.monotonic() + 20
         while len(placed) <= stream.AHEAD and time.monotonic() < deadline:
             time.sleep(0.01)
         assert placed[: stream.AHEAD + 1] == [0, 1, 2]
-        assert [step for step, _ in feed] == list(range(1, 20))
+        assert [step for step, _ in batches] == list(range(1, 20))
 
 
-def test_a_mistake_in_the_data_reaches_who_asks_for_the_batch(make, tmp_path, open_stream):
+def test_a_mistake_in_the_data_reaches_the_reader_of_the_batch(make, tmp_path, open_stream):
     rows = [{"text": make.prose(40, i)} for i in range(9)] + [{"texts": 0}]
     documents = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=0)
     with pytest.raises(UsageError, match="a.jsonl, record 10"):
         list(stream.Feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch))
+
+
+def test_a_read_that_hangs_can_be_left(monkeypatch):
+    monkeypatch.setattr(stream, "PATIENCE", 0.01)
+    over = threading.Event()
+    hanging = types.SimpleNamespace(next=lambda *_: over.wait(60), cursor=dict, close=lambda: None)
+    batches = stream.Feed(hanging, range(9), lambda step: (), lambda step, batch: batch)
+    with pytest.raises(Interrupted):
+        batches.take(lambda: True)
+    started = time.monotonic()
+    batches.close()
+    assert time.monotonic() - started < 5
+    over.set()
+
+
+def test_nothing_is_read_after_an_error():
+    read = []
+
+    def fail(step: int) -> None:
+        read.append(step)
+        raise OSError("the disk is away")
+
+    broken = types.SimpleNamespace(next=fail, cursor=dict, close=lambda: None)
+    batches = stream.Feed(broken, range(9), lambda step: (step,), lambda step, batch: batch)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is away"):
+            batches.take()
+    batches.close()
+    assert read == [0]
 
 
 # ----------------------------------------------------------------------------------------- seeds, mixing, the split
@@ -428,7 +473,7 @@ def test_every_source_appears_early(corpus, tok, open_stream):
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
-def test_what_is_held_out_is_never_trained_on(corpus, tok, open_stream, fraction):
+def test_held_out_documents_are_never_trained_on(corpus, tok, open_stream, fraction):
     held_out, trained = (
         texts(tok, take(open_stream(corpus["many"], held_out=part, eval_fraction=fraction), shapes))
         for part, shapes in ((True, [(1, 1)] * 9999), (False, [(1, 8000)]))
@@ -465,15 +510,15 @@ def test_a_source_with_nothing_held_out_has_an_empty_held_out_stream(corpus, ope
 
 def packed(batches: list[stream.Batch]) -> list[tuple[list[int], list[int], list[float]]]:
     """(tokens, targets, weights) of every segment of every row."""
-    found = []
+    all_segments = []
     for batch in batches:
         for row in range(len(batch["segments"])):
             segments = batch["segments"][row]
             for segment in range(1, segments.max() + 1):
-                at = np.flatnonzero(segments == segment)
-                assert np.array_equal(at, np.arange(at[0], at[-1] + 1)), "a segment is one stretch"
-                found.append(tuple(batch[key][row, at].tolist() for key in ("tokens", "targets", "weights")))
-    return found
+                place = np.flatnonzero(segments == segment)
+                assert np.array_equal(place, np.arange(place[0], place[-1] + 1)), "a segment is one stretch"
+                all_segments.append(tuple(batch[key][row, place].tolist() for key in ("tokens", "targets", "weights")))
+    return all_segments
 
 
 def as_packed(tok, messages: list[dict], length: int) -> tuple[list[int], list[int], list[float]]:
@@ -485,7 +530,7 @@ def as_packed(tok, messages: list[dict], length: int) -> tuple[list[int], list[i
 
 @pytest.mark.parametrize("shape", [(1, 300), (3, 120), (8, 64), (2, 40)])
 def test_every_conversation_is_one_segment_and_cut_only_if_longer_than_a_row(corpus, tok, open_stream, shape):
-    """And every one of which something can be learnt comes once an epoch."""
+    """Every conversation from which something can be learnt comes once per epoch."""
     expected = [as_packed(tok, row["messages"], shape[1]) for row in corpus["rows"]["chats"]]
     expected = [str(packed) for packed in expected if any(packed[2])]
     documents = open_stream(corpus["chats"], chats=True)
@@ -512,8 +557,8 @@ def test_rows_are_packed_tightly(make, tok, tmp_path, open_stream):
     assert np.mean([(batch["segments"] > 0).mean() for batch in batches]) > 0.95
 
 
-def test_a_short_conversation_goes_where_it_leaves_the_least_room(make, tok, tmp_path, open_stream):
-    """It just fits beside the two middle ones; beside the long one, which is packed first, it would leave room."""
+def test_a_short_conversation_fills_the_fullest_row_that_has_room(make, tok, tmp_path, open_stream):
+    """The short one just fits beside the two middle ones; beside the long one it would leave room."""
     middle, long, short = ([{"role": "assistant", "content": make.prose(words)}] for words in (20, 30, 2))
     held_out = [{"messages": messages} for messages in (short, middle, long, middle)]  # every second row is
     rows = [row for pair in zip(held_out, held_out) for row in pair]
@@ -557,10 +602,10 @@ def test_conversations_that_are_cut_unanswered_refused_or_skipped_are_counted(ma
     length = size(whole) - 1  # which just takes it: the last token is only a target
     while documents.next(2, length) is not None:
         pass
-    (told,) = stream.summary(documents.cursor())
-    assert told["tokens"] == 5 * size(whole) + 4 * size(cut) + 3 * size(unanswered)
+    (counts_read,) = stream.summary(documents.cursor())
+    assert counts_read["tokens"] == 5 * size(whole) + 4 * size(cut) + 3 * size(unanswered)
     counts = {"documents": 12, "cut": 4 + 3, "unanswered": 3, "refused": 2, "skipped": 1, "empty": 0}
-    assert {key: told[key] for key in counts} == counts
+    assert {key: counts_read[key] for key in counts} == counts
 
 
 def test_the_limit_remembers_after_a_resume_which_conversations_the_template_refused(make, picky, tmp_path):
@@ -574,7 +619,7 @@ def test_the_limit_remembers_after_a_resume_which_conversations_the_template_ref
             documents.next(1, 8)
     assert stream.summary(json.loads(cursors[-1]))[0]["refused"] > 0
     for k, cursor in enumerate(cursors):  # each fails at the same batch
-        resumed = stream.open_phase(phase, picky, 0, False, json.loads(cursor))
+        resumed = stream.open_phase(phase, picky, 0, False, stream.Start(json.loads(cursor)))
         assert len(take(resumed, [(1, 8)] * (len(cursors) - 1 - k))) == len(cursors) - 1 - k
         with too_many:
             resumed.next(1, 8)
@@ -587,7 +632,7 @@ def test_documents_without_text_are_counted(corpus, read_once):
     assert stream.summary(documents.cursor())[0]["empty"] == blank == 13
 
 
-def test_what_is_trained_is_shown_between_marks(make, tok, tmp_path, open_stream):
+def test_trained_text_is_shown_between_marks(make, tok, tmp_path, open_stream):
     rows = [{"messages": [{"role": "user", "content": "ba ce"}, {"role": "assistant", "content": "di fo"}]}]
     batch = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), chats=True).next(1, 60)
     one = "<|im_start|>user\nba ce<|im_end|>\n<|im_start|>assistant\n[[di fo<|im_end|>]]\n</s>"
@@ -623,30 +668,30 @@ def test_more_mistakes_than_may_be_skipped_are_found_before_training(make, tok, 
         stream.check(make.phase([corpus["chats"], source], max_skipped=max_skipped), tok, chats)
 
 
-def test_skipped_records_are_told_counted_and_the_same_after_a_resume(make, tok, tmp_path):
+def test_skipped_records_are_reported_counted_and_the_same_after_a_resume(make, tok, tmp_path):
     rows = [{"text": make.prose(12, i)} if i % 10 else {"texts": i} for i in range(100)]
     phase = make.phase(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=10)
-    told = []
-    note = lambda event, **facts: told.append((event, facts["where"], facts["reason"]))
+    notes = []
+    note = lambda event, **facts: notes.append((event, facts["where"], facts["reason"]))
     documents = stream.open_phase(phase, tok, 0, False, note=note)
     batches = take(documents, [(8, 50)] * 20)
     (read,) = stream.summary(documents.cursor())
     assert read["skipped"] == 10 and read["epochs"] > 1
-    assert len(told) == len(set(told)) == 10 and {event for event, *_ in told} == {"skip"}
-    assert all("a.jsonl, byte" in where and "texts" in reason for _, where, reason in told)
+    assert len(notes) == len(set(notes)) == 10 and {event for event, *_ in notes} == {"skip"}
+    assert all("a.jsonl, byte" in where and "texts" in reason for _, where, reason in notes)
     for stop in (0, 1, 8):
         documents = stream.open_phase(phase, tok, 0, False)
         take(documents, [(8, 50)] * stop)
-        documents = stream.open_phase(phase, tok, 0, False, documents.cursor())
+        documents = stream.open_phase(phase, tok, 0, False, stream.Start(documents.cursor()))
         assert same(take(documents, [(8, 50)] * (20 - stop)), batches[stop:])
         assert stream.summary(documents.cursor())[0]["skipped"] == 10
 
 
-def test_an_error_that_passes_is_waited_for_and_told_and_no_record_counts_twice(make, tok, tmp_path, monkeypatch):
+def test_a_passing_error_is_retried_and_reported_and_no_record_counts_twice(make, tok, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "FIRST_WAIT", 0.01)
     rows = [{"texts": i} if i in (0, 1, 5) else {"text": "ba ce"} for i in range(20)]
     source = make.write_jsonl(tmp_path / "a.jsonl", rows)
-    phase, told, failing = make.phase(source, readers=1, max_skipped=3), [], [3]
+    phase, notes, failing = make.phase(source, readers=1, max_skipped=3), [], [3]
     expected = stream.open_phase(phase, tok, 0, False).next(2, 40)
     read = files.JsonFiles.rows
 
@@ -657,7 +702,7 @@ def test_an_error_that_passes_is_waited_for_and_told_and_no_record_counts_twice(
             raise OSError("the disk is away")
         yield from read(self, block, start + 2)
 
-    note = lambda event, **facts: told.append((event, facts["where"] if event == "skip" else facts["reason"]))
+    note = lambda event, **facts: notes.append((event, facts["where"] if event == "skip" else facts["reason"]))
     documents = stream.open_phase(phase, tok, 0, False, note=note)
     broken = stream.open_phase(phase, tok, 0, False)
     monkeypatch.setattr(files.JsonFiles, "rows", flaky)
@@ -665,7 +710,7 @@ def test_an_error_that_passes_is_waited_for_and_told_and_no_record_counts_twice(
     assert stream.summary(documents.cursor())[0]["skipped"] == 3
     *first, last = [f"{tmp_path}/a.jsonl, byte {sum(len(json.dumps(row)) + 1 for row in rows[:i])}" for i in (0, 1, 5)]
     skips, retries = [("skip", where) for where in first], [("retry", "the disk is away")] * 3
-    assert told == [*skips, *retries, ("skip", last)]
+    assert notes == [*skips, *retries, ("skip", last)]
     failing[0] = 99
     with pytest.raises(OSError, match="source json:.*the disk is away .tried 6 times"):
         broken.next(2, 40)
@@ -686,7 +731,7 @@ def test_a_tokenizer_learns_from_the_training_parts_of_all_phases_only(make, tok
     assert learnt - said == {row["text"] for row in corpus["rows"]["many"]} - held_out
 
 
-def test_a_tokenizer_learns_from_no_more_text_than_asked_for(make, corpus):
+def test_a_tokenizer_learns_from_no_more_text_than_the_limit(make, corpus):
     phases = [make.phase([corpus["many"], corpus["few"]]), make.phase(corpus["chats"])]
     learnt = list(stream.texts(phases, 800))
     sizes = [sum(len(text) for text in learnt if name in text) for name in ("many", "few")]

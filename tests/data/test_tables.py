@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import files, tables
+from lowrank_jax.data import blocks, files, shards, tables
 from lowrank_jax.data.records import BadRecord
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def assert_goes_on(source) -> None:
                     break
             at[size] = len(parts[size])
     assert parts == {7: whole, 13: whole}
-    assert len(source._left) <= files.LEFT
+    assert len(source._interrupted) <= blocks.OPEN_READS
 
 
 # ------------------------------------------------------------------------------------------------------------ parquet
@@ -105,7 +105,7 @@ def test_parquet_fingerprints_follow_the_data_and_not_the_folder(tmp_path):
     assert parquet(write_parquet(tmp_path / "a.parquet", {"text": ["x"] * 11})).fingerprint != first
 
 
-def test_what_is_no_parquet_file_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_parquet_is_refused_by_name(tmp_path):
     raw = pathlib.Path(write_parquet(tmp_path / "good.parquet", {"text": ["x" * 100] * 1000})).read_bytes()
     for content in (b"", b"PAR1", b"garbage" * 99, raw[: len(raw) // 2], raw[:-1]):
         (tmp_path / "bad.parquet").write_bytes(content)
@@ -156,10 +156,10 @@ def test_an_io_error_is_no_damage(tmp_path, monkeypatch):
         documents(source, 0)
 
 
-def test_a_large_row_group_is_never_held_whole(tmp_path):
+def test_a_large_row_group_is_never_in_memory_as_a_whole(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", {"text": [os.urandom(2000).hex() for _ in range(30_000)]}, 30_000)
     reader = (
-        "import re, sys; from lowrank_jax.data import files, tables\n"
+        "import re, sys; from lowrank_jax.data import tables\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"
         "source = tables.Parquet([sys.argv[1]], 'text', 'messages', False); next(source.rows(0)); before = peak()\n"
         "print(sum(1 for _ in source.rows(0, 1)), peak() - before, before)"
@@ -275,7 +275,7 @@ def test_fingerprints_of_folders_follow_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "folder", "a.parquet", "a.weird", "none"])
-def test_what_cannot_be_opened_is_refused_in_one_line(tmp_path, name):
+def test_a_dataset_that_cannot_be_opened_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "folder").mkdir()
     for file in ("a.parquet", "a.weird"):
         (tmp_path / file).write_text("garbage")
@@ -353,7 +353,7 @@ Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 READER = """
 import json, sys
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import files, tables
+from lowrank_jax.data import tables
 
 out = {}
 source = tables.TFDS("tiny:1.0.0", "train", "none", "messages", True)
@@ -399,8 +399,8 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
 def test_records_of_tokens_round_trip(tokens):
     ids, said = np.array([i for i, _ in tokens], np.int32), np.array([s for _, s in tokens], bool)
     for mask in (said, np.arange(len(ids)) > 0):
-        raw = tables.encode_record(ids, mask)
-        back, back_said = tables.decode_record(raw)
+        raw = shards.encode_record(ids, mask)
+        back, back_said = shards.decode_record(raw)
         assert back.dtype == np.int32 and back.tolist() == ids.tolist()
         assert back_said.dtype == bool and back_said.tolist() == mask.tolist()
     assert len(raw) == len(ids) * (4 if ids.max(initial=0) > 65_535 else 2) + 1
@@ -409,22 +409,20 @@ def test_records_of_tokens_round_trip(tokens):
 @given(st.binary(max_size=40))
 def test_any_other_bytes_are_tokens_or_a_value_error(raw):
     try:
-        ids, said = tables.decode_record(raw)
+        ids, said = shards.decode_record(raw)
         assert len(ids) == len(said)
     except ValueError:
         pass
 
 
 def write_shards(folder, counts=(130, 0, 64), **changes) -> str:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     folder.mkdir()
     names, at = [f"part-{i}.array_record" for i in range(len(counts))], 0
     for name, count in zip(names, counts):
-        writer = ArrayRecordWriter(str(folder / name), tables.WRITER_OPTIONS)
+        writer = shards.open_writer(str(folder / name))
         for _ in range(count):
             ids = np.arange(at, at + 5)
-            writer.write(tables.encode_record(ids, np.arange(5) % 2 == at % 2))
+            writer.write(shards.encode_record(ids, np.arange(5) % 2 == at % 2))
             at += 1
         writer.close()
     meta = {"format": 1, "tokenizer_sha256": "t", "vocab_size": 300, "chats": True, "documents": at, "tokens": 5 * at}
@@ -434,7 +432,7 @@ def write_shards(folder, counts=(130, 0, 64), **changes) -> str:
 
 
 def test_shards_are_read_from_any_row(tmp_path):
-    source = tables.ArrayRecord(write_shards(tmp_path / "a"))
+    source = shards.ArrayRecord(write_shards(tmp_path / "a"))
     assert source.blocks == 4 and (source.tokenizer_sha256, source.chats) == ("t", True)
     plain = lambda b, s=0: [(d["ids"].tolist(), d["said"].tolist()) for d in documents(source, b, s)]
     whole = [plain(b) for b in range(4)]
@@ -443,9 +441,9 @@ def test_shards_are_read_from_any_row(tmp_path):
     for b in range(4):
         for s in (0, 1, 2, 3, 63, 64, 65):
             assert plain(b, s) == whole[b][s:]
-    assert tables.ArrayRecord(f"{tmp_path}/a/part-0.*").blocks == 3
-    assert tables.ArrayRecord(write_shards(tmp_path / "b")).fingerprint == source.fingerprint
-    assert tables.ArrayRecord(write_shards(tmp_path / "c", (130, 64, 0))).fingerprint != source.fingerprint
+    assert shards.ArrayRecord(f"{tmp_path}/a/part-0.*").blocks == 3
+    assert shards.ArrayRecord(write_shards(tmp_path / "b")).fingerprint == source.fingerprint
+    assert shards.ArrayRecord(write_shards(tmp_path / "c", (130, 64, 0))).fingerprint != source.fingerprint
 
 
 def test_foreign_and_damaged_folders_are_refused(tmp_path):
@@ -453,8 +451,8 @@ def test_foreign_and_damaged_folders_are_refused(tmp_path):
 
     def check(location, match):
         with pytest.raises(UsageError, match=match) as e:
-            tables.ArrayRecord(str(location))
-        assert "scripts/tokenize.py" in str(e.value) and "\n" not in str(e.value)
+            shards.ArrayRecord(str(location))
+        assert "tokenize" in str(e.value) and "\n" not in str(e.value)
 
     check(tmp_path / "none", "no such file")
     check(tmp_path, "no such file")
@@ -474,19 +472,19 @@ def test_foreign_and_damaged_folders_are_refused(tmp_path):
     missing = pathlib.Path(write_shards(tmp_path / "missing"))
     (missing / "part-1.array_record").unlink()
     with pytest.raises(UsageError, match="shards are missing"):
-        tables.ArrayRecord(str(missing))
+        shards.ArrayRecord(str(missing))
 
 
 def test_a_damaged_block_is_one_bad_record(tmp_path):
     folder = write_shards(tmp_path / "a", (640,))
     path = tmp_path / "a" / "part-0.array_record"
-    source = tables.ArrayRecord(folder)
+    source = shards.ArrayRecord(folder)
     before = [[d["ids"].tolist() for d in documents(source, b)] for b in range(10)]
     raw = bytearray(path.read_bytes())
     at = next(i for i in range(300, len(raw)) if 0 not in raw[i : i + 8])  # there is much padding
     raw[at : at + 8] = bytes(8)
     path.write_bytes(raw)
-    source, bad = tables.ArrayRecord(folder), 0
+    source, bad = shards.ArrayRecord(folder), 0
     for b in range(10):
         try:
             assert [d["ids"].tolist() for d in documents(source, b)] == before[b]
@@ -496,8 +494,8 @@ def test_a_damaged_block_is_one_bad_record(tmp_path):
     assert 1 <= bad <= 2
 
 
-def test_files_that_can_be_read_from_the_middle_are(tmp_path):
-    """Of a hub dataset or a folder: JSON lines in blocks of bytes, Parquet by row groups, anything else by shards."""
+def test_our_own_reader_reads_the_files_of_a_dataset_if_it_can_start_in_the_middle(tmp_path):
+    """JSON lines are read in blocks of bytes, Parquet by row groups, and any other format by shards."""
     rows = [{"text": f"row {i}"} for i in range(300)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, kind in (("json", files.JsonFiles), ("parquet", tables.Parquet), ("csv", tables.HuggingFace)):
@@ -509,6 +507,6 @@ def test_files_that_can_be_read_from_the_middle_are(tmp_path):
             pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet", row_group_size=100)
         else:
             (folder / "train.csv").write_text("text\n" + "".join(f"row {i}\n" for i in range(300)))
-        found = tables.hugging_face(str(folder), "", "train", "text", "messages", False)
-        assert isinstance(found, kind) and (found.blocks > 1 or name == "csv")
-        assert [found.document(row) for block in range(found.blocks) for row in found.rows(block)] == rows
+        source = tables.hugging_face(str(folder), "", "train", "text", "messages", False)
+        assert isinstance(source, kind) and (source.blocks > 1 or name == "csv")
+        assert [source.document(row) for block in range(source.blocks) for row in source.rows(block)] == rows

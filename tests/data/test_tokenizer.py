@@ -66,7 +66,7 @@ def test_byte_lengths_add_up_to_the_bytes_of_the_text(tok, text):
     assert tok.byte_lengths()[tok.encode(text)].sum() == len(text.encode())
 
 
-def test_byte_lengths_count_bytes_where_a_piece_holds_characters_of_several():
+def test_byte_lengths_count_bytes_and_not_characters():
     text = "déjà vu 漢字 déjà 漢字"
     wide = tokenizer.train([f"{text} {i % 7}" for i in range(99)], 372)
     ids = wide.encode(text)
@@ -99,7 +99,7 @@ def test_only_control_symbols_are_special(tok, piece):
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def test_the_vocabulary_has_exactly_the_size_asked_for(tok, make):
+def test_the_vocabulary_has_exactly_the_requested_size(tok, make):
     assert tok.vocab_size == 521
     assert tokenizer.train([make.prose(500)], 400).vocab_size == 400
 
@@ -162,7 +162,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\0" * 5000, bytes(range(256)) * 20])
-def test_what_is_no_model_is_refused_by_name(tmp_path, content):
+def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.model").write_bytes(content)
     with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: not a SentencePiece model$"):
         tokenizer.load(str(tmp_path / "a.model"))
@@ -177,7 +177,7 @@ def test_a_foreign_model_that_keeps_text_as_it_is_can_be_used(tmp_path):
 
 def test_a_foreign_model_that_loses_spaces_and_line_feeds_is_refused(tmp_path):
     (tmp_path / "a.model").write_bytes(foreign())
-    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: text does not survive it"):
+    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: its ids do not decode to the same text"):
         tokenizer.load(str(tmp_path / "a.model"))
 
 

@@ -1,4 +1,4 @@
-"""Dense models made low-rank: exact at full rank, the best of a rank below it, and a run that training goes on from."""
+"""Compression to low rank: exact at full rank, optimal below it, and the result is a run that can be trained."""
 
 import dataclasses
 
@@ -9,9 +9,8 @@ import pytest
 import runs
 import scipy.linalg
 
-from lowrank_jax import compress
 from lowrank_jax.config import UsageError
-from lowrank_jax.export import factorize
+from lowrank_jax.export import compression, factorize
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import network
 from lowrank_jax.training import run_folder
@@ -54,7 +53,7 @@ def test_no_other_product_has_less_error(rank):
     assert factorize.error(w, best, x.T @ x) == pytest.approx(cost(best) / np.linalg.norm(x @ w))
 
 
-def test_directions_that_no_input_has_are_no_obstacle():
+def test_directions_without_input_are_no_obstacle():
     x = np.pad(random(50, 6), ((0, 0), (0, 6)))
     down, up = factorize.factors(random(12, 8), x.T @ x, 6)
     assert np.isfinite(down).all() and factorize.error(random(12, 8), down @ up, x.T @ x) < 1e-3
@@ -62,13 +61,13 @@ def test_directions_that_no_input_has_are_no_obstacle():
 
 @pytest.fixture(scope="module")
 def dense(make, tok, tmp_path_factory):
-    found = exports.trained(make, tok, rank=0)
+    model = exports.trained(make, tok, rank=0)
     path = tmp_path_factory.mktemp("texts") / "a.txt"
     path.write_text("\n\n".join(make.prose(60, seed) for seed in range(60)))
     phase = make.phase(f"text:{path}", eval_fraction=0.2, block=48, tokens_per_step=480, eval_tokens=480)
-    return found._replace(
-        config=dataclasses.replace(found.config, pretrain=phase),
-        params=jax.device_put(found.params, sharding.whole(sharding.one_device())),
+    return model._replace(
+        config=dataclasses.replace(model.config, pretrain=phase),
+        params=jax.device_put(model.params, sharding.whole(sharding.one_device())),
     )
 
 
@@ -78,8 +77,8 @@ def features(config, params, batch) -> np.ndarray:
 
 @pytest.mark.parametrize("mlp_rank", [0, 32])
 def test_a_model_of_full_rank_computes_the_same(dense, mlp_rank):
-    text, held_out = compress.texts(dense, "", 960)
-    config, params = compress.compress(dense, 32, (1, 1, 1, 1), mlp_rank, text)
+    text, held_out = compression.texts(dense, "", 960)
+    config, params = compression.compress(dense, 32, (1, 1, 1, 1), mlp_rank, text)
     assert config.model.ranks == (32,) * 4 and not config.model.latent_norm and config.model.mlp_rank == mlp_rank
     shapes = jax.eval_shape(lambda: network.init(config.model, jax.random.key(0)))
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda x: x.shape, shapes)
@@ -90,13 +89,13 @@ def test_a_model_of_full_rank_computes_the_same(dense, mlp_rank):
 
 
 def test_more_rank_is_less_error(dense):
-    text, held_out = compress.texts(dense, "", 960)
-    found = []
+    text, held_out = compression.texts(dense, "", 960)
+    errors = []
     for rank in (4, 16):
-        config, params = compress.compress(dense, rank, (1, 1, 3, 3), 2 * rank, text)
-        found.append(compress.errors(dense.config.model, dense.params, params, held_out))
-    assert all(0 < high[name] < low[name] < 1 for low, high in zip(*found) for name in low)
-    assert [set(row) for row in found[0]] == [set("qkvo") | {"gate", "up", "out"}] * 2
+        config, params = compression.compress(dense, rank, (1, 1, 3, 3), 2 * rank, text)
+        errors.append(compression.errors(dense.config.model, dense.params, params, held_out))
+    assert all(0 < high[name] < low[name] < 1 for low, high in zip(*errors) for name in low)
+    assert [set(row) for row in errors[0]] == [set("qkvo") | {"gate", "up", "out"}] * 2
 
 
 def normed(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -104,12 +103,12 @@ def normed(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
 
 
 def row_inputs(c, params: dict, tokens_T: np.ndarray, segments_T: np.ndarray) -> list[dict]:
-    """Of each layer what its matrices read in one row of the text, with its keys and queries: loops in float64."""
+    """Return the inputs of every layer's matrices for one row of text, with keys and queries: loops in float64."""
     T, rows = len(tokens_T), []
     x = params["embed"]["table"][tokens_T]
     for i in range(c.layers):
         block = jax.tree.map(lambda w, i=i: w[i], params["blocks"])
-        w = {name: block[group][name]["kernel"] for group, names in compress.MATRICES.items() for name in names}
+        w = {name: block[group][name]["kernel"] for group, names in compression.MATRICES.items() for name in names}
         h = normed(x, block["attention_norm"]["gain"])
         q, k, v = ((h @ w[name]).reshape(T, c.heads, c.head_dim) for name in "qkv")
         o = np.zeros((T, c.heads, c.head_dim))
@@ -128,17 +127,17 @@ def row_inputs(c, params: dict, tokens_T: np.ndarray, segments_T: np.ndarray) ->
     return rows
 
 
-def test_the_moments_are_those_of_an_explicit_forward_pass(dense):
-    """Of all layers and batches, with texts that do not see each other; factors and errors are by these moments."""
+def test_moments_are_those_of_an_explicit_forward_pass(dense):
+    """Covers all layers and batches, and texts that do not see each other; factors and errors follow the moments."""
     c = dense.config.model
     tokens = np.random.default_rng(0).integers(0, c.vocab, (4, 24)).astype(np.int32)
     segments = np.array([[1] * n + [2] * (24 - n) for n in (5, 24, 17, 12)], np.int32)
-    batches = [{"tokens": tokens[at], "segments": segments[at]} for at in (slice(0, 2), slice(2, 4))]
+    batches = [{"tokens": tokens[rows], "segments": segments[rows]} for rows in (slice(0, 2), slice(2, 4))]
     params = jax.tree.map(lambda w: np.asarray(w, np.float64), dense.params)
     rows = [row_inputs(c, params, *row) for row in zip(tokens, segments)]
-    seen = [moments for _, moments in compress.activations(c, dense.params, batches)]
-    _, low = compress.compress(dense, 16, (1, 1, 1, 1), 16, batches)
-    errors = compress.errors(c, dense.params, low, batches)
+    seen = [moments for _, moments in compression.activations(c, dense.params, batches)]
+    _, low = compression.compress(dense, 16, (1, 1, 1, 1), 16, batches)
+    errors = compression.errors(c, dense.params, low, batches)
     assert len(seen) == len(errors) == c.layers == 2
     for i in range(c.layers):
         inputs = {name: np.concatenate([row[i][name] for row in rows]) for name in rows[0][i]}
@@ -146,11 +145,11 @@ def test_the_moments_are_those_of_an_explicit_forward_pass(dense):
         assert set(seen[i]) == set(moments)
         for name, expected in moments.items():
             np.testing.assert_allclose(seen[i][name], expected, atol=1e-4 * np.abs(expected).max())
-        # An error of a query costs what the keys of its head make of it, that of a value what O makes of it.
+        # The keys of its head weigh the error of a query, the columns of O that of a value.
         metrics = {name: scipy.linalg.block_diag(*moments[other]) for name, other in (("q", "keys"), ("k", "queries"))}
         o = params["blocks"]["attention"]["o"]["kernel"][i]
         metrics["v"] = o @ o.T
-        for group, name in ((group, name) for group, names in compress.MATRICES.items() for name in names):
+        for group, name in ((group, name) for group, names in compression.MATRICES.items() for name in names):
             w, factors = params["blocks"][group][name]["kernel"][i], low["blocks"][group][name]
             best = np.matmul(*factorize.factors(w, moments[name], 16, metrics.get(name)))
             np.testing.assert_allclose(factors["down"][i] @ factors["up"][i], best, atol=1e-3 * np.abs(w).max())
@@ -166,15 +165,15 @@ def run(data, tmp_path_factory):
     return folder
 
 
-def test_a_run_is_compressed_and_trained_on(run, data, tmp_path):
+def test_a_run_is_compressed_and_trained_further(run, data, tmp_path):
     out = tmp_path / "low"
     code, said, err = runs.run("compress", f"--from={run}", "--rank=4", f"--out={out}", "--tokens=2000", "--json")
     assert code == 0, err
     facts = runs.last_json(said)
     assert facts["ranks"] == [2, 2, 6, 6] and len(facts["errors"]) == 2 and "bits per byte" in said
     assert facts["parameters_after"] < facts["parameters_before"]
-    made = open_run(str(out))
-    assert made.config.model.rank == 4 and not made.config.model.latent_norm and made.progress["step"] == 0
+    low = open_run(str(out))
+    assert low.config.model.rank == 4 and not low.config.model.latent_norm and low.progress.step == 0
     changes = {"model__latent_norm": False, "sft__steps": 0}
     code, said, err = runs.train(data, out, **changes)
     assert code == 0, err
@@ -195,8 +194,8 @@ def test_mistakes_get_one_line_and_leave_nothing(run, dense, tmp_path):
         (dense.config, (8, (1, 1, 1, 1), 33), "mlp_rank=33"),
     ):
         with pytest.raises(UsageError, match=name):
-            compress.low_rank(config, *args)
+            compression.low_rank(config, *args)
     for text in ("1,1,1", "a,b,c,d", "1,1,0,1"):
         with pytest.raises(UsageError, match="rank_split"):
-            compress.read_split(text)
+            compression.read_split(text)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]

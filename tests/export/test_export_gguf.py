@@ -1,4 +1,4 @@
-"""Exports for llama.cpp: its own server gives the probabilities, ids and prompts that the model gives."""
+"""Exports for llama.cpp: its server gives the model's probabilities, ids and prompts."""
 
 import functools
 import os
@@ -11,7 +11,7 @@ import pytest
 from test_hf_tokenizer import LLAMA, write
 
 from lowrank_jax.data import chat, tokenizer
-from lowrank_jax.export import gguf, llama, mix, template, verify
+from lowrank_jax.export import gguf, hf_tokenizer, llama, verify
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def types(path: str) -> dict[str, str]:
     return {t.name.removesuffix(".weight"): t.tensor_type.name for t in reader.GGUFReader(path).tensors}
 
 
-# The largest error, the largest KL, the size beside f32's: for rows that 256 divides.
+# The largest error, the largest KL, and the size relative to f32, for rows that 256 divides.
 QUANTS = {"f16": (2e-2, 1e-5, 0.5), "bf16": (0.15, 1e-3, 0.5), "q8_0": (0.6, 5e-3, 0.27), "q4_k_m": (4, 0.2, 0.16)}
 
 
@@ -66,14 +66,14 @@ def test_smaller_types_are_close_as_measured_and_small(quant, wide, tmp_path):
     error, divergence, size = QUANTS[quant]
     path = gguf.write(wide, str(tmp_path / "out"), quant=quant)
     assert gguf.check(wide, path, quant=quant) <= error
-    found = gguf.quality(wide, path, quant=quant, tokens=48)
-    assert 1e-3 < found["max_abs_err"] <= error and 0 < found["kl"] <= divergence
-    assert 0 < abs(found["bits_per_byte_change"]) < divergence**0.5 and found["measured_tokens"] == 48
+    measured = gguf.quality(wide, path, quant=quant, tokens=48)
+    assert 1e-3 < measured["max_abs_err"] <= error and 0 < measured["kl"] <= divergence
+    assert 0 < abs(measured["bits_per_byte_change"]) < divergence**0.5 and measured["measured_tokens"] == 48
     matrices = [t for t in reader.GGUFReader(path).tensors if len(t.shape) == 2]
     assert sum(t.n_bytes for t in matrices) / sum(4 * t.n_elements for t in matrices) == pytest.approx(size, abs=0.01)
 
 
-def test_what_llama_packs_is_what_was_given(wide, tmp_path):
+def test_packed_matrices_unpack_to_the_weights(wide, tmp_path):
     path = gguf.write(wide, str(tmp_path / "out"), quant="q4_k_m")
     expected = dict(gguf.tensors(wide.config.model, wide.params, "dense"))
     for tensor in reader.GGUFReader(path).tensors:
@@ -82,23 +82,23 @@ def test_what_llama_packs_is_what_was_given(wide, tmp_path):
         assert np.abs(back - w).max() <= {"F32": 0, "Q6_K": 0.04, "Q4_K": 0.2}[name] * np.abs(w).max(), tensor.name
 
 
-def test_the_mix_is_llamas(wide, tmp_path):
-    found = types(gguf.write(wide, str(tmp_path / "out"), quant="q4_k_m"))
+def test_types_are_those_of_llamas_own_quantiser(wide, tmp_path):
+    chosen = types(gguf.write(wide, str(tmp_path / "out"), quant="q4_k_m"))
     better = {"token_embd", "blk.1.attn_v", "blk.1.ffn_down"}
-    assert {name for name, kind in found.items() if kind == "Q6_K"} == better
-    assert {kind for name, kind in found.items() if name not in better} == {"F32", "Q4_K"}
-    kinds = [mix.kind(f"blk.{i}.attn_v", 512, "q4_k_m", 16, True) for i in range(16)]
+    assert {name for name, kind in chosen.items() if kind == "Q6_K"} == better
+    assert {kind for name, kind in chosen.items() if name not in better} == {"F32", "Q4_K"}
+    kinds = [gguf.kind(f"blk.{i}.attn_v", 512, "q4_k_m", 16, True) for i in range(16)]
     assert [i for i, kind in enumerate(kinds) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
-    assert mix.kind("token_embd", 512, "q4_k_m", 16, False) == mix.kind("output", 512, "q4_k_m", 16, True) == "Q4_K"
+    assert gguf.kind("token_embd", 512, "q4_k_m", 16, False) == gguf.kind("output", 512, "q4_k_m", 16, True) == "Q4_K"
 
 
 def test_rows_that_blocks_do_not_divide_are_kept_in_larger_types(make, tok, tmp_path, capsys):
     model = exports.trained(make, tok, **EQUAL | {"d": 288, "rank": 32, "mlp": 40})
     path = gguf.write(model, str(tmp_path / "out"), quant="q4_k_m")
-    found = types(path)
-    assert (found["blk.0.attn_v"], found["token_embd"], found["blk.0.ffn_down"]) == ("Q5_0", "Q8_0", "F16")
-    told = "q4_k_m: its blocks do not divide the rows of 15 of 15 matrices, kept as F16 or Q5_0 or Q8_0"
-    assert told in capsys.readouterr().err
+    chosen = types(path)
+    assert (chosen["blk.0.attn_v"], chosen["token_embd"], chosen["blk.0.ffn_down"]) == ("Q5_0", "Q8_0", "F16")
+    message = "q4_k_m: blocks do not divide the rows of 15 of 15 matrices, kept as F16 or Q5_0 or Q8_0"
+    assert message in capsys.readouterr().err
     assert gguf.check(model, path, quant="q4_k_m") < 2
 
 
@@ -110,7 +110,7 @@ def test_the_cache_is_one_head_of_latents(path, model):
 
 
 def test_texts_and_chats_have_the_same_ids(path, tok, make):
-    with llama.opened(path, tok.vocab_size, 100) as run:
+    with llama.serve(path, tok.vocab_size, 100) as run:
         for text in exports.nasty_texts(make.prose(300)):
             assert run.encode(text) == tok.encode(text), repr(text)
         assert run.encode("a<|im_end|></s>b") == tok.encode("a<|im_end|></s>b")
@@ -119,7 +119,7 @@ def test_texts_and_chats_have_the_same_ids(path, tok, make):
             assert run.encode_chat(messages) == [tok.bos, *chat.encode(tok, messages, prompt=True)[0]]
 
 
-def test_it_stops_where_the_assistant_does(path, tok):
+def test_generation_stops_where_the_assistant_does(path, tok):
     fields = reader.GGUFReader(path).fields
     ids = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot")]
     assert sorted(ids) == chat.stop_ids(tok)
@@ -127,11 +127,11 @@ def test_it_stops_where_the_assistant_does(path, tok):
 
 def test_a_template_without_generation_renders_the_same(tok):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    other = tokenizer.SentencePiece(tok.model, template.plain(tok.chat_template))
+    other = tokenizer.SentencePiece(tok.model, hf_tokenizer.without_generation(tok.chat_template))
     assert "generation %}" not in other.chat_template.replace("add_generation_prompt", "")
     assert chat.encode(other, messages)[0] == chat.encode(tok, messages)[0]
     trimmed = "{% for m in messages %}\n  {%- generation -%} \n {{ m.content }}\n  {% endgeneration %}\n.{% endfor %}"
-    one, two = (tokenizer.SentencePiece(tok.model, t) for t in (trimmed, template.plain(trimmed)))
+    one, two = (tokenizer.SentencePiece(tok.model, t) for t in (trimmed, hf_tokenizer.without_generation(trimmed)))
     assert chat.encode(one, messages)[0] == chat.encode(two, messages)[0]
 
 
@@ -148,7 +148,7 @@ def test_the_command_says_what_it_verified(model, tmp_path, monkeypatch, capsys)
     assert f"bits per byte {facts['bits_per_byte']:.4f} ({facts['bits_per_byte_change']:+.4f})" in err
 
 
-def test_without_a_runtime_it_is_made_and_not_called_verified(model, tmp_path, monkeypatch, capsys):
+def test_without_a_runtime_the_export_is_not_verified(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     status, facts, err = exports.run(monkeypatch, capsys, model, "--format=gguf", f"--out={tmp_path}/out")
     assert status == 0 and facts["verified"] is False and facts["max_abs_err"] is None
@@ -171,7 +171,7 @@ def test_a_file_that_llama_cannot_load_leaves_nothing(model, tmp_path, monkeypat
     assert os.listdir(tmp_path) == []
 
 
-def test_what_a_file_cannot_hold_is_refused(make, tok, tmp_path, monkeypatch, capsys):
+def test_models_that_a_file_cannot_hold_are_refused(make, tok, tmp_path, monkeypatch, capsys):
     model_of = lambda **changes: exports.trained(make, tok, **changes)
     foreign = tokenizer.load(write(tmp_path / "tok", "bytes", LLAMA, bos_token="<s>"))
     cases = [
@@ -194,11 +194,11 @@ def test_what_a_file_cannot_hold_is_refused(make, tok, tmp_path, monkeypatch, ca
     assert os.listdir(tmp_path) == ["tok"]
 
 
-def test_verification_compares_beyond_the_trained_length(model):
+def test_verification_goes_beyond_the_trained_length(model):
     longest = verify.longest(model.config)
     lengths = [len(row) for row, _ in verify.prompts(model)]
     assert sum(n > longest for n in lengths) == 2 and max(lengths) < gguf.CONTEXT * longest
     assert all(places[0] == 0 and places[-1] == len(row) - 1 for row, places in verify.prompts(model))
     off = lambda row, places: verify.logits(model, row, places) + np.float32(np.nan)
     with pytest.raises(Exception, match="differ"):
-        verify.check(verify.difference(model, off))
+        verify.check(model, [off])

@@ -1,4 +1,4 @@
-"""Exports for ONNX Runtime: the same logits for any rows, lengths and pasts; in int8, with what that changes."""
+"""Exports for ONNX Runtime: the same logits for any rows, lengths and pasts, and measured changes in int8."""
 
 import functools
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 torch.set_num_threads(1)
 
-# An export takes some seconds, so each of these is several of exports.MODELS at once.
+# An export takes some seconds, so each of these combines several of exports.MODELS.
 MODELS = {
     "8 heads": {},
     "12 heads, dense": {"d": 48, "heads": 12, "rank": 0},
@@ -35,7 +35,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def written(make, tok, tmp_path_factory):
-    """name -> (model, its folder), each written once."""
+    """Return a function from a name to (model, folder), which writes each model once."""
 
     @functools.cache
     def write(name: str):
@@ -50,15 +50,14 @@ def written(make, tok, tmp_path_factory):
     return write
 
 
-def opened(folder: str) -> tuple[onnxruntime.InferenceSession, dict[str, int]]:
-    """A session, and the widths of its pasts by name."""
+def open_session(folder: str) -> tuple[onnxruntime.InferenceSession, dict[str, int]]:
+    """Return a session, and the widths of its pasts by name."""
     session = onnxruntime.InferenceSession(os.path.join(folder, "model.onnx"), providers=["CPUExecutionProvider"])
     return session, {x.name: x.shape[-1] for x in session.get_inputs() if x.name.startswith("past")}
 
 
 def step(session, ids, mask, past: dict) -> tuple[np.ndarray, dict]:
-    given = {"input_ids": ids, "attention_mask": mask} | past
-    logits, *present = session.run(None, given)
+    logits, *present = session.run(None, {"input_ids": ids, "attention_mask": mask} | past)
     return logits, dict(zip(past, present))
 
 
@@ -70,7 +69,7 @@ def empty(widths: dict, rows: int) -> dict:
 def test_logits_are_ours_for_any_rows_lengths_and_pasts(name, written):
     model, folder = written(name)
     assert onnx.check(model, folder) <= 2e-5
-    (session, widths), ids = opened(folder), np.random.default_rng(3).integers(4, 521, size=(3, 90))
+    (session, widths), ids = open_session(folder), np.random.default_rng(3).integers(4, 521, size=(3, 90))
     ours = np.stack([verify.logits(model, row, np.arange(90)) for row in ids])
     for rows in (1, 3):
         whole, _ = step(session, ids[:rows], np.ones((rows, 90), np.int64), empty(widths, rows))
@@ -87,7 +86,7 @@ def test_logits_are_ours_for_any_rows_lengths_and_pasts(name, written):
     assert np.abs(logits[1, 0] - verify.logits(model, ids[1, 31:], np.array([58]))[0]).max() <= 2e-5
 
 
-def test_what_goes_in_and_out_are_latents_with_named_sizes(written):
+def test_inputs_and_outputs_are_latents_with_named_sizes(written):
     for name, kinds in (("8 heads", ("key", "value")), (list(MODELS)[2], ("key",))):
         model, folder = written(name)
         graph = reader.load(os.path.join(folder, "model.onnx")).graph
@@ -102,7 +101,7 @@ def test_what_goes_in_and_out_are_latents_with_named_sizes(written):
         assert of(graph.input[0]) == ["rows", "tokens"] and of(graph.output[0]) == ["rows", "tokens", 521]
 
 
-def test_a_tied_table_is_kept_once_and_no_path_of_this_machine_goes_along(written):
+def test_a_tied_table_is_stored_once_and_no_local_path_is_exported(written):
     model, folder = written("8 heads")
     content = open(os.path.join(folder, "model.onnx"), "rb").read()
     assert b"lowrank_jax/export" not in content and b".py" not in content
@@ -110,7 +109,7 @@ def test_a_tied_table_is_kept_once_and_no_path_of_this_machine_goes_along(writte
     assert len(tables) == 1
 
 
-def test_int8_is_smaller_and_says_what_it_changes(model_and_folder, tmp_path, monkeypatch, capsys):
+def test_int8_is_smaller_and_reports_its_changes(model_and_folder, tmp_path, monkeypatch, capsys):
     model, exact = model_and_folder
     args = ("--format=onnx", "--quant=int8", f"--out={tmp_path}/out")
     status, facts, err = exports.run(monkeypatch, capsys, model, *args)
@@ -133,10 +132,10 @@ def test_a_wrong_graph_leaves_nothing(model_and_folder, tmp_path, monkeypatch, c
     model, folder = model_and_folder
 
     def almost(_, names, path):
-        found = reader.load(os.path.join(folder, "model.onnx"))
-        table = next(w for w in found.graph.initializer if list(w.dims) == [32, 48])
+        model = reader.load(os.path.join(folder, "model.onnx"))
+        table = next(w for w in model.graph.initializer if list(w.dims) == [32, 48])
         table.CopyFrom(reader.numpy_helper.from_array(reader.numpy_helper.to_array(table) * 1.01, table.name))
-        reader.save(found, path)
+        reader.save(model, path)
 
     monkeypatch.setattr(onnx, "_graph", almost)
     result = exports.run(monkeypatch, capsys, model, "--format=onnx", f"--out={tmp_path}/out")
@@ -144,7 +143,7 @@ def test_a_wrong_graph_leaves_nothing(model_and_folder, tmp_path, monkeypatch, c
     assert os.listdir(tmp_path) == []
 
 
-def test_without_a_runtime_it_is_made_and_not_called_verified(model_and_folder, tmp_path, monkeypatch, capsys):
+def test_without_a_runtime_the_export_is_not_verified(model_and_folder, tmp_path, monkeypatch, capsys):
     model, folder = model_and_folder
     as_before = lambda _, names, path: reader.save(reader.load(os.path.join(folder, "model.onnx")), path)
     monkeypatch.setattr(onnx, "_graph", as_before)
@@ -155,14 +154,14 @@ def test_without_a_runtime_it_is_made_and_not_called_verified(model_and_folder, 
 
 
 @pytest.mark.parametrize("package", ["torch", "onnx", "onnxscript"])
-def test_what_it_takes_to_write_it_is_named(package, model_and_folder, tmp_path, monkeypatch, capsys):
+def test_missing_packages_are_named(package, model_and_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, package, None)
     result = exports.run(monkeypatch, capsys, model_and_folder[0], "--format=onnx", f"--out={tmp_path}/out")
-    exports.refused(result, 2, "pip install torch onnx onnxscript")
+    exports.refused(result, 2, f"pip install {package}")
     assert os.listdir(tmp_path) == []
 
 
 def test_other_kinds_are_refused(model_and_folder, tmp_path, monkeypatch, capsys):
-    for args, name in ((["--quant=q8_0"], "int8"), (["--attn=latent"], "--attn"), (["--merge"], "--merge")):
+    for args, name in ((["--quant=q8_0"], "int8"), (["--attn=latent"], "--attn")):
         result = exports.run(monkeypatch, capsys, model_and_folder[0], "--format=onnx", f"--out={tmp_path}/x", *args)
         exports.refused(result, 2, name)

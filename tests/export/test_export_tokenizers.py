@@ -1,4 +1,4 @@
-"""One text, one list of ids: in SentencePiece, in the tokenizer.json of exports, and in llama.cpp."""
+"""The same ids for a text in SentencePiece, in the tokenizer.json of exports, and in llama.cpp."""
 
 import random
 
@@ -63,23 +63,23 @@ def strings(prose) -> list[str]:
         lambda: str(draw.randrange(10**9)),
         lambda: draw.choice("abeo .,") * draw.randint(2, 30),
     )
-    made = [
+    mixtures = [
         draw.choice(("", " ", "  ")) + "".join(draw.choice(kinds)() for _ in range(draw.randint(1, 10)))
         for _ in range(COUNT)
     ]
-    return ["", " ", *SPACES, *SPECIAL, *EMOJI, *SCRIPTS, *made]
+    return ["", " ", *SPACES, *SPECIAL, *EMOJI, *SCRIPTS, *mixtures]
 
 
 def test_1200_strings_have_the_same_ids_everywhere(make, learnt, strings, tmp_path):
     path = gguf.write(exports.trained(make, learnt, latent_norm=False), str(tmp_path / "gguf"))
-    theirs = tokenizers.Tokenizer.from_str(hf_tokenizer.files(learnt, 64)["tokenizer.json"])
-    theirs.encode_special_tokens = True  # text that looks like a special token stays text
+    exported = tokenizers.Tokenizer.from_str(hf_tokenizer.files(learnt, 64)["tokenizer.json"])
+    exported.encode_special_tokens = True  # text that looks like a special token stays text
     assert len(set(strings)) >= 1200
-    with llama.opened(path, learnt.vocab_size, 100) as run:
+    with llama.serve(path, learnt.vocab_size, 100) as run:
         for text in strings:
             ids = learnt.encode(text)
             assert learnt.decode(ids) == text and not set(ids) & set(learnt.specials.values())
-            assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
+            assert exported.encode(text, add_special_tokens=False).ids == ids, repr(text)
             assert run.encode(text) == ids, repr(text)
 
 
@@ -91,9 +91,9 @@ def test_conversations_render_to_the_text_and_ids_of_training(make, learnt, stri
     (tmp_path / "hf").mkdir()
     for name, text in hf_tokenizer.files(learnt, 64).items():
         (tmp_path / "hf" / name).write_text(text, encoding="utf-8", newline="")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
     said = [text for text in strings if not any(name in text for name in (*learnt.specials, "<unk>"))]
-    with llama.opened(path, learnt.vocab_size, 100) as run:
+    with llama.serve(path, learnt.vocab_size, 100) as run:
         for i in range(40):
             roles = ["system"] * (i % 2) + ["user", "assistant", "user"]
             messages = [{"role": role, "content": said[5 * i + j]} for j, role in enumerate(roles)]
@@ -101,6 +101,6 @@ def test_conversations_render_to_the_text_and_ids_of_training(make, learnt, stri
             text = chat.render(learnt, messages, True).translate(
                 dict.fromkeys(map(ord, chat.OPEN + chat.CLOSE + chat.BREAK))
             )
-            assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).endswith(text)
-            assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
+            assert exported.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).endswith(text)
+            assert exported.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == ids
             assert run.encode_chat(messages) == ids, messages

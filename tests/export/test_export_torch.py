@@ -49,7 +49,7 @@ def test_logits_are_ours_with_and_without_a_cache(name, make, tok, tmp_path):
 
 
 @torch.no_grad()
-def test_padded_rows_are_what_they_are_alone(folder):
+def test_padding_changes_no_row(folder):
     net, ids = lowrank.LowRank.load(folder), random_ids(30, rows=2)
     ids[0, :13] = 0
     mask = torch.ones(2, 31)
@@ -66,7 +66,7 @@ def test_the_cache_holds_latents_alone(folder, model):
     assert [[tuple(x.shape) for x in layer] for layer in past] == [[(3, 1, 9, k), (3, 1, 9, v)]] * 2
 
 
-def test_it_generates_what_is_likeliest_and_ends(folder):
+def test_generation_takes_the_likeliest_token_and_ends(folder):
     net, ids = lowrank.LowRank.load(folder), random_ids(12)[0].tolist()
     new = net.generate(ids, 8)
     for i, token in enumerate(new):
@@ -77,7 +77,7 @@ def test_it_generates_what_is_likeliest_and_ends(folder):
     assert net.generate(ids, 8, temperature=5.0) != new
 
 
-def test_it_trains(folder):
+def test_the_module_trains(folder):
     net, ids = lowrank.LowRank.load(folder).train(), random_ids(20, rows=2)
     logits, _ = net(ids[:, :-1])
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -85,12 +85,12 @@ def test_it_trains(folder):
 
 
 def test_the_example_runs_from_the_folder_alone_and_is_short(folder, tmp_path):
-    here = shutil.copytree(folder, tmp_path / "elsewhere")
-    lines = (here / "example.py").read_text().splitlines()
+    copy = shutil.copytree(folder, tmp_path / "elsewhere")
+    lines = (copy / "example.py").read_text().splitlines()
     assert len(lines) <= 20
     blocked = "import sys; sys.modules['transformers'] = sys.modules['lowrank_jax'] = sys.modules['jax'] = None; "
-    run = f"import runpy; sys.argv = ['x', 'Bace di']; sys.path.insert(0, {str(here)!r}); "
-    command = [sys.executable, "-c", blocked + run + f"runpy.run_path({str(here / 'example.py')!r})"]
+    run = f"import runpy; sys.argv = ['x', 'Bace di']; sys.path.insert(0, {str(copy)!r}); "
+    command = [sys.executable, "-c", blocked + run + f"runpy.run_path({str(copy / 'example.py')!r})"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("Bace di"), done.stderr
@@ -109,7 +109,7 @@ def test_the_command_says_what_it_verified(model, tmp_path, monkeypatch, capsys)
     assert len({os.stat(file).st_mode for file in files}) == 1, "a file that others may not read"
 
 
-def test_without_a_runtime_it_is_made_and_not_called_verified(model, tmp_path, monkeypatch, capsys):
+def test_without_a_runtime_the_export_is_not_verified(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     status, facts, err = exports.run(monkeypatch, capsys, model, "--format=torch", f"--out={tmp_path}/out")
     assert status == 0 and facts["verified"] is False and facts["max_abs_err"] is None
@@ -118,17 +118,17 @@ def test_without_a_runtime_it_is_made_and_not_called_verified(model, tmp_path, m
 
 @pytest.mark.parametrize("wrong", ["changed", "missing"])
 def test_a_wrong_export_leaves_nothing(wrong, model, tmp_path, monkeypatch, capsys):
-    found, name = weights.tensors(model.params), "model.layers.1.mlp.out.kernel.weight"
-    spoilt = (
-        {key: w for key, w in found.items() if key != name} if wrong == "missing" else found | {name: found[name] * 2}
-    )
-    monkeypatch.setattr(weights, "tensors", lambda params: spoilt)
+    tensors, name = weights.tensors(model.params), "model.layers.1.mlp.out.kernel.weight"
+    w = tensors.pop(name)
+    if wrong == "changed":
+        tensors[name] = 2 * w
+    monkeypatch.setattr(weights, "tensors", lambda params: tensors)
     result = exports.run(monkeypatch, capsys, model, "--format=torch", f"--out={tmp_path}/out")
     exports.refused(result, 1, "differ" if wrong == "changed" else "mlp.out.kernel")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_cache_that_is_wrong_is_found(model, tmp_path, monkeypatch, capsys):
+def test_a_wrong_cache_is_noticed(model, tmp_path, monkeypatch, capsys):
     right = lowrank.LowRank.forward
 
     def forward(*args, **more):
@@ -140,7 +140,7 @@ def test_a_cache_that_is_wrong_is_found(model, tmp_path, monkeypatch, capsys):
     exports.refused(result, 1, "differ")
 
 
-def test_no_path_of_this_machine_goes_along(make, tok, tmp_path):
+def test_no_local_path_is_exported(make, tok, tmp_path):
     model = exports.trained(make, tok)
     config = make.run_config(
         **{f"model__{key}": getattr(model.config.model, key) for key in ("vocab", "d", "heads", "rank", "mlp")},

@@ -1,4 +1,4 @@
-"""BLOOM and MPT of toy size, their attention made low-rank: exact at full rank, and loadable as what they were."""
+"""Compression of small BLOOM and MPT models: exact at full rank, and loadable as the same class."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module", params=["bloom", "mpt"])
 def folder(request, tok, make, tmp_path_factory) -> str:
-    """A dense model that has learnt a little of the made-up prose."""
+    """Return a dense model that has learnt a little of the made-up prose."""
     torch.manual_seed(0)
     if request.param == "bloom":
         config = transformers.BloomConfig(vocab_size=521, hidden_size=32, n_layer=2, n_head=4)
@@ -55,10 +55,10 @@ def test_at_full_rank_the_logits_are_the_same(folder, text, tmp_path):
     assert facts["bits_per_byte_after"] == pytest.approx(facts["bits_per_byte_before"], abs=1e-4)
 
 
-def test_of_a_lower_rank_are_the_weights_and_the_factors(folder, text, tmp_path, capsys):
+def test_weights_and_factors_have_the_lower_rank(folder, text, tmp_path, capsys):
     facts = run(folder, tmp_path / "out", text, "--rank=4", "--rank_split=1,1,3,3")
-    told = capsys.readouterr().out
-    assert facts["ranks"] == [2, 2, 6, 6] and f"-> {facts['bits_per_byte_after']:.4f}" in told
+    printed = capsys.readouterr().out
+    assert facts["ranks"] == [2, 2, 6, 6] and f"-> {facts['bits_per_byte_after']:.4f}" in printed
     # Of random weights a lower rank may also predict better: mpt's did by 2e-6 on one kind of CPU, and not on another.
     assert 0 < abs(facts["bits_per_byte_after"] - facts["bits_per_byte_before"]) < 1
     assert [set(row) for row in facts["errors"]] == [set("qkvo")] * 2

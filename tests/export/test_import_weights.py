@@ -1,4 +1,4 @@
-"""Exports made into runs again: the same weights to the bit, the same tokenizer, and training goes on from them."""
+"""Imports of exports: the same weights bit for bit, the same tokenizer, and training continues from them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from lowrank_jax import cli, importer
 from lowrank_jax.config import ModelConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.export import __main__ as export
-from lowrank_jax.export import hf, weights
+from lowrank_jax.export import hf, import_weights, weights
 from lowrank_jax.export import torch as plain
 from lowrank_jax.training import run_folder, trained
 from lowrank_jax.training.checkpoint import tree_sha256
@@ -43,7 +43,7 @@ def command(module, capsys, *args) -> tuple[int, dict, str]:
 
 
 class Code:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: str):
         self.path = path
@@ -89,7 +89,7 @@ def keys_of(c: ModelConfig) -> dict:
 
 @pytest.fixture(scope="module", params=["hf", "torch"])
 def again(request, reference, tmp_path_factory) -> pathlib.Path:
-    """A run whose training ended with chats, exported and made a run again."""
+    """Return a run that ended with SFT, after export and import."""
     folder = tmp_path_factory.mktemp(request.param)
     facts = export.command([f"--workdir={reference}", f"--format={request.param}", f"--out={folder}/out"])
     assert facts["verified"]
@@ -99,7 +99,7 @@ def again(request, reference, tmp_path_factory) -> pathlib.Path:
 
 
 def test_a_run_that_was_exported_is_a_run_again(again, reference, tmp_path):
-    """Its bits, its tokenizer, its config but for paths, and a new export, as it counts as finished."""
+    """Compares parameters, tokenizer and config; as the import counts as finished, it can be exported again."""
     before, after = trained.open_run(str(reference)), trained.open_run(str(again))
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     assert after.tokenizer.sha256 == before.tokenizer.sha256
@@ -122,7 +122,7 @@ def test_a_run_without_its_tokenizer_is_not_exported(reference, tmp_path):
 
 
 @pytest.mark.parametrize("again", ["hf"], indirect=True)
-def test_training_goes_on_from_it_and_other_commands_open_it(again, reference, data, tmp_path):
+def test_training_continues_and_other_commands_open_the_run(again, reference, data, tmp_path):
     more = {"init_from": again, "pretrain__steps": 1, "sft__steps": 0}
     code, _, err = runs.train(data, tmp_path / "more", **more)
     assert code == 0 and "first weights from step 0" in err and "not taken" not in err, err
@@ -132,17 +132,17 @@ def test_training_goes_on_from_it_and_other_commands_open_it(again, reference, d
     assert code == 0 and len(runs.last_json(out)["tokens"]) <= 3, err
 
 
-def test_what_transformers_saved_anew_is_read(as_hf, model, tmp_path):
+def test_folders_saved_by_transformers_are_read(as_hf, model, tmp_path):
     net = AutoModelForCausalLM.from_pretrained(as_hf, trust_remote_code=True, dtype=torch.bfloat16)
     net.save_pretrained(tmp_path / "saved")
     for name in ("lowrank_jax.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(as_hf / name, tmp_path / "saved")
-    found = importer.open_export(str(tmp_path / "saved"))
+    imported = import_weights.open_export(str(tmp_path / "saved"))
     half = lambda w: np.asarray(jax.numpy.asarray(w).astype(jax.numpy.bfloat16), np.float32)
-    jax.tree.map(lambda w, old: np.testing.assert_array_equal(w, half(old)), found.params, model.params)
-    assert found.progress["tokens"] == 1234
+    jax.tree.map(lambda w, old: np.testing.assert_array_equal(w, half(old)), imported.params, model.params)
+    assert imported.progress.tokens == 1234
     for text in ("Bace di, fo.", "<|im_end|> \u2581 \U0001f600"):
-        assert found.tokenizer.encode(text) == model.tokenizer.encode(text)
+        assert imported.tokenizer.encode(text) == model.tokenizer.encode(text)
 
 
 def test_state_dicts_are_read(as_hf, as_torch, model, tmp_path):
@@ -152,14 +152,14 @@ def test_state_dicts_are_read(as_hf, as_torch, model, tmp_path):
     torch.save(state, tmp_path / "hf.pt")
     torch.save(load_file(as_torch / "model.safetensors"), tmp_path / "plain.bin")
     for source in ("hf.pt", "plain.bin", "model.safetensors"):
-        found = importer.open_export(str(tmp_path / source))
-        jax.tree.map(np.testing.assert_array_equal, found.params, model.params)
+        imported = import_weights.open_export(str(tmp_path / source))
+        jax.tree.map(np.testing.assert_array_equal, imported.params, model.params)
 
 
 def test_a_tokenizer_of_another_size_is_refused(as_torch, make, tmp_path, capsys):
     tokenizer.train([make.prose(2000)], 400).save(str(tmp_path / "other"))
     args = (f"--from={as_torch}", f"--workdir={tmp_path}/run", f"--tokenizer={tmp_path}/other")
-    refused(command(importer, capsys, *args), "the weights are of 521 pieces, and the tokenizer has 400")
+    refused(command(importer, capsys, *args), "the weights have 521 pieces, but the tokenizer has 400")
     assert not (tmp_path / "run").exists()
 
 
@@ -176,10 +176,10 @@ def test_a_config_says_the_rest_and_the_weights_their_sizes(as_torch, tmp_path, 
 
 
 def test_mistakes_get_one_line_and_leave_nothing(as_torch, as_hf, tmp_path, capsys):
-    made = iter(range(99))
+    count = iter(range(99))
 
     def copy(change, source=as_torch) -> pathlib.Path:
-        folder = shutil.copytree(source, tmp_path / f"export{next(made)}")
+        folder = shutil.copytree(source, tmp_path / f"export{next(count)}")
         change(folder)
         return folder
 
@@ -232,7 +232,7 @@ def test_mistakes_get_one_line_and_leave_nothing(as_torch, as_hf, tmp_path, caps
     assert not (tmp_path / "run").exists() and not [n for n in os.listdir(tmp_path) if n.startswith(".export")]
 
 
-def test_a_run_that_is_not_finished_is_exported_only_if_told_so(reference, tmp_path, capsys):
+def test_an_unfinished_run_is_exported_on_request_alone(reference, tmp_path, capsys):
     run = shutil.copytree(reference, tmp_path / "run")
     lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
     export_it = lambda *args: command(

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the Hugging Face export: tasks of local text, and the log-likelihoods that we compute."""
+"""lm-evaluation-harness on the Hugging Face export: tasks of local text, and our log-likelihoods."""
 
 import json
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.nn import log_softmax
 
-from lowrank_jax import evaluate
 from lowrank_jax.export import hf, verify
 from lowrank_jax.machine import sharding
+from lowrank_jax.training import evaluation
 
 pytestmark = pytest.mark.slow
 
@@ -39,16 +39,16 @@ metric_list:
 
 
 def ours(model, ids: list[int], first: int) -> float:
-    """The log-likelihood of ids[first:] behind what comes before."""
+    """Return the log-likelihood of ids[first:] after the ids before them."""
     logits = verify.logits(model, np.array(ids[:-1]), np.arange(len(ids) - 1))
-    found = np.asarray(log_softmax(logits, axis=-1), np.float64)[np.arange(len(ids) - 1), ids[1:]]
-    return float(found[first - 1 :].sum())
+    log_likelihoods = np.asarray(log_softmax(logits, axis=-1), np.float64)[np.arange(len(ids) - 1), ids[1:]]
+    return float(log_likelihoods[first - 1 :].sum())
 
 
 @pytest.fixture(scope="module")
 def model(make, tok):
-    found = exports.trained(make, tok)
-    return found._replace(params=jax.device_put(found.params, sharding.whole(sharding.one_device())))
+    trained = exports.trained(make, tok)
+    return trained._replace(params=jax.device_put(trained.params, sharding.whole(sharding.one_device())))
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +62,25 @@ def judged(model, make, tmp_path_factory):
     texts = [{"text": make.prose(5 + i, i)} for i in range(6)]
     texts += [{"text": "\n na\u00efve \U0001f600  <|im_end|x\n"}]
     choices = [f" {make.prose(2, i)}" for i in range(9)]
-    asked = [{"question": make.prose(4, i), "choices": choices[i : i + 3], "answer": i % 3} for i in range(5)]
-    for name, template, rows in (("heldout", ROLLING, texts), ("choice", CHOICE, asked)):
+    questions = [{"question": make.prose(4, i), "choices": choices[i : i + 3], "answer": i % 3} for i in range(5)]
+    for name, template, rows in (("heldout", ROLLING, texts), ("choice", CHOICE, questions)):
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.yaml").write_text(template.format(data=data))
     path = hf.write(model, str(folder / "hf"))
-    found = {}
+    answers = {}
     for name, bos in (("heldout", False), ("choice", True)):
         net = HFLM(pretrained=path, trust_remote_code=True, add_bos_token=bos, device="cpu", batch_size=3)
         tasks = TaskManager(include_path=str(folder), include_defaults=False)
-        found[name] = lm_eval.simple_evaluate(
+        answers[name] = lm_eval.simple_evaluate(
             net, tasks=[name], task_manager=tasks, log_samples=True, bootstrap_iters=0
         )
-    return texts, asked, found
+    return texts, questions, answers
 
 
 def test_texts_have_our_log_likelihoods_and_bits_per_byte(model, judged):
-    texts, _, found = judged
-    tok, samples = model.tokenizer, found["heldout"]["samples"]["heldout"]
+    texts, _, answers = judged
+    tok, samples = model.tokenizer, answers["heldout"]["samples"]["heldout"]
     said = {sample["doc"]["text"]: float(np.ravel(sample["filtered_resps"])[0]) for sample in samples}
     rows = [[tok.bos, *tok.encode(text["text"])] for text in texts]
     for text, row in zip(texts, rows):
@@ -93,16 +93,16 @@ def test_texts_have_our_log_likelihoods_and_bits_per_byte(model, judged):
         "segments": filled(lambda row: [1] * (len(row) - 1)),
         "weights": filled(lambda row: [1.0] * (len(row) - 1)),
     }
-    measured = evaluate.evaluate(model.config, model.params, [batch], tok.byte_lengths())
-    told = found["heldout"]["results"]["heldout"]["bits_per_byte,none"]
-    assert told == pytest.approx(measured["bits_per_byte"], abs=1e-4)
+    measured = evaluation.evaluate(model.config, model.params, [batch], tok.byte_lengths())
+    reported = answers["heldout"]["results"]["heldout"]["bits_per_byte,none"]
+    assert reported == pytest.approx(measured["bits_per_byte"], abs=1e-4)
 
 
 def test_answers_have_our_log_likelihoods(model, judged):
-    _, asked, found = judged
-    tok, samples = model.tokenizer, found["choice"]["samples"]["choice"]
+    _, questions, answers = judged
+    tok, samples = model.tokenizer, answers["choice"]["samples"]["choice"]
     right = 0
-    for row in asked:
+    for row in questions:
         sample = next(s for s in samples if s["doc"]["question"] == row["question"])
         prompt = [tok.bos, *tok.encode(row["question"])]
         expected = []
@@ -113,4 +113,4 @@ def test_answers_have_our_log_likelihoods(model, judged):
         said = [float(np.ravel(response)[0]) for response in sample["filtered_resps"]]
         assert said == pytest.approx(expected, abs=1e-3)
         right += int(np.argmax(expected)) == row["answer"]
-    assert found["choice"]["results"]["choice"]["acc,none"] == pytest.approx(right / len(asked))
+    assert answers["choice"]["results"]["choice"]["acc,none"] == pytest.approx(right / len(questions))

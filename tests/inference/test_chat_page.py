@@ -1,4 +1,4 @@
-"""The chat page in a real browser, over a real server: what is typed, streamed, stopped, kept and shown."""
+"""The chat page in a real browser with a real server: typing, streaming, stopping, storage and layout."""
 
 import json
 import os
@@ -39,8 +39,11 @@ def browser():
 
 @pytest.fixture
 def visit(browser, server, reference):
-    """Opens the page in a browser of its own, in which answers never end by themselves; nothing may go wrong in it."""
-    contexts, mistakes = [], []
+    """Return a function that opens the page in a new browser context; stop symbols never end an answer there.
+
+    Fails if the page raises an error.
+    """
+    contexts, errors = [], []
     never = {str(i): -100 for i in tokenizer.load(str(reference / "tokenizer")).specials.values()}
 
     def endlessly(route):
@@ -53,8 +56,8 @@ def visit(browser, server, reference):
         fill = f"localStorage['lowrank.settings'] ??= {json.dumps(settings)}"
         context.add_init_script(fill)
         page = context.new_page()
-        page.on("pageerror", lambda e: mistakes.append(str(e)))
-        page.on("console", lambda m: mistakes.append(m.text) if "Content Security" in m.text else None)
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.on("console", lambda m: errors.append(m.text) if "Content Security" in m.text else None)
         page.route("**/v1/chat/completions", endlessly)
         page.goto(server.url)
         return page
@@ -62,7 +65,7 @@ def visit(browser, server, reference):
     yield open_page
     for context in contexts:
         context.close()
-    assert not mistakes
+    assert not errors
 
 
 def say(page, text: str) -> None:
@@ -71,13 +74,13 @@ def say(page, text: str) -> None:
 
 
 def answered(page, count: int) -> list[str]:
-    """The texts of all messages, once there are so many and none is being written."""
+    """Return the texts of all messages, once there are `count` of them and all are complete."""
     page.wait_for_selector(f":nth-match(.message, {count})")
     page.wait_for_selector(".busy", state="detached")
     return page.locator(".message .text").all_inner_texts()
 
 
-# Notes how long the answer is whenever the page changes: a fast one is over before it is looked at.
+# Records the answer's length at every change of the page, because a fast answer ends before a test can look at it.
 LISTEN = """() => {
   window.lengths = [];
   const note = () => lengths.push(document.querySelector(".assistant .text")?.textContent.length ?? 0);
@@ -113,7 +116,7 @@ def test_a_conversation_is_streamed_and_still_there_after_a_reload(visit, server
     assert page.locator(".chat").count() == 1 and page.locator(".message").count() == 0
 
 
-def test_stopping_keeps_what_was_said_and_frees_the_slot(visit, server):
+def test_stopping_keeps_the_text_and_frees_the_slot(visit, server):
     page = visit(max_tokens=4000)
     say(page, "Go on")
     assert until(lambda: len(page.locator(".assistant .text").inner_text()) > 20)
@@ -131,7 +134,7 @@ def test_stopping_keeps_what_was_said_and_frees_the_slot(visit, server):
     assert until(lambda: server.metric("lowrank_active_rows") == 0)
 
 
-def test_errors_are_shown_and_the_key_is_asked_for(visit, server):
+def test_errors_are_shown_and_a_missing_key_can_be_entered(visit, server):
     page = visit(key="")
     page.wait_for_selector("text=API key is missing or wrong")
     say(page, "Hello")
@@ -200,7 +203,7 @@ def test_copy_takes_the_text_as_it_is(visit):
     assert page.evaluate("navigator.clipboard.readText()") == "two\u2003words"
 
 
-def test_nothing_comes_from_elsewhere(server):
+def test_the_page_loads_nothing_from_other_sites(server):
     page = server.get("/")
     assert "http:" not in page and "https:" not in page and "innerHTML" not in page
     assert os.path.getsize(routes.PAGE) < 40_000

@@ -1,4 +1,4 @@
-"""The native decoder computes what decoder.py does, for every kind of model, weights and rows, and is made anywhere."""
+"""The decoder in C++ computes what decoder.py does for every kind of model, weights and rows, and builds anywhere."""
 
 import functools
 import os
@@ -47,28 +47,29 @@ def weights(name: str, kind: str):
 
 
 def widened(w: decoder.Weights) -> decoder.Weights:
-    """The same numbers in float32."""
+    """Return the same numbers in float32."""
     integers = lambda x: isinstance(x, quantize.qwix.QArray)
     whole = lambda x: (quantize.qwix.dequantize(x) if integers(x) else x).astype(jnp.float32)
     return jax.tree.map(whole, w, is_leaf=integers)
 
 
 def some_latents(c, rows: int, seed: int = 0) -> tuple[dict, tuple]:
-    """A cache and a window that are full of numbers."""
+    """Return a cache and a window that are full of numbers."""
     draw = np.random.default_rng(seed)
     fill = lambda x: jnp.asarray(draw.standard_normal(x.shape, np.float32))
     cache = decoder.empty_cache(c, rows + 2, SIZE, jnp.float32)
     return jax.tree.map(fill, (cache, decoder.empty_window(c, rows, WINDOW, jnp.float32)))
 
 
-def both(name: str, kind: str, B: int, T: int, at: int = 5):
-    """(hidden states, window, logits) by decoder.py and natively, of rows that hold from nothing to three blocks."""
+def both(name: str, kind: str, B: int, T: int, offset: int = 5):
+    """Return (hidden states, window, logits) of decoder.py and of the C++, for rows with 0 to 3 cached blocks."""
     c, w, packed = weights(name, kind)
     cache, window = some_latents(c, B)
     starts = jnp.asarray([(0, 1, 127, 128, 129, 300)[b % 6] for b in range(B)], jnp.int32)
     tokens = some_tokens(c, B, T)
-    x, after = reference(c, w, cache, window, tokens, starts, at, 1)
-    y, native_after = jax.jit(cpu_decoder.read, static_argnums=0)(c, packed, cache, window, tokens, starts, at, 1)
+    place = decoder.Place(starts, offset, 1)
+    x, after = reference(c, w, cache, window, tokens, place)
+    y, native_after = jax.jit(cpu_decoder.read, static_argnums=0)(c, packed, cache, window, tokens, place)
     return (x, after, decoder.logits(w, x[:, -1])), (y, native_after, jax.jit(decoder.logits)(packed, y[:, -1]))
 
 
@@ -78,41 +79,41 @@ def assert_equal(a, b, tolerance: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model(name):
+def test_every_kind_of_model(name):
     assert_equal(*both(name, "fp32", B=3, T=1))
 
 
 @pytest.mark.parametrize("name", ["query in two", "untied and factored"])
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "int8", "int4"])
-def test_small_weights_are_multiplied_by_as_they_are(name, kind):
+def test_small_weights_give_the_products_of_their_values(name, kind):
     assert_equal(*both(name, kind, B=3, T=1))
 
 
 @pytest.mark.parametrize(
-    ("B", "T", "at"), [(1, 1, 0), (1, 1, 31), (2, 1, 3), (8, 1, 15), (15, 1, 7), (1, 8, 0), (2, 3, 9)]
+    ("B", "T", "offset"), [(1, 1, 0), (1, 1, 31), (2, 1, 3), (8, 1, 15), (15, 1, 7), (1, 8, 0), (2, 3, 9)]
 )
-def test_every_number_of_rows_and_tokens(B, T, at):
+def test_every_number_of_rows_and_tokens(B, T, offset):
     c = weights("small", "fp32")[0]
     assert decoder.absorbs(c, T)
-    assert_equal(*both("small", "fp32", B, T, at))
+    assert_equal(*both("small", "fp32", B, T, offset))
 
 
-def test_which_form_each_model_has():
+def test_the_absorbed_query_is_used_where_it_is_less_work():
     assert weights("small", "fp32")[2].layers[0].query is not None
     assert weights("query in two", "fp32")[2].layers[0].query is None
     assert jax.tree.leaves(weights("small", "int4")[2].layers)[0].dtype == jnp.uint8
 
 
-def test_many_tokens_are_read_by_the_expanded_form_with_the_same_panels():
+def test_many_tokens_use_the_expanded_form_with_the_same_panels():
     c, w, packed = weights("factored", "int8")
     T = 48
     assert not decoder.absorbs(c, T)
     cache, _ = some_latents(c, 2)
     window = decoder.empty_window(c, 2, T, jnp.float32)
     tokens, starts = some_tokens(c, 2, T), jnp.asarray([0, 200], jnp.int32)
-    assert_equal(
-        reference(c, w, cache, window, tokens, starts, 0), cpu_decoder.read(c, packed, cache, window, tokens, starts, 0)
-    )
+    place = decoder.Place(starts)
+    expected = reference(c, w, cache, window, tokens, place)
+    assert_equal(expected, cpu_decoder.read(c, packed, cache, window, tokens, place))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
@@ -120,8 +121,8 @@ def test_an_engine_gives_the_same_tokens(kind):
     c, w, packed = weights("small", kind)
     drawn = [GREEDY, SETTINGS[3], SETTINGS[5], GREEDY]
     requests = [(prompt(n), 20, s) for n, s in zip((3, 300, 40, 9), drawn)]
-    ours, theirs = (answers(Engine(c, x, (), 4, 700), requests, late=1) for x in (packed, w))
-    assert ours == theirs
+    in_cpp, in_xla = (answers(Engine(c, x, (), 4, 700), requests, late=1) for x in (packed, w))
+    assert in_cpp == in_xla
 
 
 def test_no_length_compiles_anything():
@@ -129,25 +130,25 @@ def test_no_length_compiles_anything():
     assert_nothing_is_compiled(Engine(c, packed, (), 1, 1000))
 
 
-def test_calls_at_once_do_not_meet():
+def test_calls_from_several_threads_do_not_interfere():
     c, _, packed = weights("small", "fp32")
     alone = {n: answers(Engine(c, packed, (), 2, 700), [(prompt(n), 60, GREEDY)]) for n in (5, 17, 33)}
-    found = {}
+    results = {}
 
     def go(n: int) -> None:
         e = Engine(c, packed, (), 2, 700)
-        found[n] = [answers(e, [(prompt(n), 60, GREEDY)]) for _ in range(4)]
+        results[n] = [answers(e, [(prompt(n), 60, GREEDY)]) for _ in range(4)]
 
     threads = [threading.Thread(target=go, args=(n,)) for n in alone]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {n: [alone[n]] * 4 for n in alone}
+    assert results == {n: [alone[n]] * 4 for n in alone}
 
 
 @pytest.mark.parametrize("changes", [{"rank": 20}, {"rank": 0}])
-def test_what_is_not_packed(changes):
+def test_models_that_the_cpp_cannot_read_are_not_packed(changes):
     c = toy(**SMALL | changes)
     params = jax.device_put(make(c), sharding.whole(sharding.one_device()))
     assert cpu_decoder.pack(c, decoder.prepare(c, params, "fp32", jnp.float32)) is None
@@ -179,16 +180,16 @@ def probe(folder, *args: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_two_processes_may_build_it_at_once_and_a_third_finds_it(tmp_path):
+def test_two_processes_may_build_it_at_once_and_a_third_reuses_it(tmp_path):
     for process in [probe(tmp_path), probe(tmp_path)]:
-        told = process.communicate()[1]
-        assert process.returncode == 0 and "will be slow" not in told, told
+        errors = process.communicate()[1]
+        assert process.returncode == 0 and "will be slow" not in errors, errors
     assert [name[:7] for name in os.listdir(tmp_path)] == ["decode-"]
-    made = os.stat(tmp_path / os.listdir(tmp_path)[0]).st_mtime_ns
+    built = os.stat(tmp_path / os.listdir(tmp_path)[0]).st_mtime_ns
     third = probe(tmp_path, "alone")
     third.communicate()
     assert third.returncode == 0
-    assert [os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)] == [made]
+    assert [os.stat(tmp_path / name).st_mtime_ns for name in os.listdir(tmp_path)] == [built]
 
 
 @pytest.mark.parametrize(
@@ -202,13 +203,13 @@ def test_two_processes_may_build_it_at_once_and_a_third_finds_it(tmp_path):
     ],
 )
 def test_where_it_cannot_be_compiled_one_line_says_why(tmp_path, environment, reason):
-    told = probe(tmp_path, **environment).communicate()[1]
-    assert "this CPU will be slow, as decode.cc is not compiled" in told and reason in told
-    assert "not built" in told and "Traceback" not in told
+    errors = probe(tmp_path, **environment).communicate()[1]
+    assert "this CPU will be slow, as decode.cc is not compiled" in errors and reason in errors
+    assert "not built" in errors and "Traceback" not in errors
     assert os.listdir(tmp_path) == []
 
 
-def test_without_it_weights_stay_as_they_are(monkeypatch):
+def test_without_the_cpp_weights_are_not_packed(monkeypatch):
     c, w, _ = weights("small", "fp32")
     monkeypatch.setattr(build, "load", lambda source: False)
     assert cpu_decoder.pack(c, w) is None

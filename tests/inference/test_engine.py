@@ -1,4 +1,4 @@
-"""Continuous batching: rows do not feel each other, nothing is compiled for a length, and the cache is exact."""
+"""Continuous batching: rows are independent, no length compiles a program, and the cache is exact."""
 
 import functools
 
@@ -12,7 +12,7 @@ from test_network import full, jit, make, toy
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference import engine, quantize
-from lowrank_jax.inference.engine import CHUNKS, REUSED, WINDOW, Engine
+from lowrank_jax.inference.engine import CHUNKS, REUSED, WINDOW, Engine, Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs
@@ -33,7 +33,7 @@ SETTINGS = [
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_to_compile():
-    """Compiling is most of what these tests do."""
+    """Compile without optimization, because compiling takes most of these tests' time."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_read_chunk", "_decode_some"):
             function = getattr(engine, name).__wrapped__
@@ -58,13 +58,13 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def answers(e: Engine, requests: list[tuple[list[int], int, Sampling]], late: int = 0) -> list[list[int]]:
-    """What each request gets; with `late`, each joins so many steps after the one before it."""
+    """Return each request's answer; with `late`, each joins that many steps after the one before it."""
     waiting, slots, out = list(enumerate(requests)), {}, [[] for _ in requests]
     steps = 0
     while waiting or slots:
         while waiting and e.free and steps >= late * waiting[0][0]:
-            i, (ids, most, drawn) = waiting.pop(0)
-            slots[e.add(ids, most, drawn)] = i
+            i, request = waiting.pop(0)
+            slots[e.add(Request(*request))] = i
         for slot, piece in e.step().items():
             out[slots[slot]] += piece.ids
             if piece.finish:
@@ -83,7 +83,7 @@ def together() -> Engine:
     return make_engine(4)
 
 
-def test_a_greedy_answer_is_what_the_full_forward_pass_says_far_beyond_what_was_read(alone):
+def test_a_greedy_answer_is_the_argmax_of_the_full_forward_pass(alone):
     c, params, _ = weights()
     ids = prompt(CHUNKS[0] + 40)
     (new,) = answers(alone, [(ids, 3 * WINDOW, GREEDY)])
@@ -91,7 +91,7 @@ def test_a_greedy_answer_is_what_the_full_forward_pass_says_far_beyond_what_was_
     assert new == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
-def test_what_repeats_is_looked_for_up_to_the_newest_token_and_in_a_beginning_that_was_kept(alone):
+def test_repeats_are_found_up_to_the_newest_token_and_in_a_reused_beginning(alone):
     c, params, _ = weights()
     ids = prompt(CHUNKS[0] + 40)
     answers(alone, [([*ids, *prompt(200)], 1, GREEDY)])
@@ -107,8 +107,8 @@ def test_what_repeats_is_looked_for_up_to_the_newest_token_and_in_a_beginning_th
 
 @settings(max_examples=8)
 @given(st.data())
-def test_rows_do_not_feel_each_other(alone, together, data):
-    """Lengths on both sides of every chunk, any settings, joining at any time: the answers are those of one alone."""
+def test_rows_are_independent(alone, together, data):
+    """Requests of any length and settings, joining at any time, get the answers that they get alone."""
     lengths = st.sampled_from([1, 2, 31, 32, 33, 34, 64, 128, 129, 130, 200, 256, 257, 258, 400])
     request = st.tuples(lengths, st.integers(1, 40), st.sampled_from(SETTINGS), st.integers(0, 99))
     requests = data.draw(st.lists(request, min_size=1, max_size=7))
@@ -123,7 +123,7 @@ def test_no_length_compiles_anything_after_the_first_two_requests():
 
 
 def assert_nothing_is_compiled(e: Engine) -> None:
-    """...after the first two requests of an engine with a context of 1,000."""
+    """Check that only the first two requests of an engine with a context of 1,000 compile programs."""
     compiled = []
     answers(e, [(prompt(2), 3, GREEDY), (prompt(300), 3, GREEDY)])
     listen = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
@@ -132,19 +132,19 @@ def assert_nothing_is_compiled(e: Engine) -> None:
         for length in (1, 5, 31, 100, 257, 500, 900):
             answers(e, [(prompt(length), 20, SETTINGS[length % len(SETTINGS)])])
         assert not [event for event in compiled if "compile" in event]
-        jax.jit(lambda x: x * 3)(jnp.ones(77))  # that the listener hears at all
+        jax.jit(lambda x: x * 3)(jnp.ones(77))  # the listener does hear compilations
         assert compiled
     finally:
         jax.monitoring.clear_event_listeners()
 
 
-def test_it_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
+def test_an_answer_ends_with_a_stop_id_or_the_context_or_the_limit(alone):
     (free,) = answers(alone, [(prompt(8), 40, SETTINGS[1])])
     stop = free[20]
     first = free.index(stop)
     stopping = make_engine(1, stop=(stop,))
     for most, length, why in ((40, first + 1, "stop"), (first + 1, first + 1, "stop"), (first, first, "length")):
-        slot = stopping.add(prompt(8), most, SETTINGS[1])
+        slot = stopping.add(Request(prompt(8), most, SETTINGS[1]))
         got, finish = [], None
         while not finish:
             piece = stopping.step()[slot]
@@ -162,10 +162,10 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
     c, params, _ = weights(**changes)
     ids = prompt(4 * 64)
     logprobs, e = [], make_engine(1, **changes)
-    slot = e.add(ids[:70], 4 * 64 - 70, Sampling(temperature=5.0), logprobs=3)
+    slot = e.add(Request(ids[:70], 4 * 64 - 70, Sampling(temperature=5.0), logprobs=3))
     new = []
     while e.free == 0:
-        piece = e.step()[slot] if len(e._held[slot]) >= 69 else e.step().get(slot)
+        piece = e.step()[slot] if len(e._read[slot]) >= 69 else e.step().get(slot)
         if piece:
             new, logprobs = new + piece.ids, logprobs + piece.logprobs
     expected = jax.nn.log_softmax(full(c, params, np.asarray([ids[:70] + new]))[0, 69:-1])
@@ -176,9 +176,9 @@ def test_every_kind_of_model_is_cached_exactly_at_four_times_its_length(changes)
         np.testing.assert_allclose([p for _, p in top], np.sort(row)[::-1][:3], atol=1e-5)
 
 
-def test_a_row_gets_its_log_probabilities_beside_one_that_wants_none(together):
+def test_a_row_gets_log_probabilities_next_to_one_without(together):
     c, params, _ = weights()
-    plain, wants = (together.add(prompt(8), 4, GREEDY, logprobs) for logprobs in (0, 2))
+    plain, wants = (together.add(Request(prompt(8), 4, GREEDY, logprobs)) for logprobs in (0, 2))
     new, logprobs = [], []
     while together.free < 4:
         pieces = together.step()
@@ -194,18 +194,18 @@ def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):
     (new,) = answers(alone, [(ids, 5, GREEDY)])
     more = [*ids, *new, *prompt(20)]
     expected = answers(make_engine(1), [(more, 10, GREEDY)])
-    alone.add(more, 10, GREEDY)
-    assert len(alone._held[0]) == 304  # all but the last new token
+    alone.add(Request(more, 10, GREEDY))
+    assert len(alone._read[0]) == 304  # all but the last new token
     alone.drop(0)
     assert answers(alone, [(more, 10, GREEDY)]) == expected
-    alone.add([*ids[: REUSED - 1], 60, 60], 1, GREEDY)
-    assert alone._held[0] == []  # too little to be worth it
+    alone.add(Request([*ids[: REUSED - 1], 60, 60], 1, GREEDY))
+    assert alone._read[0] == []  # too little to be worth it
     alone.drop(0)
     answers(alone, [(more, 1, GREEDY)])
     other = [*more[:100], (more[100] + 1) % 61, *prompt(20, seed=4)]  # is the same up to there
     expected = answers(make_engine(1), [(other, 10, GREEDY)])
-    alone.add(other, 10, GREEDY)
-    assert alone._held[0] == more[:100]
+    alone.add(Request(other, 10, GREEDY))
+    assert alone._read[0] == more[:100]
     alone.drop(0)
     assert answers(alone, [(other, 10, GREEDY)]) == expected
 
@@ -215,14 +215,14 @@ def test_a_request_gets_the_slot_that_has_read_most_of_it(together):
     answers(together, [([i], 1, GREEDY) for i in range(4)])
     answers(together, [(first, 1, GREEDY), (second, 1, GREEDY)])
     for ids, slot in ((second, 1), (first, 0), ([*second[:60], 1], 1), (prompt(50), 0)):
-        assert together.add(ids, 1, GREEDY) == slot
+        assert together.add(Request(ids, 1, GREEDY)) == slot
         together.drop(slot)
 
 
 def test_a_long_prompt_is_read_in_parts_between_which_others_get_their_tokens(together):
-    short = together.add(prompt(3), 300, GREEDY)
+    short = together.add(Request(prompt(3), 300, GREEDY))
     together.step()
-    long = together.add(prompt(3 * engine.AT_ONCE + 9), 1, GREEDY)
+    long = together.add(Request(prompt(3 * engine.AT_ONCE + 9), 1, GREEDY))
     pieces = [together.step()]
     while long not in pieces[-1]:
         pieces.append(together.step())
@@ -232,8 +232,8 @@ def test_a_long_prompt_is_read_in_parts_between_which_others_get_their_tokens(to
 
 def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
     expected = answers(together, [(prompt(90), 30, SETTINGS[2])])
-    gone = together.add(prompt(256), 40, GREEDY)
-    slot = together.add(prompt(90), 30, SETTINGS[2])
+    gone = together.add(Request(prompt(256), 40, GREEDY))
+    slot = together.add(Request(prompt(90), 30, SETTINGS[2]))
     got = list(together.step().get(slot, engine.Piece([], [], None)).ids)
     together.drop(gone)
     assert together.free == 3
@@ -242,8 +242,8 @@ def test_a_dropped_request_frees_its_slot_and_leaves_the_others_alone(together):
     assert [got] == expected
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
-    for ids, most, told, words in [
+def test_wrong_requests_are_refused_and_take_no_slot(together):
+    for ids, most, logprobs, words in [
         ([], 5, 0, "at least one token"),
         (prompt(CONTEXT), 5, 0, f"does not fit in a context of {CONTEXT}"),
         ([1, 61], 5, 0, "between 0 and 60"),
@@ -252,16 +252,16 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(together):
         ([1], 1, 21, "between 0 and 20"),
     ]:
         with pytest.raises(UsageError, match=words):
-            together.add(ids, most, GREEDY, told)
+            together.add(Request(ids, most, GREEDY, logprobs))
     assert together.free == 4
-    slots = [together.add([1], 1, GREEDY) for _ in range(4)]
+    slots = [together.add(Request([1], 1, GREEDY)) for _ in range(4)]
     with pytest.raises(UsageError, match="all slots are taken"):
-        together.add([1], 1, GREEDY)
+        together.add(Request([1], 1, GREEDY))
     for slot in slots:
         together.drop(slot)
 
 
-def test_the_cache_takes_what_the_plan_says():
+def test_the_cache_has_the_planned_size():
     e = make_engine(2)
     size = sum(x.nbytes for x in jax.tree.leaves(e._cache))
     room = next(iter(e._cache.values())).shape[2]
@@ -280,7 +280,9 @@ def test_quantized_weights_stay_close_and_are_smaller(kind, most, tied):
     def logits(w):
         window = engine.decoder.empty_window(c, 2, 40, jnp.float32)
         cache = engine.decoder.empty_cache(c, 2, 128, jnp.float32)
-        return engine.decoder.logits(w, engine.decoder.read(c, w, cache, window, ids, jnp.zeros(2, int), 0)[0][:, -1])
+        return engine.decoder.logits(
+            w, engine.decoder.read(c, w, cache, window, ids, engine.decoder.Place(jnp.zeros(2, int)))[0][:, -1]
+        )
 
     close, far = np.asarray(jit(logits)(packed)), np.asarray(jit(logits)(exact))
     assert 0 < np.sqrt(np.mean((close - far) ** 2)) < most * far.std()

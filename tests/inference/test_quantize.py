@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: how far each column and group is from what it stands for, and products with them."""
+"""Weights of 8 and 4 bits: the error of each column and group, and of products with them."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ OUTPUTS = 50
 GROUPS = {96: 32, 128: 64, 257: 1}  # inputs, and how many of them share a scale of int4
 BIG, BIG_GROUP, ZERO = 7, 9, 11  # columns
 
-# Compiling is nearly all that these tests do, and is faster without LLVM's passes.
+# Compiling takes nearly all of these tests' time, and less without LLVM's passes.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 pack = jit(quantize.pack, static_argnums=(1, 2))
 product = jit(quantize.times, static_argnums=2)
@@ -23,7 +23,7 @@ product_in_panels = jit(panels.times)
 
 
 def uneven(inputs: int) -> np.ndarray:
-    """A matrix [inputs, OUTPUTS] with a column 100 times the others, one of which only a group is, and one of zeros."""
+    """Return [inputs, OUTPUTS] in which a column, and a group of another one, are 100 times larger, and one is 0."""
     w = np.random.default_rng(0).standard_normal((inputs, OUTPUTS)).astype(np.float32)
     w[:, BIG] *= 100
     w[: GROUPS[inputs], BIG_GROUP] *= 100
@@ -33,7 +33,7 @@ def uneven(inputs: int) -> np.ndarray:
 
 @functools.cache
 def packed(inputs: int, kind: str, outputs: int):
-    """(weights, the matrix [inputs, OUTPUTS] that they stand for: whole numbers times their scales)."""
+    """Return (weights, the matrix [inputs, OUTPUTS] that they represent: integers times scales)."""
     w = pack(uneven(inputs) if outputs else uneven(inputs).T, kind, outputs)
     whole, scales = (np.asarray(x).astype(np.float32) for x in (w.qvalue, w.scale))
     whole, scales = (whole, scales) if outputs else (whole.T, scales.T)
@@ -43,7 +43,7 @@ def packed(inputs: int, kind: str, outputs: int):
 @pytest.mark.parametrize("outputs", [0, 1])
 @pytest.mark.parametrize("inputs", GROUPS)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_no_number_is_further_off_than_half_a_step_of_its_own_column_or_group(kind, inputs, outputs):
+def test_no_weight_is_off_by_more_than_half_a_step_of_its_column_or_group(kind, inputs, outputs):
     w, dense = packed(inputs, kind, outputs)
     assert w.qvalue.dtype == kind and w.scale.dtype == jnp.float32
     # Steps of int8 go from -127.5 to 127.5 times the scale of a column, those of int4 from -7.5 to 7.5 in a group.
@@ -57,10 +57,10 @@ def test_no_number_is_further_off_than_half_a_step_of_its_own_column_or_group(ki
 @pytest.mark.parametrize("outputs", [0, 1])
 @pytest.mark.parametrize("inputs, rows", [(96, 1), (96, 3), (128, 3), (257, 3)])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_products_are_those_with_what_the_weights_stand_for(kind, inputs, rows, outputs):
-    """Each column within 2e-5 of its own largest number times that of x: the error of a product of floats.
+def test_products_are_those_of_the_represented_matrix(kind, inputs, rows, outputs):
+    """Each column is within 2e-5 times its largest weight times the largest x: the error of a product of floats.
 
-    int8 on a CPU goes through integers, and panels through C++.
+    A CPU computes int8 with integers, and panels in C++.
     """
     assert build.load("decode")
     r = np.random.default_rng(1)
@@ -73,7 +73,7 @@ def test_products_are_those_with_what_the_weights_stand_for(kind, inputs, rows, 
 
 
 @pytest.mark.parametrize("outputs", [0, 1])
-def test_rows_are_what_belongs_to_an_output(outputs):
+def test_rows_are_the_weights_of_an_output(outputs):
     w, dense = packed(96, "int8", outputs)
     at = np.array([[BIG, ZERO, OUTPUTS - 1]])
     for weights in [quantize.matrix(w, outputs), *[w] * (1 - outputs)]:

@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors on the same logits and contexts, and the draws made with it."""
+"""Sampling compared with transformers' logits processors on the same logits and contexts, and its draws."""
 
 import dataclasses
 import functools
@@ -20,7 +20,15 @@ from lowrank_jax.model.attention import MASKED
 
 V, S, B = 12, 16, 3  # a vocabulary so small that contexts repeat themselves
 OFF = Sampling(temperature=1.0)
-adjust, choose = jax.jit(sampling.adjust), jax.jit(sampling.choose)
+choose = jax.jit(sampling.choose)
+
+
+@jax.jit
+def adjust(logits_BV, rows: sampling.Rows, tokens_BS, lengths_B) -> jax.Array:
+    """Return the logits of the distribution that `choose` draws from."""
+    return sampling.filtered(sampling.edited(logits_BV, rows, tokens_BS, lengths_B), rows)
+
+
 many = settings(max_examples=100, deadline=None)
 
 
@@ -35,7 +43,7 @@ class Case:
 
 
 def case(seed: int, has_ties: bool = False, vocab: int = V, batch: int = B) -> Case:
-    """Logits, without ties if not asked for, and ragged contexts; what stands behind a context is made up, too."""
+    """Return logits, with ties if `has_ties`, and contexts of different lengths followed by random tokens."""
     r = np.random.default_rng(seed)
     spread = r.choice([0.1, 1, 8])
     logits = r.standard_normal((batch, vocab)) * spread
@@ -50,7 +58,7 @@ def ours(c: Case, per_row: list[Sampling]) -> np.ndarray:
 
 
 def theirs(logits_V, context: list[int], s: Sampling) -> np.ndarray:
-    """transformers' processors in the order of its `generate`, in fp64; our two penalties are plain Python."""
+    """Apply transformers' processors in the order of its `generate`, in fp64; our two penalties are plain Python."""
     processors = []
     if s.logit_bias:
         bias = {(token,): float(value) for token, value in s.logit_bias}
@@ -84,7 +92,7 @@ def occurrences(ids, scores, s: Sampling):
 
 
 def check(c: Case, per_row: list[Sampling]) -> None:
-    """Ours keep what theirs do, but for tokens at the very edge of top-p or min-p, where rounding decides."""
+    """Compare with transformers, except for tokens at the edge of top-p or min-p, where rounding decides."""
     got_BV = ours(c, per_row)
     for got, logits, context, s in zip(got_BV, c.logits, map(c.context, range(len(got_BV))), per_row):
         nudged = lambda by, s=s: dataclasses.replace(

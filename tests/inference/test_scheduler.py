@@ -1,4 +1,4 @@
-"""The thread that runs the engine, and the routes over it, with an engine that is told what to do."""
+"""The engine's thread and the routes over it, with an engine that plays a script."""
 
 import asyncio
 import contextlib
@@ -9,19 +9,17 @@ import time
 import httpx2
 import openai
 import pytest
-import uvicorn
 
-from lowrank_jax import serve
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.inference.engine import Piece
-from lowrank_jax.inference.sampling import Sampling
-from lowrank_jax.inference.server import api, routes
-from lowrank_jax.inference.server.routes import Server, Settings
-from lowrank_jax.inference.server.scheduler import Full, Order, Scheduler, Stopping, Ticket
+from lowrank_jax.inference.engine import Piece, Request
+from lowrank_jax.inference.server import listen, routes
+from lowrank_jax.inference.server.api import Settings
+from lowrank_jax.inference.server.routes import Server
+from lowrank_jax.inference.server.scheduler import Full, Scheduler, Stopping, Ticket
 
 
 class Fake:
-    """An engine whose answer to a prompt is its first id, again and again; `order` is what it was given."""
+    """An engine that answers a prompt by repeating its first id; `order` has the first ids that it received."""
 
     def __init__(self, slots: int, order: list, failures: list):
         self.slots, self.context, self.order, self.failures = slots, 64, order, failures
@@ -31,11 +29,12 @@ class Fake:
     def free(self) -> int:
         return self.slots - len(self.rows)
 
-    def add(self, ids, max_new, sampling, logprobs) -> int:
+    def add(self, request: Request) -> int:
+        ids = request.ids
         if len(ids) >= self.context:
             raise UsageError("too long")
         slot = next(slot for slot in range(self.slots) if slot not in self.rows)
-        self.rows[slot] = [ids[0], max_new]
+        self.rows[slot] = [ids[0], request.max_new]
         self.order.append(ids[0])
         return slot
 
@@ -55,26 +54,26 @@ class Fake:
         del self.rows[slot]
 
 
-def order(first: int, max_new: int = 5, length: int = 1) -> Order:
-    return Order([first] * length, max_new, Sampling(), 0)
+def request(first: int, max_new: int = 5, length: int = 1) -> Request:
+    return Request([first] * length, max_new)
 
 
 @contextlib.asynccontextmanager
 async def scheduling(slots: int = 2, queue: int = 4, failures: tuple = ()):
-    """A scheduler, the prompts' first ids in the order in which its engines got them, and their failures to come."""
-    given, failing = [], list(failures)
-    scheduler = Scheduler(lambda: Fake(slots, given, failing), slots, queue)
+    """Yield a scheduler, the first ids of prompts in the order in which its engines got them, and failures to come."""
+    order, failing = [], list(failures)
+    scheduler = Scheduler(lambda: Fake(slots, order, failing), slots, queue)
     scheduler.start()
-    given.clear()
+    order.clear()
     try:
-        yield scheduler, given, failing
+        yield scheduler, order, failing
     finally:
         scheduler.close()
         assert await asyncio.to_thread(scheduler.join, 10)
 
 
 async def finish(ticket, count: int = 1) -> dict[int, list[int]]:
-    """All ids of each of the ticket's orders."""
+    """Return all ids of each of the ticket's requests."""
     ids, left = {}, count
     async for i, piece in ticket.pieces(asyncio.get_running_loop().time() + 10):
         ids.setdefault(i, []).extend(piece.ids)
@@ -85,50 +84,53 @@ async def finish(ticket, count: int = 1) -> dict[int, list[int]]:
 
 def test_first_come_first_served_and_each_gets_its_own():
     async def run():
-        async with scheduling(slots=2, queue=20) as (scheduler, given, _):
-            tickets = [scheduler.submit([order(10 * n + 10), order(10 * n + 11)]) for n in range(6)]
+        async with scheduling(slots=2, queue=20) as (scheduler, order, _):
+            tickets = [scheduler.submit([request(10 * n + 10), request(10 * n + 11)]) for n in range(6)]
             for n, ticket in enumerate(tickets):
                 assert await finish(ticket, 2) == {0: [10 * n + 10] * 5, 1: [10 * n + 11] * 5}
-            assert given == [10 * n + 10 + i for n in range(6) for i in range(2)]
-            assert scheduler.waiting == scheduler.active == 0
+            assert order == [10 * n + 10 + i for n in range(6) for i in range(2)]
+            assert not scheduler.waiting and not scheduler.active
 
     asyncio.run(run())
 
 
-def test_an_answer_has_left_its_place_when_its_end_is_told(monkeypatch):
+def test_a_slot_is_free_before_the_client_sees_the_end(monkeypatch):
     async def run():
         async with scheduling(slots=1, queue=0) as (scheduler, *_):
             put, places = Ticket.put, []
-            note = lambda ticket, i, piece: (places.append((piece.finish, scheduler.active)), put(ticket, i, piece))
+            note = lambda ticket, i, piece: (
+                places.append((piece.finish, len(scheduler.active))),
+                put(ticket, i, piece),
+            )
             monkeypatch.setattr(Ticket, "put", note)
             for n in (1, 2):  # there is no queue, and yet the second is taken
-                assert await finish(scheduler.submit([order(n, max_new=2)])) == {0: [n] * 2}
+                assert await finish(scheduler.submit([request(n, max_new=2)])) == {0: [n] * 2}
             assert places == [(None, 1), ("length", 0)] * 2
 
     asyncio.run(run())
 
 
-def test_what_is_too_much_is_refused_whole_and_what_is_cancelled_makes_room():
+def test_a_full_queue_refuses_all_requests_of_a_call_and_cancelling_makes_room():
     async def run():
-        async with scheduling(slots=1, queue=2) as (scheduler, given, _):
-            long = [scheduler.submit([order(n, max_new=10**9)]) for n in (1, 2)]
+        async with scheduling(slots=1, queue=2) as (scheduler, order, _):
+            long = [scheduler.submit([request(n, max_new=10**9)]) for n in (1, 2)]
             with pytest.raises(Full):
-                scheduler.submit([order(3), order(4)])
-            third = scheduler.submit([order(5)])
+                scheduler.submit([request(3), request(4)])
+            third = scheduler.submit([request(5)])
             with pytest.raises(Full):
-                scheduler.submit([order(6)])
+                scheduler.submit([request(6)])
             long[1].cancel()  # it waits
             long[0].cancel()  # it has the slot
             assert await finish(third) == {0: [5] * 5}
-            assert 3 not in given and 2 not in given
+            assert 3 not in order and 2 not in order
 
     asyncio.run(run())
 
 
-def test_one_of_a_tickets_orders_may_end_early():
+def test_one_request_of_a_ticket_may_end_early():
     async def run():
         async with scheduling() as (scheduler, *_):
-            ticket = scheduler.submit([order(1, max_new=10**9), order(2, max_new=400)])
+            ticket = scheduler.submit([request(1, max_new=10**9), request(2, max_new=400)])
             ticket.cancel(0)
             async for i, piece in ticket.pieces(asyncio.get_running_loop().time() + 10):
                 if i == 1 and piece.finish:
@@ -139,27 +141,27 @@ def test_one_of_a_tickets_orders_may_end_early():
     asyncio.run(run())
 
 
-def test_a_failure_ends_what_is_under_way_and_a_new_engine_goes_on(capfd):
+def test_a_failure_ends_active_requests_and_a_new_engine_goes_on(capfd):
     async def run():
         async with scheduling(slots=1, failures=[ValueError("lost"), ValueError("lost")]) as (scheduler, *_):
-            tickets = [scheduler.submit([order(n)]) for n in (1, 2, 3)]
+            tickets = [scheduler.submit([request(n)]) for n in (1, 2, 3)]
             for ticket in tickets[:2]:
                 with pytest.raises(RunFailure, match="lost"):
                     await finish(ticket)
             assert await finish(tickets[2]) == {0: [3] * 5}
             assert scheduler.failures == 2 and scheduler.alive
             with pytest.raises(UsageError, match="too long"):
-                await finish(scheduler.submit([order(1, length=99)]))
-            assert await finish(scheduler.submit([order(4)])) == {0: [4] * 5}
+                await finish(scheduler.submit([request(1, length=99)]))
+            assert await finish(scheduler.submit([request(4)])) == {0: [4] * 5}
 
     asyncio.run(run())
     assert "ValueError: lost" in capfd.readouterr().err
 
 
-def test_an_end_is_told_to_everyone_and_nobody_waits_longer_than_asked():
+def test_closing_ends_every_request_and_nobody_waits_past_the_deadline():
     async def run():
         async with scheduling(slots=1) as (scheduler, *_):
-            tickets = [scheduler.submit([order(n, max_new=10**9)]) for n in (1, 2)]
+            tickets = [scheduler.submit([request(n, max_new=10**9)]) for n in (1, 2)]
             with pytest.raises(TimeoutError):
                 async for _ in tickets[1].pieces(asyncio.get_running_loop().time() + 0.05):
                     raise AssertionError("it waits behind the first")
@@ -168,15 +170,15 @@ def test_an_end_is_told_to_everyone_and_nobody_waits_longer_than_asked():
                 with pytest.raises(Stopping):
                     await finish(ticket)
             with pytest.raises(Stopping):
-                scheduler.submit([order(3)])
+                scheduler.submit([request(3)])
 
     asyncio.run(run())
 
 
 def routes_over(tok, scheduler: Scheduler, timeout: float = 10.0, key: str = ""):
-    """The routes as an application; an answer may have as many tokens as it likes, but for `max_tokens`."""
-    limits = api.Limits("m", tok.vocab_size, context=10**9, max_tokens=10**8, answers=5)
-    return Server(scheduler, tok, Settings(limits, timeout, key)).app()
+    """Return the routes as an application with a context so large that only `max_tokens` ends an answer."""
+    settings = Settings("m", tok.vocab_size, 10**9, max_tokens=10**8, answers=5, timeout=timeout, key=key)
+    return Server(scheduler, tok, settings).app()
 
 
 def client_of(app, key: str = "none") -> openai.AsyncOpenAI:
@@ -185,7 +187,7 @@ def client_of(app, key: str = "none") -> openai.AsyncOpenAI:
 
 
 async def settled(scheduler: Scheduler) -> None:
-    """Returns once no answer waits or has a slot."""
+    """Return once no answer waits or has a slot."""
     async with asyncio.timeout(10):
         while scheduler.active or scheduler.waiting:
             await asyncio.sleep(0.002)
@@ -195,7 +197,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ENDLESS = {"model": "m", "prompt": [500], "max_tokens": 10**8}
 
 
-def test_a_key_is_asked_for_under_v1_alone(tok):
+def test_only_v1_needs_the_key(tok):
     async def run():
         async with scheduling() as (scheduler, *_):
             app = routes_over(tok, scheduler, key="s3cret")
@@ -220,7 +222,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(tok):
     async def run():
         async with scheduling(slots=1, queue=1) as (scheduler, *_):
             client = client_of(routes_over(tok, scheduler))
-            before = [scheduler.submit([order(n, max_new=10**9)]) for n in (1, 2)]
+            before = [scheduler.submit([request(n, max_new=10**9)]) for n in (1, 2)]
             with pytest.raises(openai.RateLimitError) as e:
                 await client.completions.create(**ENDLESS)
             assert e.value.response.headers["retry-after"] == "1" and e.value.code == "queue_full"
@@ -232,7 +234,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(tok):
     asyncio.run(run())
 
 
-def test_an_answer_that_comes_too_late_is_an_error_and_frees_its_slots(tok):
+def test_an_answer_past_the_timeout_is_an_error_and_frees_its_slots(tok):
     async def run():
         async with scheduling() as (scheduler, *_), asyncio.timeout(8):
             client = client_of(routes_over(tok, scheduler, timeout=0.25))
@@ -250,7 +252,7 @@ def test_an_answer_that_comes_too_late_is_an_error_and_frees_its_slots(tok):
     asyncio.run(run())
 
 
-def test_a_body_that_does_not_arrive_is_not_waited_for(tok, monkeypatch):
+def test_a_body_that_does_not_arrive_is_an_error(tok, monkeypatch):
     assert routes.SLOW == 30  # as the documentation says
     monkeypatch.setattr(routes, "SLOW", 0.2)
 
@@ -283,7 +285,7 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
         async def send(message):
             sent.append(message)
             if len(sent) == 3:  # and after its first two messages takes nothing
-                assert scheduler.active == 1
+                assert len(scheduler.active) == 1
                 await asyncio.Event().wait()
 
         async with scheduling() as (scheduler, *_), asyncio.timeout(8):
@@ -295,14 +297,14 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_after_a_signal_a_short_answer_is_finished_and_a_long_one_is_told_of_the_end(tok, monkeypatch, number):
-    monkeypatch.setattr(serve, "GRACE", 0.5)
-    listener, url = serve._listen("127.0.0.1", 0)
+def test_after_a_signal_a_short_answer_finishes_and_a_long_one_ends_with_an_error(tok, monkeypatch, number):
+    monkeypatch.setattr(listen, "GRACE", 0.5)
+    listener, url = listen.bind("127.0.0.1", 0)
 
     async def run():
         async with scheduling() as (scheduler, *_), asyncio.timeout(30):
-            config = uvicorn.Config(routes_over(tok, scheduler), lifespan="off", timeout_graceful_shutdown=10)
-            serving = asyncio.create_task(serve._run(serve._Uvicorn(config, url), listener, scheduler))
+            app = routes_over(tok, scheduler)
+            serving = asyncio.create_task(listen.serve(app, listener, url, scheduler))
             client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
             long = await client.completions.create(**ENDLESS, stream=True)
             short = await client.completions.create(**ENDLESS | {"max_tokens": 40}, stream=True)
@@ -318,21 +320,21 @@ def test_after_a_signal_a_short_answer_is_finished_and_a_long_one_is_told_of_the
     asyncio.run(run())
 
 
-def test_each_of_many_answers_goes_to_its_own_place(tok):
-    """Two prompts with three answers each, whole and as a stream, beside another client."""
+def test_each_of_several_answers_has_its_own_index(tok):
+    """Two prompts with two answers each, whole and as a stream, while another client is served."""
 
     async def run():
         async with scheduling(slots=3, queue=20) as (scheduler, *_):
             client = client_of(routes_over(tok, scheduler))
-            question = {"model": "m", "prompt": [[400], [300]], "n": 2, "max_tokens": 4}
+            call = {"model": "m", "prompt": [[400], [300]], "n": 2, "max_tokens": 4}
             beside = client.completions.create(model="m", prompt=[200], max_tokens=4)
-            whole, other = await asyncio.gather(client.completions.create(**question), beside)
+            whole, other = await asyncio.gather(client.completions.create(**call), beside)
             expected = [tok.decode([i] * 4) for i in (400, 400, 300, 300)]
             assert len(set(expected)) == 2 and [c.text for c in whole.choices] == expected
             assert [c.index for c in whole.choices] == [0, 1, 2, 3]
             assert [c.text for c in other.choices] == [tok.decode([200] * 4)]
             texts = [""] * 4
-            async for chunk in await client.completions.create(**question, stream=True):
+            async for chunk in await client.completions.create(**call, stream=True):
                 texts[chunk.choices[0].index] += chunk.choices[0].text
             assert texts == expected
 
@@ -344,20 +346,20 @@ def test_a_failing_engine_is_a_500_or_the_streams_last_event_and_the_server_live
         async with scheduling(slots=1) as (scheduler, _, failures):
             transport = httpx2.ASGITransport(routes_over(tok, scheduler))
             async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-                ask = {"prompt": [500], "max_tokens": 5}
+                body = {"prompt": [500], "max_tokens": 5}
                 failures.append(RuntimeError("lost"))
-                response = await client.post("/v1/completions", json=ask)
+                response = await client.post("/v1/completions", json=body)
                 assert response.status_code == 500 and response.json()["error"]["code"] == "engine_failure"
                 failures.append(RuntimeError("lost"))
-                response = await client.post("/v1/completions", json=ask | {"stream": True})
+                response = await client.post("/v1/completions", json=body | {"stream": True})
                 *_, error, end = filter(None, response.text.split("\n"))
                 assert response.status_code == 200 and end == "data: [DONE]"
                 assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
-                response = await client.post("/v1/completions", json=ask)
+                response = await client.post("/v1/completions", json=body)
                 assert response.json()["choices"][0]["text"] == tok.decode([500] * 5)
                 assert "lowrank_engine_failures 2.0" in (await client.get("/metrics")).text
                 scheduler.close()
-                response = await client.post("/v1/completions", json=ask)
+                response = await client.post("/v1/completions", json=body)
                 assert response.status_code == 503 and response.json()["error"]["code"] == "stopping"
                 await asyncio.to_thread(scheduler.join, 10)
                 assert (await client.get("/healthz")).status_code == 503

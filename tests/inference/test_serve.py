@@ -1,4 +1,4 @@
-"""The server as a real process, asked by OpenAI's own client: answers, streams, mistakes, company, and its end."""
+"""The server as a real process, used by OpenAI's own client: answers, streams, errors, other clients, its end."""
 
 import concurrent.futures
 import http.client
@@ -18,9 +18,7 @@ from lowrank_jax import cli, serve
 from lowrank_jax.config import RunFailure
 from lowrank_jax.data.tokenizer import EOS, TURN_END
 from lowrank_jax.inference import quantize
-from lowrank_jax.inference.server.api import Limits
-from lowrank_jax.inference.server.routes import Settings
-from lowrank_jax.training.trained import Trained
+from lowrank_jax.inference.server.api import Settings
 from scripts.bench import load_server
 
 HELLO = [{"role": "user", "content": "The cat sat."}]
@@ -40,13 +38,13 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def model(reference):
-    """The run in this process: what the server should say."""
+    """The run in this process: its answers are those that the server must give."""
     return lowrank_jax.load(reference)
 
 
 @pytest.fixture(scope="module")
 def endless(model) -> dict:
-    """A long request whose answer no stop symbol ends."""
+    """A long request; no stop symbol ends its answer."""
     return LONG | {"model": "reference", "logit_bias": {str(i): -100 for i in model.tokenizer.specials.values()}}
 
 
@@ -56,7 +54,7 @@ def greedy(client, prompt: str, **options):
 
 
 def drawn(model, prompt: str, seed: int, max_new: int = 24, **sampling) -> str:
-    """The text that the library draws at temperature 1 after a prompt."""
+    """Return the text that the library draws at temperature 1 after a prompt."""
     (tokens,) = model.generate([model.prompt(prompt)], max_new, seed, temperature=1.0, **sampling)
     return model.tokenizer.decode(tokens)
 
@@ -89,7 +87,7 @@ def test_the_end_of_a_text_and_of_a_turn_end_an_answer(client, model, symbol):
     assert chat.usage.completion_tokens == 1
 
 
-def test_a_stream_says_what_the_whole_response_does(client):
+def test_a_stream_has_the_content_of_the_whole_response(client):
     ask = {"model": "reference", "messages": HELLO, "max_tokens": 60, "temperature": 0.8, "seed": 3}
     ask |= {"logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**ask)
@@ -151,7 +149,7 @@ def test_an_answer_ends_before_its_stop_string_and_at_its_limits(client, endless
     assert end.usage.completion_tokens == 6 and end.choices[0].finish_reason == "length"
 
 
-def test_what_changes_the_meaning_is_heard_or_refused_and_the_rest_ignored(client):
+def test_fields_that_change_the_answer_are_used_or_refused_and_others_ignored(client):
     plain = greedy(client, "The cat").choices[0].text
     extra = {"metadata": {"a": "b"}, "user": "me", "store": True, "tools": [], "response_format": {"type": "text"}}
     assert greedy(client, "The cat", extra_body=extra).choices[0].text == plain
@@ -214,7 +212,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_a_mistake_is_told_in_openais_shape(server, case):
+def test_errors_have_openais_shape(server, case):
     path, body, status, param, words = ERRORS[case]
     got, headers, response = server.post(path, body)
     error = response["error"]
@@ -225,7 +223,7 @@ def test_a_mistake_is_told_in_openais_shape(server, case):
     assert json.loads(server.get("/healthz"))["status"] == "ok"
 
 
-def test_a_client_that_leaves_frees_its_slot(server, client, endless):
+def test_a_client_that_disconnects_frees_its_slot(server, client, endless):
     for _ in range(3):  # more than there are slots, twice over
         streams = [client.completions.create(**endless, stream=True) for _ in range(4)]
         for stream in streams:
@@ -241,7 +239,7 @@ def test_a_client_that_leaves_frees_its_slot(server, client, endless):
 
 
 def test_sixteen_clients_are_not_mixed_up(server, client, model, endless):
-    """All ask for answers of one length, so that only what is in an answer says whose it is."""
+    """All answers have one length, so that only their content shows whose they are."""
     prompts = [f"{WORDS[i]} {WORDS[i * 5 % 18]} sat" for i in range(16)]
     never = tuple((int(i), bias) for i, bias in endless["logit_bias"].items())
     alone = [drawn(model, prompt, seed, logit_bias=never) for seed, prompt in enumerate(prompts)]
@@ -260,14 +258,14 @@ def test_sixteen_clients_are_not_mixed_up(server, client, model, endless):
 
 def test_a_load_is_answered_and_a_wrong_answer_would_be_noticed(server, model, endless):
     port = int(server.url.rsplit(":", 1)[1])
-    asked = load_server.questions(4, [int(i) for i in endless["logit_bias"]])
+    questions = load_server.questions(4, [int(i) for i in endless["logit_bias"]])
     never = tuple((int(i), bias) for i, bias in endless["logit_bias"].items())
-    known = [drawn(model, q["prompt"], q["seed"], q["max_tokens"], logit_bias=never) for q in asked]
-    assert load_server.alone(port, asked) == known and len(set(known)) == 4
-    result = load_server.run(port, asked, known, clients=12, seconds=1.0)
+    known = [drawn(model, q["prompt"], q["seed"], q["max_tokens"], logit_bias=never) for q in questions]
+    assert load_server.alone(port, questions) == known and len(set(known)) == 4
+    result = load_server.run(port, questions, known, clients=12, seconds=1.0)
     assert result["requests"] >= 12 and result["dropped"] == result["mixed_up"] == result["still_active"] == 0
     assert result["tokens_per_s"] > 0 and result["rss_mb"]["end"] > 0 and "p99" in load_server.table(result)
-    load = load_server.Load(port, asked, [known[1], known[0], *known[2:]])
+    load = load_server.Load(port, questions, [known[1], known[0], *known[2:]])
     thread = threading.Thread(target=load.client, args=(0,))
     thread.start()
     assert until(lambda: len(load.answers) > len(load.mixed) > 0, 60)
@@ -275,7 +273,7 @@ def test_a_load_is_answered_and_a_wrong_answer_would_be_noticed(server, model, e
     thread.join()
     assert set(load.mixed) <= {0, 1} and not load.dropped
     with pytest.raises(RunFailure, match="alike"):
-        load_server.alone(port, [asked[0] | {"seed": 1}] * 2)
+        load_server.alone(port, [questions[0] | {"seed": 1}] * 2)
 
 
 def test_metrics_add_up(server, client):
@@ -291,7 +289,7 @@ def test_metrics_add_up(server, client):
     assert server.metric("lowrank_engine_failures") == 0 and server.metric("process_resident_memory_bytes") > 1e8
 
 
-def test_a_page_of_another_site_cannot_set_the_machine_to_work(server):
+def test_a_page_of_another_site_cannot_use_the_server(server):
     own = server.url.removeprefix("http://")
     for origin in (server.url, "https://evil.example", f"http://{own}.example", "null"):
         status, _, response = server.post(TEXT, {"prompt": "a", "max_tokens": 1}, {"Origin": origin})
@@ -304,7 +302,7 @@ def ask(served, key: str = "none") -> openai.OpenAI:
 
 
 class Idle:
-    """An engine that does nothing, and what the last one was made with."""
+    """An engine that does nothing; the class keeps the arguments of the last one."""
 
     free, context = 1, 16
 
@@ -312,12 +310,11 @@ class Idle:
         Idle.settings = {"stop_ids": sorted(stop_ids), "slots": slots, "context": context}
         Idle.weight_bytes = quantize.bytes_of(weights)
 
-    def add(self, *order) -> None: ...
+    def add(self, request) -> None: ...
 
 
 def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkeypatch):
-    opened = Trained(model.config, model.tokenizer, model.params, model.progress)
-    monkeypatch.setattr(serve, "open_run", lambda folder: opened)
+    monkeypatch.setattr(serve, "open_run", lambda folder: model)
     monkeypatch.setattr(serve.engine, "Engine", Idle)
     monkeypatch.setenv("LOWRANK_API_KEY", "of the environment")
     ends = sorted([model.tokenizer.eos, model.tokenizer.special(TURN_END)])
@@ -329,16 +326,16 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
         assert scheduler.join(10)
         return server.settings, scheduler.room
 
-    expected = Settings(Limits("mine", 400, 4096, 4096, answers=72), 600.0, "of the environment")
+    expected = Settings("mine", 400, 4096, 4096, answers=72, timeout=600.0, key="of the environment")
     assert start() == (expected, 72) and Idle.settings == {"stop_ids": ends, "slots": 8, "context": 4096}
     whole = Idle.weight_bytes
     flags = ["--slots=3", "--context=99", "--queue=2", "--weights=int8", "--api_key=k", "--model_name=m"]
-    expected = Settings(Limits("m", 400, 99, 7, answers=5), 2.5, "k")
+    expected = Settings("m", 400, 99, 7, answers=5, timeout=2.5, key="k")
     assert start(*flags, "--max_tokens=7", "--timeout=2.5") == (expected, 5)
     assert Idle.settings == {"stop_ids": ends, "slots": 3, "context": 99} and Idle.weight_bytes < 0.35 * whole
 
 
-def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless):
+def test_active_requests_have_a_few_seconds_after_a_signal(reference, endless):
     with serving(reference, "--slots=1", "--context=32768", "--json") as server:
         stream = ask(server).completions.create(**endless | {"max_tokens": 30000}, stream=True)
         next(iter(stream))
@@ -348,7 +345,7 @@ def test_a_signal_gives_what_is_under_way_a_few_seconds(reference, endless):
             list(stream)
         assert server.process.wait(20) == 128 + signal.SIGTERM and time.monotonic() - began < 15
         assert last_json(server.process.stdout.read())["stopped_by"] == "SIGTERM"
-        assert not any("Traceback" in line for line in server.said), server.said
+        assert not any("Traceback" in line for line in server.lines), server.lines
         with pytest.raises(OSError):
             server.get("/healthz")
 
@@ -369,7 +366,7 @@ FLAGS = {
 
 @pytest.fixture
 def handlers():
-    """A command run inside of this process leaves its signal handlers behind."""
+    """Restore the signal handlers that a command changes in this process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():
@@ -384,13 +381,13 @@ def test_a_wrong_flag_gets_one_line(case, capfd, handlers):
     assert_one_line(exit.value.code, capfd.readouterr().err, 2, *names)
 
 
-def test_a_port_in_use_is_told_before_anything_slow(capfd, handlers):
+def test_a_port_in_use_is_an_error_at_once(capfd, handlers):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as exit:
         cli.main(serve.command, ["--workdir=x", f"--port={taken.getsockname()[1]}"])
     assert_one_line(exit.value.code, capfd.readouterr().err, 1, "in use")
 
 
-def test_it_explains_itself(capsys):
+def test_help_lists_the_flags(capsys):
     with pytest.raises(SystemExit) as exit:
         serve.command(["--help"])
     assert exit.value.code == 0 and "--slots" in (out := capsys.readouterr().out) and "lowrank_jax.serve" in out

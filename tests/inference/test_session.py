@@ -1,4 +1,4 @@
-"""Generating from a trained run: from Python, from the command line, in a conversation, with weights of every kind."""
+"""Generation from a trained run: from Python, the command line and a conversation, with weights of every kind."""
 
 import io
 import os
@@ -18,10 +18,26 @@ from lowrank_jax import cli, evaluate, generate
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
-from lowrank_jax.inference import quantize
+from lowrank_jax.inference import conversation, quantize, session
+from lowrank_jax.inference.conversation import Conversation, Style
 from lowrank_jax.inference.sampling import PRESETS, Sampling
+from lowrank_jax.inference.session import Model
 from lowrank_jax.inference.text_stream import Writer
-from lowrank_jax.training.trained import Trained
+
+IMPORT = """
+import sys
+from lowrank_jax.model.kernels import build
+build.load = lambda source: sys.exit(f"{source} was loaded")
+import lowrank_jax.inference.session
+print([name for name in ("uvicorn", "starlette", "pydantic", "prometheus_client") if name in sys.modules])
+"""
+
+
+def test_importing_it_neither_imports_the_server_nor_loads_the_decoder_in_cpp(tmp_path):
+    environment = os.environ | {"LOWRANK_CACHE": str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True)
+    assert process.stdout == "[]\n", process.stdout + process.stderr
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +45,10 @@ def model(reference):
     return lowrank_jax.load(str(reference))
 
 
-def trained_of(model: generate.Model) -> Trained:
-    return Trained(model.config, model.tokenizer, model.params, model.progress)
-
-
 @pytest.fixture
 def command(model, monkeypatch, capsys):
-    """Runs the command in this process, on the run that is open already; returns its result and its output."""
-    monkeypatch.setattr(generate, "open_run", lambda folder: trained_of(model))
+    """Return a function that runs the command on the loaded run, and returns its result and its output."""
+    monkeypatch.setattr(generate, "open_run", lambda folder: model)
 
     def run(*flags: str) -> tuple[dict, str]:
         return generate.command(["--workdir=x", *flags]), capsys.readouterr().out
@@ -45,7 +57,7 @@ def command(model, monkeypatch, capsys):
 
 
 def test_prompts_of_any_number_and_length_get_what_each_gets_alone(model, monkeypatch):
-    monkeypatch.setattr(generate, "SLOTS", 2)  # fewer than there are prompts
+    monkeypatch.setattr(session, "SLOTS", 2)  # fewer than there are prompts
     prompts = [model.prompt(text) for text in ("The cat", "a", "Every house in the town has a garden " * 4)] * 2
     batched = model.generate(prompts, max_new=12, seed=3, temperature=0.9, top_p=0.9)
     alone = [model.generate([p], max_new=12, seed=3 + i, temperature=0.9, top_p=0.9)[0] for i, p in enumerate(prompts)]
@@ -71,9 +83,9 @@ def test_a_stream_is_what_generate_returns_and_its_first_token_comes_alone(model
     assert pieces[-1].finish and not any(piece.finish for piece in pieces[:-1])
     logits = np.asarray(model.logits([prompt + whole]))[0, len(prompt) - 1 : -1]
     expected = np.asarray(jax.nn.log_softmax(logits))
-    told = [told for piece in pieces for told in piece.logprobs]
-    assert len(told) == len(whole) == 30
-    for row, token, (logprob, top) in zip(expected, whole, told, strict=True):
+    logprobs = [logprob for piece in pieces for logprob in piece.logprobs]
+    assert len(logprobs) == len(whole) == 30
+    for row, token, (logprob, top) in zip(expected, whole, logprobs, strict=True):
         assert abs(row[token] - logprob) < 1e-4 and top[0][0] == row.argmax() and len(top) == 2
     writer = Writer(model.tokenizer)
     assert "".join(writer.add(piece.ids) for piece in pieces) + writer.end() == model.tokenizer.decode(whole)
@@ -91,20 +103,20 @@ def test_leaving_a_stream_early_frees_its_slot(model):
 @pytest.mark.parametrize("kind, size, error", [("bf16", 0.51, 0.02), ("int8", 0.35, 0.02), ("int4", 0.25, 0.06)])
 def test_weights_of_every_kind_are_smaller_and_change_answers_a_little(model, command, kind, size, error):
     result, _ = command(f"--weights={kind}", "--prompt=The cat", "--max_tokens=6", "--logprobs=1", "--temperature=2")
-    prompt, told = model.prompt("The cat"), [token["logprob"] for token in result["logprobs"]]
+    prompt, logprobs = model.prompt("The cat"), [token["logprob"] for token in result["logprobs"]]
     logits_TV = model.logits([prompt + result["tokens"]])[0, len(prompt) - 1 : -1]
     exact = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_TV)), np.asarray(result["tokens"])[:, None], 1)
-    assert 1e-4 < np.abs(exact[:, 0] - told).max() < error
-    small = generate.Model(trained_of(model), kind)
+    assert 1e-4 < np.abs(exact[:, 0] - logprobs).max() < error
+    small = Model(model.config, model.tokenizer, model.params, kind)
     assert quantize.bytes_of(small.weights) < size * quantize.bytes_of(model.weights)
 
 
-def test_a_kind_that_there_is_not_is_refused(model):
+def test_an_unknown_kind_of_weights_is_refused(model):
     with pytest.raises(UsageError, match="weights must be one of auto, fp32, bf16, fp16, int8, int4, not 'int3'"):
-        generate.Model(trained_of(model), "int3")
+        Model(model.config, model.tokenizer, model.params, "int3")
 
 
-def test_evaluate_tells_what_small_weights_change(reference, capsys):
+def test_evaluate_shows_what_small_weights_change(reference, capsys):
     (result,) = evaluate.command([f"--workdir={reference}", "--weights=int8", "--tokens=256"])["results"]
     assert 0 < abs(result["with"]["change"]) < 0.05
     assert result["with"]["weight_bytes"] < 0.6 * result["with"]["weight_bytes_before"]
@@ -126,7 +138,7 @@ def test_flags_reach_the_sampler_and_the_answer(command):
     assert biased["tokens"] == [7] * 30 and biased["finish_reason"] == "length"
 
 
-def test_every_flag_of_the_sampler_is_read_and_a_preset_is_a_base():
+def test_every_sampling_flag_is_read_and_changes_a_preset():
     def read(*flags: str) -> dict:
         parser = cli.Parser("")
         generate.add_sampling_flags(parser)
@@ -155,34 +167,36 @@ def test_every_flag_of_the_sampler_is_read_and_a_preset_is_a_base():
         (["--chat", "--max_tokens=4096"], ["--max_tokens", "--context"]),
     ],
 )
-def test_a_wrong_flag_is_told_with_its_name(command, flags, names):
+def test_an_error_names_the_wrong_flag(command, flags, names):
     with pytest.raises(UsageError) as e:
         command("--prompt=a", *flags)
     assert all(name in str(e.value) for name in names) and "\n" not in str(e.value)
 
 
-def talk(monkeypatch, lines: list[str], context: int = 1000, **flags) -> tuple[list[list[str]], str, dict]:
-    """A conversation in which a message has a token for each word, and the nth answer is `yes n`.
+def talk(
+    monkeypatch, lines: list[str], context: int = 1000, system: str = "", first: str | None = None
+) -> tuple[list[list[str]], str, dict]:
+    """Hold a conversation in which each word is a token, and the nth answer is `yes n`.
 
-    Returns the messages behind each answer, what is shown, and the result.
+    Returns the messages before each answer, the text that is shown, and the result.
     """
     histories, shown = [], []
 
-    def answer(run, prompt, args, show):
-        histories.append(run.read)
+    def answer(model, prompt, style, show):
+        histories.append(model.read)
         return {"text": f" yes {len(histories)}\n", "tokens": prompt}
 
     def prompt(text, history, is_chat):
         assert is_chat
         messages = [*history, {"role": "user", "content": text}]
-        run.read = [f"{m['role']}: {m['content']}" for m in messages]
+        model.read = [f"{m['role']}: {m['content']}" for m in messages]
         return [word for m in messages for word in m["content"].split()]
 
-    run = types.SimpleNamespace(prompt=prompt)
-    monkeypatch.setattr(generate, "answer", answer)
+    model = types.SimpleNamespace(prompt=prompt)
+    monkeypatch.setattr(conversation, "answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
-    args = {"prompt": None, "system": "", "max_tokens": 4, "context": context, "json": True} | flags
-    result = generate.converse(run, types.SimpleNamespace(**args), shown.append)
+    chat = Conversation(model, Style(4, (), 0, {}, context), system, shown.append)
+    result = conversation.converse(chat, first, first is None, shown.append)
     return histories, "".join(shown), result
 
 
@@ -200,8 +214,8 @@ def test_an_answer_knows_all_turns_before_it_until_reset_forgets_them(monkeypatc
 
 def test_a_new_tone_starts_over_and_an_unknown_command_is_no_message(monkeypatch):
     lines = ["One", "/system Be kind", "Two", "/nothing", "/system", "Three", "/7 is a number"]
-    histories, shown, _ = talk(monkeypatch, lines, prompt="Zero", json=True)
-    assert histories == [["user: Zero"]]  # with a prompt and --json nothing else is read
+    histories, shown, _ = talk(monkeypatch, lines, first="Zero")
+    assert histories == [["user: Zero"]]  # standard input is not read
     histories, shown, _ = talk(monkeypatch, lines)
     assert histories == [
         ["user: One"],
@@ -209,7 +223,7 @@ def test_a_new_tone_starts_over_and_an_unknown_command_is_no_message(monkeypatch
         ["user: Three"],
         ["user: Three", "assistant: yes 3", "user: /7 is a number"],
     ]
-    assert "there is no /nothing" in shown
+    assert "unknown command /nothing" in shown
 
 
 def test_a_conversation_is_answered_by_the_model(model, command, monkeypatch):
@@ -223,7 +237,7 @@ def test_a_conversation_is_answered_by_the_model(model, command, monkeypatch):
         texts.append(model.tokenizer.decode(tokens))
         messages.append({"role": "assistant", "content": texts[-1].strip()})
     assert result["tokens"] == tokens
-    assert out == f"{texts[0]}\nthere is no /nothing: /system TEXT, /reset\n{texts[1]}\n"
+    assert out == f"{texts[0]}\nunknown command /nothing; use /system TEXT or /reset\n{texts[1]}\n"
 
 
 def test_a_full_context_keeps_the_system_and_the_newest_turns(monkeypatch, capfd):
@@ -242,19 +256,19 @@ def test_a_full_context_keeps_the_system_and_the_newest_turns(monkeypatch, capfd
 
 
 def test_in_a_terminal_ctrl_c_stops_an_answer_and_not_the_conversation(reference):
-    ours, theirs = pty.openpty()
+    ours, terminal = pty.openpty()
     command = [sys.executable, "-m", "lowrank_jax.generate", f"--workdir={reference}", "--chat", "--max_tokens=3000"]
     command += ["--logit_bias=2:-100", "--seed=1"]
     process = subprocess.Popen(
         command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
         start_new_session=True,
         env=os.environ | {"TERM": "dumb"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored below a job in the background
     )
-    os.close(theirs)
+    os.close(terminal)
     shown = b""
 
     def until(text: bytes, seconds: float = 60) -> None:

@@ -1,4 +1,4 @@
-"""Ids to text as they come: the pieces are the whole text, and never half a character or half a stop string."""
+"""The pieces of a text stream are the whole text, and never half a character or half a stop string."""
 
 import pytest
 from hypothesis import given
@@ -36,14 +36,14 @@ def test_pieces_are_the_whole_text_and_never_half_a_character(tok, text, sizes):
 def test_it_ends_before_the_first_stop_string_wherever_ids_are_cut(tok, text, stops, data):
     ids = tok.encode(text)
     whole = tok.decode(ids)
-    found = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
+    ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
     writer = Writer(tok, stops)
     done = ""
     for part in cut(ids, data.draw(st.lists(st.integers(0, 3), max_size=30))):
         done += writer.add(part)
         assert whole.startswith(done) and not any(stop in done for stop in stops)
-    assert done + writer.end() == (whole[: min(found)[1]] if found else whole)
-    assert writer.stopped == bool(found)
+    assert done + writer.end() == (whole[: min(ends)[1]] if ends else whole)
+    assert writer.stopped == bool(ends)
 
 
 def test_long_texts_do_not_take_longer_with_every_id(tok):

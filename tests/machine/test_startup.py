@@ -23,9 +23,7 @@ HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         (None, "", {}),
     ],
 )
-def test_huge_pages_are_requested_where_the_kernel_gives_them_on_request(
-    tmp_path, monkeypatch, mode, tunables, expected
-):
+def test_huge_pages_are_requested_where_the_kernel_allows_it(tmp_path, monkeypatch, mode, tunables, expected):
     if mode:
         (tmp_path / "enabled").write_text(mode)
     monkeypatch.setattr(startup, "HUGE_PAGES", str(tmp_path / "enabled"))

@@ -1,4 +1,4 @@
-"""ALiBi and its five backends against the paper's formula, causality, packing and their own limits."""
+"""ALiBi and its five backends against the paper's formula: values, gradients, causality, packing and limits."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.model import attention
 
 BACKENDS = ["reference", "chunked", "cudnn", "splash", "native"]
-ODD = [(b, T) for b in ("reference", "chunked", "native") for T in (7, 300)]  # lengths that splash does not take
+ODD = [(b, T) for b in ("reference", "chunked", "native") for T in (7, 300)]  # lengths that splash refuses
 TESTS = pathlib.Path(__file__).parents[1]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 whether_packed = pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
@@ -26,13 +26,13 @@ whether_packed = pytest.mark.parametrize("packed", [False, True], ids=["one docu
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    """The TPU's kernel in Pallas's interpreter, which runs it on a CPU."""
+    """Run the TPU's kernel in Pallas's interpreter, on a CPU."""
     kernel = functools.partial(splash_attention.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", kernel)
 
 
 def attend_on_cpu(q, k, v, segments_BT=None, backend="auto") -> jax.Array:
-    """`attend`, with XLA's attention in the place of cuDNN's: the same call, and the same q, k and v."""
+    """Call `attend` with XLA's attention in place of cuDNN's: the same call, and the same q, k and v."""
     if backend != "cudnn":
         return attention.attend(q, k, v, segments_BT, backend)
     of_jax = jax.nn.dot_product_attention
@@ -50,7 +50,7 @@ attend = jax.jit(attend_on_cpu, static_argnames="backend")
 
 
 def paper_slopes(heads: int) -> list[float]:
-    """`get_slopes` of the ALiBi authors' code (ofirpress/attention_with_linear_biases)."""
+    """Return the slopes as the ALiBi authors' code does (ofirpress/attention_with_linear_biases, `get_slopes`)."""
 
     def of_power_of_two(n):
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
@@ -71,13 +71,13 @@ def qkv(B: int, T: int, H: int, K: int) -> list[np.ndarray]:
 
 
 def random_segments(B: int, T: int) -> np.ndarray:
-    """Documents of about 20 tokens, each row cut at its own places; the last of a row is padding, which is 0."""
+    """Return documents of about 20 tokens; the last document of each row is padding, which is 0."""
     segments = 1 + np.cumsum(np.random.default_rng(9).random((B, T)) < 0.05, axis=1)
     return np.where(segments == segments[:, -1:], 0, segments).astype(np.int32)
 
 
 def paper(q, k, v, segments_BT=None) -> jax.Array:
-    """softmax(q k / sqrt(K) - m (i - j)) v over j <= i of the same document, in fp32."""
+    """Return softmax(q k / sqrt(K) - m (i - j)) v over j <= i of the same document, in fp32."""
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     i, j = jnp.meshgrid(jnp.arange(q.shape[1]), jnp.arange(q.shape[1]), indexing="ij")
     scores = jnp.einsum("bihd,bjhd->bhij", q, k, precision="highest") / math.sqrt(q.shape[-1])
@@ -89,7 +89,7 @@ def paper(q, k, v, segments_BT=None) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def with_gradients(run, q, k, v, segments_BT, weights) -> list[jax.Array]:
-    """[output, dq, dk, dv] in fp32, for a loss of sum(output * weights)."""
+    """Return [output, dq, dk, dv] in fp32, for a loss of sum(output * weights)."""
     out, pull = jax.vjp(lambda q, k, v: run(q, k, v, segments_BT), q, k, v)
     return [x.astype(jnp.float32) for x in (out, *pull(weights.astype(out.dtype)))]
 
@@ -102,7 +102,7 @@ def relative_errors(ours, exact) -> np.ndarray:
 
 
 def shapes_within(jaxpr) -> list[tuple[int, ...]]:
-    """Shapes of all values that a traced program makes, inner programs included."""
+    """Return the shapes of all values in a traced program, inner programs included."""
     inner = [getattr(p, "jaxpr", p) for e in jaxpr.eqns for p in e.params.values()]
     nested = [shape for j in inner if hasattr(j, "eqns") for shape in shapes_within(j)]
     return [v.aval.shape for e in jaxpr.eqns for v in e.outvars] + nested
@@ -119,11 +119,12 @@ def test_slopes_of_8_and_of_6_heads_are_the_published_numbers():
 
 
 def test_bias_falls_with_distance_and_ignores_a_common_shift():
-    slopes, at = attention.alibi_slopes(6), jnp.arange(40)
-    bias = attention.alibi_bias(slopes, at, at)
+    slopes, positions = attention.alibi_slopes(6), jnp.arange(40)
+    bias = attention.alibi_bias(slopes, positions, positions)
     expected = [[[-m * (i - j) for j in range(40)] for i in range(40)] for m in paper_slopes(6)]
     np.testing.assert_allclose(bias, expected, rtol=1e-6)
-    np.testing.assert_array_equal(bias, attention.alibi_bias(slopes, at + 100_000, at + 100_000))
+    shifted = positions + 100_000
+    np.testing.assert_array_equal(bias, attention.alibi_bias(slopes, shifted, shifted))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,6 @@ def test_probabilities_of_zero_scores_are_the_softmax_of_the_bias(backend, T, H)
         assert (probs_THS[i, :, i + 1 :] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------- parity of the five
-
-
 @every_backend
 @whether_packed
 @pytest.mark.parametrize("T, H, K", [(256, 2, 32), (384, 8, 32), (640, 6, 16)])  # 1, 1 and 25 blocks of splash
@@ -154,13 +152,13 @@ def test_outputs_and_gradients_are_the_papers(backend, packed, T, H, K):
 
 @pytest.mark.parametrize("backend", ["chunked", "cudnn", "splash"])
 @whether_packed
-def test_in_bfloat16_they_are_as_near_as_the_reference_is(backend, packed):
+def test_in_bfloat16_errors_are_those_of_the_reference(backend, packed):
     T, H, K = 256, 6, 32
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(1, T, H, K))
     arrays = q, k, v, random_segments(1, T) if packed else None, normal(1, T, H, K, seed=3)
     exact = with_gradients(paper, *arrays)
     assert attend(q, k, v, backend=backend).dtype == jnp.bfloat16
-    # Splash gets q divided by sqrt(K), and rounded once more.
+    # Splash receives q divided by sqrt(K), which is rounded once more.
     errors, reference = (relative_errors(with_gradients(OF[b], *arrays), exact) for b in (backend, "reference"))
     assert (errors < (1.1 if backend == "cudnn" else 2) * reference).all(), errors / reference
 
@@ -174,7 +172,7 @@ def test_chunked_and_native_take_any_length(backend, K, T, packed):
         np.testing.assert_allclose(ours, exact, atol=5e-5)
 
 
-def test_what_is_not_a_number_comes_out_of_native_and_its_gradients():
+def test_nan_passes_through_native_and_its_gradients():
     """The guard must see it."""
     for place in range(3):
         arrays = qkv(1, 40, 2, 16)
@@ -185,7 +183,7 @@ def test_what_is_not_a_number_comes_out_of_native_and_its_gradients():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_native_computes_the_same_bits_whoever_helps(threads):
+def test_native_computes_the_same_bits_with_any_number_of_threads(threads):
     code = f"""
 import os
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads}])
@@ -193,7 +191,7 @@ import hashlib, jax, numpy as np, test_attention as t
 run = t.with_gradients(t.OF["native"], *t.qkv(2, 200, 6, 32), None, t.normal(2, 200, 6, 32, seed=3))
 print(hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in run)).hexdigest())
 """
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "model")))}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=TESTS, env=environment, capture_output=True, text=True, check=True
     )
@@ -213,9 +211,6 @@ def test_no_gradient_flows_from_later_tokens_and_some_from_every_earlier_one(bac
     np.testing.assert_array_equal(reach(of_v), np.arange(T) <= t)
 
 
-# ---------------------------------------------------------------------------------------------------- packed documents
-
-
 @every_backend
 def test_packed_documents_equal_separate_ones(backend):
     lengths = [1, 130, 64, 61]
@@ -223,52 +218,47 @@ def test_packed_documents_equal_separate_ones(backend):
     packed = [np.concatenate(parts, axis=1) for parts in zip(*documents)]
     together = attend(*packed, np.repeat([1, 2, 3, 0], lengths)[None], backend=backend)
     separate = [attend(*document, backend="reference") for document in documents]
-    # With cuDNN's channels scores are up to 1536, where fp32 has steps of 1/8192.
+    # cuDNN's channels raise scores up to 1536, where fp32 has steps of 1/8192.
     np.testing.assert_allclose(together, np.concatenate(separate, axis=1), atol=3e-4 if backend == "cudnn" else 2e-5)
 
 
 @every_backend
 @pytest.mark.parametrize("first, step", [(1, 1), (1, 128), (4080, 1)])
 def test_not_one_bit_comes_from_another_document(backend, first, step):
-    """Not even where its scores are far higher: up to 100 here."""
+    """This holds even where the other document's scores are far higher, up to 100."""
     T = 256
     q, k, v = qkv(1, T, 2, 16)
     document = np.arange(T)[None] // 8
-    odd = ((document % 2 == 1) ^ (document >= 16))[..., None, None]  # of two that are 16 apart one is
+    odd = ((document % 2 == 1) ^ (document >= 16))[..., None, None]  # of two documents that are 16 apart, one is odd
     segments = first + step * document
     spoilt = np.where(odd, 20 * q, q), np.where(odd, 20 * k, k), np.where(odd, 1e4 * v, v)
     scores = jnp.einsum("BTHK,BSHK->BHTS", q, spoilt[1]) / math.sqrt(16)
     assert 50 < jnp.abs(scores).max() < 150
-    mine = ~odd[0, :, 0, 0]
-    before, after = (attend(*arrays, segments, backend=backend)[:, mine] for arrays in ((q, k, v), spoilt))
+    own = ~odd[0, :, 0, 0]
+    before, after = (attend(*arrays, segments, backend=backend)[:, own] for arrays in ((q, k, v), spoilt))
     np.testing.assert_array_equal(before, after)
-    only_mine = normal(1, T, 2, 16, seed=4) * ~odd
-    assert all(not g[:, ~mine].any() for g in with_gradients(OF[backend], *spoilt, segments, only_mine)[1:])
+    own_gradient = normal(1, T, 2, 16, seed=4) * ~odd
+    assert all(not g[:, ~own].any() for g in with_gradients(OF[backend], *spoilt, segments, own_gradient)[1:])
 
 
 @pytest.mark.parametrize("dtype, error", [(jnp.bfloat16, 2**-16), (jnp.float16, 2**-16), (jnp.float32, 2**-22)])
 def test_the_channels_multiply_to_the_slope_times_the_position(dtype, error):
     T, H, K = 8192, 6, 8
     zeros = jnp.zeros((1, T, H, K), dtype)
-    q, k, _ = (
-        np.asarray(x[0], np.float64)
-        for x in jax.jit(attention._cudnn_inputs)(zeros, zeros, zeros, attention.alibi_slopes(H), None)
-    )
+    augment = jax.jit(lambda q, k: attention._augment(q, k, attention.alibi_slopes(H), 1 / math.sqrt(K)))
+    q, k = (np.asarray(x[0], np.float64) for x in augment(zeros, zeros))
     scores_TH = (q[:1] * k).sum(axis=-1) / math.sqrt(K)
     expected_TH = np.arange(T)[:, None] * np.array(paper_slopes(H))
     np.testing.assert_allclose(scores_TH, expected_TH, rtol=error)
 
 
 @pytest.mark.parametrize("documents", [5, 300])
-def test_the_number_of_documents_costs_cudnn_no_precision(documents):
+def test_cudnns_precision_does_not_depend_on_the_number_of_documents(documents):
     T, H, K = 2048, 2, 32
     cuts = np.sort(np.random.default_rng(0).choice(np.arange(1, T), documents - 1, replace=False))
     segments = 1 + np.searchsorted(cuts, np.arange(T), side="right")[None]
     arrays = *qkv(1, T, H, K), segments, normal(1, T, H, K, seed=3)
     assert (relative_errors(with_gradients(OF["cudnn"], *arrays), with_gradients(paper, *arrays)) < 1e-4).all()
-
-
-# ------------------------------------------------------------------------------------------------------ what runs where
 
 
 @pytest.mark.parametrize(
@@ -293,12 +283,12 @@ def test_the_number_of_documents_costs_cudnn_no_precision(documents):
     ],
 )
 def test_resolve(backend, platform, dtype, head_dim, seq_len, kernel, why_not):
-    found, reason = attention.resolve(backend, platform, dtype, head_dim, seq_len)
-    assert found == kernel and bool(reason) == bool(why_not) and why_not in reason
+    resolved, reason = attention.resolve(backend, platform, dtype, head_dim, seq_len)
+    assert resolved == kernel and bool(reason) == bool(why_not) and why_not in reason
 
 
 @pytest.mark.parametrize(
-    "backend, platform, dtype, head_dim, seq_len, said",
+    "backend, platform, dtype, head_dim, seq_len, refusal",
     [
         ("cudnn", "cpu", "bfloat16", 32, 256, "cudnn is for a GPU, not a CPU"),
         ("splash", "cuda", "bfloat16", 32, 256, "splash is for a TPU, not a GPU"),
@@ -308,14 +298,14 @@ def test_resolve(backend, platform, dtype, head_dim, seq_len, kernel, why_not):
         ("cudnn", "gpu", "float32", 32, 256, "not float32"),
     ],
 )
-def test_a_kernel_that_is_named_and_cannot_run_is_refused(backend, platform, dtype, head_dim, seq_len, said):
-    with pytest.raises(UsageError, match=f"^config.model.attention={backend}: .*{said}; set .*attention=auto$"):
+def test_a_named_kernel_that_cannot_run_is_refused(backend, platform, dtype, head_dim, seq_len, refusal):
+    with pytest.raises(UsageError, match=f"^config.model.attention={backend}: .*{refusal}; set .*attention=auto$"):
         attention.resolve(backend, platform, dtype, head_dim, seq_len)
 
 
-def test_without_a_compiler_a_cpu_has_chunked(monkeypatch):
-    monkeypatch.setattr(attention.compiled, "load", lambda source: False)
-    assert attention.resolve("auto", "cpu", "float32", 32, 256) == ("chunked", "native is not compiled here")
+def test_without_a_compiler_a_cpu_runs_chunked(monkeypatch):
+    monkeypatch.setattr(attention.build, "load", lambda source: False)
+    assert attention.resolve("auto", "cpu", "float32", 32, 256) == ("chunked", "native is not compiled on this machine")
 
 
 def test_attend_refuses_shapes_too():
@@ -334,7 +324,7 @@ def test_auto_runs_what_resolve_says(platform, T, kernel, monkeypatch):
 
 @whether_packed
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "backward"])
-def test_chunked_and_native_never_make_a_square_of_the_sequence(packed, differentiated):
+def test_chunked_and_native_have_no_square_of_the_sequence(packed, differentiated):
     T, H = 1024, 2
     segments = random_segments(1, T) if packed else None
 

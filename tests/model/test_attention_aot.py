@@ -1,4 +1,4 @@
-"""What the compilers for GPUs and TPUs make of attention: its kernels, no T x T array, memory, and nothing gathered."""
+"""Attention as compilers for GPUs and TPUs compile it: kernels, no T x T array, linear memory, no collectives."""
 
 import collections
 import functools
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.slow
 ONE = {"cudnn": "h100:1", "splash": "v5e:1x1"}
 EIGHT = {"cudnn": "h100:8", "splash": "v5e:2x4"}
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-TPU = "tpu_custom_call"  # one of the forward pass, and two of the backward pass
+TPU = "tpu_custom_call"  # once in the forward pass, and twice in the backward pass
 both_kernels = pytest.mark.parametrize("kernel", ["cudnn", "splash"])
 
 
 def compile_gradient(kernel: str, topology: str, shape: tuple, mesh_shape=(1, 1, 1), layers=0) -> jax.stages.Compiled:
-    """dq, dk and dv of packed [B, T, H, K] in bf16; with `layers`, through rematerialised layers of a scan."""
+    """Compile dq, dk and dv of packed [B, T, H, K] in bf16; with `layers`, of a scan of rematerialised layers."""
     mesh = Mesh(np.asarray(described(topology)).reshape(mesh_shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
     def gradient(q, k, v, segments_BT, of_out):
@@ -45,13 +45,13 @@ def compile_gradient(kernel: str, topology: str, shape: tuple, mesh_shape=(1, 1,
 
 
 def largest_array(text: str) -> int:
-    """Elements of the largest array that a compiled program's text names."""
+    """Return the size of the largest array in a compiled program's text."""
     return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\w\[([\d,]+)\]", text))
 
 
 def calls(text: str) -> dict[str, int]:
-    found = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
-    return {name: found[name] for name in (FORWARD, BACKWARD, TPU) if found[name]}
+    counts = collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))
+    return {name: counts[name] for name in (FORWARD, BACKWARD, TPU) if counts[name]}
 
 
 def collectives(text: str) -> list[str]:
@@ -59,31 +59,31 @@ def collectives(text: str) -> list[str]:
 
 
 @both_kernels
-def test_the_kernel_is_there_and_memory_is_linear_in_the_length(kernel):
-    """The same tokens in rows four times as long: no array is a square of the length, and nothing grows."""
+def test_the_kernel_runs_and_memory_is_linear_in_the_length(kernel):
+    """Compare the same tokens in rows four times as long: no square of the length, and no more memory."""
     short, long = (compile_gradient(kernel, ONE[kernel], (8192 // T, T, 2, 32)) for T in (2048, 8192))
     for compiled in (short, long):
         text = compiled.as_text()
         assert calls(text) == ({FORWARD: 1, BACKWARD: 1} if kernel == "cudnn" else {TPU: 3})
         assert largest_array(text) < 2048**2
-    # Of the masks a TPU keeps what the blocks of 512 x 512 are: 4 x 4 bytes and 16 x 16 of them.
+    # A TPU's masks have a byte for each block of 512 x 512: 4 x 4 and 16 x 16 bytes.
     need = [compiled.memory_analysis().temp_size_in_bytes for compiled in (short, long)]
     assert 0 < need[1] < 1.01 * need[0]
 
 
-def test_a_square_would_be_found():
+def test_the_reference_has_a_square():
     compiled = compile_gradient("reference", "h100:1", (1, 1024, 2, 32))
     assert largest_array(compiled.as_text()) >= 2 * 1024**2
 
 
-def test_cudnn_is_told_the_scale_of_the_model_and_to_be_causal():
+def test_cudnn_receives_the_models_scale_and_a_causal_mask():
     text = compile_gradient("cudnn", "h100:1", (1, 256, 2, 32)).as_text()
     scales = [float(x) for x in re.findall(r'"fmha_scale": ?([\d.e-]+)', text)]
     assert scales == pytest.approx([32**-0.5] * 2) and re.findall(r'"mask_type": ?"(\w+)"', text) == ["CAUSAL"] * 2
 
 
 def test_a_gpu_does_not_lose_the_second_part_of_a_slope():
-    """x - float32(bfloat16(x)) is 0 there: XLA keeps more precision than it is asked for."""
+    """x - float32(bfloat16(x)) would be 0: XLA for GPUs drops the casts."""
     (h100,) = described("h100:1")
     spec = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(h100))
     qk, slopes_H = spec((1, 256, 6, 32), jnp.bfloat16), spec((6,), jnp.float32)
@@ -100,15 +100,15 @@ def test_layers_in_a_scan_are_rematerialised(kernel):
 
 @both_kernels
 def test_each_of_8_devices_attends_with_its_own_rows_and_heads(kernel):
-    """Nothing goes between them: 4 share the rows, 2 the heads."""
+    """Four devices split the rows, two the heads, without any collective."""
     B, T, H, K = shape = 8, 512, 6, 32
     text = compile_gradient(kernel, EIGHT[kernel], shape, (1, 4, 2)).as_text()
     assert calls(text) and not collectives(text)
     assert largest_array(text) <= B * T * H * 128 // 8  # 128: a TPU's lanes
 
 
-def test_on_8_devices_chunked_and_splash_are_the_reference():
-    """Run on 8 devices made of a CPU; splash with each device's own slopes."""
+def test_on_8_devices_chunked_and_splash_equal_the_reference():
+    """Run on 8 devices of a CPU; each device's splash has its own slopes."""
     code = r"""
         import functools, re, jax, numpy as np
         from jax.experimental.pallas.ops.tpu import splash_attention as splash

@@ -1,4 +1,4 @@
-"""The arithmetic of costs.py against the arrays, the cache and the traced program it speaks about."""
+"""The arithmetic of costs.py equals the arrays, the cache and the matmuls of the network."""
 
 import math
 
@@ -19,8 +19,8 @@ VARIANTS = {
     "uneven shared_kv": {"shared_kv": True, "rank_split": (1, 2, 5, 3), "rank": 7},
     "factored mlp": {"mlp_rank": 9},
     "factored embedding": {"embed_rank": 5},
-    "head of its own": {"tied": False},
-    "head and embedding factored": {"tied": False, "embed_rank": 5},
+    "untied head": {"tied": False},
+    "untied and factored": {"tied": False, "embed_rank": 5},
     "odd sizes": {"d": 48, "heads": 6, "rank": 20, "mlp": 33, "mlp_rank": 3, "embed_rank": 7, "vocab": 257},
     "one layer, full rank": {"layers": 1, "rank": 64, "rank_split": (1, 1, 1, 1)},
 }
@@ -43,7 +43,7 @@ def count_under(params: dict, *prefixes: tuple[str, ...]) -> int:
 
 
 def matmul_flops(jaxpr) -> int:
-    """FLOPs of every matrix multiplication of a traced program, loops included."""
+    """Return the FLOPs of all matmuls of a traced program, loops included."""
     total = 0
     for e in jaxpr.eqns:
         if e.primitive.name == "dot_general":
@@ -94,7 +94,7 @@ def test_attention_of_the_custom_preset_is_75_percent_smaller_than_dense():
 
 @variants
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_cache_bytes_equal_those_of_the_cache_that_decoding_reads(changes, dtype):
+def test_cache_bytes_equal_those_of_the_decoders_cache(changes, dtype):
     c, rows, size = toy(**changes), 3, 40
     cache = jax.tree.leaves(jax.eval_shape(lambda: decoder.empty_cache(c, rows, size, dtype)))
     claimed = costs.kv_bytes_per_token(c, jnp.dtype(dtype).itemsize)

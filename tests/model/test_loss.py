@@ -1,4 +1,4 @@
-"""The head's loss in several parts: values and gradients are those of the formula, and no part has too many tokens."""
+"""The head's loss in parts has the values and gradients of the formula, and no part has too many tokens."""
 
 import math
 
@@ -10,11 +10,11 @@ import pytest
 from lowrank_jax.model import loss
 
 OPTIONS = [(0.0, 0.0), (0.2, 0.03)]  # (label smoothing, z-loss)
-SCALE, PULL = 0.37, 3.0  # of the objective inside, and of its gradient from outside
+SCALE, PULL = 0.37, 3.0  # factors of the objective, and of its cotangent
 
 
 def draw(rows: int, length: int, width: int, vocab: int) -> tuple[np.ndarray, ...]:
-    """(table, x, targets, weights) with logits of several nats and weights from 0 to 2."""
+    """Return (table, x, targets, weights) with logits of several nats and weights from 0 to 2."""
     rng = np.random.default_rng(rows * length + width)
     table, x = rng.standard_normal((vocab, width), np.float32), rng.standard_normal((rows, length, width), np.float32)
     weights = (2 * rng.random((rows, length)) * (rng.random((rows, length)) < 0.8)).astype(np.float32)
@@ -22,7 +22,7 @@ def draw(rows: int, length: int, width: int, vocab: int) -> tuple[np.ndarray, ..
 
 
 def by_formula(table, x, targets, weights, smoothing: float, z_loss: float) -> tuple:
-    """(objective, cross-entropy, gradients of the objective for the table and for x), of all logits at once."""
+    """Return (objective, cross-entropy, the objective's gradients for the table and for x) from all logits at once."""
     table, x, weights = (a.astype(np.float64) for a in (table, x, weights))
     vocab, logits = len(table), x @ table.T
     log_z = np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -36,7 +36,7 @@ def by_formula(table, x, targets, weights, smoothing: float, z_loss: float) -> t
 
 
 def by_parts(table, x, targets, weights, smoothing: float, z_loss: float) -> tuple:
-    """The same from `through_head`, with PULL x SCALE in the gradients."""
+    """Return the same from `through_head`, with PULL x SCALE in the gradients."""
 
     def pulled(table, x):
         objective, nats = loss.through_head(table, x, targets, weights, SCALE, smoothing, z_loss)
@@ -47,14 +47,14 @@ def by_parts(table, x, targets, weights, smoothing: float, z_loss: float) -> tup
 
 
 def errors(arrays, results, smoothing: float, z_loss: float) -> list[float]:
-    """Relative errors of what `by_parts` gives for these arrays."""
+    """Return the relative errors of `by_parts`' results for these arrays."""
     factors = (SCALE, 1.0, SCALE * PULL, SCALE * PULL)
     exact = [factor * a for factor, a in zip(factors, by_formula(*arrays, smoothing, z_loss))]
     return [float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()) for a, b in zip(results, exact, strict=True)]
 
 
 class Parts(list):
-    """The shapes of all logits that a program makes while it is traced, in `loss.objective_sum`'s place."""
+    """A list of the shapes of all logits in a traced program; it replaces `loss.objective_sum`."""
 
     def __init__(self, tokens: int, patch):
         self.objective_sum = loss.objective_sum
@@ -72,17 +72,17 @@ class Parts(list):
 
 @pytest.mark.parametrize("smoothing, z_loss", OPTIONS)
 def test_several_parts_have_the_values_and_gradients_of_all_logits_at_once(monkeypatch, smoothing, z_loss):
-    """12 tokens of 3 rows, at most 17 tokens of them all at a time: three parts, as 5 does not divide 12."""
+    """3 rows of 12 tokens in parts of at most 17 tokens: three parts, as 5 does not divide 12."""
     parts, arrays = Parts(17, monkeypatch), draw(3, 12, 5, 7)
     results = jax.jit(by_parts, static_argnums=(4, 5))(*arrays, smoothing, z_loss)
     assert set(parts) == {(3, 4, 7)}
     assert max(errors(arrays, results, smoothing, z_loss)) < 1e-5
-    alone = loss.through_head(*arrays, SCALE, smoothing, z_loss)  # where nobody wants gradients
+    alone = loss.through_head(*arrays, SCALE, smoothing, z_loss)  # without gradients
     assert set(parts) == {(3, 4, 7)}
     np.testing.assert_allclose(alone, results[:2], rtol=1e-5)
 
 
-def test_logits_are_fp32_where_all_else_is_bf16(monkeypatch):
+def test_logits_are_fp32_where_everything_else_is_bf16(monkeypatch):
     Parts(8, monkeypatch)
     table, x, *rest = draw(2, 16, 64, 7)  # logits of 8 and more, whose steps in bf16 are 1/32
     half = table.astype(jnp.bfloat16), x.astype(jnp.bfloat16), *rest
@@ -94,7 +94,7 @@ def test_logits_are_fp32_where_all_else_is_bf16(monkeypatch):
 
 
 @pytest.mark.parametrize("rows, length", [(1, 65536), (4, 3000), (2048, 6)])
-def test_no_more_than_2048_tokens_have_logits_at_a_time(monkeypatch, rows, length):
+def test_at_most_2048_tokens_have_logits_at_once(monkeypatch, rows, length):
     parts = Parts(loss.TOKENS, monkeypatch)
     shapes = [(9, 4), (rows, length, 4), (rows, length), (rows, length)]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, (*"ff", *"if"))]

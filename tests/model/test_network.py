@@ -1,4 +1,4 @@
-"""The network: cached decode against the full forward pass, ALiBi at every step, and low rank against dense numpy."""
+"""The network: cached decode equals the full forward pass, ALiBi acts at every step, low rank equals dense numpy."""
 
 import functools
 
@@ -18,7 +18,7 @@ EIGHT_HEADS = {"d": 64, "heads": 8}
 FACTORED = {"d": 96, "rank": 24, "vocab": 512, "mlp_rank": 16, "embed_rank": 12, "layers": 4}
 ONE_LAYER = {"layers": 1, "latent_norm": False}
 
-# Compiling is nearly all that these tests do, and takes a fifth (init) to a half of the time without LLVM's passes.
+# These tests mostly compile, which takes a fifth (init) to a half of the time without LLVM's passes.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -29,7 +29,7 @@ def toy(**changes) -> ModelConfig:
 
 
 def make(c: ModelConfig) -> dict:
-    """Random parameters of the model's shapes, the factors that start at zero included, for logits of about 1."""
+    """Return random parameters for logits of about 1, also for the factors that start at zero."""
     rng = np.random.default_rng(0)
 
     def draw(path, w):
@@ -55,18 +55,18 @@ init = jit(network.init, static_argnums=0)
 
 @functools.partial(jit, static_argnums=(0, 5))
 def cached(c: ModelConfig, params: dict, prompts, lengths, following, dtype=jnp.float32) -> jax.Array:
-    """Logits [B, 1 + steps, V] after each row's prompt and after each of its following tokens [B, steps]."""
+    """Return the logits [B, 1 + steps, V] after each row's prompt and after each of its following tokens [B, steps]."""
     (B, T), steps = prompts.shape, following.shape[1]
     w = decoder.prepare(c, params, "fp32", dtype)
     cache = decoder.empty_cache(c, B, -(-(T + steps) // decoder.BLOCK) * decoder.BLOCK, dtype)
-    nothing = jnp.zeros(B, jnp.int32)
-    x_BTD, window = decoder.read(c, w, cache, decoder.empty_window(c, B, T, dtype), prompts, nothing, 0)
-    cache = decoder.keep(cache, window, nothing)
+    starts_B = jnp.zeros(B, jnp.int32)
+    x_BTD, window = decoder.read(c, w, cache, decoder.empty_window(c, B, T, dtype), prompts, decoder.Place(starts_B))
+    cache = decoder.keep(cache, window, starts_B)
     first = decoder.logits(w, jnp.take_along_axis(x_BTD, (lengths - 1)[:, None, None], axis=1)[:, 0])
 
-    def step(window, at):
-        i, tokens = at
-        x_B1D, window = decoder.read(c, w, cache, window, tokens[:, None], lengths, i)
+    def step(window, new):
+        i, tokens = new
+        x_B1D, window = decoder.read(c, w, cache, window, tokens[:, None], decoder.Place(lengths, i))
         return window, decoder.logits(w, x_B1D[:, 0])
 
     _, rest = jax.lax.scan(step, decoder.empty_window(c, B, steps, dtype), (jnp.arange(steps), following.T))
@@ -74,7 +74,7 @@ def cached(c: ModelConfig, params: dict, prompts, lengths, following, dtype=jnp.
 
 
 def cut(tokens: np.ndarray, lengths: list[int], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's prompt, right-padded with nonsense, and the `steps` tokens that follow it."""
+    """Return each row's prompt, right-padded with other tokens, and the `steps` tokens that follow it."""
     prompts = np.full((len(lengths), max(lengths)), 7, np.int32)
     for row, tokens_T, n in zip(prompts, tokens, lengths):
         row[:n] = tokens_T[:n]
@@ -99,19 +99,19 @@ def test_cached_decode_equals_full_forward_far_beyond_the_prompt(changes):
     params, tokens = make(c), some_tokens(c, 3, 150)
     expected = np.asarray(full(c, params, tokens))
     prompts, following = cut(tokens, lengths, steps)
-    got = np.asarray(cached(c, params, prompts, np.asarray(lengths), following))
+    decoded = np.asarray(cached(c, params, prompts, np.asarray(lengths), following))
     assert 0.3 < expected.std() < 3
     for row, n in enumerate(lengths):
-        np.testing.assert_allclose(got[row], expected[row, n - 1 : n + steps], atol=2e-5)
+        np.testing.assert_allclose(decoded[row], expected[row, n - 1 : n + steps], atol=2e-5)
 
 
 def test_cached_decode_stays_close_to_full_forward_in_bfloat16():
     c = toy(layers=1)
     params, tokens = make(c), some_tokens(c, 2, 40)
     expected = full(c, params, tokens, None, jnp.bfloat16)
-    got = cached(c, params, tokens[:, :20], np.full(2, 20), tokens[:, 20:], jnp.bfloat16)
-    assert got.dtype == expected.dtype == jnp.float32
-    np.testing.assert_allclose(got, expected[:, 19:], atol=0.1)
+    decoded = cached(c, params, tokens[:, :20], np.full(2, 20), tokens[:, 20:], jnp.bfloat16)
+    assert decoded.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(decoded, expected[:, 19:], atol=0.1)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -124,7 +124,7 @@ def normed(x: np.ndarray) -> np.ndarray:
 
 
 def dense_forward(c: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndarray:
-    """The model as its paper would draw it: dense matrices (the products of the factors), loops, float64."""
+    """Return the logits of the textbook model: dense matrices (products of the factors), loops, float64."""
     p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
     slopes_H = attention.alibi_slopes(c.heads).astype(np.float64)
     product = lambda linear: linear["down"] @ linear["up"]
@@ -146,7 +146,7 @@ def dense_forward(c: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndar
     return normed(x) * p["norm"]["gain"] @ p["embed" if c.tied else "head"]["table"].T
 
 
-@pytest.mark.parametrize("rank, tied", [(48, True), (5, False)], ids=["full rank", "low rank, a head of its own"])
+@pytest.mark.parametrize("rank, tied", [(48, True), (5, False)], ids=["full rank", "low rank, untied"])
 def test_low_rank_model_equals_the_dense_model_of_the_product_matrices(rank, tied):
     c = toy(latent_norm=False, rank=rank, rank_split=(1, 1, 1, 1), tied=tied)
     params, tokens = make(c), some_tokens(c, 2, 21)
@@ -165,7 +165,7 @@ def test_full_rank_represents_any_dense_matrix():
 
 
 def without_queries(c: ModelConfig) -> dict:
-    """Parameters whose queries and MLP are zero: attention sees nothing but the bias."""
+    """Return parameters whose queries and MLP are zero, so attention depends on the bias alone."""
     params = make(c)
     params["blocks"]["attention"]["q"]["up"] *= 0
     params["blocks"]["mlp"]["out"]["kernel"] *= 0
@@ -173,13 +173,13 @@ def without_queries(c: ModelConfig) -> dict:
 
 
 def bias_only_layer(c: ModelConfig, params: dict, tokens_T: np.ndarray) -> np.ndarray:
-    """One layer in numpy, where each head averages the value latents with weights softmax(-m (i - j)) over j <= i."""
+    """Return a layer's logits from numpy: each head averages the value latents by softmax(-m (i - j)) over j <= i."""
     b = jax.tree.map(lambda w: np.asarray(w[0], np.float64), params["blocks"])
     table = np.asarray(params["embed"]["table"], np.float64)
     x_TD = table[tokens_T]
     latent_TR = normed(normed(x_TD) * b["attention_norm"]["gain"] @ b["attention"]["v"]["down"])
     heads_RHK = b["attention"]["v"]["up"].reshape(-1, c.heads, c.head_dim)
-    slopes = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]  # the published ones of 6 heads
+    slopes = [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]  # as published for 6 heads
     out = []
     for i in range(len(tokens_T)):
         means_HR = [softmax(-m * (i - np.arange(i + 1.0))) @ latent_TR[: i + 1] for m in slopes]
@@ -201,7 +201,7 @@ def test_bias_alone_weighs_the_latents_at_every_decode_step():
 
 
 def last_logits_of_two_prefix_orders(c: ModelConfig, by_decode: bool) -> np.ndarray:
-    """Last logits [2, V] of a sequence and of the same one with the tokens before its last permuted."""
+    """Return the last logits [2, V] of a sequence, and of one with the tokens before its last permuted."""
     params, tokens = make(c), some_tokens(c, 2, 14)
     tokens[1] = [*np.random.default_rng(3).permutation(tokens[0, :-1]), tokens[0, -1]]
 
@@ -224,7 +224,7 @@ def test_order_of_the_prefix_reaches_one_layer_through_the_slopes_alone(backend,
     np.testing.assert_allclose(ordered, permuted, atol=1e-5)
 
 
-def test_padding_after_a_prompt_changes_neither_its_logits_nor_what_follows():
+def test_padding_after_a_prompt_changes_no_logits():
     c, lengths = toy(), np.asarray([9, 9])
     params, tokens = make(c), some_tokens(c, 2, 20)
     tokens[1, :9], tokens[1, 12:] = tokens[0, :9], tokens[0, 12:]
@@ -250,8 +250,8 @@ def test_unrolled_and_remat_have_the_loss_and_gradients_of_scan(scan, remat):
 
 
 def test_remat_keeps_fewer_activations_for_the_backward_pass():
-    kept = lambda remat: compiled_gradients(True, remat).memory_analysis().temp_size_in_bytes
-    assert kept(True) < 0.8 * kept(False)
+    temporary = lambda remat: compiled_gradients(True, remat).memory_analysis().temp_size_in_bytes
+    assert temporary(True) < 0.8 * temporary(False)
 
 
 @pytest.mark.parametrize("changes", [{}, FACTORED, FACTORED | {"tied": False}], ids=["plain", "factored", "untied"])
@@ -270,7 +270,7 @@ def test_blocks_are_the_identity_and_predictions_nearly_uniform_at_init(changes)
     assert -jax.nn.log_softmax(logits).mean() < np.log(c.vocab) + 1
 
 
-def test_every_matrix_starts_with_the_variance_its_docstring_states():
+def test_every_matrix_starts_with_the_variance_of_its_docstring():
     c = toy(**FACTORED)
     params = init(c, jax.random.key(0))
     projection, mlp = params["blocks"]["attention"]["v"], params["blocks"]["mlp"]
@@ -284,12 +284,12 @@ def test_every_matrix_starts_with_the_variance_its_docstring_states():
     for w, variance in expected:
         np.testing.assert_allclose(np.std(w), variance**0.5, rtol=0.1)
     layers = np.asarray(projection["down"]).reshape(4, -1)
-    assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.2  # each layer draws its own
+    assert np.abs(np.corrcoef(layers) - np.eye(4)).max() < 0.2  # the layers differ
     assert not np.any(params["blocks"]["attention"]["o"]["up"]) and not np.any(mlp["out"]["up"])
 
 
 @pytest.mark.parametrize("d_in, d_out", [(256, 256), (256, 704), (704, 256)])
-def test_factors_start_as_large_as_those_of_a_dense_draw_s_svd(d_in, d_out):
+def test_factors_start_as_large_as_the_svds_of_a_dense_matrix(d_in, d_out):
     u, s, vt = np.linalg.svd(np.random.default_rng(0).standard_normal((d_in, d_out)) / d_in**0.5, full_matrices=False)
     linear = network.Linear(None, nnx.Rngs(0), d_in, d_out, 32)
     np.testing.assert_allclose(np.std(linear.down[...]), np.std(u[:, :32] * s[:32] ** 0.5), rtol=0.1)
@@ -302,8 +302,8 @@ def test_a_vocabulary_of_257_works_in_forward_prefill_and_decode():
     tokens[:, -1] = 256
     expected = full(c, params, tokens)
     assert expected.shape == (2, 8, 257)
-    got = cached(c, params, tokens[:, :4], np.full(2, 4), tokens[:, 4:])
-    np.testing.assert_allclose(got, expected[:, 3:], atol=2e-5)
+    decoded = cached(c, params, tokens[:, :4], np.full(2, 4), tokens[:, 4:])
+    np.testing.assert_allclose(decoded, expected[:, 3:], atol=2e-5)
 
 
 def test_packed_segments_equal_separate_documents():
@@ -325,8 +325,8 @@ def test_later_tokens_do_not_change_earlier_logits():
 def test_the_gradient_of_swiglu_is_that_of_its_definition():
     gate, up, g = 3 * np.random.default_rng(0).standard_normal((3, 500)).astype(np.float32)
     definition = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up
-    (ours, pull), (theirs, its_pull) = jax.vjp(network.swiglu, gate, up), jax.vjp(definition, gate, up)
-    for a, b in zip((ours, *pull(g)), (theirs, *its_pull(g)), strict=True):
+    (ours, pull), (exact, exact_pull) = jax.vjp(network.swiglu, gate, up), jax.vjp(definition, gate, up)
+    for a, b in zip((ours, *pull(g)), (exact, *exact_pull(g)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 

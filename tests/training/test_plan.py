@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from configs import default
 from lowrank_jax.config import RunConfig
-from lowrank_jax.data.stream import readers
 from lowrank_jax.model import costs
 from lowrank_jax.training import schedule
 from lowrank_jax.training.plan import milestones, stage_at, stages_of
@@ -230,16 +229,3 @@ def test_the_average_begins_where_its_phase_does_and_not_where_the_length_grows(
     decays = [float(schedule.average_decay(0.5, stage_at(plan, step), step)) for step in range(13)]
     ramp = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 9 / 18]
     np.testing.assert_allclose(decays, ramp + ramp[:4], rtol=1e-6)
-
-
-@pytest.mark.parametrize("rows, count", [(1, 1), (6, 6), (7, 7), (8, 8), (9, 3), (11, 1), (16, 8), (30, 6)])
-def test_readers_are_as_many_as_divide_the_rows_and_at_most_eight(rows, count):
-    phase = run_config({"block": 16, "tokens_per_step": 16 * rows}).pretrain
-    assert readers(phase) == count
-    asked_for = run_config({"block": 16, "tokens_per_step": 16 * rows, "readers": rows}).pretrain
-    assert readers(asked_for) == rows
-
-
-def test_readers_divide_the_rows_of_every_length():
-    growth = {"auto_grow": True, "block": 16, "grow_plan": (16, 32, 64)}
-    assert readers(run_config(growth | {"tokens_per_step": 16 * 24}).pretrain) == 6  # of 24, 12 and 6 rows

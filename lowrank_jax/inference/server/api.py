@@ -1,39 +1,33 @@
-"""Requests of OpenAI's text API, checked and read. What one may hold:
+"""Requests of OpenAI's text API, checked and read: the bodies that the server takes are Chat and Completion below.
 
-- `messages` (chat): texts, or lists of parts {"type": "text", "text": ...}; `prompt` (completions): a text, texts, or
-  token ids, which are taken as they are.
-- `model`: the served model's name; may be left out.
-- `max_tokens`, `max_completion_tokens`: most new tokens; 16 for completions, else up to the context, where every
-  answer ends.
-- `temperature`, `top_p`, `presence_penalty`, `frequency_penalty`, `logit_bias`, `n`, `stop`, `stream`,
-  `stream_options`, `logprobs`, `top_logprobs`: as OpenAI documents them.
-- `seed`: a random one if left out; answer i of `n` is drawn with `seed` + i.
-- `top_k`, `min_p`, `repetition_penalty`, `penalty_last_n`, `no_repeat_ngram`: see sampling.Sampling.
-- `preset`: one of sampling.PRESETS, which the fields above then change.
-- `user`, `metadata`, `store` and the others of IGNORED: ignored, as they do not change the answer.
-
-Any other field is refused, as are tools, images and response formats: a client that asks for something and does not get
-it should know. A field that is null, or asks for what is done anyway (NEUTRAL), counts as absent.
+- A field that is null, or has the value that the server implies (NEUTRAL), counts as absent.
+- Fields that do not change the answer are ignored (IGNORED).
+- All others are refused, such as tools, images and response formats, so that no client believes that it got them.
+- Sampling's own fields are as sampling.Sampling describes them; `preset` sets them first. `seed` is random if absent.
+- Answer i of `n` draws with `seed` + i.
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.inference.engine import TOP
+from lowrank_jax.inference.engine import TOP, Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 MOST_STOPS = 4
-IGNORED = set(
-    "user metadata store safety_identifier prompt_cache_key prompt_cache_retention service_tier "
-    "parallel_tool_calls".split()
-)
+IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+IGNORED |= {"service_tier", "parallel_tool_calls"}
 NEUTRAL = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -45,17 +39,12 @@ NEUTRAL = {
     "suffix": ("",),
     "best_of": (1,),
 }
-_DRAWN = {f.name for f in dataclasses.fields(Sampling)} - {"logit_bias", "seed"}
-_COMMON = set("model max_tokens n stop stream stream_options logprobs preset logit_bias seed".split()) | _DRAWN
-_FIELDS = {
-    True: _COMMON | {"messages", "max_completion_tokens", "top_logprobs"},
-    False: _COMMON | {"prompt"},
-}
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+DRAWN = {f.name for f in dataclasses.fields(Sampling)} - {"logit_bias", "seed"}
+Text, Ids = Annotated[str, Field(min_length=1)], Annotated[list[int], Field(min_length=1)]
 
 
 class Problem(Exception):
-    """What goes wrong with a request, as the client is told it."""
+    """An error of a request, as the client sees it."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -67,213 +56,210 @@ class Problem(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the server can do."""
+def _field(default, description: str, **limits):
+    """Return a pydantic field; error messages say that its value must be `description`."""
+    return Field(default, description=description, **limits)
 
-    model: str  # its name
+
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"] = _field(..., "system, developer, user or assistant")
+    content: str | list[Part] = _field(..., 'a text or a list of parts {"type": "text", "text": ...}')
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present(cls, message):  # clients send back the messages that they got, with empty fields
+        if not isinstance(message, dict):
+            return message
+        return {k: v for k, v in message.items() if k in cls.model_fields or (v and k != "name")}
+
+    def plain(self) -> dict:
+        """Return the message as chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = Field(False, strict=True)
+
+
+class Body(BaseModel):
+    """The fields that both routes take; their meaning is OpenAI's."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = _field(None, "a text")
+    max_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
+    n: int = _field(1, "an integer, at least 1", ge=1)
+    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] = _field(
+        [], f"a text or at most {MOST_STOPS} texts, none of them empty"
+    )
+    stream: bool = _field(False, "true or false")
+    stream_options: StreamOptions = _field(StreamOptions(), "an object in which include_usage is true or false")
+    preset: Literal[*PRESETS] | None = _field(None, f"one of {', '.join(PRESETS)}")
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = _field(
+        {}, "an object of token ids with a number from -100 to 100 each"
+    )
+    seed: int | None = _field(None, "an integer")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present(cls, fields: dict):
+        neutral = lambda name, x: any(x == y and type(x) is type(y) for y in NEUTRAL.get(name, ()))
+        return {k: v for k, v in fields.items() if not (v is None or k in IGNORED or neutral(k, v))}
+
+
+class Chat(Body):
+    messages: list[Message] = _field(..., "a list of messages, at least one", min_length=1)
+    max_completion_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
+    logprobs: bool = _field(False, "true or false")
+    top_logprobs: int = _field(0, f"an integer from 0 to {TOP}", ge=0, le=TOP)
+
+
+class Completion(Body):
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1)] = _field(
+        ..., "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
+    )
+    logprobs: int | None = _field(None, f"an integer from 0 to {TOP}", ge=0, le=TOP)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The model's name and the limits of the server."""
+
+    model: str
     vocab: int
     context: int  # most tokens of a prompt and its answer
     max_tokens: int  # of an answer
-    answers: int  # of one request
+    answers: int  # of one API call
+    timeout: float = 600.0  # seconds from a call to the end of its answers
+    key: str = ""  # empty: no key is needed
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request that has been read. It is answered `n` times for each prompt, prompt by prompt."""
+class Call:
+    """A checked API call, with a request to the engine for each answer."""
 
     is_chat: bool
-    prompts: tuple[tuple[int, ...], ...]
-    n: int
-    max_tokens: int
-    sampling: Sampling
+    requests: tuple[Request, ...]  # `n` for each prompt, prompt by prompt
+    prompt_tokens: int  # each prompt counts once
     stop: tuple[str, ...]
-    logprobs: int | None  # how many alternatives to each token are told; None: nothing is
+    logprobs: int | None  # alternatives per token in the response; None: no log-probabilities
     stream: bool
-    tells_usage: bool  # at the end of a stream
-
-    def samplings(self) -> list[Sampling]:
-        """How each of the answers is drawn."""
-        seeds = [(self.sampling.seed + i) % 2**63 for i in range(self.n)]
-        return [dataclasses.replace(self.sampling, seed=seed) for _ in self.prompts for seed in seeds]
+    include_usage: bool  # at the end of a stream
 
 
-def read(body: bytes, is_chat: bool, tokenizer: Tokenizer, limits: Limits) -> Question:
-    """The request in `body`; raises Problem where it cannot be answered as it is meant."""
-    fields = _fields(body, is_chat)
-    model = _take(fields, "model", str, "a text", limits.model)
-    if model != limits.model:
-        raise Problem(
-            404, f"the model {model[:100]!r} does not exist: this is {limits.model!r}", "model", "model_not_found"
-        )
-    prompts = _conversation(fields, tokenizer) if is_chat else _prompts(fields, tokenizer, limits)
+def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> Call:
+    """Return the API call in a body of JSON; raises Problem if the server cannot answer it as it is meant."""
+    fields = _json(data)
+    drawn = {name: value for name in DRAWN if (value := fields.pop(name, None)) is not None}
+    model = fields.get("model")
+    if isinstance(model, str) and model != settings.model:
+        message = f"the model {model[:100]!r} does not exist: this is {settings.model!r}"
+        raise Problem(404, message, "model", "model_not_found")
+    body = _checked(Chat if is_chat else Completion, fields)
+    prompts = _conversation(body, tokenizer) if is_chat else _prompts(body.prompt, tokenizer, settings)
     for ids in prompts:
-        if len(ids) >= limits.context:
-            text = f"the prompt has {len(ids)} tokens, and with its answer must fit in a context of {limits.context}"
-            raise Problem(400, text, "messages" if is_chat else "prompt", "context_length_exceeded")
-    n = _count(fields, "n", 1)
-    if n * len(prompts) > limits.answers:
-        raise Problem(400, f"this server gives at most {limits.answers} answers to a request", "n")
-    stream = _take(fields, "stream", bool, "true or false", False)
-    options = _take(fields, "stream_options", dict, "an object", {})
-    return Question(
-        is_chat,
-        tuple(map(tuple, prompts)),
-        n,
-        _max_tokens(fields, is_chat, limits),
-        _sampling(fields, limits),
-        _stops(fields),
-        _logprobs(fields, is_chat),
-        stream,
-        _take(options, "include_usage", bool, "true or false", False, "stream_options"),
-    )
+        if len(ids) >= settings.context:
+            message = f"a prompt of {len(ids)} tokens and its answer must fit in a context of {settings.context}"
+            raise Problem(400, message, "messages" if is_chat else "prompt", "context_length_exceeded")
+    if body.n * len(prompts) > settings.answers:
+        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "n")
+    if is_chat and body.top_logprobs and not body.logprobs:
+        raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    logprobs = (body.top_logprobs if body.logprobs else None) if is_chat else body.logprobs
+    sampling, max_new = _sampling(body, drawn, settings), _max_tokens(body, is_chat, settings)
+    seeds = [(sampling.seed + i) % 2**63 for i in range(body.n)]
+    requests = [
+        Request(ids, max_new, dataclasses.replace(sampling, seed=seed), 0 if logprobs is None else max(1, logprobs))
+        for ids in prompts
+        for seed in seeds
+    ]
+    usage, length = bool(body.stream_options.include_usage), sum(map(len, prompts))
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    return Call(is_chat, tuple(requests), length, stop, logprobs, body.stream, usage)
 
 
-def _fields(body: bytes, is_chat: bool) -> dict:
+def _json(data: bytes) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
     try:
-        fields = json.loads(body, parse_constant=refuse)
+        fields = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError) as e:
         raise Problem(400, f"the body is not JSON: {' '.join(str(e).split())[:200]}") from None
     if not isinstance(fields, dict):
         raise Problem(400, "the body must be a JSON object")
-    for name, value in fields.items():
-        if name in _FIELDS[is_chat] or name in IGNORED:
-            continue
-        if name not in NEUTRAL:
-            raise Problem(400, f"unknown field {name[:100]!r}", name[:100], "unknown_parameter")
-        if value is not None and not any(value == v and type(value) is type(v) for v in NEUTRAL[name]):
-            raise Problem(400, f"{name} is not supported by this server", name, "unsupported_parameter")
     return fields
 
 
-def _take(fields: dict, name: str, kind, what: str, default=None, param: str | None = None):
-    """The field's value if it is of the kind, the default if it is absent or null."""
-    value = fields.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Problem(400, f"{name} must be {what}", param or name)
-    return value
-
-
-def _count(fields: dict, name: str, default: int, least: int = 1) -> int:
-    value = _take(fields, name, int, "an integer", default)
-    if value < least:
-        raise Problem(400, f"{name} must be at least {least}, not {value}", name)
-    return value
-
-
-def _conversation(fields: dict, tokenizer: Tokenizer) -> list[list[int]]:
-    messages = _take(fields, "messages", list, "a list of messages")
-    if not messages:
-        raise Problem(400, "messages must be a list with at least one message", "messages")
-    told = [_message(i, message) for i, message in enumerate(messages)]
+def _checked(kind: type[Body], fields: dict) -> Body:
+    """Return the body; raises Problem for the first wrong field: its path, its value, and what it must be."""
     try:
-        return [[tokenizer.bos, *chat.encode(tokenizer, told, prompt=True)[0]]]
+        return kind.model_validate(fields)
+    except ValidationError as e:
+        error = e.errors(include_url=False, include_context=False)[0]
+    place = error["loc"][: 3 if error["loc"][:1] == ("messages",) else 1]  # of the wrong field
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:100]}" for part in place)[1:]
+    if not place:
+        raise Problem(400, "the names of all fields must be valid Unicode")
+    if error["type"] == "extra_forbidden" and len(place) == 1 and path not in NEUTRAL:
+        raise Problem(400, f"unknown field {path!r}", path, "unknown_parameter")
+    if error["type"] == "extra_forbidden":
+        code = "unsupported_parameter" if len(place) == 1 else None
+        raise Problem(400, f"{path} is not supported by this server", path, code)
+    field = {1: kind.model_fields, 3: Message.model_fields}.get(len(place), {}).get(place[-1])
+    description = field.description if field else "an object with role and content"
+    if error["type"] == "missing" and error["loc"] == place:
+        raise Problem(400, f"{path} is missing; it must be {description}", path)
+    value = json.dumps(functools.reduce(operator.getitem, place, fields))[:60]
+    raise Problem(400, f"{path}={value} must be {description}", path if field else "messages")
+
+
+def _conversation(body: Chat, tokenizer: Tokenizer) -> list[list[int]]:
+    messages = [message.plain() for message in body.messages]
+    try:
+        return [[tokenizer.bos, *chat.encode(tokenizer, messages, prompt=True)[0]]]
     except UsageError as e:
         raise Problem(400, str(e), "messages") from None
 
 
-def _message(i: int, message) -> dict:
-    where = f"messages[{i}]"
-    if not isinstance(message, dict):
-        raise Problem(400, f"{where} must be an object with role and content", "messages")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise Problem(400, f"{where}.role must be one of {', '.join(_ROLES)}", f"{where}.role")
-    for name in message.keys() - {"role", "content", "name"}:
-        if message[name]:  # clients send back what they got, with its nulls
-            raise Problem(400, f"{where}.{name[:100]} is not supported by this server", f"{where}.{name[:100]}")
-    return {"role": _ROLES[role], "content": _content(where, message.get("content"))}
-
-
-def _content(where: str, content) -> str:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise Problem(400, f"{where}.content must be a text or a list of parts", f"{where}.content")
-    for part in parts:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise Problem(
-                400, f'{where}.content may only have parts {{"type": "text", "text": ...}}', f"{where}.content"
-            )
-    return "".join(part["text"] for part in parts)
-
-
-def _prompts(fields: dict, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
-    what = "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
-    prompt = _take(fields, "prompt", (str, list), what)
-    many = prompt if isinstance(prompt, list) and not _is_ids(prompt) else [prompt]
-    if not many or not all(isinstance(one, str) or _is_ids(one) for one in many):
-        raise Problem(400, f"prompt must be {what}", "prompt")
+def _prompts(prompt, tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
+    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     for i in (i for one in many if not isinstance(one, str) for i in one):
-        if not 0 <= i < limits.vocab:
-            raise Problem(400, f"prompt has the token id {i}, which is not between 0 and {limits.vocab - 1}", "prompt")
-    if len(many) > limits.answers:  # told before all of them are encoded
-        raise Problem(400, f"this server gives at most {limits.answers} answers to a request", "prompt")
+        if not 0 <= i < settings.vocab:
+            raise Problem(400, f"prompt has the token id {i}; ids go from 0 to {settings.vocab - 1}", "prompt")
+    if len(many) > settings.answers:  # before all of them are encoded
+        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "prompt")
     return [[tokenizer.bos, *tokenizer.encode(one)] if isinstance(one, str) else one for one in many]
 
 
-def _is_ids(prompt) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(type(i) is int for i in prompt)
+def _max_tokens(body: Body, is_chat: bool, settings: Settings) -> int:
+    name = "max_completion_tokens" if is_chat and body.max_completion_tokens else "max_tokens"
+    default = min(settings.max_tokens, settings.context if is_chat else COMPLETION_TOKENS)
+    max_tokens = getattr(body, name) or default
+    if max_tokens > settings.max_tokens and settings.max_tokens < settings.context:
+        raise Problem(400, f"{name} must be at most {settings.max_tokens}, not {max_tokens}", name)
+    return min(max_tokens, settings.context)
 
 
-def _max_tokens(fields: dict, is_chat: bool, limits: Limits) -> int:
-    name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
-    asked = _count(fields, name, min(limits.max_tokens, limits.context if is_chat else COMPLETION_TOKENS))
-    if asked > limits.max_tokens and limits.max_tokens < limits.context:
-        raise Problem(400, f"{name} must be at most {limits.max_tokens}, not {asked}", name)
-    return min(asked, limits.context)
-
-
-def _sampling(fields: dict, limits: Limits) -> Sampling:
-    preset = _take(fields, "preset", str, "a text")
-    if preset is not None and preset not in PRESETS:
-        raise Problem(400, f"preset must be one of {', '.join(PRESETS)}", "preset")
-    values = dataclasses.asdict(PRESETS[preset]) if preset else {"temperature": 1.0}  # OpenAI's default
-    seed = _take(fields, "seed", int, "an integer")
-    values["seed"] = secrets.randbits(63) if seed is None else seed % 2**63
-    values["logit_bias"] = _biases(fields, limits)
-    values |= {name: fields[name] for name in _DRAWN if fields.get(name) is not None}
+def _sampling(body: Body, drawn: dict, settings: Settings) -> Sampling:
+    values = dataclasses.asdict(PRESETS[body.preset]) if body.preset else {"temperature": 1.0}  # OpenAI's default
+    values["seed"] = secrets.randbits(63) if body.seed is None else body.seed % 2**63
+    for key in body.logit_bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < settings.vocab):
+            raise Problem(
+                400, f"logit_bias has {key[:60]!r}; token ids go from 0 to {settings.vocab - 1}", "logit_bias"
+            )
+    values["logit_bias"] = tuple((int(key), bias) for key, bias in body.logit_bias.items())
     try:
-        return Sampling(**values)
+        return Sampling(**values | drawn)
     except UsageError as e:
-        named = re.match(r"\w+", str(e))  # the message begins with the setting's name
-        raise Problem(400, str(e), named[0] if named and named[0] in values else None) from None
-
-
-def _biases(fields: dict, limits: Limits) -> tuple[tuple[int, float], ...]:
-    what = f"an object of token ids, 0 to {limits.vocab - 1}, with a number from -100 to 100 each"
-    biases = []
-    for key, bias in _take(fields, "logit_bias", dict, what, {}).items():
-        is_id = key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab
-        is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
-        if not is_id or not is_number or abs(bias) > 100:
-            raise Problem(400, f"logit_bias must be {what}", "logit_bias")
-        biases.append((int(key), float(bias)))
-    return tuple(biases)
-
-
-def _stops(fields: dict) -> tuple[str, ...]:
-    what = f"a text or at most {MOST_STOPS} texts, none of them empty"
-    stop = _take(fields, "stop", (str, list), what, [])
-    stops = [stop] if isinstance(stop, str) else stop
-    if len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise Problem(400, f"stop must be {what}", "stop")
-    return tuple(stops)
-
-
-def _logprobs(fields: dict, is_chat: bool) -> int | None:
-    name, wanted = "logprobs", True
-    if is_chat:
-        wanted, name = _take(fields, "logprobs", bool, "true or false", False), "top_logprobs"
-    count = _take(fields, name, int, "an integer", 0 if is_chat else None)
-    if count is None:
-        return None
-    if not 0 <= count <= TOP:
-        raise Problem(400, f"{name} must be between 0 and {TOP}, not {count}", name)
-    if count and not wanted:
-        raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
-    return count if wanted else None
+        setting = re.match(r"\w+", str(e))  # the message begins with the setting's name
+        raise Problem(400, str(e), setting[0] if setting and setting[0] in values | drawn else None) from None

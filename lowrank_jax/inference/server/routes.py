@@ -1,6 +1,6 @@
-"""The server's routes: HTTP around requests (api.py), the scheduler and answers; streams, metrics, the chat page.
+"""The server's routes: HTTP around API calls (api.py), the scheduler and answers; streams, metrics, the chat page.
 
-Whatever goes wrong is told in OpenAI's shape, and the server lives on. A client that leaves gives its slots back.
+Every error has OpenAI's shape and leaves the server running. A client that disconnects frees its slots.
 """
 
 import asyncio
@@ -13,13 +13,12 @@ import pathlib
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import NamedTuple
 
 import prometheus_client as prometheus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lowrank_jax.config import RunFailure, UsageError
@@ -27,24 +26,18 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
 from lowrank_jax.inference.server.answers import Answer, Shapes
-from lowrank_jax.inference.server.api import Problem, Question
-from lowrank_jax.inference.server.scheduler import Full, Order, Scheduler, Stopping, Ticket
+from lowrank_jax.inference.server.api import Call, Problem, Settings
+from lowrank_jax.inference.server.scheduler import Full, Scheduler, Stopping
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
 MOST_BYTES = 4 << 20  # of a body
-SLOW = 30.0  # seconds that a body may take to arrive, and an answer to be taken
-CLIENT_GONE = 499  # what the metrics call a request whose client did not wait
+SLOW = 30.0  # seconds that a client may take to send its body, and to read its answer
+CLIENT_GONE = 499  # the status in the metrics of a request whose client disconnected
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Settings(NamedTuple):
-    limits: api.Limits
-    timeout: float  # seconds from a request to the end of its answer
-    key: str  # empty: everybody may ask
-
-
 class Metrics:
-    """What /metrics tells."""
+    """The numbers of /metrics."""
 
     def __init__(self, scheduler: Scheduler):
         prometheus.disable_created_metrics()
@@ -54,16 +47,13 @@ class Metrics:
         self.requests = prometheus.Counter("lowrank_requests", "Requests", ["route", "status"], **own)
         self.read = prometheus.Counter("lowrank_prompt_tokens", "Tokens of prompts", **own)
         self.written = prometheus.Counter("lowrank_generated_tokens", "Tokens of answers", **own)
-        self.first = prometheus.Histogram(
-            "lowrank_time_to_first_token_seconds", "From a request to each answer's first token", buckets=SECONDS, **own
-        )
-        self.each = prometheus.Histogram(
-            "lowrank_time_per_token_seconds", "Of each answer, the mean after the first token", buckets=SECONDS, **own
-        )
+        latency = lambda name, what: prometheus.Histogram(name, what, buckets=SECONDS, **own)
+        self.first = latency("lowrank_time_to_first_token_seconds", "From a request to each answer's first token")
+        self.each = latency("lowrank_time_per_token_seconds", "Mean of each answer, after its first token")
         for name, what, value in (
-            ("lowrank_queue_length", "Answers that wait for a slot", lambda: scheduler.waiting),
-            ("lowrank_active_rows", "Answers that have a slot", lambda: scheduler.active),
-            ("lowrank_engine_failures", "Times the engine had to be made anew", lambda: scheduler.failures),
+            ("lowrank_queue_length", "Answers that wait for a slot", lambda: len(scheduler.waiting)),
+            ("lowrank_active_rows", "Answers that have a slot", lambda: len(scheduler.active)),
+            ("lowrank_engine_failures", "Times that the engine failed and was replaced", lambda: scheduler.failures),
         ):
             prometheus.Gauge(name, what, **own).set_function(value)
 
@@ -74,26 +64,26 @@ class Server:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, settings: Settings):
         self.scheduler, self.tokenizer, self.settings = scheduler, tokenizer, settings
         self.metrics = Metrics(scheduler)
-        page = PAGE.read_text(encoding="utf-8")
-        self._page, self._policy = page, _policy(page)
+        self._page = PAGE.read_text(encoding="utf-8")
+        self._policy = _policy(self._page)
         self._started = int(time.time())
 
     def app(self) -> Callable:
-        """The ASGI application."""
+        """Return the ASGI application."""
         routes = [
             Route("/", self.page),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.answer, methods=["POST"]),
+            Route("/v1/completions", self.answer, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/healthz", self.health),
-            Route("/metrics", self.tell_metrics),
+            Route("/metrics", self.show_metrics),
         ]
-        handlers = {Problem: _tell_problem, HTTPException: _tell_http, ClientDisconnect: _tell_gone, 500: _tell_crash}
+        handlers = dict.fromkeys((Problem, HTTPException, ClientDisconnect, 500), _respond_to)
         return self._outside(Starlette(routes=routes, exception_handlers=handlers))
 
     def _outside(self, app: Callable) -> Callable:
-        """Around all routes: the key, the headers that every response has, and the count of requests."""
+        """Wrap all routes: check the key, add the headers of every response, and count requests."""
 
         async def outside(scope, receive, send):
             status = CLIENT_GONE
@@ -106,10 +96,8 @@ class Server:
                 await send(message)
 
             try:
-                if problem := self._unwelcome(scope):
-                    await _refusal(problem)(scope, receive, sending)
-                else:
-                    await app(scope, receive, sending)
+                problem = self._unwelcome(scope)
+                await (_refusal(problem) if problem else app)(scope, receive, sending)
             finally:
                 status = CLIENT_GONE if "client_gone" in scope else status
                 route = scope["route"].path if "route" in scope else "other"
@@ -120,14 +108,13 @@ class Server:
     def _unwelcome(self, scope) -> Problem | None:
         if not scope["path"].startswith("/v1/"):
             return None
-        headers = dict(scope["headers"])
-        wanted = f"Bearer {self.settings.key}".encode()
-        if self.settings.key and not hmac.compare_digest(headers.get(b"authorization", b""), wanted):
+        headers, key = dict(scope["headers"]), self.settings.key
+        if key and not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode()):
             return Problem(401, "the API key is missing or wrong", code="invalid_api_key")
-        # A browser names the page that asks. Without a key, any page could set this machine to work.
+        # Browsers name the page that sends a request. Without a key, any page could use this server.
         origin = headers.get(b"origin")
-        if not self.settings.key and origin is not None and origin.partition(b"//")[2] != headers.get(b"host"):
-            return Problem(403, "pages of other sites may ask with an API key alone", code="foreign_origin")
+        if not key and origin is not None and origin.partition(b"//")[2] != headers.get(b"host"):
+            return Problem(403, "pages of other sites need a server with an API key", code="foreign_origin")
         return None
 
     async def page(self, request: Request) -> Response:
@@ -138,7 +125,7 @@ class Server:
         alive = self.scheduler.alive
         return _json({"status": "ok" if alive else "the engine's thread has ended"}, 200 if alive else 503)
 
-    async def tell_metrics(self, request: Request) -> Response:
+    async def show_metrics(self, request: Request) -> Response:
         text = prometheus.generate_latest(self.metrics.registry)
         return Response(text, headers={"Content-Type": prometheus.CONTENT_TYPE_LATEST})
 
@@ -147,29 +134,23 @@ class Server:
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.settings.limits.model:
+        if name != self.settings.model:
             raise Problem(404, f"the model {name[:100]!r} does not exist", "model", "model_not_found")
         return _json(self._model())
 
     def _model(self) -> dict:
-        limits = self.settings.limits
-        presets = {name: {"temperature": s.temperature, "top_p": s.top_p} for name, s in PRESETS.items()}
-        facts = {"context": limits.context, "max_tokens": min(limits.max_tokens, limits.context), "presets": presets}
-        return {"id": limits.model, "object": "model", "created": self._started, "owned_by": "lowrank_jax", **facts}
+        s = self.settings
+        presets = {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()}
+        facts = {"context": s.context, "max_tokens": min(s.max_tokens, s.context), "presets": presets}
+        return {"id": s.model, "object": "model", "created": self._started, "owned_by": "lowrank_jax", **facts}
 
-    async def chat(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=True)
-
-    async def completions(self, request: Request) -> Response:
-        return await self._answer(request, is_chat=False)
-
-    async def _answer(self, request: Request, is_chat: bool) -> Response:
+    async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
-        body = await _body(request)
-        # A long prompt takes a while to encode: others need not wait for it.
-        question = await asyncio.to_thread(api.read, body, is_chat, self.tokenizer, self.settings.limits)
-        work = Work(self, question, deadline)
-        if question.stream:
+        data, is_chat = await _body(request), request.url.path.endswith("/chat/completions")
+        # A long prompt takes a while to encode: other requests need not wait for it.
+        call = await asyncio.to_thread(api.read, data, is_chat, self.tokenizer, self.settings)
+        work = Work(self, call, deadline)
+        if call.stream:
             return Stream(work, self.settings.timeout + SLOW)
         try:
             response = await _while_connected(request.scope, request.receive, work.whole())
@@ -179,92 +160,87 @@ class Server:
 
 
 class Work:
-    """A request that has been taken; raises Problem where it is not. Whoever made it cancels its ticket in the end."""
+    """An API call in progress; raises Problem if it is refused. Its owner must cancel the ticket in the end."""
 
-    def __init__(self, server: Server, question: Question, deadline: float):
-        self._server, self._question, self._deadline = server, question, deadline
-        samplings, prompts = question.samplings(), [ids for ids in question.prompts for _ in range(question.n)]
-        logprobs = 0 if question.logprobs is None else max(1, question.logprobs)
-        orders = [Order(list(ids), question.max_tokens, s, logprobs) for ids, s in zip(prompts, samplings)]
-        self._answers = [Answer(question, server.tokenizer) for _ in orders]
-        self._shapes = Shapes(question, server.settings.limits.model)
+    def __init__(self, server: Server, call: Call, deadline: float):
+        self._server, self._call, self._deadline = server, call, deadline
+        self._answers = [Answer(call, server.tokenizer) for _ in call.requests]
+        self._shapes = Shapes(call, server.settings.model)
         self._began = time.monotonic()
         with _problems(server.settings):
-            self.ticket: Ticket = server.scheduler.submit(orders)
-        server.metrics.read.inc(sum(map(len, question.prompts)))
+            self.ticket = server.scheduler.submit(call.requests)
+        server.metrics.read.inc(call.prompt_tokens)
 
     async def whole(self) -> dict:
-        """The response to a request that is no stream."""
-        texts, told = [""] * len(self._answers), [[] for _ in self._answers]
-        async for i, text, tokens in self._pieces():
+        """Return the response to a call that is no stream."""
+        texts, tokens = [""] * len(self._answers), [[] for _ in self._answers]
+        async for i, text, new in self._pieces():
             texts[i] += text
-            told[i] += tokens
-        return self._shapes.whole(texts, told, self._answers)
+            tokens[i] += new
+        return self._shapes.whole(texts, tokens, self._answers)
 
     async def events(self) -> AsyncIterator[dict]:
-        """The events of a stream; what goes wrong is the last of them."""
+        """Yield the events of a stream; an error is the last of them."""
         try:
-            for i in range(len(self._answers)) if self._question.is_chat else ():
+            for i in range(len(self._answers)) if self._call.is_chat else ():
                 yield self._shapes.first(i)
             async for i, text, tokens in self._pieces():
                 finish = self._answers[i].finish
                 if text or tokens or finish:
                     yield self._shapes.piece(i, text, tokens, finish)
-            if self._question.tells_usage:
+            if self._call.include_usage:
                 yield self._shapes.last(self._answers)
         except Problem as e:
             yield e.body()
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, list]]:
-        """Of each new piece: whose it is, and what the client is told, until all answers have ended."""
-        left, firsts = len(self._answers), [0.0] * len(self._answers)
+        """Yield (number of the answer, new text, new tokens) until all answers have ended."""
+        left, firsts, metrics = len(self._answers), [0.0] * len(self._answers), self._server.metrics
         with _problems(self._server.settings):
             async for i, piece in self.ticket.pieces(self._deadline):
                 answer, now = self._answers[i], time.monotonic()
                 if answer.finish:  # at a stop string, which the engine does not know
                     continue
                 before = answer.tokens
-                text, told = answer.add(piece)
+                text, tokens = answer.add(piece)
                 if not before:
                     firsts[i] = now
-                    self._server.metrics.first.observe(now - self._began)
-                self._server.metrics.written.inc(answer.tokens - before)
+                    metrics.first.observe(now - self._began)
+                metrics.written.inc(answer.tokens - before)
                 if answer.finish:
                     left -= 1
                     self.ticket.cancel(i)
                     if answer.tokens > 1 and before:
-                        self._server.metrics.each.observe((now - firsts[i]) / (answer.tokens - 1))
-                yield i, text, told
+                        metrics.each.observe((now - firsts[i]) / (answer.tokens - 1))
+                yield i, text, tokens
                 if not left:
                     return
 
 
-class Stream:
-    """A response of server-sent events, for as long as the client listens."""
+class Stream(StreamingResponse):
+    """A response of server-sent events, for as long as the client stays, and `seconds` at most."""
 
     def __init__(self, work: Work, seconds: float):
-        self._work, self._seconds = work, seconds  # which a client that does not read would exceed
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._lines(), headers=headers)
+        self._work, self._seconds = work, seconds  # a client that stops reading would exceed them
 
     async def __call__(self, scope, receive, send):
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._seconds):
-                    await _while_connected(scope, receive, self._send(send))
+                    await _while_connected(scope, receive, self.stream_response(send))
         finally:
             self._work.ticket.cancel()
 
-    async def _send(self, send) -> None:
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-        headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _lines(self) -> AsyncIterator[str]:
         async for event in self._work.events():
-            body = f"data: {json.dumps(event)}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
 
 
 async def _while_connected(scope, receive, work: Coroutine):
-    """What `work` returns, or None when the client went away before."""
+    """Return the result of `work`, or None if the client disconnects first."""
 
     async def leaving():
         while (await receive())["type"] != "http.disconnect":
@@ -284,7 +260,7 @@ async def _while_connected(scope, receive, work: Coroutine):
 
 
 async def _body(request: Request) -> bytes:
-    """The request's body; of one that is too large the rest is read and forgotten, or the client could not listen."""
+    """Return the request's body. One that is too large is read to its end, or the client could not read the error."""
     parts, size = [], 0
     try:
         async with asyncio.timeout(SLOW):
@@ -303,7 +279,7 @@ async def _body(request: Request) -> bytes:
 
 @contextlib.contextmanager
 def _problems(settings: Settings):
-    """Turns what the scheduler raises into what the client is told."""
+    """Turn the scheduler's exceptions into Problems."""
     try:
         yield
     except Full:
@@ -331,24 +307,17 @@ def _refusal(problem: Problem, headers: dict | None = None) -> Response:
     return _json(problem.body(), problem.status, headers)
 
 
-async def _tell_problem(request: Request, problem: Problem) -> Response:
-    return _refusal(problem)
-
-
-async def _tell_http(request: Request, e: HTTPException) -> Response:
-    return _refusal(Problem(e.status_code, f"{request.method} {request.url.path[:100]}: {e.detail}"), e.headers)
-
-
-async def _tell_gone(request: Request, e: ClientDisconnect) -> Response:
-    return Response(status_code=CLIENT_GONE)
-
-
-async def _tell_crash(request: Request, e: Exception) -> Response:
-    return _refusal(Problem(500, "the server made a mistake"))
+async def _respond_to(request: Request, e: Exception) -> Response:
+    """Return the response to an exception of a route."""
+    if isinstance(e, ClientDisconnect):
+        return Response(status_code=CLIENT_GONE)
+    if isinstance(e, HTTPException):
+        return _refusal(Problem(e.status_code, f"{request.method} {request.url.path[:100]}: {e.detail}"), e.headers)
+    return _refusal(e if isinstance(e, Problem) else Problem(500, "the server failed; its log says why"))
 
 
 def _policy(page: str) -> str:
-    """A content security policy under which the page runs its own script and style, and talks to this server alone."""
+    """Return a content security policy that allows the page its own script and style, and this server alone."""
 
     def hashes(tag: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,9 +1,9 @@
-// Causal ALiBi attention in fp32 and its gradient, for CPUs: attention._chunked without anything of T x T in memory.
+// Causal ALiBi attention in fp32 and its gradient, for CPUs: attention._chunked without a T x T array in memory.
 //
-// A task is one head of one row of the batch, so what it computes does not depend on how many threads there are. Scores
-// of ROWS queries meet KEYS keys at a time, with a softmax that is corrected as larger scores come (FlashAttention-2,
-// Dao, arXiv 2307.08691, algorithms 1 and 2). Lanes lie along the keys for scores, for which keys are turned around, and
-// along the head's width for sums over keys.
+// A task is one head of one row of the batch, so its result does not depend on the number of threads. A task computes
+// the scores of ROWS queries and KEYS keys at once, and corrects the softmax when larger scores come (FlashAttention-2,
+// Dao, arXiv 2307.08691, algorithms 1 and 2). For scores, the lanes of a vector are keys, so the keys are transposed.
+// For sums over keys, the lanes are the head's channels.
 //
 // Shapes: q, k, v, o and their gradients [B, T, H, K], segments [B, T], log-sums of exponentials [B, H, T].
 
@@ -11,33 +11,32 @@
 
 namespace {
 
-constexpr int KEYS = 256;        // whose scores are held at a time
-constexpr int WIDE = 2 * LANES;  // lanes that are computed side by side
-constexpr float MASKED = -1e30f;
+constexpr int KEYS = 256;        // keys whose scores are in memory at once
+constexpr int WIDE = 2 * LANES;  // lanes of two vectors, which are computed side by side
 
 struct Shape {
   int64_t B, T, H, K;
 
-  int64_t between() const { return H * K; }  // numbers from a token of a head to its next
+  int64_t stride() const { return H * K; }  // floats from a head's token to its next token
   int64_t first(int64_t task) const { return task / H * T * H * K + task % H * K; }
   int64_t padded() const { return (T + WIDE - 1) / WIDE * WIDE; }
 };
 
-// The tokens of one head: as they are, [padded T, K], and where asked for turned around, [K, padded T].
+// The tokens of one head, [padded T, K], and where needed their transpose, [K, padded T].
 struct Head {
-  std::vector<float> rows, turned;
+  std::vector<float> rows, transposed;
   int64_t K = 0, length = 0;
 
-  void read(const Shape& s, const float* from, bool turn, float scale = 1.f) {
+  void read(const Shape& s, const float* from, bool transpose, float scale = 1.f) {
     K = s.K, length = s.padded();
     rows.resize(length * K);
     for (int64_t t = 0; t < s.T; t++)
-      for (int64_t k = 0; k < K; k++) rows[t * K + k] = from[t * s.between() + k] * scale;
+      for (int64_t k = 0; k < K; k++) rows[t * K + k] = from[t * s.stride() + k] * scale;
     std::fill(rows.begin() + s.T * K, rows.end(), 0.f);
-    if (!turn) return;
-    turned.resize(K * length);
+    if (!transpose) return;
+    transposed.resize(K * length);
     for (int64_t t = 0; t < length; t++)
-      for (int64_t k = 0; k < K; k++) turned[k * length + t] = rows[t * K + k];
+      for (int64_t k = 0; k < K; k++) transposed[k * length + t] = rows[t * K + k];
   }
 
   void clear(const Shape& s) {
@@ -47,7 +46,7 @@ struct Head {
 
   void write(const Shape& s, float* to, float scale = 1.f) const {
     for (int64_t t = 0; t < s.T; t++)
-      for (int64_t k = 0; k < K; k++) to[t * s.between() + k] = rows[t * K + k] * scale;
+      for (int64_t k = 0; k < K; k++) to[t * s.stride() + k] = rows[t * K + k] * scale;
   }
 };
 
@@ -56,7 +55,7 @@ inline void scores(const float* a, const Head& b, int64_t start, int64_t stop, f
   for (int64_t j = start; j < stop; j += WIDE) {
     Floats y[ROWS][2] = {};
     for (int64_t k = 0; k < b.K; k++) {
-      const float* column = &b.turned[k * b.length + j];
+      const float* column = &b.transposed[k * b.length + j];
       const Floats low = load<Floats>(column), high = load<Floats>(column + LANES);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) y[r][0] += a[r * b.K + k] * low, y[r][1] += a[r * b.K + k] * high;
@@ -90,23 +89,23 @@ inline void add_rows(const float* p, const Head& b, int64_t start, int64_t stop,
 
 // to[j, k] += sum over r of p[r, j - start] a[r, k], for N vectors from k on.
 template <int N>
-inline void add_turned(const float* p, const float* a, int64_t start, int64_t stop, int64_t k, Head& to) {
+inline void add_transposed(const float* p, const float* a, int64_t start, int64_t stop, int64_t k, Head& to) {
   Floats x[ROWS][N];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
     for (int n = 0; n < N; n++) x[r][n] = load<Floats>(a + r * to.K + k + n * LANES);
   for (int64_t j = start; j < stop; j++) {
     for (int n = 0; n < N; n++) {
-      float* at = &to.rows[j * to.K + k + n * LANES];
-      Floats y = load<Floats>(at);
+      float* place = &to.rows[j * to.K + k + n * LANES];
+      Floats y = load<Floats>(place);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) y += p[r * KEYS + j - start] * x[r][n];
-      store(at, y);
+      store(place, y);
     }
   }
 }
 
-// f<2>(k) and f<1>(k) for all vectors of a head.
+// Calls each(number of vectors, first channel) for all vectors of a head, two at a time where possible.
 template <typename Each>
 inline void across(int64_t K, Each each) {
   int64_t k = 0;
@@ -114,7 +113,7 @@ inline void across(int64_t K, Each each) {
   for (; k < K; k += LANES) each(std::integral_constant<int, 1>(), k);
 }
 
-// exp(x), and exactly 0 for what is masked; what is not a number stays so.
+// exp(x), exactly 0 for masked scores; NaN stays NaN.
 inline Floats share(Floats x) { return x < -87.f ? Floats{} : exp(x); }
 
 struct Attention {
@@ -122,7 +121,7 @@ struct Attention {
   const float *q, *k, *v, *slopes;
   const int32_t* segments;
 
-  // Of a block of scores: ALiBi's bias, and nothing of what a query must not see. Rows beyond T see what row T - 1 sees.
+  // Adds ALiBi's bias to a block of scores and masks keys that a query must not see. Rows beyond T see as row T - 1.
   void bias(int64_t task, int64_t first, int64_t start, int64_t stop, float* p) const {
     const float slope = slopes[task % s.H];
     const int32_t* segment = segments + task / s.H * s.T;
@@ -131,8 +130,8 @@ struct Attention {
     for (int r = 0; r < ROWS; r++) {
       const int64_t i = std::min(first + r, s.T - 1);
       for (int64_t j = start; j < stop; j += LANES) {
-        float* at = p + r * KEYS + j - start;
-        Floats x = load<Floats>(at) + slope * (lanes + float(j - i));
+        float* place = p + r * KEYS + j - start;
+        Floats x = load<Floats>(place) + slope * (lanes + float(j - i));
         Ints own;
         if (j + LANES <= s.T) {
           own = load<Ints>(segment + j);
@@ -140,7 +139,7 @@ struct Attention {
           for (int l = 0; l < LANES; l++) own[l] = j + l < s.T ? segment[j + l] : segment[i] + 1;
         }
         const Ints seen = (own == segment[i]) & (lanes <= float(i - j));
-        store(at, seen ? x : Floats{} + MASKED);
+        store(place, seen ? x : Floats{} + MASKED);
       }
     }
   }
@@ -150,8 +149,8 @@ struct Attention {
   void blocks(int64_t task, int64_t first, Each each) const {
     const int32_t* segment = segments + task / s.H * s.T;
     const int64_t end = std::min(first + ROWS, s.T);
-    // Documents are packed one behind another: what lies before the first query's own is of none of these queries. (It
-    // is only skipped, so that numbers in any other order are right, too, where the first key is of another one.)
+    // Documents are packed one after another: no query needs the keys before the first query's document, which are
+    // skipped. If numbers come in another order, the search below keeps every key that a query needs.
     int64_t from = first;
     while (from > 0 && segment[from - 1] == segment[first]) from--;
     for (int64_t j = 0; j < from; j++)
@@ -200,14 +199,14 @@ struct Forward : Attention {
           }
           float higher = highest[0];
           for (int l = 1; l < LANES; l++) higher = std::max(higher, highest[l]);
-          const float kept = std::exp(top[r] - higher), seen = higher > MASKED / 2 ? 1.f : 0.f;
+          const float decay = std::exp(top[r] - higher), seen = higher > MASKED / 2 ? 1.f : 0.f;
           for (int64_t j = 0; j < stop - start; j += LANES) {
             const Floats e = share(load<Floats>(row + j) - higher) * seen;
             store(row + j, e);
             count += e;
           }
-          total[r] = total[r] * kept + sum_of(count), top[r] = higher;
-          for (int64_t k = 0; k < s.K; k += LANES) store(sum + r * s.K + k, load<Floats>(sum + r * s.K + k) * kept);
+          total[r] = total[r] * decay + sum_of(count), top[r] = higher;
+          for (int64_t k = 0; k < s.K; k += LANES) store(sum + r * s.K + k, load<Floats>(sum + r * s.K + k) * decay);
         }
         across(s.K, [&](auto n, int64_t k) { add_rows<decltype(n)::value>(p.data(), values, start, stop, k, sum); });
       });
@@ -221,7 +220,7 @@ struct Forward : Attention {
 };
 
 struct Backward : Attention {
-  const float *o, *log_sums, *g;  // g of the output
+  const float *o, *log_sums, *g;  // g: the gradient of the output
   float *dq, *dk, *dv;
 
   int phases() const { return 1; }
@@ -240,10 +239,10 @@ struct Backward : Attention {
     for (Head* head : {&of_queries, &of_keys, &of_values}) head->clear(s);
     for (Head* head : {&queries, &grads, &of_queries}) head->rows.resize((s.padded() + ROWS) * s.K, 0.f);
     for (int64_t first = 0; first < s.T; first += ROWS) {
-      float log_sum[ROWS], own[ROWS];  // own: the mean of the keys' gradients, which the softmax takes off
+      float log_sum[ROWS], own[ROWS];  // own: the mean of the keys' gradients, which the softmax subtracts
       for (int r = 0; r < ROWS; r++) {
         const int64_t i = std::min(first + r, s.T - 1);
-        log_sum[r] = first + r < s.T ? log_sums[task * s.T + i] : 1e30f;  // no part in what is beyond T
+        log_sum[r] = first + r < s.T ? log_sums[task * s.T + i] : 1e30f;  // rows beyond T contribute nothing
         Floats y{};
         for (int64_t k = 0; k < s.K; k += LANES)
           y += load<Floats>(&grads.rows[i * s.K + k]) * load<Floats>(&outs.rows[i * s.K + k]);
@@ -263,14 +262,14 @@ struct Backward : Attention {
         }
         across(s.K, [&](auto n, int64_t k) {
           constexpr int N = decltype(n)::value;
-          add_turned<N>(p.data(), grad, start, stop, k, of_values);
-          add_turned<N>(dp.data(), query, start, stop, k, of_keys);
+          add_transposed<N>(p.data(), grad, start, stop, k, of_values);
+          add_transposed<N>(dp.data(), query, start, stop, k, of_keys);
           add_rows<N>(dp.data(), keys, start, stop, k, &of_queries.rows[first * s.K]);
         });
       });
     }
     of_queries.write(s, dq + s.first(task), scale);
-    of_keys.write(s, dk + s.first(task));  // its queries were scaled
+    of_keys.write(s, dk + s.first(task));  // the queries were scaled already
     of_values.write(s, dv + s.first(task));
   }
 };
@@ -292,7 +291,7 @@ ffi::Error attend(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats32 v, Ints
                   ffi::Result<Floats32> o, ffi::Result<Floats32> log_sums) {
   auto job = job_of<Forward>(q, k, v, segments, slopes);
   job->o = o->typed_data(), job->log_sums = log_sums->typed_data();
-  together(pool, job);
+  run_on_pool(pool, job);
   return ffi::Error::Success();
 }
 
@@ -302,7 +301,7 @@ ffi::Error attend_gradient(ffi::ThreadPool pool, Floats32 q, Floats32 k, Floats3
   auto job = job_of<Backward>(q, k, v, segments, slopes);
   job->o = o.typed_data(), job->log_sums = log_sums.typed_data(), job->g = g.typed_data();
   job->dq = dq->typed_data(), job->dk = dk->typed_data(), job->dv = dv->typed_data();
-  together(pool, job);
+  run_on_pool(pool, job);
   return ffi::Error::Success();
 }
 

@@ -1,7 +1,7 @@
-"""The C++ of this package (cpp/), compiled for this machine at its first use and known to JAX on CPUs.
+"""The package's C++ kernels, compiled for this machine at their first use and registered with JAX for CPUs.
 
-The compiler is the one that is there ($CXX, g++, clang++, c++, or Zig's out of `pip install ziglang`); what it makes is
-kept in $LOWRANK_CACHE or ~/.cache/lowrank_jax.
+The compiler is $CXX, g++, clang++, c++ or Zig's (`pip install ziglang`). Libraries are kept in $LOWRANK_CACHE or
+~/.cache/lowrank_jax.
 """
 
 import ctypes
@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -19,19 +18,22 @@ import warnings
 
 import jax
 
+from lowrank_jax.machine import startup
+
 SOURCES = os.path.dirname(__file__)
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
+LANES = 16  # the most floats in a vector register: the kernels' widths are multiples of it
 TARGETS = {"decode": ("lowrank_read", "lowrank_times"), "attend": ("lowrank_attend", "lowrank_attend_gradient")}
 
 
 @functools.cache
 def load(source: str) -> bool:
-    """Whether the C++ of a source is there: compiled, if it was not, and known to JAX. Warns where it cannot be."""
+    """Register a source's functions with JAX, compiling it first where needed; warn and return False where it fails."""
     try:
-        library = ctypes.CDLL(_built(source))
-    except (OSError, ValueError, subprocess.SubprocessError) as e:  # ValueError: $CXX with half a quotation
-        told = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip() or str(e)
-        reason = told.splitlines()[-1]
+        library = ctypes.CDLL(_library(source))
+    except (OSError, ValueError, subprocess.SubprocessError) as e:  # ValueError: an unclosed quotation mark in $CXX
+        output = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip() or str(e)
+        reason = output.splitlines()[-1]
         warnings.warn(f"this CPU will be slow, as {source}.cc is not compiled: {reason}", stacklevel=2)
         return False
     for name in TARGETS[source]:
@@ -40,18 +42,19 @@ def load(source: str) -> bool:
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler; raises FileNotFoundError where there is none."""
-    if found := shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]:
-        return found
+    """Return the command of the C++ compiler; raises FileNotFoundError where there is none."""
+    if command := shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]:
+        return command
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "c++"]
     raise FileNotFoundError("there is no C++ compiler; install g++, or pip install ziglang")
 
 
-def _built(source: str) -> str:
-    """The path of the library; raises OSError or subprocess.SubprocessError where it cannot be made."""
+def _library(source: str) -> str:
+    """Return the library's path, compiling it where needed; raises OSError or subprocess.SubprocessError."""
     command = compiler()
-    parts = [part.encode() for part in (*command, *FLAGS, jax.__version__, _processor())]
+    built_with = (*command, *FLAGS, jax.__version__, startup.cpu_features())  # which -march=native reads
+    parts = [part.encode() for part in built_with]
     files = [os.path.join(SOURCES, name) for name in (f"{source}.cc", "common.h")]
     for path in files:
         with open(path, "rb") as f:
@@ -63,17 +66,8 @@ def _built(source: str) -> str:
         return path
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as hidden:
-        made = os.path.join(hidden, "made.so")
-        line = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", files[0], "-o", made]
+        unfinished = os.path.join(hidden, f"{source}.so")
+        line = [*command, *FLAGS, f"-I{jax.ffi.include_dir()}", files[0], "-o", unfinished]
         subprocess.run(line, check=True, capture_output=True, timeout=600)
-        os.rename(made, path)
+        os.rename(unfinished, path)
     return path
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line for line in f if line.startswith(("flags", "Features"))), platform.processor())
-    except OSError:
-        return platform.processor()

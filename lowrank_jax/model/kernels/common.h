@@ -1,4 +1,4 @@
-// What the C++ of this package shares: vectors of floats, and work that XLA's threads share out.
+// Code that the kernels share: vectors of floats, and work for several of XLA's threads.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 
 namespace ffi = xla::ffi;
 
-namespace {  // each file has its own
+namespace {  // a copy for each file
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -30,8 +30,9 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int ROWS = LANES == 16 ? 8 : 2;  // whose sums fit in the vector registers
-constexpr int THREADS = 8;  // more wait for each other longer than they help
+constexpr int ROWS = LANES == 16 ? 8 : 2;  // rows whose sums fit in the vector registers
+constexpr int THREADS = 8;                 // more threads wait for each other longer than they help
+constexpr float MASKED = -1e30f;           // the score of a key that a query must not see
 
 template <typename T, int N = LANES>
 using Vector __attribute__((vector_size(sizeof(T) * N))) = T;
@@ -48,9 +49,9 @@ inline T load(const void* from) {
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof(value)); }
 
-// exp(x) to 2 units in the last place, by 2^n exp(r) with |r| <= ln(2) / 2 and the series of exp to the seventh power.
+// exp(x) to 2 units in the last place: 2^n exp(r) with |r| <= ln(2) / 2 and the Taylor series to the seventh power.
 inline Floats exp(Floats x) {
-  const float MAGIC = 12582912.f;  // 1.5 x 2^23: adding it rounds to a whole number, which is then in the low bits
+  const float MAGIC = 12582912.f;  // 1.5 x 2^23: adding it rounds to a whole number, in the low bits of the sum
   x = x < -87.f ? Floats{} - 87.f : x;
   x = x > 87.f ? Floats{} + 87.f : x;
   Floats shifted = x * 1.44269504f + MAGIC, n = shifted - MAGIC;
@@ -60,7 +61,7 @@ inline Floats exp(Floats x) {
   return (Floats)((Ints)p + ((Ints)shifted << 23));
 }
 
-// Lanes that have the bit HALF are b's, the others a's, each added to the lane with the other value of that bit.
+// Lanes with the bit HALF come from b, the others from a. Each is added to the lane whose bit HALF differs.
 template <int HALF, size_t... l>
 inline Floats fold(Floats a, Floats b, std::index_sequence<l...>) {
   return __builtin_shufflevector(a, b, (l & HALF ? LANES + l : l)...) +
@@ -75,13 +76,13 @@ inline Floats sums(Floats* x) {
   return x[0];
 }
 
-// Work in phases, each of chunks that any thread may take; a phase begins when the one before is done. A thread that
-// comes late finds the phases before done, so nobody waits for one that was never scheduled.
+// Work in phases. Any thread may take a phase's chunks, and a phase begins when the previous one is done. A thread that
+// starts late sees the earlier phases done, so the team never waits for a thread that was not scheduled.
 class Team {
  public:
   explicit Team(int phases) : phases_(phases), all_(phases) {}
 
-  // chunks(phase) and run(phase, chunk), with the phases in order.
+  // Calls run(phase, chunk) for all chunks(phase) of each phase, in order.
   template <typename Chunks, typename Run>
   void work(const Chunks& chunks, const Run& run) {
     for (int p = 0; p < phases_; p++) {
@@ -108,14 +109,15 @@ class Team {
   std::vector<Phase> all_;
 };
 
-// Runs `job` (with members phases, chunks and run) on the calling thread and those of XLA's that are free.
+// Runs `job` (with members phases, chunks and run) on the calling thread and on free threads of XLA.
 template <typename Job>
-void together(ffi::ThreadPool& pool, std::shared_ptr<Job> job) {
+void run_on_pool(ffi::ThreadPool& pool, std::shared_ptr<Job> job) {
   auto team = std::make_shared<Team>(job->phases());
   auto join = [job, team] {
     team->work([&](int p) { return job->chunks(p); }, [&](int p, int c) { job->run(p, c); });
   };
-  for (int64_t i = 1; i < std::min<int64_t>(pool.num_threads(), THREADS); i++) pool.Schedule(std::function<void()>(join));
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), THREADS);
+  for (int64_t i = 1; i < threads; i++) pool.Schedule(std::function<void()>(join));
   join();
 }
 

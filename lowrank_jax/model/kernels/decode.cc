@@ -1,26 +1,26 @@
-// The blocks of the network, for new tokens of a few rows over a cache of latents, in one call: what decoder.read does
-// with XLA, for CPUs.
+// All blocks of the network in one call, for new tokens of a few sequences over a cache of latents: decoder.read for
+// CPUs without XLA.
 //
-// Few rows make a product wait for the bytes of the weights. XLA's CPU backend widens 16 and 8 bit weights in memory
-// first, shares each of a step's hundred small operations out anew, and copies what it slices. Here weights become
-// floats in registers, everything is computed in fp32, and the threads stay together through all layers.
+// With few rows, a product waits for the bytes of the weights. XLA's CPU backend first widens 16 and 8 bit weights in
+// memory, splits each of a step's hundred small operations over its threads, and copies every slice. This file widens
+// weights in registers, computes everything in fp32, and keeps its threads together through all layers.
 //
 // Weights lie in panels of COLUMNS outputs, [panels, in, COLUMNS], so that a panel is read once from front to back
 // while its sums stay in registers: y[b][column] += x[b][i] * w[i][column].
 //
-// Rows here are tokens: row b * T + t is new token t of sequence b.
+// A row is a token: row b * T + t is new token t of sequence b.
 
 #include "common.h"
 
 namespace {
 
 constexpr int COLUMNS = 32, VECTORS = COLUMNS / LANES;
-constexpr int HEADS = 4;     // that a thread attends with at a time
-constexpr int BLOCK = 128;   // keys whose scores are held at a time; the cache's size is a multiple of it
-constexpr int AHEAD = 4096;  // bytes of weights that are fetched before they are needed
+constexpr int HEADS = 4;     // heads that a thread computes side by side
+constexpr int BLOCK = 128;   // keys whose scores are in memory at once; divides the size of the cache
+constexpr int AHEAD = 4096;  // bytes of weights that are prefetched
 constexpr float EPS = 1e-6f;
 
-// The types of weights, and how vector v of a panel's row becomes floats.
+// The types of weights; `widen` turns vector v of a panel's row into floats.
 struct BFloat16 {
   uint16_t upper;  // half of a float
 };
@@ -28,11 +28,11 @@ struct Int4 {
   uint8_t pair;  // column j plus 8 in the lower half, column COLUMNS / 2 + j plus 8 in the upper
 };
 template <typename W>
-constexpr int IN_ROW = std::is_same_v<W, Int4> ? COLUMNS / 2 : COLUMNS;  // how many of a type are a panel's row
+constexpr int IN_ROW = std::is_same_v<W, Int4> ? COLUMNS / 2 : COLUMNS;  // elements of a panel's row
 
 inline Floats widen(const float* row, int v) { return load<Floats>(row + v * LANES); }
 
-// Word j holds column j in its lower half and column COLUMNS / 2 + j in its upper: a shift or a mask for LANES of them.
+// Word j has column j in its lower half and column COLUMNS / 2 + j in its upper half: a shift or a mask widens LANES.
 inline Floats widen(const BFloat16* row, int v) {
   const int halves = VECTORS / 2;
   const Words words = load<Words>(row + v % halves * 2 * LANES);
@@ -40,7 +40,7 @@ inline Floats widen(const BFloat16* row, int v) {
 }
 
 inline Floats widen(const int8_t* row, int v) {
-#if defined(__AVX512F__)  // GCC 12 takes bytes apart one by one
+#if defined(__AVX512F__)  // GCC 12 would widen bytes one by one
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(row + v * LANES))));
 #elif defined(__AVX2__)
   return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(row + v * LANES))));
@@ -64,8 +64,8 @@ inline Floats widen(const Int4* row, int v) {
 
 int64_t padded(int64_t n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-// Matrices [in, out] of one kind: [count, panels, in, COLUMNS], and where they are int8 or int4 their scales [count,
-// panels, groups, COLUMNS], of as many inputs each.
+// `count` matrices [in, out] as [count, panels, in, COLUMNS]. int8 and int4 weights have scales [count, panels, groups,
+// COLUMNS], each for in / groups inputs.
 struct Matrix {
   const void* weights = nullptr;
   const float* scales = nullptr;
@@ -77,24 +77,24 @@ struct Matrix {
   // y = x w for `rows` rows and the columns of one panel: done(row, column, LANES values).
   template <typename Done>
   void times(const float* x, int64_t stride, int64_t rows, int64_t panel, Done done, int64_t which = 0) const {
-    const int64_t at = which * panels + panel;
+    const int64_t place = which * panels + panel;
     switch (type) {
       case ffi::DataType::F32:
-        return run((const float*)weights, at, x, stride, rows, panel, done);
+        return run((const float*)weights, place, x, stride, rows, panel, done);
       case ffi::DataType::BF16:
-        return run((const BFloat16*)weights, at, x, stride, rows, panel, done);
+        return run((const BFloat16*)weights, place, x, stride, rows, panel, done);
       case ffi::DataType::U8:
-        return run((const Int4*)weights, at, x, stride, rows, panel, done);
+        return run((const Int4*)weights, place, x, stride, rows, panel, done);
       default:
-        return run((const int8_t*)weights, at, x, stride, rows, panel, done);
+        return run((const int8_t*)weights, place, x, stride, rows, panel, done);
     }
   }
 
  private:
   template <typename W, typename Done>
-  void run(const W* w, int64_t at, const float* x, int64_t stride, int64_t rows, int64_t panel, Done& done) const {
-    w += at * in * IN_ROW<W>;
-    const float* scale = scales ? scales + at * groups * COLUMNS : nullptr;
+  void run(const W* w, int64_t place, const float* x, int64_t stride, int64_t rows, int64_t panel, Done& done) const {
+    w += place * in * IN_ROW<W>;
+    const float* scale = scales ? scales + place * groups * COLUMNS : nullptr;
     int64_t row = 0;
     auto tiles = [&](auto count) {
       constexpr int B = decltype(count)::value;
@@ -113,11 +113,11 @@ struct Matrix {
 
   template <int B, typename W, typename Each>
   inline void tile(const W* w, const float* scale, const float* x, int64_t stride, Each each) const {
-    constexpr int APART = B * VECTORS < 8 ? 8 / (B * VECTORS) : 1;  // sums enough for the latency of additions
+    constexpr int APART = B * VECTORS < 8 ? 8 / (B * VECTORS) : 1;  // enough sums to hide the latency of additions
     constexpr bool GROUPED = std::is_same_v<W, Int4>;
     Floats y[APART][B][VECTORS] = {}, step[VECTORS] = {};
     auto add = [&](int64_t i, int apart) {
-      // The processor's own prefetching ends with a page: 8 rows of 76 million bfloat16 weights took 12.5 ms, not 7.5.
+      // Hardware prefetching stops at the end of a page: 8 rows of 76 million bfloat16 weights took 12.5 ms, not 7.5.
       const char* row = (const char*)(w + i * IN_ROW<W>);
       for (size_t line = 0; line < sizeof(W) * IN_ROW<W>; line += 64) __builtin_prefetch(row + AHEAD + line);
 #pragma GCC unroll 8
@@ -153,10 +153,10 @@ struct Layer {
   Matrix latents, query, k_heads, v_heads, o_down, o_up, mlp_in, gate, up, mlp_out, mlp_last;
 };
 
-// What the latents of one layer lie in.
+// The memory of one layer's latents.
 struct Latents {
   const float *k, *v;          // cached: [rows, size, R]
-  float *window_k, *window_v;  // of tokens that are not in the cache yet: [B, window, R]
+  float *window_k, *window_v;  // of tokens that are not cached yet: [B, window, R]
 };
 
 struct Settings {
@@ -166,7 +166,7 @@ struct Settings {
 
 struct Read {
   Settings s;
-  Matrix table, table_up;  // without a factor of its own, table_up.weights is null
+  Matrix table, table_up;  // table_up.weights is null where the embedding is not factored
   std::vector<Layer> layers;
   std::vector<Latents> latents;
   const float* slopes;
@@ -182,7 +182,7 @@ struct Read {
     const Layer& l = layers[0];
     rows = B * T;
     auto room = [&](std::vector<float>& buffer, int64_t& stride, int64_t width) {
-      stride = padded(width) + LANES;  // not a power of two, or the rows of a tile would share the cache's sets
+      stride = padded(width) + LANES;  // no power of two, which would put the rows of a tile into the same cache sets
       buffer.assign(rows * stride, 0.f);
     };
     room(x, x_stride, D);
@@ -215,7 +215,7 @@ struct Read {
     }
   }
 
-  // The panels of a chunk.
+  // Calls each(panel) for the panels of a chunk.
   template <typename Each>
   static void panels(const Matrix& m, int chunk, Each each) {
     const int64_t count = pieces(m.panels);
@@ -242,14 +242,14 @@ struct Read {
     const int n = (phase - 1) / COUNT;
     const Layer& l = layers[n];
     std::vector<float> scale(rows, 1.f);
-    // y = scale * x w, added to y or not.
+    // to = scale * from m, or with `add`, to += scale * from m.
     auto product = [&](const Matrix& m, const std::vector<float>& from, int64_t from_stride, std::vector<float>& to,
                        int64_t to_stride, bool add) {
       panels(m, chunk, [&](int64_t p) {
         m.times(from.data(), from_stride, rows, p, [&](int64_t r, int64_t column, Floats y) {
-          float* at = &to[r * to_stride + column];
+          float* place = &to[r * to_stride + column];
           y *= scale[r];
-          store(at, add ? load<Floats>(at) + y : y);
+          store(place, add ? load<Floats>(place) + y : y);
         });
       });
     };
@@ -258,7 +258,7 @@ struct Read {
         rms(x.data(), x_stride, D, scale.data());
         return product(l.latents, x, x_stride, latent, latent_stride, false);
       case QUERY:
-        if (!chunk) keep(latents[n]);
+        if (!chunk) store_latents(latents[n]);
         if (s.latent_norm) rms(latent.data(), latent_stride, s.rank_q, scale.data());
         return product(l.query, latent, latent_stride, query, query_stride, false);
       case ATTEND:
@@ -288,21 +288,21 @@ struct Read {
   }
 
   void embed() {
-    std::vector<float> held(table.in);
+    std::vector<float> factor(table.in);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = tokens[r];
-      float* to = table_up.weights ? held.data() : &x[r * x_stride];
-      for (int64_t i = 0; i < table.in; i++) to[i] = one(token / COLUMNS, i, token % COLUMNS);
+      float* to = table_up.weights ? factor.data() : &x[r * x_stride];
+      for (int64_t i = 0; i < table.in; i++) to[i] = weight_of(token / COLUMNS, i, token % COLUMNS);
       if (table.scales) for (int64_t i = 0; i < table.in; i++) to[i] *= table.scales[token];
       for (int64_t p = 0; p < table_up.panels; p++) {
-        table_up.times(held.data(), 0, 1, p, [&](int64_t, int64_t column, Floats y) {
+        table_up.times(factor.data(), 0, 1, p, [&](int64_t, int64_t column, Floats y) {
           store(&x[r * x_stride + column], y);
         });
       }
     }
   }
 
-  float one(int64_t panel, int64_t i, int64_t column) const {
+  float weight_of(int64_t panel, int64_t i, int64_t column) const {
     const int64_t row = (panel * table.in + i) * COLUMNS, half = COLUMNS / 2;
     if (table.type == ffi::DataType::F32) return ((const float*)table.weights)[row + column];
     if (table.type == ffi::DataType::S8) return ((const int8_t*)table.weights)[row + column];
@@ -311,7 +311,7 @@ struct Read {
     return load<float>(&bits);
   }
 
-  // act = silu(scale * from_gate w_gate) * (scale * from_up w_up), where w_up is the `second` of its matrices.
+  // act = silu(scale * from_gate w_gate) * (scale * from_up w_up), where w_up is matrix `second` of `up`.
   void gated(const Matrix& gate, const Matrix& up, int second, const float* from_gate, const float* from_up,
              int64_t stride, const std::vector<float>& scale, int chunk) {
     panels(gate, chunk, [&](int64_t p) {
@@ -320,14 +320,14 @@ struct Read {
         store(&act[r * act_stride + column], y / (1.f + exp(-y)));
       });
       up.times(from_up, stride, rows, p, [&](int64_t r, int64_t column, Floats y) {
-        float* at = &act[r * act_stride + column];
-        store(at, load<Floats>(at) * y * scale[r]);
+        float* place = &act[r * act_stride + column];
+        store(place, load<Floats>(place) * y * scale[r]);
       }, second);
     });
   }
 
-  // The new tokens' latents, in their window.
-  void keep(const Latents& l) {
+  // Writes the new tokens' latents to their window.
+  void store_latents(const Latents& l) {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t place = r / T * window + at + r % T;
       auto put = [&](const float* from, int64_t width, float* to) {
@@ -340,14 +340,14 @@ struct Read {
     }
   }
 
-  // The average of some heads for one row, softmax in one pass over blocks (Milakov & Gimelshein, arXiv 1805.02867).
+  // The attention of some heads for one row: softmax in one pass over blocks (Milakov & Gimelshein, arXiv 1805.02867).
   struct Average {
     int64_t rank_k, rank_v;
     std::vector<float> query, sum;  // [HEADS, rank]
     float slope[HEADS], top[HEADS], total[HEADS];
     alignas(64) float p[HEADS][BLOCK];
 
-    // n keys more, the first of which is `distance` tokens back.
+    // Adds n keys, the first of which lies `distance` tokens back.
     void add(const float* k, const float* v, int64_t n, int64_t distance) {
       for (int h = 0; h < HEADS; h++) {
         Floats highest = Floats{} + top[h];
@@ -361,23 +361,23 @@ struct Read {
           Floats score = sums(part), far;
           for (int l = 0; l < LANES; l++) far[l] = float(distance - j - l);
           score -= slope[h] * far;
-          for (int l = n - j < LANES ? int(n - j) : LANES; l < LANES; l++) score[l] = -1e30f;
+          for (int l = n - j < LANES ? int(n - j) : LANES; l < LANES; l++) score[l] = MASKED;
           store(&p[h][j], score);
           highest = score > highest ? score : highest;
         }
         float higher = highest[0];
         for (int l = 1; l < LANES; l++) higher = std::max(higher, highest[l]);
-        const float kept = std::exp(top[h] - higher);
+        const float decay = std::exp(top[h] - higher);
         Floats count{};
         for (int64_t j = 0; j < n; j += LANES) {
           const Floats e = exp(load<Floats>(&p[h][j]) - higher);
           store(&p[h][j], e);
           for (int l = 0; l < LANES && j + l < n; l++) count[l] += e[l];
         }
-        total[h] *= kept;
+        total[h] *= decay;
         for (int l = 0; l < LANES; l++) total[h] += count[l];
         top[h] = higher;
-        for (int64_t i = 0; i < rank_v; i++) sum[h * rank_v + i] *= kept;
+        for (int64_t i = 0; i < rank_v; i++) sum[h * rank_v + i] *= decay;
       }
       int64_t i = 0;
       for (; i + 4 * LANES <= rank_v; i += 4 * LANES) mean<4>(v, n, i);
@@ -411,7 +411,7 @@ struct Read {
     a.query.assign(HEADS * padded(s.rank_k), 0.f);
     a.sum.assign(HEADS * padded(s.rank_v), 0.f);
     for (int64_t h = 0; h < HEADS; h++) {
-      a.top[h] = -1e30f, a.total[h] = 0, a.slope[h] = 0;
+      a.top[h] = MASKED, a.total[h] = 0, a.slope[h] = 0;
       if (h >= heads) continue;
       a.slope[h] = slopes[first + h];
       float* to = &a.query[h * s.rank_k];
@@ -426,15 +426,15 @@ struct Read {
         }, first + h);
       }
     }
-    const int64_t in_window = at + t, held = starts[b], values = s.shared ? s.rank_k : s.rank_v;
+    const int64_t in_window = at + t, cached = starts[b], values = s.shared ? s.rank_k : s.rank_v;
     const float* window_v = s.shared ? l.window_k : l.window_v;
     for (int64_t j = 0; j <= in_window; j += BLOCK)
       a.add(l.window_k + (b * window + j) * s.rank_k, window_v + (b * window + j) * values,
             std::min<int64_t>(BLOCK, in_window + 1 - j), in_window - j);
     const float* v = s.shared ? l.k : l.v;
-    for (int64_t j = 0; j < held; j += BLOCK) {
+    for (int64_t j = 0; j < cached; j += BLOCK) {
       const int64_t place = (row + b) * size + j;
-      a.add(l.k + place * s.rank_k, v + place * values, std::min<int64_t>(BLOCK, held - j), held + in_window - j);
+      a.add(l.k + place * s.rank_k, v + place * values, std::min<int64_t>(BLOCK, cached - j), cached + in_window - j);
     }
     for (int64_t h = 0; h < heads; h++) {
       float* to = &o[r * o_stride + (first + h) * s.head_dim];
@@ -470,7 +470,7 @@ struct Times {
   }
 };
 
-// The arguments one after another.
+// The call's arguments, in order.
 class Arguments {
  public:
   explicit Arguments(ffi::RemainingArgs args) : args_(args) {}
@@ -510,7 +510,7 @@ ffi::Error read(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   const ffi::AnyBuffer k = args.next(), v = shared ? k : args.next();
   const int64_t kinds = shared ? 1 : 2;
   auto result = [&](size_t i) { return *results.get<ffi::AnyBuffer>(i).value(); };
-  for (int64_t i = 0; i < layers * kinds; i++) args.next();  // the windows: the results are the same memory
+  for (int64_t i = 0; i < layers * kinds; i++) args.next();  // the windows, which share their memory with the results
   const ffi::AnyBuffer out = result(0);
   job->out = (float*)out.untyped_data();
   job->D = out.dimensions()[2];
@@ -535,7 +535,7 @@ ffi::Error read(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
                             (float*)result(n * kinds + kinds).untyped_data()});
   }
   job->prepare();
-  together(pool, job);
+  run_on_pool(pool, job);
   for (int64_t r = 0; r < job->rows; r++)
     std::memcpy(job->out + r * job->D, &job->x[r * job->x_stride], job->D * sizeof(float));
   return ffi::Error::Success();
@@ -548,7 +548,7 @@ ffi::Error times(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remain
   job->m = args.matrix();
   job->x = (const float*)x.untyped_data(), job->y = (float*)y.untyped_data();
   job->rows = x.dimensions()[0], job->count = job->m.count, job->outputs = y.dimensions()[1] / job->count;
-  together(pool, job);
+  run_on_pool(pool, job);
   return ffi::Error::Success();
 }
 

@@ -1,0 +1,109 @@
+"""The interface of sources, and the parts that several kinds of sources share.
+
+A source keeps no position: a block and a row name any place in it, so a reader can start anywhere, and resume.
+"""
+
+import bisect
+import collections
+import contextlib
+import gzip
+import hashlib
+import importlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Protocol
+
+from lowrank_jax.config import UsageError
+from lowrank_jax.data.records import Document
+
+OPEN_READS = 16  # interrupted reads that a source keeps open, see `Resumed`
+
+
+class Source(Protocol):
+    """Documents in blocks that can be read in any order; the same arguments always give the same rows.
+
+    Any method may raise OSError, for a read that may work when it is tried again.
+    """
+
+    blocks: int
+    fingerprint: str
+    """Changes when the data does, and not when the data moves to another folder."""
+
+    def rows(self, block: int, start: int = 0) -> Iterator:
+        """Yield the rows of a block from the `start`-th on; this is cheap, and bounded in memory.
+
+        Raises BadRecord if the rest of the block cannot be read.
+        """
+
+    def document(self, row) -> Document:
+        """Return the document of a row; raises BadRecord if it cannot be used."""
+
+
+class Resumed:
+    """`rows` for a source that has `_read(block, start)`: a reader that returns to a row finds its read still open.
+
+    A reader takes a large block in many small parts. Without this, every part of a compressed or row-wise file would be
+    read from the file's start. The rows are the same either way.
+    """
+
+    _read: Callable[[int, int], Iterator]
+
+    def __init__(self):
+        self._interrupted = collections.OrderedDict()
+
+    def rows(self, block: int, start: int = 0) -> Iterator:
+        rows, next_row = self._interrupted.pop((block, start), None) or self._read(block, start), start
+        try:
+            for row in rows:
+                next_row += 1
+                yield row
+        except GeneratorExit:
+            self._interrupted[block, next_row] = rows
+            with contextlib.suppress(KeyError):  # other threads may remove reads too
+                while len(self._interrupted) > OPEN_READS:
+                    self._interrupted.popitem(last=False)
+            raise
+
+
+class InFiles:
+    """Numbers the blocks of several files one after another."""
+
+    def number_blocks(self, paths: Sequence[str], counts: Sequence[int]) -> None:
+        """Set `blocks`, from the number of blocks in each file."""
+        self._paths, self._firsts = list(paths), [0, *itertools.accumulate(counts)]
+        self.blocks = self._firsts[-1]
+
+    def locate(self, block: int) -> tuple[str, int]:
+        """Return the file that holds a block, and the block's number in that file."""
+        file = bisect.bisect_right(self._firsts, block) - 1
+        return self._paths[file], block - self._firsts[file]
+
+
+def fingerprint(facts) -> str:
+    """Return a short hash of JSON values."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def may_pass(e: Exception) -> bool:
+    """Return whether a read that failed may work another time.
+
+    Arrow, bz2 and gzip raise OSError for damaged data too, but without the number of a system error.
+    """
+    is_damage = type(e) in (OSError, gzip.BadGzipFile) and e.errno is None
+    return isinstance(e, OSError) and not is_damage
+
+
+def one_line(e: BaseException) -> str:
+    """Return an error's text in one line of at most 200 characters."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def import_package(module: str, packages: str) -> ModuleType:
+    """Import what one kind of source needs; raises UsageError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UsageError(f"this source needs a package ({e}): pip install {packages}") from None

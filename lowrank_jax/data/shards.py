@@ -1,0 +1,125 @@
+"""Shards of tokenised documents: the ArrayRecord files that the command `tokenize` writes, and how a run reads them."""
+
+import functools
+import glob
+import json
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from lowrank_jax.config import UsageError
+from lowrank_jax.data import blocks
+from lowrank_jax.data.blocks import InFiles
+from lowrank_jax.data.records import BadRecord, Document
+
+RUN = 64  # records in a block
+READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+META, FORMAT, SUFFIX = "meta.json", 1, ".array_record"
+WRITE = "write the shards with `python -m lowrank_jax tokenize`"
+
+
+def encode_record(ids: np.ndarray, said: np.ndarray) -> bytes:
+    """Return a document from BOS to EOS as bytes.
+
+    The ids come first, as little-endian uint16, or uint32 if one needs it. One bit follows for each token that carries
+    weight, unless all but BOS do. The last byte tells which of these forms it is.
+    """
+    wide, masked = bool(ids.max(initial=0) > 0xFFFF), bool(said[:1].any() or not said[1:].all())
+    mask = np.packbits(said, bitorder="little").tobytes() if masked else b""
+    return ids.astype("<u4" if wide else "<u2").tobytes() + mask + bytes([wide | masked << 1])
+
+
+def decode_record(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids int32, said bool) of what `encode_record` wrote; raises ValueError for anything else."""
+    if not raw or raw[-1] > 3:
+        raise ValueError("not a record of tokens")
+    wide, masked, size = raw[-1] & 1, raw[-1] >> 1, len(raw) - 1
+    width = 4 if wide else 2
+    n = 8 * size // (8 * width + 1) if masked else size // width  # n ids and n bits, rounded up to bytes
+    if size != n * width + (-(-n // 8) if masked else 0):
+        raise ValueError("a record of tokens is cut short")
+    ids = np.frombuffer(raw, "<u4" if wide else "<u2", n).astype(np.int32)
+    if masked:
+        bits = np.frombuffer(raw, np.uint8, size - n * width, n * width)
+        return ids, np.unpackbits(bits, count=n, bitorder="little").view(bool)
+    return ids, np.arange(n) > 0
+
+
+def open_writer(path: str):
+    """Create a shard; its `write` takes what `encode_record` returns."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    return ArrayRecordWriter(path, f"group_size:{RUN},uncompressed")  # a read takes a whole block; ids hardly compress
+
+
+class ArrayRecord(InFiles):
+    """A folder or a glob of shards; a block is 64 records.
+
+    The caller checks that `tokenizer_sha256` and `chats` are those of the run.
+    """
+
+    def __init__(self, location: str):
+        module = blocks.import_package("array_record.python.array_record_module", "array-record")
+        self._reader = functools.lru_cache(RUN)(lambda path: module.ArrayRecordReader(path, READ_OPTIONS))
+        location = os.path.expanduser(location)
+        pattern = os.path.join(glob.escape(location), "*" + SUFFIX) if os.path.isdir(location) else location
+        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if not paths:
+            raise UsageError(f"source arrayrecord:{location}: no such file; {WRITE}")
+        metas = {folder: _read_meta(folder) for folder in dict.fromkeys(map(os.path.dirname, paths))}
+        kinds = {(m["tokenizer_sha256"], m["chats"]) for m in metas.values()}
+        if len(kinds) > 1:
+            raise UsageError(f"source arrayrecord:{location}: its folders differ in their tokenizer or --chats")
+        ((self.tokenizer_sha256, self.chats),) = kinds
+        if os.path.isdir(location) and len(paths) != metas[os.path.dirname(paths[0])]["shards"]:
+            raise UsageError(f"source arrayrecord:{location}: shards are missing; write it again")
+        self._counts = {path: self._count(path, metas[os.path.dirname(path)]) for path in paths}
+        self.number_blocks(paths, [-(-n // RUN) for n in self._counts.values()])
+        facts = [(os.path.basename(p), os.path.getsize(p), n) for p, n in self._counts.items()]
+        self.fingerprint = blocks.fingerprint([self.tokenizer_sha256, self.chats, *facts])
+
+    def rows(self, block: int, start: int = 0) -> Iterator[tuple[str, int, bytes]]:
+        path, block_in_file = self.locate(block)
+        first, stop = block_in_file * RUN + start, min((block_in_file + 1) * RUN, self._counts[path])
+        if first >= stop:
+            return
+        try:
+            encoded = self._reader(path).read(first, stop)
+        except (RuntimeError, ValueError, IndexError) as e:
+            where = f"{path}, record {first} to {stop - 1}"
+            raise BadRecord(where, f"damaged: {blocks.one_line(e)}") from None
+        yield from ((path, i, raw) for i, raw in enumerate(encoded, first))
+
+    def document(self, row: tuple[str, int, bytes]) -> Document:
+        path, i, raw = row
+        try:
+            ids, said = decode_record(raw)
+        except ValueError as e:
+            raise BadRecord(f"{path}, record {i}", str(e)) from None
+        return {"ids": ids, "said": said}
+
+    def _count(self, path: str, meta: dict) -> int:
+        count = None
+        try:
+            count = self._reader(path).num_records()
+        except (RuntimeError, ValueError):
+            pass
+        if count is None or count != meta["records"].get(os.path.basename(path)):
+            raise UsageError(f"{path} is damaged, or was not written with its {META}; {WRITE}")
+        return count
+
+
+def _read_meta(folder: str) -> dict:
+    path = os.path.join(folder, META)
+    try:
+        with open(path, encoding="utf-8") as f:
+            meta = json.load(f)
+        types = {"tokenizer_sha256": str, "chats": bool, "shards": int, "records": dict}
+        if meta["format"] == FORMAT and all(isinstance(meta[key], kind) for key, kind in types.items()):
+            return meta
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; {WRITE}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UsageError(f"{path} is not from this version of `tokenize`; {WRITE}")

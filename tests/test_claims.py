@@ -1,0 +1,37 @@
+"""Every test that the documentation names exists, by its file and its function."""
+
+import difflib
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEST = re.compile(r"\btests/[\w/]+\.py(?:::\w+)?")
+
+
+def functions(path: pathlib.Path) -> list[str]:
+    return re.findall(r"^(?:async )?def (test_\w+)", path.read_text(encoding="utf-8"), flags=re.M)
+
+
+def missing(page: pathlib.Path) -> list[str]:
+    """Return one line for each test on the page that does not exist."""
+    lines = []
+    for name in re.findall(TEST, page.read_text(encoding="utf-8")):
+        file, _, function = name.partition("::")
+        if not (ROOT / file).is_file():
+            lines.append(f"{page.name} names {file}, which does not exist")
+        elif function and function not in functions(ROOT / file):
+            nearest = difflib.get_close_matches(function, functions(ROOT / file), n=1, cutoff=0)
+            lines.append(f"{page.name} names {name}; the nearest name in that file is {nearest}")
+    return lines
+
+
+def test_every_test_that_the_documentation_names_exists():
+    assert not [line for page in PAGES for line in missing(page)]
+
+
+def test_every_claim_names_a_test_function():
+    rows = [line for line in (ROOT / "docs" / "claims.md").read_text().splitlines() if line.startswith("| ")]
+    claims = [row for row in rows if not row.startswith("| claim ")]
+    assert len(claims) > 50
+    assert not [row for row in claims if "::test_" not in row]
