@@ -20,24 +20,23 @@ from lowrank_jax.machine.sharding import FSDP, TENSOR, path_name
 # (Moonlight, arXiv 2502.16982, section 2.2).
 MUON_UPDATE_RMS = 0.2
 MATRICES = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # of a stack [layer, in, out]
-_is_leaf = lambda x: x is None or x is MATRICES
 
 
 def make(c: OptimConfig) -> optax.GradientTransformation:
     """Return a transformation whose updates, times the learning rate, are added to the parameters."""
     adamw = lambda decay, **more: optax.adamw(1.0, b1=c.beta1, b2=c.beta2, weight_decay=decay, **more)
     if c.name == "muon":
+        axes = lambda params: jax.tree.map(lambda is_matrix: MATRICES if is_matrix else None, _is_matrix(params))
         matrices = optax.chain(
-            contrib.scale_by_muon(beta=c.beta1, ns_steps=0, weight_dimension_numbers=_matrices),  # only the momentum
+            contrib.scale_by_muon(beta=c.beta1, ns_steps=0, weight_dimension_numbers=axes),  # only the momentum
             optax.stateless(lambda updates, _: _orthogonalized(updates)),
             optax.add_decayed_weights(c.weight_decay),
             optax.scale(-1.0),
         )
-        kinds = lambda params: jax.tree.map(lambda m: "muon" if m else "adam", _matrices(params), is_leaf=_is_leaf)
+        kinds = lambda params: jax.tree.map(lambda is_matrix: "muon" if is_matrix else "adam", _is_matrix(params))
         rule = optax.partition({"muon": matrices, "adam": adamw(0.0, nesterov=True)}, kinds)
     else:
-        is_matrix = lambda params: jax.tree.map(lambda x: x is not None, _matrices(params), is_leaf=_is_leaf)
-        rule = adamw(c.weight_decay, mask=is_matrix)
+        rule = adamw(c.weight_decay, mask=_is_matrix)
     return optax.chain(optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(), rule)
 
 
@@ -97,7 +96,6 @@ def rates(p: PhaseConfig, params: dict) -> dict:
     return by_path
 
 
-def _matrices(params: dict) -> dict:
-    """Return MATRICES for each stacked matrix [layer, in, out] of the blocks, and None for all other parameters."""
-    axes = lambda path, x: MATRICES if path[0].key == "blocks" and x.ndim == 3 else None
-    return jax.tree_util.tree_map_with_path(axes, params)
+def _is_matrix(params: dict) -> dict:
+    """Return True for each stacked matrix [layer, in, out] of the blocks, and False for all other parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: path[0].key == "blocks" and x.ndim == 3, params)
