@@ -73,13 +73,15 @@ def use_compilation_cache() -> None:
     """Keep compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a folder, or none by being empty."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    import jax  # not at the top: --help and a mistake in a flag must not wait for it
-
     # A folder for each kind of CPU: a program for one with more instructions dies of a signal on another.
     cpu = hashlib.sha256(startup.cpu_features().encode()).hexdigest()[:8]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update("jax_compilation_cache_dir", os.path.join(home, "lowrank_jax", f"xla-{platform.machine()}-{cpu}"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    folder = os.path.join(home, "lowrank_jax", f"xla-{platform.machine()}-{cpu}")
+    for name, value in {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.1}.items():
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update(name, value)
+        else:  # JAX reads the environment when it is imported, which --help need not wait for
+            os.environ[name.upper()] = str(value)
 
 
 def main(command, argv: list[str] | None = None) -> None:
