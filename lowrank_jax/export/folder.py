@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator
 
 from lowrank_jax.config import PhaseConfig, RunConfig, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
@@ -41,39 +40,43 @@ def whole_folder(out: str) -> Iterator[str]:
         os.rename(folder, out)
 
 
-def write(
-    trained: Trained, folder: str, texts: dict[str, str], code: Sequence[str] = (), settings: dict | None = None
-) -> None:
+def write(trained: Trained, folder: str, texts: dict[str, str], settings: dict | None = None) -> None:
     """Write config.json with `settings` besides the model's sizes, the tokenizer, and `texts` by file name.
 
-    `code` names files of this package to copy. Raises UsageError for a tokenizer that cannot be described.
+    Raises UsageError for a tokenizer that cannot be described.
     """
-    os.makedirs(folder, exist_ok=True)
     length = verify.longest(trained.config)
     config = weights.settings(trained.config.model, trained.tokenizer, length) | (settings or {})
     texts = texts | hf_tokenizer.files(trained.tokenizer, length) | {"config.json": as_json(config)}
+    os.makedirs(folder, exist_ok=True)
     for name, text in texts.items():
         with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as f:
             f.write(text)
-    for name in code:
-        shutil.copyfile(os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name))
 
 
-def write_weights(trained: Trained, folder: str, tensors: dict[str, np.ndarray]) -> None:
-    """Add the weights, and what an import needs besides, to a folder that `write` has filled."""
+def write_weights(trained: Trained, folder: str, texts: dict[str, str], tensors: dict, settings: dict | None = None):
+    """Do the same, and write the weights and what an import needs besides."""
     verify.need("safetensors")
     from safetensors.numpy import save_file
 
+    origin = {"config": without_paths(trained.config).to_dict(), "progress": plain(trained.progress)}
+    write(trained, folder, texts | {ORIGIN: as_json(origin)}, settings)
     path = os.path.join(folder, weights.FILE)
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(os.path.join(folder, "config.json"), path)  # save_file lets only the owner read it
-    with open(os.path.join(folder, ORIGIN), "w", encoding="utf-8") as f:
-        f.write(as_json({"config": without_paths(trained.config).to_dict(), "progress": plain(trained.progress)}))
+    shutil.copymode(os.path.join(folder, ORIGIN), path)  # save_file lets only the owner read it
     trained.tokenizer.save(os.path.join(folder, TOKENIZER))
 
 
 def as_json(value: dict) -> str:
     return json.dumps(value, indent=2) + "\n"
+
+
+def packaged(name: str, **words: str) -> str:
+    """Return the text of a file of this package, with each {word} in it replaced by its value."""
+    text = (pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")
+    for word, value in words.items():
+        text = text.replace("{" + word + "}", value)
+    return text
 
 
 def plain(progress: Progress) -> dict:
@@ -112,4 +115,4 @@ def facts(trained: Trained) -> str:
         rows["chat data"] = sources(config.sft)
     shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
-    return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
