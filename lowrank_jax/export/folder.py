@@ -1,7 +1,6 @@
 """Folders of exports: created whole or not at all, and the files that all of them share."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -9,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from lowrank_jax.config import PhaseConfig, RunConfig, UsageError
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
 from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
@@ -59,7 +58,7 @@ def write_weights(trained: Trained, folder: str, texts: dict[str, str], tensors:
     verify.need("safetensors")
     from safetensors.numpy import save_file
 
-    origin = {"config": without_paths(trained.config).to_dict(), "progress": plain(trained.progress)}
+    origin = {"config": settings_without_paths(trained.config), "progress": plain(trained.progress)}
     write(trained, folder, texts | {ORIGIN: as_json(origin)}, settings)
     path = os.path.join(folder, weights.FILE)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -84,35 +83,31 @@ def plain(progress: Progress) -> dict:
     return {key: x for key, x in progress.to_dict().items() if isinstance(x, (int, float, str)) and x != ""}
 
 
-def without_paths(config: RunConfig) -> RunConfig:
-    """Return the config with no path but the last part of each source: an export tells nothing of the machine."""
-
-    def name(spec: str) -> str:
-        kind, _, place = spec.partition(":")
-        return f"{kind}:{place if kind in PUBLIC else os.path.basename(place)}"
-
-    def phase(p: PhaseConfig) -> PhaseConfig:
-        return dataclasses.replace(p, sources=tuple(dataclasses.replace(s, spec=name(s.spec)) for s in p.sources))
-
-    tokenizer = dataclasses.replace(config.tokenizer, path="")
-    phases = {"pretrain": phase(config.pretrain), "sft": phase(config.sft)}
-    return dataclasses.replace(config, init_from="", tokenizer=tokenizer, **phases)
+def settings_without_paths(config: RunConfig) -> dict:
+    """Return plain settings with no path but the last part of each source: an export tells nothing of the machine."""
+    values = config.to_dict()
+    values["init_from"] = values["tokenizer"]["path"] = ""
+    for source in (*values["pretrain"]["sources"], *values["sft"]["sources"]):
+        kind, _, place = source["spec"].partition(":")
+        if kind not in PUBLIC:
+            source["spec"] = f"{kind}:{os.path.basename(place)}"
+    return values
 
 
 def facts(trained: Trained) -> str:
     """Return a Markdown table for a card: the model's sizes and what it was trained on."""
-    config, c = without_paths(trained.config), trained.config.model
-    sources = lambda p: ", ".join(f"`{source.spec}`" for source in p.sources)
+    config, c, settings = trained.config, trained.config.model, settings_without_paths(trained.config)
+    sources = lambda phase: ", ".join(f"`{source['spec']}`" for source in settings[phase]["sources"])
     rows = {
         "width, layers, heads": f"{c.d}, {c.layers}, {c.heads}",
         "ranks of Q, K, V, O": ", ".join(map(str, c.ranks)) if c.rank else "dense",
         "vocabulary": f"{c.vocab:,}",
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,
-        "pretraining data": sources(config.pretrain),
+        "pretraining data": sources("pretrain"),
     }
     if config.sft.steps:
-        rows["chat data"] = sources(config.sft)
+        rows["chat data"] = sources("sft")
     shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
