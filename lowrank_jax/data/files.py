@@ -20,7 +20,7 @@ from backports import zstd  # the standard library's of Python 3.14: zstandard d
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, records
-from lowrank_jax.data.blocks import InFiles, Resumed
+from lowrank_jax.data.blocks import InFiles
 from lowrank_jax.data.records import BadRecord, Document
 
 # Small corpora get small blocks, so that there are blocks to shuffle. A document of text is little more than 64 KiB at
@@ -61,21 +61,20 @@ def fingerprint(paths: list[str]) -> str:
     return blocks.fingerprint([(os.path.basename(p), _size(p)) for p in paths])
 
 
-class _Files(Resumed, InFiles):
+class _Files(InFiles):
     """Blocks of several files; `_part` reads a block of a plain file, and `_whole` a file that is one block."""
 
     _part: Callable[[str, int], Iterator]
     _whole: Callable[[str], Iterator]
 
     def __init__(self, paths: list[str], largest: int):
-        super().__init__()
         sizes = [_size(p) for p in paths]
         largest = REMOTE_BLOCK if any(map(_is_remote, paths)) else largest
         self.size = min(max(sum(sizes) // BLOCKS, SMALLEST), largest)
         self.number_blocks(paths, [bool(n) if self._is_whole(p) else -(-n // self.size) for p, n in zip(paths, sizes)])
         self.fingerprint = fingerprint(paths)
 
-    def _read(self, block: int, start: int) -> Iterator:
+    def rows(self, block: int, start: int = 0) -> Iterator:
         path, k = self.locate(block)
         return itertools.islice(self._whole(path) if self._is_whole(path) else self._part(path, k), start, None)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
-from lowrank_jax.data.reader import Reader, describe
+from lowrank_jax.data.reader import Reader
 from lowrank_jax.data.records import BadRecord, Document
 from lowrank_jax.data.tokenizer import Tokenizer
 
@@ -222,7 +222,7 @@ class Lane:
     def _end(self) -> None:
         """Raise UsageError if the sources shall not end; they have no document left."""
         if any(r.endless for r in self._readers):
-            bad = [describe(r.limit.last) for r in self._readers if r.limit.last]
+            bad = [r.limit.last for r in self._readers if r.limit.last]
             reason = f"; the last unusable record: {bad[-1]}" if bad else ""
             raise UsageError(f"a whole epoch of every source has no document to train on{reason}")
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
 from lowrank_jax.data import packing, shards, sources, tokenizer
 from lowrank_jax.data.blocks import Source
-from lowrank_jax.data.reader import ONCE, Limit, Reader, describe
+from lowrank_jax.data.reader import ONCE, Limit, Reader
 from lowrank_jax.data.records import BadRecord
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, within these limits
@@ -115,7 +115,7 @@ def _write_shard(shard: int) -> dict:
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)
             counts["skipped"] += limit.skipped
-            last = last or (describe(limit.last) if limit.last else "")
+            last = last or str(limit.last or "")
     return counts | {"last": last}
 
 

@@ -49,16 +49,12 @@ class Limit:
                     self.note("skip", source=self.name, where=bad.where, reason=bad.reason)
                 return
         count = f"; {self.skipped} such records, and max_skipped={self.most}" if self.most else ""
-        raise UsageError(f"{describe(bad)}{count}")
+        raise UsageError(f"{bad}{count}")
 
     def take_back(self, count: int) -> None:
         """Subtract bad records that will be read again."""
         with self._lock:
             self.skipped -= count
-
-
-def describe(bad: BadRecord) -> str:
-    return f"{bad.exact() if bad.exact else bad.where}: {bad.reason}"
 
 
 class Part(NamedTuple):
@@ -84,6 +80,7 @@ class Reader:
         counts = {"taken": 0, "skipped": 0, "empty": 0, "met": [0, 0]}
         self._start = cursor or {"epoch": 0, "block": self._first, "row": 0} | counts  # of the window
         self._taken, self._window, self._end = self._start["taken"], None, None
+        self._rows = None  # what the last window left of its block: a compressed file is else read from its start again
         self.endless, self.exhausted = part.endless, source.blocks == 0
 
     def cursor(self) -> dict:
@@ -123,8 +120,9 @@ class Reader:
             block = place["block"]
             if self._part.shuffled:
                 block = _shuffled_block(self._source.blocks, self._seed, place["epoch"], block)
+            rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
-                for row in self._source.rows(block, place["row"]):
+                for row in rows:
                     held_out = self._part.period > 0 and (block + place["row"]) % self._part.period == 0
                     mine = held_out == self._part.held_out and self._owns(place["row"])
                     place["row"] += 1
@@ -141,6 +139,7 @@ class Reader:
                         window.append(document)
                         size += _size(document)
                     if size >= enough:
+                        self._rows = rows
                         return self._shuffled(window), place
             except BadRecord as bad:  # the rest of the block is unreadable: one of the readers that share it says so
                 self._skip(bad, place, counting and not self._part.held_out and self._owns(place["row"]))

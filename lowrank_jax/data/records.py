@@ -37,12 +37,14 @@ SHOWN_KEYS, SHOWN_LETTERS = 8, 30
 class BadRecord(Exception):
     """An unusable record; if `rows` raises it, the rest of the block is unusable.
 
-    `where` is cheap; `exact()`, if not None, may scan a file to return the file and line.
+    `where` is cheap; `exact()`, if not None, scans a file to return the file and line, as `str` does.
     """
 
     def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
-        super().__init__(f"{where}: {reason}")
         self.where, self.reason, self.exact = where, reason, exact
+
+    def __str__(self) -> str:
+        return f"{self.exact() if self.exact else self.where}: {self.reason}"
 
 
 def document(

@@ -22,7 +22,7 @@ from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
 from lowrank_jax.data import packing, sources
 from lowrank_jax.data.blocks import Source
 from lowrank_jax.data.packing import Batch, Lane
-from lowrank_jax.data.reader import ONCE, Limit, Note, Part, Reader, describe, ignore
+from lowrank_jax.data.reader import ONCE, Limit, Note, Part, Reader, ignore
 from lowrank_jax.data.records import BadRecord
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import interrupt
@@ -126,7 +126,7 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
                 _, said = packing.encode_document(tokenizer, document, chats)
                 learnt = said[1 : p.block + 1].any()
         if not count:
-            reason = f"; the last unusable record: {describe(limit.last)}" if limit.last else ""
+            reason = f"; the last unusable record: {limit.last}" if limit.last else ""
             raise UsageError(f"source {config.spec}: there is no text in it{reason}")
         if not learnt:
             raise UsageError(

@@ -316,6 +316,16 @@ def test_a_reader_without_a_document_stays_without_one_after_a_resume(make, tmp_
         assert same([resumed.next(16, 64, step) for step in range(stop, 20)], batches[stop:])
 
 
+def test_a_reader_goes_on_in_the_file_where_its_last_window_ended(large, monkeypatch, make):
+    """A compressed file can only be read from its start, and a window is a small part of it."""
+    monkeypatch.setattr(reader, "WINDOW", 1 << 10)
+    read, starts = files.JsonFiles.rows, []
+    count = lambda self, block, start=0: starts.append(start) or read(self, block, start)
+    monkeypatch.setattr(files.JsonFiles, "rows", count)
+    learnt = list(stream.texts([make.phase(large[1]["spec"], eval_fraction=0.0)], 1_000_000))
+    assert len(learnt) == 300 and starts == [0]
+
+
 def test_a_small_source_has_one_reader(corpus, open_stream):
     assert open_stream(corpus["many"], **SHARED).cursor()["readers"] == 1
 
