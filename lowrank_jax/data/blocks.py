@@ -1,7 +1,4 @@
-"""The interface of sources, and the parts that several kinds of sources share.
-
-A source keeps no position: a block and a row name any place in it, so a reader can start anywhere, and resume.
-"""
+"""The interface of sources, and what several kinds share. A source keeps no position: any row of it can be read."""
 
 import bisect
 import gzip
@@ -18,10 +15,7 @@ from lowrank_jax.data.records import Document
 
 
 class Source(Protocol):
-    """Documents in blocks that can be read in any order; the same arguments always give the same rows.
-
-    Any method may raise OSError, for a read that may work when it is tried again.
-    """
+    """Documents in blocks, the same whenever they are read; methods raise OSError for a read that may work again."""
 
     blocks: int
     fingerprint: str
@@ -54,10 +48,7 @@ def fingerprint(facts) -> str:
 
 
 def may_pass(e: Exception) -> bool:
-    """Return whether a read that failed may work another time.
-
-    Arrow, bz2 and gzip raise OSError for damaged data too, but without the number of a system error.
-    """
+    """Return whether a failed read may work again; Arrow, bz2 and gzip raise OSError without errno for damaged data."""
     is_damage = type(e) in (OSError, gzip.BadGzipFile) and e.errno is None
     return isinstance(e, OSError) and not is_damage
 

@@ -1,11 +1,7 @@
 """Reads one source in a shuffled order, with a cursor that resumes in the middle of it.
 
-The blocks of an epoch are a permutation drawn from (seed, epoch). A reader takes about a megabyte of documents from the
-next blocks (a window), and shuffles those. So every epoch reads every document once, in an order that is a pure
-function of the seed. The cursor is the window's start and the number of its documents that are used; a resume reads
-that one window again.
-
-Several readers share a source: by blocks if there are many, or else by rows.
+The blocks of an epoch are a permutation drawn from (seed, epoch). A reader shuffles about a megabyte of documents from
+the next blocks (a window). The cursor is the window's start and the number of its documents that are used.
 """
 
 import functools

@@ -1,16 +1,4 @@
-"""Opens sources: `kind:location` -> documents in blocks.
-
-| kind | location | block |
-|---|---|---|
-| text, json | glob of files, local or in a bucket; .gz, .bz2, .xz, .zst | a range of bytes; a compressed file |
-| parquet | glob of files | a row group |
-| hf | hub name, folder or file, for the `datasets` library | a shard |
-| tfds | name[/config][:version] | 64 records |
-| arrayrecord | glob or folder of shards that the command `tokenize` wrote | 64 records |
-| builtin | a corpus that ships in a Python package | a document |
-
-To add a format, write a class like `blocks.Source` and open it in `open_source`.
-"""
+"""Opens sources, `kind:location`. For a new kind, write a class like `blocks.Source` and open it in `open_source`."""
 
 import functools
 from collections.abc import Iterator
@@ -24,10 +12,7 @@ KINDS = ("text", "json", "parquet", "hf", "tfds", "arrayrecord", "builtin")
 
 
 def open_source(source: SourceConfig, chats: bool = False) -> Source:
-    """Open a source; with `chats`, its records are read as conversations if they can be.
-
-    Raises UsageError, which names the source, if it does not exist or its kind is unknown.
-    """
+    """Open a source, of conversations with `chats`; raises UsageError, which names it, if there is none."""
     kind, _, location = source.spec.partition(":")
     keys = (source.text_key, source.messages_key, chats)
     match kind:

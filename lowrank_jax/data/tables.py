@@ -1,7 +1,4 @@
-"""Sources that a library reads: Parquet, Hugging Face `datasets`, and TFDS.
-
-The libraries are imported where they are used, because they take seconds and are optional.
-"""
+"""Sources of Parquet, Hugging Face `datasets` and TFDS, which are imported late: they take seconds and are optional."""
 
 import contextlib
 import functools
@@ -23,7 +20,7 @@ FEW_SHARDS = 256  # a dataset with fewer Hugging Face shards is split further: t
 
 
 class Parquet(InFiles):
-    """Parquet files, local or in a bucket; a block is a row group, of which only the columns that matter are read."""
+    """Parquet files; a block is a row group, of which only the columns that matter are read."""
 
     def __init__(self, paths: Sequence[str], text_key: str, messages_key: str, chats: bool):
         with ThreadPoolExecutor(OPENERS) as pool:
@@ -75,14 +72,8 @@ def _parquet_facts(path: str) -> tuple[int, int, int]:
     import pyarrow as pa
 
     try:
-        with files.open_file(path) as f:
-            size = f.seek(0, io.SEEK_END)
         footer = _parquet_footer(path)
-        return size, footer.num_row_groups, footer.num_rows
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; name its files, as in {path.rstrip('/')}/*.parquet") from None
+        return files.size(path), footer.num_row_groups, footer.num_rows
     except (pa.ArrowException, OSError) as e:
         if may_pass(e):
             raise

@@ -161,7 +161,7 @@ def _ours(folder: str, spec: str, cursor=None):
 
     values = default.phase(sources=spec, block=LENGTH, tokens_per_step=ROWS * LENGTH)
     phase = config.RunConfig.from_dict(default.get_config().to_dict() | {"pretrain": values}).pretrain
-    return stream.open_phase(phase, tokenizer.load(f"{folder}/tokenizer"), 0, False, stream.Start(cursor))
+    return stream.open_phase(phase, tokenizer.load(f"{folder}/tokenizer"), 0, False, (cursor, ""))
 
 
 def _rate(batches, seconds: str) -> dict:
