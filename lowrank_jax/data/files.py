@@ -57,11 +57,7 @@ def fingerprint(paths: list[str]) -> str:
 
 
 class _Files(InFiles):
-    """Blocks of several files; `_part` reads a block of a plain file, and `_whole` a file that is one block."""
-
-    largest: int  # bytes of a block
-    _part: Callable[[str, int], Iterator]
-    _whole: Callable[[str], Iterator]
+    """Blocks of `largest` bytes at most: `_part` reads one of a plain file, and `_whole` a file that is one block."""
 
     def __init__(self, paths: list[str]):
         sizes = [size(p) for p in paths]
@@ -149,13 +145,11 @@ class JsonFiles(_Files):
                 if not rest.endswith(b"\n"):
                     return  # the line continues beyond this block
                 offset += len(rest) - 1
-            for raw, size in _lines(f.readline):
-                if offset >= (k + 1) * self.size:
+            for start, line in _lines(f.readline, offset):
+                if start >= (k + 1) * self.size:
                     return
-                line = raw if offset else raw.removeprefix(BOM)
                 if line.strip():
-                    yield path, 0, line, offset
-                offset += size
+                    yield path, 0, line, start
 
     def _whole(self, path: str) -> Iterator[tuple]:
         if path in self._arrays:
@@ -163,8 +157,7 @@ class JsonFiles(_Files):
             return
         number = 0
         with _unpacked(path, lambda: f"record {number + 1}") as f:
-            for number, (raw, _) in enumerate(_lines(f.readline), 1):
-                line = raw if number > 1 else raw.removeprefix(BOM)
+            for number, (_, line) in enumerate(_lines(f.readline), 1):
                 if line.strip():
                     yield path, number, line, 0
 
@@ -210,14 +203,15 @@ def _break(window: bytes) -> int:
     return next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
 
-def _lines(readline: Callable[[int], bytes]) -> Iterator[tuple[bytes, int]]:
-    """Yield (line, its size in bytes); only the beginning of a line that is too long."""
+def _lines(readline: Callable[[int], bytes], offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset in the file, line) without a BOM; only the beginning of a line that is too long."""
     while line := readline(LONGEST_LINE):
         size, end = len(line), line
         while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
             end = readline(LONGEST_LINE)
             size += len(end)
-        yield line, size
+        yield offset, line if offset else line.removeprefix(BOM)
+        offset += size
 
 
 def _line_number(path: str, offset: int) -> int:

@@ -170,11 +170,9 @@ class Lane:
         rows, room = [], []
         for document in sorted(documents, key=lambda d: -len(d[0])):
             n = min(len(document[0]) - 1, length)
-            fitting = [i for i, left in enumerate(room) if left >= n]
-            if fitting:
-                row = min(fitting, key=lambda i: room[i])
-            else:
-                row = len(rows)
+            fitting = (i for i, left in enumerate(room) if left >= n)
+            row = min(fitting, key=lambda i: room[i], default=len(rows))
+            if row == len(rows):
                 rows.append([])
                 room.append(length)
             rows[row].append(document)

@@ -149,11 +149,10 @@ class Reader:
     def _document(self, row) -> Document | None:
         """Return a row's document, or None if it has no text."""
         document = self._source.document(row)
-        if "text" in document:
-            if self._chats:
-                raise BadRecord(self.limit.name, "a record has no messages, so SFT has no assistant turn to learn from")
-            return document if document["text"].strip() else None
-        return document if len(document.get("messages", document.get("ids"))) else None
+        if self._chats and "text" in document:
+            raise BadRecord(self.limit.name, "a record has no messages, so SFT has no assistant turn to learn from")
+        text, parts = document.get("text", ""), document.get("messages", document.get("ids", ()))
+        return document if text.strip() or len(parts) else None
 
     def _skip(self, bad: BadRecord, place: dict, counting: bool) -> None:
         if counting:

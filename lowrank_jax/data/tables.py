@@ -109,7 +109,7 @@ class HuggingFace:
             if split not in splits:
                 raise UsageError(f"source hf:{name}: there is no split {split!r} in it; it has {', '.join(splits)}")
             data = splits[split]
-            if data.num_shards < FEW_SHARDS and hasattr(data, "reshard"):
+            if data.num_shards < FEW_SHARDS:
                 data = data.reshard()
             self._names = data.column_names
             columns = [n for n in self._names or () if n in records.roots(text_key, messages_key)]
