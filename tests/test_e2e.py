@@ -278,12 +278,12 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
 def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data, tok, tmp_path, monkeypatch, capfd):
     """And until then it is saved every 10 minutes, by a clock on which a step takes one."""
     from lowrank_jax import cli, main
-    from lowrank_jax.data import blocks, reader, stream
+    from lowrank_jax.data import reader, stream
     from lowrank_jax.training import loop as training
     from lowrank_jax.training.progress import Progress
 
     monkeypatch.chdir(ROOT)
-    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9), (blocks, "OPEN_READS", 0)):
+    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9)):
         monkeypatch.setattr(module, name, value)  # so that the mistake lies beyond what is read ahead
     clock, after = itertools.count(60, 60), Progress.after
     now = types.SimpleNamespace(monotonic=lambda: now.seconds, seconds=0)

@@ -1,8 +1,4 @@
-"""Commands that prepare data for training.
-
-python -m lowrank_jax.data tokenize --help
-python -m lowrank_jax.data learn_tokenizer --help
-"""
+"""Commands that prepare data: `python -m lowrank_jax.data tokenize` and `learn_tokenizer`; each has --help."""
 
 import os
 import signal
@@ -38,17 +34,14 @@ def tokenize(argv: list[str]) -> dict:
     if os.path.exists(args.out):
         raise UsageError(f"--out={args.out} exists already; name a folder that does not")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    configs, started = read_sources(args.sources, "--sources"), time.monotonic()
+    started, configs = time.monotonic(), read_sources(args.sources, "--sources")
     job = pretokenize.Job(args.tokenizer, configs, args.chats, args.max_skipped, args.shards)
     facts, last = pretokenize.write(job, args.out, args.workers)
     size, seconds = sum(entry.stat().st_size for entry in os.scandir(args.out)), time.monotonic() - started
     if facts["skipped"]:
         print(f"skipped {facts['skipped']:,} unusable records; for example, {last}", file=sys.stderr, flush=True)
-    print(
-        f"{facts['documents']:,} documents, {facts['tokens']:,} tokens in {facts['shards']} shards of {args.out}: "
-        f"{size / 1e6:,.1f} MB, {facts['tokens'] / seconds:,.0f} tokens/s",
-        flush=True,
-    )
+    totals = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens in {facts['shards']} shards of {args.out}"
+    print(f"{totals}: {size / 1e6:,.1f} MB, {facts['tokens'] / seconds:,.0f} tokens/s", flush=True)
     return facts | {"out": args.out, "bytes": size, "seconds": seconds}
 
 

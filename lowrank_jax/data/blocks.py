@@ -1,70 +1,31 @@
-"""The interface of sources, and the parts that several kinds of sources share.
-
-A source keeps no position: a block and a row name any place in it, so a reader can start anywhere, and resume.
-"""
+"""The interface of sources, and what several kinds share. A source keeps no position: any row of it can be read."""
 
 import bisect
-import collections
-import contextlib
 import gzip
 import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Protocol
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data.records import Document
 
-OPEN_READS = 16  # interrupted reads that a source keeps open, see `Resumed`
-
 
 class Source(Protocol):
-    """Documents in blocks that can be read in any order; the same arguments always give the same rows.
-
-    Any method may raise OSError, for a read that may work when it is tried again.
-    """
+    """Documents in blocks, the same whenever they are read; methods raise OSError for a read that may work again."""
 
     blocks: int
     fingerprint: str
     """Changes when the data does, and not when the data moves to another folder."""
 
     def rows(self, block: int, start: int = 0) -> Iterator:
-        """Yield the rows of a block from the `start`-th on; this is cheap, and bounded in memory.
-
-        Raises BadRecord if the rest of the block cannot be read.
-        """
+        """Yield a block's rows from the `start`-th on; raises BadRecord if the rest of the block cannot be read."""
 
     def document(self, row) -> Document:
         """Return the document of a row; raises BadRecord if it cannot be used."""
-
-
-class Resumed:
-    """`rows` for a source that has `_read(block, start)`: a reader that returns to a row finds its read still open.
-
-    A reader takes a large block in many small parts. Without this, every part of a compressed or row-wise file would be
-    read from the file's start. The rows are the same either way.
-    """
-
-    _read: Callable[[int, int], Iterator]
-
-    def __init__(self):
-        self._interrupted = collections.OrderedDict()
-
-    def rows(self, block: int, start: int = 0) -> Iterator:
-        rows, next_row = self._interrupted.pop((block, start), None) or self._read(block, start), start
-        try:
-            for row in rows:
-                next_row += 1
-                yield row
-        except GeneratorExit:
-            self._interrupted[block, next_row] = rows
-            with contextlib.suppress(KeyError):  # other threads may remove reads too
-                while len(self._interrupted) > OPEN_READS:
-                    self._interrupted.popitem(last=False)
-            raise
 
 
 class InFiles:
@@ -87,10 +48,7 @@ def fingerprint(facts) -> str:
 
 
 def may_pass(e: Exception) -> bool:
-    """Return whether a read that failed may work another time.
-
-    Arrow, bz2 and gzip raise OSError for damaged data too, but without the number of a system error.
-    """
+    """Return whether a failed read may work again; Arrow, bz2 and gzip raise OSError without errno for damaged data."""
     is_damage = type(e) in (OSError, gzip.BadGzipFile) and e.errno is None
     return isinstance(e, OSError) and not is_damage
 

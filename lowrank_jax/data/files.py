@@ -5,6 +5,8 @@ Hadoop's input splits do. A compressed file or one JSON array can only be read f
 """
 
 import bz2
+import contextlib
+import functools
 import glob
 import gzip
 import itertools
@@ -20,24 +22,17 @@ from backports import zstd  # the standard library's of Python 3.14: zstandard d
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, records
-from lowrank_jax.data.blocks import InFiles, Resumed
+from lowrank_jax.data.blocks import InFiles
 from lowrank_jax.data.records import BadRecord, Document
 
-# Small corpora get small blocks, so that there are blocks to shuffle. A document of text is little more than 64 KiB at
-# most, which bounds its memory; 128 KiB of JSON are about a hundred web pages.
-SMALLEST, TEXT_BLOCK, JSON_BLOCK, BLOCKS = 2 << 10, 64 << 10, 128 << 10, 200
+SMALLEST, BLOCKS = 2 << 10, 200  # small corpora get small blocks, so that there are blocks to shuffle
 REMOTE_BLOCK = 4 << 20  # a request to a bucket takes as long as reading a megabyte does
 LONGEST_LINE = 64 << 20  # bytes of one record in memory
 LARGEST_ARRAY = 1 << 30
 READ = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
-COMPRESSED: dict[str, Callable[[str], BinaryIO]] = {
-    ".gz": lambda path: gzip.open(open_file(path)),
-    ".bz2": lambda path: bz2.open(open_file(path)),
-    ".xz": lambda path: lzma.open(open_file(path)),
-    ".zst": lambda path: zstd.open(open_file(path)),
-}
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open}
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -58,36 +53,31 @@ def find(spec: str, pattern: str) -> list[str]:
 
 def fingerprint(paths: list[str]) -> str:
     """Return a hash that changes if a file is added, removed, renamed or resized, but not if all files move."""
-    return blocks.fingerprint([(os.path.basename(p), _size(p)) for p in paths])
+    return blocks.fingerprint([(os.path.basename(p), size(p)) for p in paths])
 
 
-class _Files(Resumed, InFiles):
-    """Blocks of several files; `_part` reads a block of a plain file, and `_whole` a file that is one block."""
+class _Files(InFiles):
+    """Blocks of `largest` bytes at most: `_part` reads one of a plain file, and `_whole` a file that is one block."""
 
-    _part: Callable[[str, int], Iterator]
-    _whole: Callable[[str], Iterator]
-
-    def __init__(self, paths: list[str], largest: int):
-        super().__init__()
-        sizes = [_size(p) for p in paths]
-        largest = REMOTE_BLOCK if any(map(_is_remote, paths)) else largest
+    def __init__(self, paths: list[str]):
+        sizes = [size(p) for p in paths]
+        largest = REMOTE_BLOCK if any(map(_is_remote, paths)) else self.largest
         self.size = min(max(sum(sizes) // BLOCKS, SMALLEST), largest)
         self.number_blocks(paths, [bool(n) if self._is_whole(p) else -(-n // self.size) for p, n in zip(paths, sizes)])
         self.fingerprint = fingerprint(paths)
 
-    def _read(self, block: int, start: int) -> Iterator:
+    def rows(self, block: int, start: int = 0) -> Iterator:
         path, k = self.locate(block)
         return itertools.islice(self._whole(path) if self._is_whole(path) else self._part(path, k), start, None)
 
     def _is_whole(self, path: str) -> bool:
-        return _compression(path) is not None
+        return _is_compressed(path)
 
 
 class TextFiles(_Files):
     """UTF-8 text, cut into pieces at blank lines, line ends or spaces: a block of a plain file is one piece."""
 
-    def __init__(self, paths: list[str]):
-        super().__init__(paths, TEXT_BLOCK)
+    largest = 64 << 10  # a document is little larger, which bounds its memory
 
     def document(self, row: tuple[str, int, bytes]) -> Document:
         path, offset, raw = row
@@ -108,11 +98,8 @@ class TextFiles(_Files):
 
     def _whole(self, path: str) -> Iterator[tuple[str, int, bytes]]:
         raw, offset = b"", 0
-        with _compression(path)(path) as f:
-            while True:
-                raw += _undamaged(f.read, 2 * self.size - len(raw), path, f"byte {offset + len(raw)}")
-                if not raw:
-                    return
+        with _unpacked(path, lambda: f"byte {offset + len(raw)}") as f:
+            while raw := raw + f.read(2 * self.size - len(raw)):
                 stop = self.size + _break(raw[self.size :]) if len(raw) > self.size else len(raw)
                 if raw[:stop].strip():
                     yield path, offset, raw[:stop]
@@ -122,11 +109,13 @@ class TextFiles(_Files):
 class JsonFiles(_Files):
     """JSON lines of one object each, or one array of objects per file."""
 
+    largest = 128 << 10  # about a hundred web pages
+
     def __init__(self, paths: list[str], text_key: str, messages_key: str, chats: bool):
-        self._arrays = {p for p in paths if _compression(p) is None and _starts_array(p)}
+        self._arrays = {p for p in paths if not _is_compressed(p) and _starts_array(p)}
         self._keys = (text_key, messages_key, chats)
-        self._parsed = ("", [])  # the newest array: a window of its records needs all of it
-        super().__init__(paths, JSON_BLOCK)
+        self._array = functools.lru_cache(1)(_array)  # readers that share an array share its memory
+        super().__init__(paths)
 
     def document(self, row: tuple[str, int, object, int]) -> Document:
         path, number, raw, offset = row
@@ -156,30 +145,19 @@ class JsonFiles(_Files):
                 if not rest.endswith(b"\n"):
                     return  # the line continues beyond this block
                 offset += len(rest) - 1
-            for raw, size in _lines(f.readline):
-                if offset >= (k + 1) * self.size:
+            for start, line in _lines(f.readline, offset):
+                if start >= (k + 1) * self.size:
                     return
-                line = raw if offset else raw.removeprefix(BOM)
                 if line.strip():
-                    yield path, 0, line, offset
-                offset += size
+                    yield path, 0, line, start
 
     def _whole(self, path: str) -> Iterator[tuple]:
         if path in self._arrays:
-            parsed = self._parsed  # another reader's thread may replace it at any moment
-            if parsed[0] != path:
-                parsed = self._parsed = (path, _array(path))
-            yield from ((path, i, record, 0) for i, record in enumerate(parsed[1], 1))
+            yield from ((path, i, record, 0) for i, record in enumerate(self._array(path), 1))
             return
-        with _compression(path)(path) as f:
-            number = 0
-
-            def readline(n: int) -> bytes:
-                return _undamaged(f.readline, n, path, f"record {number + 1}")
-
-            for raw, _ in _lines(readline):
-                number += 1
-                line = raw if number > 1 else raw.removeprefix(BOM)
+        number = 0
+        with _unpacked(path, lambda: f"record {number + 1}") as f:
+            for number, (_, line) in enumerate(_lines(f.readline), 1):
                 if line.strip():
                     yield path, number, line, 0
 
@@ -193,24 +171,28 @@ def _is_remote(path: str) -> bool:
     return "://" in path
 
 
-def _size(path: str) -> int:
+def size(path: str) -> int:
+    """Return the bytes of a file, local or in a bucket."""
     if _is_remote(path):
         system, inner = fsspec.core.url_to_fs(path)
         return system.size(inner)
     return os.path.getsize(path)
 
 
-def _compression(path: str) -> Callable[[str], BinaryIO] | None:
-    return COMPRESSED.get(os.path.splitext(path)[1])
+def _is_compressed(path: str) -> bool:
+    return os.path.splitext(path)[1] in COMPRESSED
 
 
-def _undamaged(read: Callable[[int], bytes], n: int, path: str, where: str) -> bytes:
-    try:
-        return read(n)
-    except (*DAMAGE, OSError) as e:
-        if blocks.may_pass(e):
-            raise
-        raise BadRecord(f"{path}, {where}", f"the file is damaged or cut short: {e}") from None
+@contextlib.contextmanager
+def _unpacked(path: str, place: Callable[[], str]) -> Iterator[BinaryIO]:
+    """Open a compressed file; damage that a read meets is a BadRecord at `place()`."""
+    with COMPRESSED[os.path.splitext(path)[1]](open_file(path)) as f:
+        try:
+            yield f
+        except (*DAMAGE, OSError) as e:
+            if blocks.may_pass(e):
+                raise
+            raise BadRecord(f"{path}, {place()}", f"the file is damaged or cut short: {e}") from None
 
 
 def _break(window: bytes) -> int:
@@ -221,14 +203,15 @@ def _break(window: bytes) -> int:
     return next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
 
-def _lines(readline: Callable[[int], bytes]) -> Iterator[tuple[bytes, int]]:
-    """Yield (line, its size in bytes); only the beginning of a line that is too long."""
+def _lines(readline: Callable[[int], bytes], offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset in the file, line) without a BOM; only the beginning of a line that is too long."""
     while line := readline(LONGEST_LINE):
         size, end = len(line), line
         while len(end) == LONGEST_LINE and not end.endswith(b"\n"):
             end = readline(LONGEST_LINE)
             size += len(end)
-        yield line, size
+        yield offset, line if offset else line.removeprefix(BOM)
+        offset += size
 
 
 def _line_number(path: str, offset: int) -> int:
@@ -246,8 +229,8 @@ def _starts_array(path: str) -> bool:
 
 
 def _array(path: str) -> list:
-    if _size(path) > LARGEST_ARRAY:
-        raise UsageError(f"{path} is one JSON array of {_size(path) / 1e9:.0f} GB; write one object per line instead")
+    if size(path) > LARGEST_ARRAY:
+        raise UsageError(f"{path} is one JSON array of {size(path) / 1e9:.0f} GB; write one object per line instead")
     with open_file(path) as f:
         raw = f.read()
     try:

@@ -1,16 +1,14 @@
-"""Packs documents into rows: each lane mixes the sources by itself and fills its part of every batch.
-
-Mixing is deterministic: the next document comes from the source that is furthest behind its share of the tokens.
-"""
+"""Packs documents into rows; the next one comes from the source that is furthest behind its share of the tokens."""
 
 import hashlib
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
-from lowrank_jax.data.reader import Reader, describe
+from lowrank_jax.data.reader import Reader
 from lowrank_jax.data.records import BadRecord, Document
 from lowrank_jax.data.tokenizer import Tokenizer
 
@@ -50,10 +48,9 @@ class Lane:
 
     def __init__(self, readers: list[Reader], tokenizer: Tokenizer, chats: bool, shares: Callable, cursor, sha256: str):
         self._readers, self._tokenizer, self._chats, self._shares = readers, tokenizer, chats, shares
-        zeros = [0] * len(readers)
         start = cursor or {"step": 0, "offset": 0, "packed": [], "sha256": sha256}
         self._credit = list(start.get("credit", [0.0] * len(readers)))  # tokens that each source is behind its share
-        self._counts = {key: list(start.get(key, zeros)) for key in COUNTS}
+        self._counts = {key: list(start.get(key, [0] * len(readers))) for key in COUNTS}
         self._offset, self._packed, self._sha256 = start["offset"], [list(p) for p in start["packed"]], start["sha256"]
         self._buffer: list[tuple] = []  # (position before it, ids, said) of documents not used up yet
         self._draw_step = start["step"]  # at which the cursor's document was drawn: shares may depend on it
@@ -65,10 +62,9 @@ class Lane:
     def cursor(self) -> dict:
         """Return where the next row begins, as JSON values."""
         if self._packed:
-            position = self._window_start
+            position, drawn = self._window_start, {key: list(values) for key, values in self._counts.items()}
         else:
-            position = self._buffer[0][0] if self._buffer else self._position(self._draw_step)
-        drawn = self._copy_counts() if self._packed else None  # for `summary`
+            position, drawn = self._buffer[0][0] if self._buffer else self._position(self._draw_step), None
         packed = [list(p) for p in self._packed]
         return position | {"offset": self._offset, "packed": packed, "drawn": drawn, "sha256": self._sha256}
 
@@ -174,11 +170,9 @@ class Lane:
         rows, room = [], []
         for document in sorted(documents, key=lambda d: -len(d[0])):
             n = min(len(document[0]) - 1, length)
-            fitting = [i for i, left in enumerate(room) if left >= n]
-            if fitting:
-                row = min(fitting, key=lambda i: room[i])
-            else:
-                row = len(rows)
+            fitting = (i for i, left in enumerate(room) if left >= n)
+            row = min(fitting, key=lambda i: room[i], default=len(rows))
+            if row == len(rows):
                 rows.append([])
                 room.append(length)
             rows[row].append(document)
@@ -187,19 +181,20 @@ class Lane:
 
     def _position(self, step: int) -> dict:
         places = {"readers": [r.cursor() for r in self._readers], "credit": list(self._credit), "step": step}
-        return self._copy_counts() | places
-
-    def _copy_counts(self) -> dict[str, list[int]]:
-        return {key: list(values) for key, values in self._counts.items()}
+        return {key: list(values) for key, values in self._counts.items()} | places
 
     def _draw(self, step: int) -> tuple[dict, np.ndarray, np.ndarray] | None:
-        """Return (position before it, ids, said) of the next document, or None if the sources are exhausted."""
+        """Return (position before it, ids, said) of the next document, or None at the end of sources that may end."""
         shares = self._shares(step)
         while True:
             before = self._position(step)
             able = [share if not r.exhausted else 0.0 for share, r in zip(shares, self._readers)]
             if not any(able):
-                return self._end()
+                if any(r.endless for r in self._readers):
+                    bad = [r.limit.last for r in self._readers if r.limit.last]
+                    reason = f"; the last unusable record: {bad[-1]}" if bad else ""
+                    raise UsageError(f"a whole epoch of every source has no document to train on{reason}")
+                return None
             source = max((i for i, share in enumerate(able) if share), key=lambda i: self._credit[i] + able[i])
             document = self._readers[source].next()
             if document is None:
@@ -219,13 +214,6 @@ class Lane:
         self._source = source
         return before, ids, said
 
-    def _end(self) -> None:
-        """Raise UsageError if the sources shall not end; they have no document left."""
-        if any(r.endless for r in self._readers):
-            bad = [describe(r.limit.last) for r in self._readers if r.limit.last]
-            reason = f"; the last unusable record: {bad[-1]}" if bad else ""
-            raise UsageError(f"a whole epoch of every source has no document to train on{reason}")
-
 
 def show(batch: Batch, tokenizer: Tokenizer, marks: tuple[str, str], tokens: int) -> str:
     """Return the first `tokens` of a batch's first row as text, with `marks` around what is trained."""
@@ -233,11 +221,9 @@ def show(batch: Batch, tokenizer: Tokenizer, marks: tuple[str, str], tokens: int
     row = {key: array[0][:tokens] for key, array in batch.items()}
     used = int((row["segments"] > 0).sum())
     ids, learnt = [row["tokens"][0], *row["targets"][:used]], [False, *(row["weights"][:used] > 0)]
-    text, start = "", 0
-    for i in range(1, len(ids) + 1):  # stretches of equal kind: a character may take several ids
-        kind = lambda k: (learnt[k], names.get(int(ids[k])))
-        if i == len(ids) or kind(i) != kind(start) or kind(start)[1]:
-            part = kind(start)[1] or tokenizer.decode(ids[start:i])
-            text += marks[0] + part + marks[1] if learnt[start] else part
-            start = i
+    text, kind = "", lambda token: (token[1], names.get(int(token[0])))
+    for (is_learnt, name), tokens_of_kind in itertools.groupby(zip(ids, learnt), kind):
+        stretch = [i for i, _ in tokens_of_kind]  # decoded as one: a character may take several ids
+        part = name * len(stretch) if name else tokenizer.decode(stretch)
+        text += marks[0] + part + marks[1] if is_learnt else part
     return text.replace(marks[1] + marks[0], "")

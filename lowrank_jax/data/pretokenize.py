@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
 from lowrank_jax.data import packing, shards, sources, tokenizer
 from lowrank_jax.data.blocks import Source
-from lowrank_jax.data.reader import ONCE, Limit, Reader, describe
+from lowrank_jax.data.reader import ONCE, Limit, Reader
 from lowrank_jax.data.records import BadRecord
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, within these limits
@@ -37,8 +38,7 @@ class Job(NamedTuple):
 def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     """Write a new folder of shards; return its facts and the last unusable record.
 
-    The files do not depend on the number of worker processes (0: one per core). The folder appears complete or not at
-    all.
+    The files do not depend on the number of workers (0: one per core). The folder appears complete or not at all.
     """
     out, tok = os.path.abspath(out), tokenizer.load(job.tokenizer_path)
     blocks = sum(source.blocks for source in _open(job))
@@ -57,9 +57,9 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
             raise UsageError(f"there is no text in {names}" + (f"; for example, {last}" if last else ""))
         facts = {"format": shards.FORMAT, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size}
         facts |= {"chats": job.chats, **totals, "shards": count}
-        records = {os.path.basename(_path("", i, count)): part["documents"] for i, part in enumerate(parts)}
-        with open(os.path.join(folder, shards.META), "w", encoding="utf-8") as f:
-            f.write(json.dumps(facts | {"records": records}, indent=1) + "\n")
+        records = {_file(i, count): part["documents"] for i, part in enumerate(parts)}
+        meta = json.dumps(facts | {"records": records}, indent=1) + "\n"
+        pathlib.Path(folder, shards.META).write_text(meta, "utf-8")
         os.umask(mask := os.umask(0))
         os.chmod(folder, 0o777 & ~mask)  # mkdtemp's folder is for its owner only
         os.rename(folder, out)
@@ -101,7 +101,7 @@ def _start(job: Job, folder: str) -> None:
 def _write_shard(shard: int) -> dict:
     """Write one shard, which holds an equal part of every source in turn, and return its counts."""
     counts, last = {"documents": 0, "tokens": 0, "skipped": 0}, ""
-    with contextlib.closing(shards.open_writer(_path(_folder, shard, _job.shards))) as writer:
+    with contextlib.closing(shards.open_writer(os.path.join(_folder, _file(shard, _job.shards)))) as writer:
         for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
             reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
@@ -115,7 +115,7 @@ def _write_shard(shard: int) -> dict:
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)
             counts["skipped"] += limit.skipped
-            last = last or (describe(limit.last) if limit.last else "")
+            last = last or str(limit.last or "")
     return counts | {"last": last}
 
 
@@ -127,5 +127,5 @@ def _open(job: Job) -> list[Source]:
     return all_sources
 
 
-def _path(folder: str, shard: int, count: int) -> str:
-    return os.path.join(folder, f"part-{shard:05d}-of-{count:05d}{shards.SUFFIX}")
+def _file(shard: int, count: int) -> str:
+    return f"part-{shard:05d}-of-{count:05d}{shards.SUFFIX}"

@@ -1,11 +1,7 @@
 """Reads one source in a shuffled order, with a cursor that resumes in the middle of it.
 
-The blocks of an epoch are a permutation drawn from (seed, epoch). A reader takes about a megabyte of documents from the
-next blocks (a window), and shuffles those. So every epoch reads every document once, in an order that is a pure
-function of the seed. The cursor is the window's start and the number of its documents that are used; a resume reads
-that one window again.
-
-Several readers share a source: by blocks if there are many, or else by rows.
+The blocks of an epoch are a permutation drawn from (seed, epoch). A reader shuffles about a megabyte of documents from
+the next blocks (a window). The cursor is the window's start and the number of its documents that are used.
 """
 
 import functools
@@ -49,16 +45,12 @@ class Limit:
                     self.note("skip", source=self.name, where=bad.where, reason=bad.reason)
                 return
         count = f"; {self.skipped} such records, and max_skipped={self.most}" if self.most else ""
-        raise UsageError(f"{describe(bad)}{count}")
+        raise UsageError(f"{bad}{count}")
 
     def take_back(self, count: int) -> None:
         """Subtract bad records that will be read again."""
         with self._lock:
             self.skipped -= count
-
-
-def describe(bad: BadRecord) -> str:
-    return f"{bad.exact() if bad.exact else bad.where}: {bad.reason}"
 
 
 class Part(NamedTuple):
@@ -84,6 +76,7 @@ class Reader:
         counts = {"taken": 0, "skipped": 0, "empty": 0, "met": [0, 0]}
         self._start = cursor or {"epoch": 0, "block": self._first, "row": 0} | counts  # of the window
         self._taken, self._window, self._end = self._start["taken"], None, None
+        self._rows = None  # what the last window left of its block: a compressed file is else read from its start again
         self.endless, self.exhausted = part.endless, source.blocks == 0
 
     def cursor(self) -> dict:
@@ -123,8 +116,9 @@ class Reader:
             block = place["block"]
             if self._part.shuffled:
                 block = _shuffled_block(self._source.blocks, self._seed, place["epoch"], block)
+            rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
-                for row in self._source.rows(block, place["row"]):
+                for row in rows:
                     held_out = self._part.period > 0 and (block + place["row"]) % self._part.period == 0
                     mine = held_out == self._part.held_out and self._owns(place["row"])
                     place["row"] += 1
@@ -141,6 +135,7 @@ class Reader:
                         window.append(document)
                         size += _size(document)
                     if size >= enough:
+                        self._rows = rows
                         return self._shuffled(window), place
             except BadRecord as bad:  # the rest of the block is unreadable: one of the readers that share it says so
                 self._skip(bad, place, counting and not self._part.held_out and self._owns(place["row"]))
@@ -154,11 +149,10 @@ class Reader:
     def _document(self, row) -> Document | None:
         """Return a row's document, or None if it has no text."""
         document = self._source.document(row)
-        if "text" in document:
-            if self._chats:
-                raise BadRecord(self.limit.name, "a record has no messages, so SFT has no assistant turn to learn from")
-            return document if document["text"].strip() else None
-        return document if len(document.get("messages", document.get("ids"))) else None
+        if self._chats and "text" in document:
+            raise BadRecord(self.limit.name, "a record has no messages, so SFT has no assistant turn to learn from")
+        text, parts = document.get("text", ""), document.get("messages", document.get("ids", ()))
+        return document if text.strip() or len(parts) else None
 
     def _skip(self, bad: BadRecord, place: dict, counting: bool) -> None:
         if counting:

@@ -1,14 +1,7 @@
 """Turns a raw record (a JSON object, a row of a table) into a document, or raises BadRecord with the reason.
 
-| shape | keys |
-|---|---|
-| text | the text key |
-| messages | the messages key: a list of role and content, or of from and value (ShareGPT) |
-| conversations | the same under that name |
-| a pair | prompt + response or completion, instruction (+ input) + output or response, question + answer or response |
-
-A text or messages key may be a path, as in `meta.body`. A null value counts as a missing key, because a table has every
-column in every row.
+docs/custom_dataset.md lists the shapes. A text or messages key may be a path, as in `meta.body`. A null value counts as
+a missing key, because a table has every column in every row.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,18 +11,15 @@ Document = dict[str, Any]
 """{"text": str}, {"messages": [{"role": str, "content": str}]}, or tokens:
 {"ids": int32 array from BOS to EOS, "said": bool array, whether a token carries weight as a target}."""
 
-PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("question", "response"),
-)
+ANSWERS = {
+    "prompt": ("response", "completion"),
+    "instruction": ("output", "response"),
+    "question": ("answer", "response"),
+}
+PAIRS = tuple((prompt, answer) for prompt, answers in ANSWERS.items() for answer in answers)
 SYSTEM, INPUT = ("system", "system_prompt"), ("input", "context")  # optional keys beside a pair
+# Every key that a record may need besides the text key and the messages key
 KEYS = ("conversations", *dict.fromkeys(key for pair in PAIRS for key in pair), *SYSTEM, *INPUT)
-"""Every key that a record may need besides the text key and the messages key."""
-
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 SHOWN_KEYS, SHOWN_LETTERS = 8, 30
 
@@ -37,12 +27,14 @@ SHOWN_KEYS, SHOWN_LETTERS = 8, 30
 class BadRecord(Exception):
     """An unusable record; if `rows` raises it, the rest of the block is unusable.
 
-    `where` is cheap; `exact()`, if not None, may scan a file to return the file and line.
+    `where` is cheap; `exact()`, if not None, scans a file to return the file and line, as `str` does.
     """
 
     def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
-        super().__init__(f"{where}: {reason}")
         self.where, self.reason, self.exact = where, reason, exact
+
+    def __str__(self) -> str:
+        return f"{self.exact() if self.exact else self.where}: {self.reason}"
 
 
 def document(
@@ -54,7 +46,7 @@ def document(
     """
     try:
         if not isinstance(record, dict):
-            raise _Wrong(f"a record must be an object, not {_kind(record)}")
+            raise ValueError(f"a record must be an object, not {_kind(record)}")
         messages = _get(record, messages_key)
         text = _get(record, text_key)
         if messages is not None:
@@ -65,18 +57,14 @@ def document(
             return conversation
         if text is not None:
             return {"text": _text(text, repr(text_key))}
-        raise _Wrong(f"neither {messages_key!r} nor {text_key!r} in it{_listed(record if names is None else names)}")
-    except _Wrong as e:
+        raise ValueError(f"neither {messages_key!r} nor {text_key!r} in it{_listed(names or record)}")
+    except ValueError as e:
         raise BadRecord(where, str(e)) from None
 
 
 def roots(text_key: str, messages_key: str) -> set[str]:
     """Return the top-level keys that `document` may read."""
     return {part for key in (text_key, messages_key) for part in (key, key.split(".")[0])} | set(KEYS)
-
-
-class _Wrong(Exception):
-    pass
 
 
 def _shape(record: dict) -> Document | None:
@@ -98,14 +86,13 @@ def _shape(record: dict) -> Document | None:
 
 def _side(value, role: str, key: str) -> list[dict]:
     """Return the messages of half a pair, which is a text or messages."""
-    if isinstance(value, (str, bytes)):
-        return [{"role": role, "content": _text(value, key)}]
-    return _messages(value, key)
+    is_text = isinstance(value, (str, bytes))
+    return [{"role": role, "content": _text(value, key)}] if is_text else _messages(value, key)
 
 
 def _conversation(messages: list[dict], key: str) -> Document:
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise _Wrong(f"{key} has no assistant turn that says something, so there is nothing to learn from it")
+        raise ValueError(f"{key} has no assistant turn that says something, so there is nothing to learn from it")
     return {"messages": messages}
 
 
@@ -114,23 +101,23 @@ def _messages(value, key: str) -> list[dict]:
     if isinstance(value, dict):
         columns = {name: _list(column) for name, column in value.items()}
         if not columns or None in columns.values() or len({len(c) for c in columns.values()}) > 1:
-            raise _Wrong(f"{key} must be a list of messages{_listed(value)}")
+            raise ValueError(f"{key} must be a list of messages{_listed(value)}")
         value = [dict(zip(columns, turn)) for turn in zip(*columns.values())]
     turns = _list(value)
     if turns is None:
-        raise _Wrong(f"{key} must be a list of messages, not {_kind(value)}")
+        raise ValueError(f"{key} must be a list of messages, not {_kind(value)}")
     if not turns:
-        raise _Wrong(f"{key} is empty")
+        raise ValueError(f"{key} is empty")
     return [_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
 
 
 def _message(turn, key: str) -> dict:
     if not isinstance(turn, dict):
-        raise _Wrong(f"{key} must be an object with a 'role' and a 'content', not {_kind(turn)}")
+        raise ValueError(f"{key} must be an object with a 'role' and a 'content', not {_kind(turn)}")
     who, what = ("from", "value") if turn.get("role") is None and turn.get("from") is not None else ("role", "content")
     role, content = turn.get(who), turn.get(what)
     if role is None or content is None:
-        raise _Wrong(f"{key} must have a {who!r} and a {what!r}{_listed(k for k in turn if turn[k] is not None)}")
+        raise ValueError(f"{key} must have a {who!r} and a {what!r}{_listed(k for k in turn if turn[k] is not None)}")
     role = _text(role, f"{key}.{who}")
     parts = _list(content)
     if parts is not None:
@@ -141,7 +128,7 @@ def _message(turn, key: str) -> dict:
 
 def _part(part, key: str) -> str:
     if not isinstance(part, dict) or part.get("text") is None or part.get("type", "text") not in ("text", b"text"):
-        raise _Wrong(f"{key} has a part that is not text")
+        raise ValueError(f"{key} has a part that is not text")
     return _text(part["text"], key)
 
 
@@ -167,9 +154,9 @@ def _text(value, key: str) -> str:
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError as e:
-            raise _Wrong(f"{key} is not UTF-8 text at byte {e.start}") from None
+            raise ValueError(f"{key} is not UTF-8 text at byte {e.start}") from None
     if not isinstance(value, str):
-        raise _Wrong(f"{key} must be text, not {_kind(value)}")
+        raise ValueError(f"{key} must be text, not {_kind(value)}")
     return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,5 +1,6 @@
 """Shards of tokenised documents: the ArrayRecord files that the command `tokenize` writes, and how a run reads them."""
 
+import contextlib
 import functools
 import glob
 import json
@@ -20,10 +21,9 @@ WRITE = "write the shards with `python -m lowrank_jax tokenize`"
 
 
 def encode_record(ids: np.ndarray, said: np.ndarray) -> bytes:
-    """Return a document from BOS to EOS as bytes.
+    """Return a document as bytes: its ids, a bit for each of `said`, and a byte that tells the form.
 
-    The ids come first, as little-endian uint16, or uint32 if one needs it. One bit follows for each token that carries
-    weight, unless all but BOS do. The last byte tells which of these forms it is.
+    The ids are little-endian uint16, or uint32 if one needs it. No bits are written if all tokens but BOS carry weight.
     """
     wide, masked = bool(ids.max(initial=0) > 0xFFFF), bool(said[:1].any() or not said[1:].all())
     mask = np.packbits(said, bitorder="little").tobytes() if masked else b""
@@ -54,10 +54,7 @@ def open_writer(path: str):
 
 
 class ArrayRecord(InFiles):
-    """A folder or a glob of shards; a block is 64 records.
-
-    The caller checks that `tokenizer_sha256` and `chats` are those of the run.
-    """
+    """A folder or a glob of shards, for a run of the same `tokenizer_sha256` and `chats`; a block is 64 records."""
 
     def __init__(self, location: str):
         module = blocks.import_package("array_record.python.array_record_module", "array-record")
@@ -87,8 +84,7 @@ class ArrayRecord(InFiles):
         try:
             encoded = self._reader(path).read(first, stop)
         except (RuntimeError, ValueError, IndexError) as e:
-            where = f"{path}, record {first} to {stop - 1}"
-            raise BadRecord(where, f"damaged: {blocks.one_line(e)}") from None
+            raise BadRecord(f"{path}, record {first} to {stop - 1}", f"damaged: {blocks.one_line(e)}") from None
         yield from ((path, i, raw) for i, raw in enumerate(encoded, first))
 
     def document(self, row: tuple[str, int, bytes]) -> Document:
@@ -101,10 +97,8 @@ class ArrayRecord(InFiles):
 
     def _count(self, path: str, meta: dict) -> int:
         count = None
-        try:
+        with contextlib.suppress(RuntimeError, ValueError):
             count = self._reader(path).num_records()
-        except (RuntimeError, ValueError):
-            pass
         if count is None or count != meta["records"].get(os.path.basename(path)):
             raise UsageError(f"{path} is damaged, or was not written with its {META}; {WRITE}")
         return count
@@ -112,14 +106,11 @@ class ArrayRecord(InFiles):
 
 def _read_meta(folder: str) -> dict:
     path = os.path.join(folder, META)
-    try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
+    if not os.path.isfile(path):
+        raise UsageError(f"{path}: no such file; {WRITE}")
+    with contextlib.suppress(ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
+        meta = json.load(f)
         types = {"tokenizer_sha256": str, "chats": bool, "shards": int, "records": dict}
         if meta["format"] == FORMAT and all(isinstance(meta[key], kind) for key, kind in types.items()):
             return meta
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; {WRITE}") from None
-    except (ValueError, KeyError, TypeError):
-        pass
     raise UsageError(f"{path} is not from this version of `tokenize`; {WRITE}")

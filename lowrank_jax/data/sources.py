@@ -1,16 +1,4 @@
-"""Opens sources: `kind:location` -> documents in blocks.
-
-| kind | location | block |
-|---|---|---|
-| text, json | glob of files, local or in a bucket; .gz, .bz2, .xz, .zst | a range of bytes; a compressed file |
-| parquet | glob of files | a row group |
-| hf | hub name, folder or file, for the `datasets` library | a shard |
-| tfds | name[/config][:version] | 64 records |
-| arrayrecord | glob or folder of shards that the command `tokenize` wrote | 64 records |
-| builtin | a corpus that ships in a Python package | a document |
-
-To add a format, write a class like `blocks.Source` and open it in `open_source`.
-"""
+"""Opens sources, `kind:location`. For a new kind, write a class like `blocks.Source` and add it to `KINDS`."""
 
 import functools
 from collections.abc import Iterator
@@ -20,33 +8,23 @@ from lowrank_jax.data import builtin, files, shards, tables
 from lowrank_jax.data.blocks import Source, fingerprint
 from lowrank_jax.data.records import Document
 
-KINDS = ("text", "json", "parquet", "hf", "tfds", "arrayrecord", "builtin")
+KINDS = {
+    "text": lambda source, location, keys: files.TextFiles(files.find(source.spec, location)),
+    "json": lambda source, location, keys: files.JsonFiles(files.find(source.spec, location), *keys),
+    "parquet": lambda source, location, keys: tables.Parquet(files.find(source.spec, location), *keys),
+    "hf": lambda source, location, keys: tables.hugging_face(*location.partition(":")[::2], source.split, *keys),
+    "tfds": lambda source, location, keys: tables.TFDS(location, source.split, *keys),
+    "arrayrecord": lambda source, location, keys: shards.ArrayRecord(location),
+    "builtin": lambda source, location, keys: Builtin(location),
+}
 
 
 def open_source(source: SourceConfig, chats: bool = False) -> Source:
-    """Open a source; with `chats`, its records are read as conversations if they can be.
-
-    Raises UsageError, which names the source, if it does not exist or its kind is unknown.
-    """
+    """Open a source, of conversations with `chats`; raises UsageError, which names it, if there is none."""
     kind, _, location = source.spec.partition(":")
-    keys = (source.text_key, source.messages_key, chats)
-    match kind:
-        case "text":
-            return files.TextFiles(files.find(source.spec, location))
-        case "json":
-            return files.JsonFiles(files.find(source.spec, location), *keys)
-        case "parquet":
-            return tables.Parquet(files.find(source.spec, location), *keys)
-        case "hf":
-            name, _, config = location.partition(":")
-            return tables.hugging_face(name, config, source.split, *keys)
-        case "tfds":
-            return tables.TFDS(location, source.split, *keys)
-        case "arrayrecord":
-            return shards.ArrayRecord(location)
-        case "builtin":
-            return Builtin(location)
-    raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    return KINDS[kind](source, location, (source.text_key, source.messages_key, chats))
 
 
 @functools.cache  # a run opens it four times: tokenizer, first check, training, evaluation

@@ -1,20 +1,16 @@
 """Turns documents into batches: mixes the sources, packs, and gives a cursor that resumes at the exact token.
 
-Several readers make a batch (`readers`, a function of the config alone). Each mixes the sources by itself and fills an
-equal part of the rows. The hosts divide the readers among themselves, so a run that resumes on another number of hosts
-sees the same batches. The cursor is a plain dict of the readers' cursors. It says where every source was before the
-oldest document still in use, and how much of that is used. No token is ever stored.
-
-The shape of a batch is an argument of `next`, so sequences may grow without a token lost or repeated.
+Several readers make a batch, each an equal part of its rows, from its own mix of the sources. The hosts divide the
+readers among themselves, so the batches do not depend on the number of hosts. See docs/data.md.
 """
 
+import contextlib
 import hashlib
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +18,7 @@ from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
 from lowrank_jax.data import packing, sources
 from lowrank_jax.data.blocks import Source
 from lowrank_jax.data.packing import Batch, Lane
-from lowrank_jax.data.reader import ONCE, Limit, Note, Part, Reader, describe, ignore
+from lowrank_jax.data.reader import ONCE, Limit, Note, Part, Reader, ignore
 from lowrank_jax.data.records import BadRecord
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import interrupt
@@ -36,31 +32,21 @@ AHEAD = 2  # batches that are placed on the device before they are used
 SHARED_FROM = 8  # documents for each reader: a source with fewer is too small to be shared
 
 
-class Start(NamedTuple):
-    """The point in a phase where a stream begins: the phase's first batch, or the one at a cursor."""
-
-    cursor: dict | None = None
-    data_sha256: str = ""  # of all batches before the phase
-
-
-FIRST_BATCH = Start()
-
-
 def open_phase(
     p: PhaseConfig,
     tokenizer: Tokenizer,
     seed: int,
     chats: bool,
-    start: Start = FIRST_BATCH,
+    start: tuple[dict | None, str] = (None, ""),
     share: tuple[int, int] = (0, 1),
     note: Note = ignore,
 ) -> "Stream":
     """Open the endless, shuffled stream of a phase's training part.
 
-    `share` is (this host, hosts): the stream has this host's rows of every batch. Raises UsageError if the cursor
-    belongs to other data.
+    `start` is (the cursor to go on from, or None, and the hash of all batches before the phase). `share` is (this host,
+    hosts): the stream has this host's rows of every batch. Raises UsageError if the cursor belongs to other data.
     """
-    cursor, (host, hosts) = start.cursor, share
+    (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
     count = readers(p)
     enough = SHARED_FROM * count
@@ -83,7 +69,7 @@ def open_phase(
             Reader(source, Part(period, False, True, endless=True), limit, chats, seed + i, (index, count), place)
             for i, (source, period, limit, place) in enumerate(zip(all_sources, periods, limits, places))
         ]
-        sha256 = hashlib.sha256(f"{start.data_sha256} {index}".encode()).hexdigest()
+        sha256 = hashlib.sha256(f"{data_so_far} {index}".encode()).hexdigest()
         return Lane(own, tokenizer, chats, lambda step: mixture(p, step), cursors[index], sha256)
 
     return Stream([lane(i) for i in indices], facts, share)
@@ -91,27 +77,26 @@ def open_phase(
 
 def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, note: Note = ignore) -> "Stream":
     """Open the held-out part of a phase, once, in the shuffled order of the seed."""
-    parts, numbers = [], []
+    own = []
     for i, (config, source) in enumerate(zip(p.sources, _open(p.sources, tokenizer, chats))):
         if period := _period(source, p.eval_fraction):
             part = Part(period, held_out=True, shuffled=True, endless=False)
-            parts.append(Reader(source, part, Limit(config.spec, p.max_skipped, note), chats, seed + i))
-            numbers.append(i)
-    return _finite([p.sources[i] for i in numbers], parts, tokenizer, chats)
+            own.append((config, Reader(source, part, Limit(config.spec, p.max_skipped, note), chats, seed + i)))
+    return _finite(own, tokenizer, chats)
 
 
 def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream":
     """Open all of some sources, once and in order, with weight on every token."""
-    own = [Reader(s, ONCE, Limit(c.spec, 0), False) for c, s in zip(configs, _open(configs, tokenizer, False))]
-    return _finite(configs, own, tokenizer, False)
+    all_sources = zip(configs, _open(configs, tokenizer, False))
+    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), False)) for c, s in all_sources], tokenizer, False)
 
 
-def _finite(configs: Sequence[SourceConfig], own: list[Reader], tokenizer: Tokenizer, chats: bool) -> "Stream":
+def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats: bool) -> "Stream":
     """Return a stream that ends, from one reader for each source."""
-    weights = [config.weight[0][1] or 1.0 for config in configs]
+    weights = [config.weight[0][1] or 1.0 for config, _ in own]
     shares = tuple(w / sum(weights) for w in weights)
-    facts = {"sources": [config.spec for config in configs], "fingerprints": [], "readers": 1}
-    return Stream([Lane(own, tokenizer, chats, lambda step: shares, None, "")], facts, (0, 1))
+    facts = {"sources": [config.spec for config, _ in own], "fingerprints": [], "readers": 1}
+    return Stream([Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "")], facts, (0, 1))
 
 
 def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
@@ -126,7 +111,7 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
                 _, said = packing.encode_document(tokenizer, document, chats)
                 learnt = said[1 : p.block + 1].any()
         if not count:
-            reason = f"; the last unusable record: {describe(limit.last)}" if limit.last else ""
+            reason = f"; the last unusable record: {limit.last}" if limit.last else ""
             raise UsageError(f"source {config.spec}: there is no text in it{reason}")
         if not learnt:
             raise UsageError(
@@ -200,18 +185,17 @@ class Feed:
     """
 
     def __init__(self, stream: Stream, steps: range, shape_at: Callable, place: Callable):
-        self._stream, self._batches = stream, _prepare(stream, steps, shape_at, place)
+        self._stream = stream
+        # An error ends this generator, so nothing is read after it.
+        self._batches = ((place(step, stream.next(*shape_at(step))), stream.cursor()) for step in steps)
         self._thread = ThreadPoolExecutor(1, ABANDONED)  # a read that hangs must not hold up the exit
         self._ahead, self._waits = deque(self._submit() for _ in range(AHEAD)), False
 
-    def __iter__(self) -> "Feed":
-        return self
-
-    def __next__(self) -> tuple:
-        return self.take()
-
     def take(self, stop: Callable[[], bool] = lambda: False) -> tuple:
-        """Return the next batch; raises Interrupted if `stop()` returns True before it is ready: a read may hang."""
+        """Return the next batch; raises Interrupted if `stop()` is True before it is ready (a read may hang).
+
+        At the end it raises StopIteration, so `iter(feed.take, None)` gives every batch.
+        """
         if len(self._ahead) <= AHEAD:
             self._ahead.append(self._submit())
         self._waits = True
@@ -229,18 +213,8 @@ class Feed:
         return self._thread.submit(next, self._batches)
 
 
-def _prepare(stream: Stream, steps: range, shape_at: Callable, place: Callable) -> Iterator[tuple]:
-    """Yield what `Feed` gives. An error ends this generator, so nothing is read after it."""
-    for step in steps:
-        batch = place(step, stream.next(*shape_at(step)))
-        yield batch, stream.cursor()
-
-
 def readers(p: PhaseConfig) -> int:
-    """Return the number of a phase's readers; each fills an equal part of the rows, at every length.
-
-    If the config sets none, it is the largest number up to MOST_READERS that divides the rows of every length.
-    """
+    """Return the config's number of readers, or the most up to MOST_READERS that divide the rows of every length."""
     common = math.gcd(*(p.tokens_per_step // n for n in p.lengths))
     return p.readers or max(n for n in range(1, MOST_READERS + 1) if common % n == 0)
 
@@ -318,13 +292,11 @@ def _count(source: Source, most: int) -> int:
     """Count the rows of a source, up to `most`."""
     count = 0
     for block in range(source.blocks):
-        try:
+        with contextlib.suppress(BadRecord):
             for _ in source.rows(block):
                 count += 1
                 if count >= most:
                     return count
-        except BadRecord:
-            continue
     return count
 
 

@@ -1,7 +1,4 @@
-"""Sources that a library reads: Parquet, Hugging Face `datasets`, and TFDS.
-
-The libraries are imported where they are used, because they take seconds and are optional.
-"""
+"""Sources of Parquet, Hugging Face `datasets` and TFDS, which are imported late: they take seconds and are optional."""
 
 import contextlib
 import functools
@@ -13,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, files, records
-from lowrank_jax.data.blocks import InFiles, Resumed, Source, may_pass, one_line
+from lowrank_jax.data.blocks import InFiles, Source, may_pass, one_line
 from lowrank_jax.data.records import BadRecord, Document
 
 RUN = 64  # records of TFDS in a block, and rows of Parquet that are decoded together
@@ -22,11 +19,10 @@ OPENERS = 16  # threads that read the footers of many files
 FEW_SHARDS = 256  # a dataset with fewer Hugging Face shards is split further: that costs a request for each
 
 
-class Parquet(Resumed, InFiles):
-    """Parquet files, local or in a bucket; a block is a row group, of which only the columns that matter are read."""
+class Parquet(InFiles):
+    """Parquet files; a block is a row group, of which only the columns that matter are read."""
 
     def __init__(self, paths: Sequence[str], text_key: str, messages_key: str, chats: bool):
-        super().__init__()
         with ThreadPoolExecutor(OPENERS) as pool:
             facts = list(pool.map(_parquet_facts, paths))
         self._keys, self._columns = (text_key, messages_key, chats), records.roots(text_key, messages_key)
@@ -43,7 +39,7 @@ class Parquet(Resumed, InFiles):
             raise BadRecord(where, f"not UTF-8 text: {e}") from None
         return records.document(record, *self._keys, where, self._footer(path).schema.to_arrow_schema().names)
 
-    def _read(self, block: int, start: int) -> Iterator[tuple]:
+    def rows(self, block: int, start: int = 0) -> Iterator[tuple]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -76,14 +72,8 @@ def _parquet_facts(path: str) -> tuple[int, int, int]:
     import pyarrow as pa
 
     try:
-        with files.open_file(path) as f:
-            size = f.seek(0, io.SEEK_END)
         footer = _parquet_footer(path)
-        return size, footer.num_row_groups, footer.num_rows
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; name its files, as in {path.rstrip('/')}/*.parquet") from None
+        return files.size(path), footer.num_row_groups, footer.num_rows
     except (pa.ArrowException, OSError) as e:
         if may_pass(e):
             raise
@@ -95,14 +85,13 @@ FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub", "fsspec"}
 
 
-class HuggingFace(Resumed):
+class HuggingFace:
     """A dataset that the `datasets` library streams: a hub name, a folder, or one file; a block is a shard.
 
     The library's saved states are exact to a table only, so every read starts at the shard and skips to its row.
     """
 
     def __init__(self, name: str, config: str, split: str, text_key: str, messages_key: str, chats: bool):
-        super().__init__()
         datasets = blocks.import_package("datasets", "datasets")
         import huggingface_hub
 
@@ -120,7 +109,7 @@ class HuggingFace(Resumed):
             if split not in splits:
                 raise UsageError(f"source hf:{name}: there is no split {split!r} in it; it has {', '.join(splits)}")
             data = splits[split]
-            if data.num_shards < FEW_SHARDS and hasattr(data, "reshard"):
+            if data.num_shards < FEW_SHARDS:
                 data = data.reshard()
             self._names = data.column_names
             columns = [n for n in self._names or () if n in records.roots(text_key, messages_key)]
@@ -139,7 +128,7 @@ class HuggingFace(Resumed):
         block, number, record = row
         return records.document(record, *self._keys, f"hf:{self._name}, shard {block}, row {number}", self._names)
 
-    def _read(self, block: int, start: int) -> Iterator[tuple[int, int, dict]]:
+    def rows(self, block: int, start: int = 0) -> Iterator[tuple[int, int, dict]]:
         number = start
         try:
             shard = self._data.shard(self.blocks, block)

@@ -11,7 +11,9 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import re
+import tomllib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -29,13 +31,8 @@ MODEL_FILE, TEMPLATE_FILE = "sentencepiece.model", "chat_template.jinja"
 JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # ChatML, the chat template of every new tokenizer. The text inside {% generation %} carries weight: the answer and the
 # tag that ends it. Jinja trims the first line feed after a block tag, so a blank line ends the turn.
-CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
-
-{% else %}{{ message.content }}<|im_end|>
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
+CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
+LEARNING = pathlib.Path(__file__).with_name("sentencepiece.toml")
 PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
@@ -108,7 +105,12 @@ class SentencePiece(Tokenizer):
         return self._sp.decode([int(i) for i in ids])
 
     def byte_lengths(self) -> np.ndarray:
-        return np.asarray([self._byte_length(i) for i in range(self.vocab_size)], np.int32)
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for i in range(self.vocab_size):
+            if not self._sp.is_control(i) and not self._sp.is_unknown(i):
+                piece = self._sp.id_to_piece(i).replace(SPACE_MARK, " ")
+                lengths[i] = 1 if self._sp.is_byte(i) else len(piece.encode())
+        return lengths
 
     def save(self, folder: str) -> None:
         _write(folder, {MODEL_FILE: self.model, TEMPLATE_FILE: self.chat_template.encode()})
@@ -119,17 +121,9 @@ class SentencePiece(Tokenizer):
 
         return sentencepiece_model_pb2.ModelProto.FromString(self.model)
 
-    def _byte_length(self, i: int) -> int:
-        if self._sp.is_control(i) or self._sp.is_unknown(i):
-            return 0
-        return 1 if self._sp.is_byte(i) else len(self._sp.id_to_piece(i).replace(SPACE_MARK, " ").encode())
-
 
 class HuggingFace(Tokenizer):
-    """The contents of a tokenizer.json and its tokenizer_config.json.
-
-    Without a chat template it gets ChatML, and ChatML's tags as new control symbols.
-    """
+    """A tokenizer.json and its tokenizer_config.json; without a chat template it gets ChatML and its symbols."""
 
     def __init__(self, text: str, config: dict, chat_template: str | None):
         facts = json.loads(text)
@@ -186,8 +180,12 @@ class HuggingFace(Tokenizer):
 
     def save(self, folder: str) -> None:
         names = json.dumps(self.names, indent=2).encode()
+<<<<<<< HEAD
         files = {JSON_FILE: self.json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()}
         _write(folder, files)
+=======
+        _write(folder, {JSON_FILE: self._json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()})
+>>>>>>> wt-data
 
 
 def load(path: str) -> Tokenizer:
@@ -212,26 +210,24 @@ def _load(path: str) -> Tokenizer:
     named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.endswith((".model", ".json"))
     if named and not os.path.exists(path):
         path = _download(path)
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    template = _read(os.path.join(folder, TEMPLATE_FILE))
-    if not _is_json(path):
-        with open(os.path.join(path, MODEL_FILE) if os.path.isdir(path) else path, "rb") as f:
-            model = f.read()
-        tokenizer = SentencePiece(model, template if template and os.path.isdir(path) else CHATML)
+    is_folder, is_json = os.path.isdir(path), _is_json(path)
+    folder = pathlib.Path(path if is_folder else os.path.dirname(path))
+    file = folder / (JSON_FILE if is_json else MODEL_FILE) if is_folder else pathlib.Path(path)
+    content = file.read_bytes()
+    beside = (folder / name for name in (TEMPLATE_FILE, NAMES_FILE, CONFIG_FILE))
+    texts = {other.name: other.read_text("utf-8") for other in beside if other.is_file()}
+    template = texts.get(TEMPLATE_FILE)
+    if not is_json:
+        tokenizer = SentencePiece(content, template if template and is_folder else CHATML)
         for tag in (TURN_START, TURN_END) if tokenizer.chat_template == CHATML else ():
             tokenizer.special(tag)
         return tokenizer
-    config = {}
-    for name in (NAMES_FILE, CONFIG_FILE):
-        config |= json.loads(_read(os.path.join(folder, name)) or "{}")
+    config = json.loads(texts.get(NAMES_FILE) or "{}") | json.loads(texts.get(CONFIG_FILE) or "{}")
     inside = config.get("chat_template")
     if isinstance(inside, list):  # several, by name
         first = inside[0] if inside else {"template": None}
         inside = next((t for t in inside if t.get("name") == "default"), first)["template"]
-    text = _read(os.path.join(path, JSON_FILE) if os.path.isdir(path) else path)
-    if text is None:
-        raise FileNotFoundError(path)
-    return HuggingFace(text, config, template or inside)
+    return HuggingFace(content.decode("utf-8"), config, template or inside)
 
 
 def _is_json(path: str) -> bool:
@@ -253,18 +249,10 @@ def _download(name: str) -> str:
     return folder
 
 
-def _read(path: str) -> str | None:
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return f.read()
-
-
 def _write(folder: str, files: dict[str, bytes]) -> None:
     os.makedirs(folder, exist_ok=True)
     for name, content in files.items():
-        with open(os.path.join(folder, name), "wb") as f:
-            f.write(content)
+        pathlib.Path(folder, name).write_bytes(content)
 
 
 def _lines(texts: Iterable[str], mistakes: list[Exception]):
@@ -290,24 +278,11 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         spm.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts, mistakes),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
             required_chars=ASCII,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
             max_sentence_length=4 * LONGEST_LINE,  # bytes; longer lines would be dropped silently
-            user_defined_symbols=["\n"],
             control_symbols=[TURN_START, TURN_END],
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
+            **tomllib.loads(LEARNING.read_text("utf-8")),
         )
     except RuntimeError as e:
         if mistakes:

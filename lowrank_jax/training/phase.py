@@ -82,7 +82,7 @@ def feed(
         return {key: sharding.put_rows(plan.mesh, x, rows) for key, x in batch.items()}
 
     share, note = sharding.my_share(plan.mesh), note_to(folder, step_now)
-    start = stream.Start(cursor, progress.data_sha256)
+    start = (cursor, progress.data_sha256)
     documents = stream.open_phase(p, tok, config.seed, is_chat, start, share, note)
     return stream.Feed(documents, range(progress.step, end), shape_at, place)
 

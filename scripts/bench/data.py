@@ -140,7 +140,7 @@ def open_stream(folder: str, spec: str, cursor=None):
 
     values = default.phase(sources=spec.format(folder), block=LENGTH, tokens_per_step=ROWS * LENGTH)
     phase = config.RunConfig.from_dict(default.get_config().to_dict() | {"pretrain": values}).pretrain
-    return stream.open_phase(phase, tokenizer.load(f"{folder}/tokenizer"), 0, False, stream.Start(cursor))
+    return stream.open_phase(phase, tokenizer.load(f"{folder}/tokenizer"), 0, False, (cursor, ""))
 
 
 def rate(batches, seconds: str) -> dict:

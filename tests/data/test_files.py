@@ -274,7 +274,6 @@ def test_every_line_belongs_to_exactly_one_block(tmp_path_factory, lines, end, f
     spec = json_file(path, "\ufeff" * (size % 2) + end.join(lines) + end * final)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "SMALLEST", size)
-        patch.setattr(files, "JSON_BLOCK", size)
         s = source(spec)
         rows = [row for block in range(s.blocks) for row in s.rows(block)]
         assert [s.document(row)["text"] for row in rows] == [json.loads(x)["text"] for x in lines if x.strip()]

@@ -44,7 +44,7 @@ def open_stream(make, tok):
         phase = make.phase(sources, **changes)
         if held_out:
             return stream.open_held_out(phase, tok, seed, chats)
-        return stream.open_phase(phase, tok, seed, chats, stream.Start(cursor), share)
+        return stream.open_phase(phase, tok, seed, chats, (cursor, ""), share)
 
     return open_stream
 
@@ -316,6 +316,16 @@ def test_a_reader_without_a_document_stays_without_one_after_a_resume(make, tmp_
         assert same([resumed.next(16, 64, step) for step in range(stop, 20)], batches[stop:])
 
 
+def test_a_reader_goes_on_in_the_file_where_its_last_window_ended(large, monkeypatch, make):
+    """A compressed file can only be read from its start, and a window is a small part of it."""
+    monkeypatch.setattr(reader, "WINDOW", 1 << 10)
+    read, starts = files.JsonFiles.rows, []
+    count = lambda self, block, start=0: starts.append(start) or read(self, block, start)
+    monkeypatch.setattr(files.JsonFiles, "rows", count)
+    learnt = list(stream.texts([make.phase(large[1]["spec"], eval_fraction=0.0)], 1_000_000))
+    assert len(learnt) == 300 and starts == [0]
+
+
 def test_a_small_source_has_one_reader(corpus, open_stream):
     assert open_stream(corpus["many"], **SHARED).cursor()["readers"] == 1
 
@@ -390,7 +400,7 @@ def test_the_feed_gives_every_batch_with_the_cursor_after_it(large, open_stream)
             documents = open_stream(large, cursor=cursor, **SHARED)
             place = lambda step, batch: batch
             with contextlib.closing(stream.Feed(documents, range(start, 20), shape_at, place)) as prepared:
-                for batch, after in itertools.islice(prepared, end - start):
+                for batch, after in itertools.islice(iter(prepared.take, None), end - start):
                     got.append(batch)
                     cursor = after
         assert same(got, batches)
@@ -403,19 +413,19 @@ def test_the_feed_works_ahead_and_places_every_batch(large, open_stream):
         documents, range(20), lambda step: (16, 64, step), lambda step, batch: placed.append(step) or step
     )
     with contextlib.closing(batches):
-        assert next(batches)[0] == 0
+        assert batches.take()[0] == 0
         deadline = time.monotonic() + 20
         while len(placed) <= stream.AHEAD and time.monotonic() < deadline:
             time.sleep(0.01)
         assert placed[: stream.AHEAD + 1] == [0, 1, 2]
-        assert [step for step, _ in batches] == list(range(1, 20))
+        assert [step for step, _ in iter(batches.take, None)] == list(range(1, 20))
 
 
 def test_a_mistake_in_the_data_reaches_the_reader_of_the_batch(make, tmp_path, open_stream):
     rows = [{"text": make.prose(40, i)} for i in range(9)] + [{"texts": 0}]
     documents = open_stream(make.write_jsonl(tmp_path / "a.jsonl", rows), max_skipped=0)
     with pytest.raises(UsageError, match="a.jsonl, record 10"):
-        list(stream.Feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch))
+        list(iter(stream.Feed(documents, range(50), lambda step: (1, 64, step), lambda step, batch: batch).take, None))
 
 
 def test_a_read_that_hangs_can_be_left(monkeypatch):
@@ -619,7 +629,7 @@ def test_the_limit_remembers_after_a_resume_which_conversations_the_template_ref
             documents.next(1, 8)
     assert stream.summary(json.loads(cursors[-1]))[0]["refused"] > 0
     for k, cursor in enumerate(cursors):  # each fails at the same batch
-        resumed = stream.open_phase(phase, picky, 0, False, stream.Start(json.loads(cursor)))
+        resumed = stream.open_phase(phase, picky, 0, False, (json.loads(cursor), ""))
         assert len(take(resumed, [(1, 8)] * (len(cursors) - 1 - k))) == len(cursors) - 1 - k
         with too_many:
             resumed.next(1, 8)
@@ -682,7 +692,7 @@ def test_skipped_records_are_reported_counted_and_the_same_after_a_resume(make, 
     for stop in (0, 1, 8):
         documents = stream.open_phase(phase, tok, 0, False)
         take(documents, [(8, 50)] * stop)
-        documents = stream.open_phase(phase, tok, 0, False, stream.Start(documents.cursor()))
+        documents = stream.open_phase(phase, tok, 0, False, (documents.cursor(), ""))
         assert same(take(documents, [(8, 50)] * (20 - stop)), batches[stop:])
         assert stream.summary(documents.cursor())[0]["skipped"] == 10
 
