@@ -1,7 +1,6 @@
-"""The training plan as data: the stage, phase, sequence length and batch shape of every step of a run.
+"""The training plan as data: the stage, phase, sequence length and batch shape of every step, counted from 0.
 
-Step k is the k-th update, counted from 0 over the whole run. The plan follows from the config and the devices and is
-never stored, so a resumed run cannot disagree with an uninterrupted one.
+The plan follows from the config and the devices and is never stored, so a resumed run cannot disagree with another.
 """
 
 import bisect
@@ -14,6 +13,8 @@ from jax.sharding import Mesh
 from lowrank_jax.config import PhaseConfig, RunConfig
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs
+
+SETTINGS = ("microbatch", "remat", "precision", "attention")  # of a stage, which the devices may change
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ class FittedStage:
     precision: str
     attention: str
 
+    @property
+    def settings(self) -> dict:
+        return {key: getattr(self, key) for key in SETTINGS}
+
 
 def unchanged(stage: Stage) -> FittedStage:
     """Return the stage with every setting as the config asks."""
-    return FittedStage(stage, stage.microbatch, stage.remat, stage.precision, stage.attention)
+    return FittedStage(stage, *(getattr(stage, key) for key in SETTINGS))
 
 
 @dataclass(frozen=True)
