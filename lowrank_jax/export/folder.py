@@ -78,7 +78,7 @@ def as_json(value: dict) -> str:
 
 def plain(progress: Progress) -> dict:
     """Return the numbers and words of a run's progress."""
-    return {key: x for key, x in progress.to_dict().items() if isinstance(x, (int, float, str)) and x != ""}
+    return {key: x for key, x in dataclasses.asdict(progress).items() if isinstance(x, (int, float, str)) and x != ""}
 
 
 def without_paths(config: RunConfig) -> RunConfig:

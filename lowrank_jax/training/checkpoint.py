@@ -88,13 +88,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, failure, *_) -> None:
-        try:
-            with self._writing():
-                if self._manager:
-                    self._manager.close()
-        except RunFailure:
-            if failure is None:  # otherwise the first failure is reported
-                raise
+        if self._manager:  # of two failures the first is reported
+            with contextlib.suppress(RunFailure) if failure else contextlib.nullcontext(), self._writing():
+                self._manager.close()
 
     def wait(self) -> None:
         """Wait until everything saved is on disk; raises RunFailure for a write that failed."""
@@ -109,7 +105,7 @@ class Checkpoints:
         """Start writing a checkpoint; return False where the step has one. Raises RunFailure for a failed write."""
         if progress.step in self.steps():
             return False
-        meta = progress.to_dict()
+        meta = dataclasses.asdict(progress)
         meta["checksum"] = _checksum(state, meta)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():

@@ -189,13 +189,12 @@ def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress,
 
     The program is that of the precision that the run has fallen back to, if it has.
     """
-    in_precision = lambda stage: dataclasses.replace(stage, precision=progress.precision or stage.precision)
-    stage, running = in_precision(stage), r.programs.running
+    stage = dataclasses.replace(stage, precision=progress.precision or stage.precision)
+    running = r.programs.running
     if running and running.stage == stage:
         return
     meter.begin_switch()
-    following = next((in_precision(s) for s in r.plan.stages if s.start == stage.end), None)
-    if r.programs.switch_to(stage, following):
+    if r.programs.switch_to(stage):
         _log_compile(r, r.programs.running)
     r.recovery.hold(state, progress)
     meter.restart_clock()

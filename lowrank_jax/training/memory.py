@@ -158,7 +158,7 @@ def lowest(caps: Iterable[Cap | None]) -> Cap | None:
     return Cap(min((cap.microbatch_tokens for cap in caps), default=0), any(cap.remat for cap in caps))
 
 
-def is_out_of_memory(e: BaseException) -> bool:
+def is_out_of_memory(e: Exception) -> bool:
     return isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e)
 
 

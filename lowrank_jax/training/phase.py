@@ -30,8 +30,8 @@ def measure(r: Run, name: str) -> Callable | None:
     """
     longest = r.programs.fitted(last_stage(r.plan.stages, name))
     p, note = getattr(r.config, name), note_to(r.folder, lambda: 0)
-    length = p.lengths[-1]
-    held_out = evaluation.held_out(p, r.tokenizer, r.config.seed, name == "sft", length, note)
+    length, documents = p.lengths[-1], stream.open_held_out(p, r.tokenizer, r.config.seed, name == "sft", note)
+    held_out = evaluation.batches_of(documents, length, p.eval_tokens)
     if not held_out:
         say(f"the held-out part of {name} has no row of {length} tokens: no evaluation")
         return None

@@ -1,5 +1,6 @@
 """The compiled step of each stage. Training starts once all stages fit; each next one compiles while it runs."""
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -60,13 +61,15 @@ class Programs:
         self._keep(*stages[:2])
         return fits
 
-    def switch_to(self, stage: Stage, following: Stage | None) -> bool:
+    def switch_to(self, stage: Stage) -> bool:
         """Wait for a stage's program and make it the running one; return True where the stage was only bounded before.
 
-        `first_step_done` starts to compile the following stage. Raises Interrupted where a signal comes first.
+        Raises Interrupted where a signal comes first.
         """
-        self._keep(stage, following)
-        self.running, self._following = self._get(stage), following
+        following = (s for s in self.plan.stages if s.start == stage.end)
+        self._following = next((dataclasses.replace(s, precision=stage.precision) for s in following), None)
+        self._keep(stage, self._following)
+        self.running = self._get(stage)
         if not self.running.fits:  # the memory gate did not see this stage, as after a change of precision
             raise RunFailure(memory.refusal(self.running))
         is_new = stage in self._bounded

@@ -180,7 +180,7 @@ def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
     *_, first, last = stages_of(config_of(pretrain__tokens_per_step=64))
     once = dataclasses.replace(Progress(), precision="bf16").after(first, {"row": 1})
     twice = once.after(last, {"row": 2})
-    assert once.to_dict() == {
+    assert dataclasses.asdict(once) == {
         "step": 1, "phase": "pretrain", "tokens": 64, "data_sha256": "", "cursor": {"row": 1}, "precision": "bf16"
     }  # fmt: skip
     assert twice == dataclasses.replace(once, step=2, phase="sft", tokens=64 + 32, cursor={"row": 2})
