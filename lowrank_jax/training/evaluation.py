@@ -46,11 +46,10 @@ def split(batches: Batches, most: int, multiple: int = 1) -> Batches:
 
 def ignore_after(batches: Batches, tokens: int) -> None:
     """Set the weight of every target after the first `tokens` of the batches to zero."""
-    done = 0
     for batch in batches:
-        position = done + np.arange(batch["weights"].size).reshape(batch["weights"].shape)
-        batch["weights"] = batch["weights"] * (position < tokens)
-        done += batch["weights"].size
+        weights = batch["weights"]
+        batch["weights"] = weights * (np.arange(weights.size).reshape(weights.shape) < tokens)
+        tokens -= weights.size
 
 
 def evaluate(config: RunConfig, params: dict, batches: Batches, byte_lengths, stop: Stop = lambda: False) -> dict:

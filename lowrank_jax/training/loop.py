@@ -31,9 +31,8 @@ from lowrank_jax.training.step import TrainState
 def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     """Train every phase of `config` in `folder`, from its newest checkpoint on; return the finish event.
 
-    Once a signal's number is in `received` (see `interrupt.signals`), the state is saved and SystemExit(128 + number)
-    raised. Raises UsageError for a config or data that cannot work, and RunFailure for a run that must stop (no finite
-    loss, a full disk, no memory).
+    Raises UsageError for a config or data that cannot work, RunFailure for a run that must stop (no finite loss, a full
+    disk, no memory), and SystemExit(128 + number) after saving for a signal in `received` (see `interrupt.signals`).
     """
     faults.check()
     with contextlib.ExitStack() as stack:
@@ -66,21 +65,18 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         r = Run(config, tok, folder, plan, programs, checkpoints, signals, recover)
         state, progress = start.restore(r)
         run_folder.write_config(folder, config)  # only now is it certain that the run can go on with it
-        _log_start(r, old, progress, fits)
+        changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or config, config)]
+        on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(plan.mesh.shape)}
+        run_folder.log_event(folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
+        for fit in fits:
+            if fit.seconds:  # it is not from the ledger
+                _log_compile(r, fit)
         finish = _train(r, state, progress)
         if processes.is_first():
             from lowrank_jax.training import report  # matplotlib takes 0.3 s to import: not before the first step
 
             report.write(folder)
         return finish
-
-
-def _log_start(r: Run, old: RunConfig | None, progress: Progress, fits: list[memory.Fit]) -> None:
-    changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or r.config, r.config)]
-    on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(r.plan.mesh.shape)}
-    run_folder.log_event(r.folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
-    for fit in (fit for fit in fits if fit.seconds):
-        _log_compile(r, fit)
 
 
 def _log_compile(r: Run, fit: memory.Fit) -> None:
@@ -93,8 +89,11 @@ def _log_compile(r: Run, fit: memory.Fit) -> None:
 
 def _train(r: Run, state: TrainState, progress: Progress) -> dict:
     """Train to the end and return the finish event; after a lack of memory, go on with fewer rows at once."""
+    recovers = False
     while True:
         with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step)) as meter:
+            if recovers:
+                _save(r, meter, state, progress)  # a kill from now on still resumes with fewer rows
             try:
                 state, progress = _loop(r, meter, state, progress)
                 break
@@ -103,7 +102,7 @@ def _train(r: Run, state: TrainState, progress: Progress) -> dict:
         del state
         gc.collect()  # the failed step's frames hold on to arrays
         state, progress = start.restore(r)
-        _write_checkpoint(r, state, progress)  # a kill from now on still resumes with fewer rows
+        recovers = True
     r.checkpoints.wait()
     hashes = {"data_sha256": progress.data_sha256, "params_sha256": tree_sha256(state.weights)}
     run_folder.log_event(r.folder, "finish", progress.step, tokens=progress.tokens, **hashes)
@@ -125,8 +124,7 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
                 state, batches = _enter_phase(r, stage, state, progress, meter)  # reads ahead during the evaluation
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
-            due = [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]
-            if due:
+            if due := [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]:
                 done.add(due[0])
                 _reach(r, due[0], state, progress, meter, measure_of)
                 continue
@@ -185,10 +183,7 @@ def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, m
 
 
 def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter) -> None:
-    """Make the stage's program the running one, and hold a copy of the state until its first step is done.
-
-    The program is that of the precision that the run has fallen back to, if it has.
-    """
+    """Run the stage's program, in the run's precision, from now on; hold the state until its first step is done."""
     stage = dataclasses.replace(stage, precision=progress.precision or stage.precision)
     running = r.programs.running
     if running and running.stage == stage:
@@ -212,12 +207,6 @@ def _is_time_to_save(r: Run, stage: Stage, progress: Progress, last_save: float,
 def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progress:
     """Start writing a checkpoint; return the progress that it holds, of all processes."""
     meter.flush()  # every loss up to this step is known
-    progress = _write_checkpoint(r, state, progress)
-    meter.restart_clock()
-    return progress
-
-
-def _write_checkpoint(r: Run, state: TrainState, progress: Progress) -> Progress:
     started = time.monotonic()
     if progress.cursor:  # each process knows only its own part of the data
         cursor = stream.merge(agreement.gather(progress.cursor))
@@ -225,6 +214,7 @@ def _write_checkpoint(r: Run, state: TrainState, progress: Progress) -> Progress
     if r.checkpoints.save(state, progress):
         facts = {"data_sha256": progress.data_sha256, "blocked_seconds": round(time.monotonic() - started, 3)}
         run_folder.log_event(r.folder, "save", progress.step, **facts)
+    meter.restart_clock()
     return progress
 
 

@@ -34,20 +34,15 @@ NO_CAP = Cap()
 
 
 class Fit(NamedTuple):
-    """A stage as it fits into `limit_bytes` per device, with its compiled step: `program(state, batch)`.
-
-    `peak_bytes` is the compiler's sum of arguments, results and temporaries. It exceeds the limit where not even one
-    row fits, and is None where the compiler itself ran out of memory. `note` says why the platform's own attention
-    kernel is not used. With `is_bound` the stage is not compiled yet, and `peak_bytes` is an upper bound.
-    """
+    """A stage as it fits into `limit_bytes` per device; where not even one row does, `peak_bytes` exceeds the limit."""
 
     fitted: FittedStage
-    peak_bytes: int | None
+    peak_bytes: int | None  # arguments, results and temporaries; None where the compiler itself ran out of memory
     limit_bytes: int
-    seconds: float
-    program: jax.stages.Compiled | None
-    note: str = ""
-    is_bound: bool = False
+    seconds: float  # of compilation
+    program: jax.stages.Compiled | None  # `program(state, batch)`
+    note: str = ""  # why the platform's own attention kernel is not used
+    is_bound: bool = False  # not compiled yet: `peak_bytes` is an upper bound
     check: jax.stages.Compiled | None = None  # for fp8: `check(params, batch)`, see `step.disagreement`
 
     @property
@@ -114,9 +109,8 @@ def by_bound(known: Fit, config: RunConfig, stage: Stage, mesh: Mesh, cap: Cap =
     longer = max(1.0, stage.seq_len / known.stage.seq_len)
     more = max(1.0, fitted.microbatch * stage.seq_len / (known.fitted.microbatch * known.stage.seq_len))
     bound = int(known.peak_bytes * longer * more)
-    if bound > FAR * known.limit_bytes:
-        return None
-    return Fit(fitted, bound, known.limit_bytes, 0.0, None, note, is_bound=True)
+    far = bound <= FAR * known.limit_bytes
+    return Fit(fitted, bound, known.limit_bytes, 0.0, None, note, is_bound=True) if far else None
 
 
 def _resolve(config: RunConfig, fitted: FittedStage, cap: Cap, mesh: Mesh) -> tuple[FittedStage, str]:

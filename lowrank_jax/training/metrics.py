@@ -30,10 +30,9 @@ class Meter:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stdout)
         names = config.track if processes.is_first() else ()
         self.trackers = track.open_trackers(names, folder, config.to_dict(), done)
-        self.step = done
+        self.step, self._dispatched = done, 0
         self._pending, self._step_seconds, self._switching = None, None, None
-        peak = devices.peak_flops()
-        self._peak, self._dispatched = peak and peak * jax.device_count(), 0
+        self._peak = (devices.peak_flops() or 0) * jax.device_count()
         self.restart_clock()
 
     def close(self) -> None:

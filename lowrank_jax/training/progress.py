@@ -22,5 +22,5 @@ class Progress:
 
     def after(self, stage: Stage, cursor: dict) -> "Progress":
         """Return the progress after one more update of `stage`, whose batch ended at `cursor`."""
-        done = {"step": self.step + 1, "tokens": self.tokens + stage.tokens_per_step}
-        return replace(self, **done, phase=stage.phase, cursor=cursor)
+        tokens = self.tokens + stage.tokens_per_step
+        return replace(self, step=self.step + 1, phase=stage.phase, tokens=tokens, cursor=cursor)

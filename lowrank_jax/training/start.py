@@ -19,8 +19,8 @@ from lowrank_jax.training.run import Run
 def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
-    That function takes about as long as compiling: it checks the data and returns the tokenizer, which a new run trains
-    first. Raises UsageError where the folder holds a different run.
+    The function checks the data and returns the tokenizer, which a new run trains first; it takes about as long as
+    compiling. Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
     phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer

@@ -98,11 +98,10 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
 
 
 def _loss_and_gradient(config: RunConfig, fitted: FittedStage, rates: dict, params: dict, batch: dict, scale):
-    """Return the mean cross-entropy per trained token, and the gradient of the objective.
+    """Return the mean cross-entropy per trained token, and the gradient of the objective: zero for frozen weights.
 
-    Every token of the batch weighs the same, whatever the microbatch. Frozen weights have a gradient of zero, which is
-    never computed. Each microbatch's loss is already divided by the batch's token count and multiplied by `scale`, as
-    fp16 would overflow in sums over thousands of tokens.
+    Every token of the batch weighs the same, whatever the microbatch. Each microbatch's loss is already divided by the
+    batch's token count and multiplied by `scale`, as fp16 would overflow in sums over thousands of tokens.
     """
     o, policy = config.optim, precision.policy(fitted.precision)
     c = dataclasses.replace(config.model, remat=fitted.remat, attention=fitted.attention)

@@ -46,9 +46,8 @@ def take(params: dict, source: dict, same_tokens: bool) -> Taken:
         raise UsageError(
             f"config.init_from: none of that run's weights fits this model ({left[0]}{more}); use its config.model"
         )
-    fill = lambda name, x: x if reasons[name] else _fill(name, old[name], x)
-    filled = jax.tree_util.tree_map_with_path(lambda path, x: fill(path_name(path), x), params)
-    return Taken(filled, taken, left, _note(new, old, reasons))
+    fill = lambda path, x: x if reasons[path_name(path)] else _fill(path_name(path), old[path_name(path)], x)
+    return Taken(jax.tree_util.tree_map_with_path(fill, params), taken, left, _note(new, old, reasons))
 
 
 def describe(taken: Taken) -> str:
@@ -56,8 +55,7 @@ def describe(taken: Taken) -> str:
     sizes = {name: x.size for name, x in _by_name(taken.params).items()}
     count, total = sum(sizes[name] for name in taken.taken), sum(sizes.values())
     head = f"took {len(taken.taken)} of {len(sizes)} arrays, {count:,} of {total:,} parameters"
-    lines = [f"not taken: {line}" for line in taken.left] + ([taken.note] if taken.note else [])
-    return "\n  ".join([head, *lines])
+    return "\n  ".join([head, *(f"not taken: {line}" for line in taken.left), *filter(None, [taken.note])])
 
 
 def layer_map(n: int, m: int) -> list[int]:
