@@ -180,12 +180,7 @@ class HuggingFace(Tokenizer):
 
     def save(self, folder: str) -> None:
         names = json.dumps(self.names, indent=2).encode()
-<<<<<<< HEAD
-        files = {JSON_FILE: self.json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()}
-        _write(folder, files)
-=======
-        _write(folder, {JSON_FILE: self._json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()})
->>>>>>> wt-data
+        _write(folder, {JSON_FILE: self.json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()})
 
 
 def load(path: str) -> Tokenizer:

@@ -155,7 +155,7 @@ def texts(dense: Trained, data: str, tokens: int) -> tuple[list[stream.Batch], l
     training = stream.open_phase(p, tok, seed, False)
     text = [training.next(rows, length) for _ in range(-(-tokens // (rows * length)))]
     training.close()
-    held_out = evaluation.held_out(p, tok, seed, False, length, lambda *_, **__: None)
+    held_out = evaluation.batches_of(stream.open_held_out(p, tok, seed, chats=False), length, p.eval_tokens)
     if not held_out:
         raise UsageError(f"the held-out part of the text has no row of {length} tokens; name a longer text with --data")
     return text, held_out

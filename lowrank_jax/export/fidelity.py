@@ -69,7 +69,8 @@ def _rows(trained: Trained, tokens: int) -> tuple[list[dict], str]:
     longest = length = min(p.lengths[-1], tokens)
     while length > 1:
         try:
-            batches = evaluation.held_out(p, tokenizer, trained.config.seed, False, length, lambda *_, **__: None)
+            documents = stream.open_held_out(p, tokenizer, trained.config.seed, chats=False)
+            batches = evaluation.batches_of(documents, length, p.eval_tokens)
         except (UsageError, OSError):  # moved files, or a hub out of reach
             break
         if batches:

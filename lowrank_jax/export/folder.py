@@ -80,7 +80,7 @@ def packaged(name: str, **words: str) -> str:
 
 def plain(progress: Progress) -> dict:
     """Return the numbers and words of a run's progress."""
-    return {key: x for key, x in progress.to_dict().items() if isinstance(x, (int, float, str)) and x != ""}
+    return {key: x for key, x in dataclasses.asdict(progress).items() if isinstance(x, (int, float, str)) and x != ""}
 
 
 def settings_without_paths(config: RunConfig) -> dict:

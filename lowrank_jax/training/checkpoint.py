@@ -46,10 +46,10 @@ def _checksum(state, progress: dict) -> str:
 
 @jax.jit
 def _sums(state):
-    """Return two 32-bit sums over each array's values, each value hashed together with its position.
+    """Return two 32-bit sums, which do not depend on their order, over each array's values hashed with their positions.
 
-    Integer sums do not depend on their order. The hash is the last part of MurmurHash3 (Appleby, 2011): a change of one
-    value always changes the sums, and any other change is missed once in 2^64 times.
+    The hash is the last part of MurmurHash3 (Appleby, 2011): a change of one value always changes the sums, and any
+    other change is missed once in 2^64 times.
     """
 
     def mix(h):
@@ -88,13 +88,18 @@ class Checkpoints:
         return self
 
     def __exit__(self, failure, *_) -> None:
+        if self._manager:  # of two failures the first is reported
+            with contextlib.suppress(RunFailure) if failure else contextlib.nullcontext(), self._writing():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Turn whatever Orbax raises for a failed write, such as a full disk, into one line."""
         try:
-            with self._writing():
-                if self._manager:
-                    self._manager.close()
-        except RunFailure:
-            if failure is None:  # otherwise the first failure is reported
-                raise
+            yield
+        except Exception as e:
+            reason = " ".join(str(e).split())[:300]
+            raise RunFailure(f"a checkpoint could not be written to {self.folder}: {reason}") from None
 
     def wait(self) -> None:
         """Wait until everything saved is on disk; raises RunFailure for a write that failed."""
@@ -109,7 +114,7 @@ class Checkpoints:
         """Start writing a checkpoint; return False where the step has one. Raises RunFailure for a failed write."""
         if progress.step in self.steps():
             return False
-        meta = progress.to_dict()
+        meta = dataclasses.asdict(progress)
         meta["checksum"] = _checksum(state, meta)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         with self._writing():
@@ -119,25 +124,19 @@ class Checkpoints:
         faults.strike("save", self._saves)
         return True
 
-    @contextlib.contextmanager
-    def _writing(self):
-        """Turn whatever Orbax raises for a failed write, such as a full disk, into one line."""
-        try:
-            yield
-        except Exception as e:
-            reason = " ".join(str(e).split())[:300]
-            raise RunFailure(f"a checkpoint could not be written to {self.folder}: {reason}") from None
-
     def restore(self, template, delete_broken: bool = False) -> tuple[object, Progress] | None:
         """Return (state like `template`, progress) of the newest whole checkpoint; None where there is no checkpoint.
 
         With `delete_broken`, damaged ones are logged and deleted, so that training may write their steps again. Where
         all are damaged nothing is deleted, as the cause may be elsewhere, and UsageError is raised.
         """
-        broken = []
+        broken, items = [], {"state": ocp.args.StandardRestore(template), "meta": ocp.args.JsonRestore()}
         for step in self.steps():
             try:
-                restored = self._restore_step(step, template)
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+                meta = dict(restored.meta)
+                if meta.pop("checksum") != _checksum(restored.state, meta):
+                    raise ValueError("its contents do not match their checksum")
             except Exception as e:  # Orbax has no narrower class for a truncated array
                 if _lacks_memory(e):  # the checkpoint is not at fault
                     raise
@@ -148,15 +147,7 @@ class Checkpoints:
                 if delete_broken:
                     run_folder.log_event(self.folder, "restore_failed", failed, reason=reason)
                     self._manager.delete(failed)
-            return restored
+            return restored.state, Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})
         if broken:
             raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")
         return None
-
-    def _restore_step(self, step: int, template) -> tuple[object, Progress]:
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        meta = dict(restored.meta)
-        if meta.pop("checksum") != _checksum(restored.state, meta):
-            raise ValueError("its contents do not match their checksum")
-        return restored.state, Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})

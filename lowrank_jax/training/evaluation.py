@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.config import ModelConfig, PhaseConfig, RunConfig
+from lowrank_jax.config import ModelConfig, RunConfig
 from lowrank_jax.data import stream
-from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference import cpu_decoder, decoder, quantize
 from lowrank_jax.inference.engine import prepare
 from lowrank_jax.machine import faults, sharding
@@ -19,15 +18,11 @@ from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
 from lowrank_jax.training import step
 
+Batches, Stop = list[stream.Batch], Callable[[], bool]
 BATCH_TOKENS = 8192  # of an evaluation's batches
 
 
-def held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, length: int, note) -> list[stream.Batch]:
-    """Return about `eval_tokens` of the phase's held-out part in rows of `length`; empty where it fills no row."""
-    return batches_of(stream.open_held_out(p, tokenizer, seed, chats, note), length, p.eval_tokens)
-
-
-def batches_of(documents: stream.Stream, length: int, tokens: int) -> list[stream.Batch]:
+def batches_of(documents: stream.Stream, length: int, tokens: int) -> Batches:
     """Return batches with at least `tokens` tokens, or all that the documents have, in rows of `length`."""
     batches, rows = [], max(1, min(tokens, BATCH_TOKENS) // length)
     while len(batches) * rows * length < tokens:
@@ -36,11 +31,11 @@ def batches_of(documents: stream.Stream, length: int, tokens: int) -> list[strea
         elif batches or rows == 1:
             break
         else:
-            rows = rows // 2  # a small held-out part: fewer rows per batch
+            rows = rows // 2  # the documents are few: fewer rows per batch
     return batches
 
 
-def split(batches: list[stream.Batch], most: int, multiple: int = 1) -> list[stream.Batch]:
+def split(batches: Batches, most: int, multiple: int = 1) -> Batches:
     """Return the same rows in batches of at most `most`, and a multiple of `multiple`; padding rows have no weight."""
     whole = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     count = len(whole["tokens"])
@@ -49,26 +44,18 @@ def split(batches: list[stream.Batch], most: int, multiple: int = 1) -> list[str
     return [{key: x[start : start + rows] for key, x in whole.items()} for start in range(0, count, rows)]
 
 
-def ignore_after(batches: list[stream.Batch], tokens: int) -> None:
+def ignore_after(batches: Batches, tokens: int) -> None:
     """Set the weight of every target after the first `tokens` of the batches to zero."""
-    done = 0
     for batch in batches:
-        position = done + np.arange(batch["weights"].size).reshape(batch["weights"].shape)
-        batch["weights"] = batch["weights"] * (position < tokens)
-        done += batch["weights"].size
+        weights = batch["weights"]
+        batch["weights"] = weights * (np.arange(weights.size).reshape(weights.shape) < tokens)
+        tokens -= weights.size
 
 
-def evaluate(
-    config: RunConfig,
-    params: dict,
-    batches: list[stream.Batch],
-    byte_lengths: np.ndarray,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict:
+def evaluate(config: RunConfig, params: dict, batches: Batches, byte_lengths, stop: Stop = lambda: False) -> dict:
     """Return {loss (nats per token), perplexity, bits_per_byte, tokens} over the weighted targets of `batches`.
 
-    It runs on the devices of the parameters; every process passes the same batches. Raises Interrupted between two
-    batches once `stop()` is True.
+    It runs on the parameters' devices; every process passes the same batches. Raises Interrupted once `stop()` is True.
     """
     nats, mesh = 0.0, jax.tree.leaves(params)[0].sharding.mesh
     for batch in batches:
@@ -83,13 +70,12 @@ def evaluate(
 
 def compile_for(config: RunConfig, mesh: Mesh, rows: int, length: int) -> None:
     """Compile the program of `evaluate` for batches of one shape, which JAX then takes from its cache."""
-    layout = sharding.of_rows(mesh, rows)
-    batch = {name: jax.ShapeDtypeStruct((rows, length), kind, sharding=layout) for name, kind in step.BATCH.items()}
     with jax.set_mesh(mesh):
-        _loss_sum.lower(config, step.abstract_state(config, mesh).params, batch).compile()
+        params, batch = step.abstract_state(config, mesh).params, step.abstract_batch(rows, length, mesh)
+        _loss_sum.lower(config, params, batch).compile()
 
 
-def _measures(nats: float, batches: list[stream.Batch], byte_lengths: np.ndarray) -> dict:
+def _measures(nats: float, batches: Batches, byte_lengths: np.ndarray) -> dict:
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     size = sum(float((byte_lengths[batch["targets"]] * batch["weights"]).sum()) for batch in batches)
     mean = nats / max(tokens, 1)
@@ -105,7 +91,7 @@ def _loss_sum(config: RunConfig, params: dict, batch: stream.Batch) -> jax.Array
     return loss.through_head(*network.head(config.model, params, x_BTD), batch["targets"], batch["weights"])[1]
 
 
-def compare_weights(config: RunConfig, params: dict, batches: list[stream.Batch], byte_lengths, kind: str) -> dict:
+def compare_weights(config: RunConfig, params: dict, batches: Batches, byte_lengths, kind: str) -> dict:
     """Return {weights, bits_per_byte, change, weight_bytes, weight_bytes_before} of weights in the format `kind`.
 
     `change` is the difference to the run's own weights. Both are computed as in generation, in chunks against a cache,

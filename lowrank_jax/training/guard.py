@@ -1,7 +1,7 @@
-"""Refuse updates whose loss or gradient is not finite, or far above its recent values.
+"""Refuse updates whose loss or gradient is not finite or far above its recent values, and set fp16's loss scale.
 
 Pure functions over a few numbers in the train state, so a resumed run refuses the same updates as an uninterrupted one.
-fp16's loss scale depends on the same verdict and is updated with it. (flax's DynamicScale cannot refuse a spike.)
+(flax's DynamicScale cannot refuse a spike.)
 """
 
 import math

@@ -2,56 +2,37 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import jax
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
-from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.data import stream
 from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import forecast, fp8_check, memory, phase, plan_table, recovery, run_folder, start, step
+from lowrank_jax.training import forecast, memory, phase, plan_table, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
-from lowrank_jax.training.plan import Plan, Stage, last_stage, make, milestones, stage_at
+from lowrank_jax.training.plan import Stage, make, milestones, stage_at
 from lowrank_jax.training.programs import Programs
 from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.recovery import OutOfMemory, Recovery
+from lowrank_jax.training.run import Recovery, Run
 from lowrank_jax.training.step import TrainState
-from lowrank_jax.training.trained import Trained
-
-
-class Run(NamedTuple):
-    """The parts of a run that stay the same while a process trains."""
-
-    config: RunConfig
-    tokenizer: Tokenizer
-    folder: str
-    plan: Plan
-    programs: Programs
-    checkpoints: Checkpoints
-    signals: Signals
-    recovery: Recovery
-
-    @property
-    def stopping(self) -> bool:
-        return self.signals.agreed > 0
 
 
 def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     """Train every phase of `config` in `folder`, from its newest checkpoint on; return the finish event.
 
-    Once a signal's number is in `received` (see `interrupt.signals`), the state is saved and SystemExit(128 + number)
-    raised. Raises UsageError for a config or data that cannot work, and RunFailure for a run that must stop (no finite
-    loss, a full disk, no memory).
+    Raises UsageError for a config or data that cannot work, RunFailure for a run that must stop (no finite loss, a full
+    disk, no memory), and SystemExit(128 + number) after saving for a signal in `received` (see `interrupt.signals`).
     """
     faults.check()
     with contextlib.ExitStack() as stack:
@@ -65,14 +46,14 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         signals, recover = Signals(received), Recovery()
         data_failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
         stop = lambda: signals.agreed > 0 or bool(data_failed())
-        ledger = run_folder.read_rows(folder, "events.jsonl")
-        limit = min(agreement.gather(memory.limit_bytes(config, plan.mesh)))
-        programs = Programs(config, plan, limit, memory.cap_from_ledger(ledger, plan.mesh), stop)
-        stack.enter_context(contextlib.closing(programs))
-        fits = _fit_remaining(programs, ledger, run_folder.newest_checkpoint(folder) or 0)
-        if run_folder.newest_checkpoint(folder) is None:
+        ledger, newest = run_folder.read_rows(folder, "events.jsonl"), run_folder.newest_checkpoint(folder)
+        programs = stack.enter_context(contextlib.closing(Programs(config, plan, ledger, stop)))
+        fits = []
+        with contextlib.suppress(Interrupted):  # after a signal the loop stops before its first step
+            fits = programs.fit_all(newest or 0)
+        if newest is None:
             params = start.first_params(config, plan.mesh, reading.result)
-            recover.hold_first(step.first_state(config, params, 0, plan.mesh))
+            recover.start = step.first_state(config, params, 0, plan.mesh), Progress()
         table, tok = plan_table.text(forecast.describe(config, plan, fits)), reading.result()
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
@@ -82,10 +63,15 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
         r = Run(config, tok, folder, plan, programs, checkpoints, signals, recover)
-        state, progress = _restore(r)
+        state, progress = start.restore(r)
         run_folder.write_config(folder, config)  # only now is it certain that the run can go on with it
-        _log_start(r, old, progress, fits)
-        finish = _train_through_failures(r, state, progress)
+        changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or config, config)]
+        on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(plan.mesh.shape)}
+        run_folder.log_event(folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
+        for fit in fits:
+            if fit.seconds:  # it is not from the ledger
+                _log_compile(r, fit)
+        finish = _train(r, state, progress)
         if processes.is_first():
             from lowrank_jax.training import report  # matplotlib takes 0.3 s to import: not before the first step
 
@@ -93,65 +79,30 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         return finish
 
 
-def _fit_remaining(programs: Programs, ledger: list[dict], done: int) -> list[memory.Fit]:
-    """Return how every stage after `done` steps fits: from the ledger, or else by compiling.
-
-    After a signal it returns no fits, and the loop stops before its first step.
-    """
-    config, plan, limit = programs.config, programs.plan, programs.limit_bytes
-    known = memory.fits_from_ledger(ledger, config, plan.stages, plan.mesh, limit)
-    with contextlib.suppress(Interrupted):
-        return programs.fit_all(tuple(s for s in plan.stages if s.end >= done), known)
-    return []
-
-
-def _log_start(r: Run, old: RunConfig | None, progress: Progress, fits: list[memory.Fit]) -> None:
-    changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or r.config, r.config)]
-    on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(r.plan.mesh.shape)}
-    run_folder.log_event(r.folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
-    for fit in (fit for fit in fits if fit.seconds):
-        _log_compile(r, fit)
-
-
 def _log_compile(r: Run, fit: memory.Fit) -> None:
     facts = memory.fit_facts(fit) | {"seconds": round(fit.seconds, 3)}
-    facts |= memory.fit_conditions(r.config, r.plan.mesh, r.programs.limit_bytes)
+    facts |= memory.fit_conditions(r.config, r.plan.mesh, fit.limit_bytes)
     run_folder.log_event(r.folder, "compile", fit.stage.start, **facts)
     if fit.note:
         say(f"{fit.stage.name}: chunked attention, as {fit.note}")
 
 
-def _restore(r: Run) -> tuple[TrainState, Progress]:
-    r.signals.forget()
-    return start.restore(r.config, r.plan, r.checkpoints, r.recovery, r.tokenizer)
-
-
-def _train_through_failures(r: Run, state: TrainState, progress: Progress) -> dict:
-    """Train to the end; after running out of memory, go on from the newest state with fewer rows at once."""
+def _train(r: Run, state: TrainState, progress: Progress) -> dict:
+    """Train to the end and return the finish event; after a lack of memory, go on with fewer rows at once."""
+    recovers = False
     while True:
-        with contextlib.suppress(OutOfMemory):
-            return _train(r, state, progress)
+        with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step)) as meter:
+            if recovers:
+                _save(r, meter, state, progress)  # a kill from now on still resumes with fewer rows
+            try:
+                state, progress = _loop(r, meter, state, progress)
+                break
+            except jax.errors.JaxRuntimeError as e:
+                recovery.lower_cap(r, meter.step, e)
         del state
         gc.collect()  # the failed step's frames hold on to arrays
-        state, progress = _restore(r)
-        _write_checkpoint(r, state, progress)  # a kill from now on still resumes with fewer rows
-
-
-def _train(r: Run, state: TrainState, progress: Progress) -> dict:
-    """Train to the end; return the facts of the finish event. After OutOfMemory, `_restore` has to follow."""
-    with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step)) as meter:
-        try:
-            state, progress = _loop(r, meter, state, progress)
-        except jax.errors.JaxRuntimeError as e:
-            reason = f"{str(e).splitlines()[0]:.200}"
-            if not memory.is_out_of_memory(e):
-                if processes.count() == 1:
-                    raise
-                raise RunFailure(f"a step failed, perhaps because another process ended: {reason}") from e
-            if not r.programs.running:
-                raise RunFailure(f"out of memory before the first step: {reason}") from None
-            recovery.lower_cap(r.programs, r.plan, r.folder, meter.step, str(e))
-            raise OutOfMemory from None
+        state, progress = start.restore(r)
+        recovers = True
     r.checkpoints.wait()
     hashes = {"data_sha256": progress.data_sha256, "params_sha256": tree_sha256(state.weights)}
     run_folder.log_event(r.folder, "finish", progress.step, tokens=progress.tokens, **hashes)
@@ -160,7 +111,7 @@ def _train(r: Run, state: TrainState, progress: Progress) -> dict:
 
 def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
     """Train step by step to the end of the plan. Everything due follows from the progress and the run's files."""
-    phase_name, last_save, measures = None, time.monotonic(), {}
+    phase_name, last_save, measure_of = None, time.monotonic(), functools.cache(lambda name: phase.measure(r, name))
     done = {tuple(m) for m in agreement.on_first(lambda: sorted(run_folder.milestones(r.folder)))}
     with contextlib.ExitStack() as feeds:
         while True:
@@ -173,10 +124,9 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
                 state, batches = _enter_phase(r, stage, state, progress, meter)  # reads ahead during the evaluation
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
-            due = [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]
-            if due:
+            if due := [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]:
                 done.add(due[0])
-                _reach(r, due[0], state, progress, meter, measures)
+                _reach(r, due[0], state, progress, meter, measure_of)
                 continue
             if progress.step == r.plan.end:
                 return state, progress
@@ -184,7 +134,7 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
                 _switch_program(r, stage, state, progress, meter)
                 faults.strike("step", progress.step + 1)
                 batch, cursor = batches.take(lambda: r.stopping)
-                if _must_leave_fp8(r, state, batch, progress, meter):
+                if recovery.must_leave_fp8(r, meter, state.params, batch, progress.step):
                     progress = dataclasses.replace(progress, precision="bf16")
                     _switch_program(r, stage, state, progress, meter)
             except Interrupted:
@@ -198,9 +148,9 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             faults.run_out_of_memory(progress.step, state)
             state, metrics = r.programs.running.program(state, batch)  # `step.train_step`, compiled
             meter.add(r.programs.running.fitted, progress, metrics)
-            if r.recovery.holds_state:  # that was the program's first step
+            if r.recovery.start:  # that was the program's first step
                 meter.end_switch(r.programs.running)
-                r.recovery.release()
+                r.recovery.start = None
                 r.programs.first_step_done()
             if _is_time_to_save(r, stage, progress, last_save, metrics):
                 progress = _save(r, meter, state, progress)
@@ -216,50 +166,33 @@ def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, me
         run_folder.log_event(r.folder, "phase", progress.step, phase=stage.phase)
         if r.config.init_from and progress.step == 0:
             _save(r, meter, state, progress)  # from now on the run does not need `init_from`
-    return state, phase.feed(r.config, r.plan, stage, r.tokenizer, r.folder, progress, lambda: meter.step)
+    return state, phase.feed(r, stage, progress, lambda: meter.step)
 
 
-def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, meter: Meter, measures: dict) -> None:
+def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, meter: Meter, measure_of) -> None:
     """Evaluate, or end a phase. An evaluation that a signal interrupts is repeated after the resume."""
     kind, name, at_step = milestone
     meter.flush()
-    stage = next(s for s in reversed(r.plan.stages) if s.phase == name and s.start <= at_step)
+    stage = stage_at([s for s in r.plan.stages if s.phase == name], at_step)
     if kind == "end":
-        phase.end(Trained(r.config, r.tokenizer, state.weights, progress), r.plan.mesh, stage, r.folder)
-    else:
-        if name not in measures:
-            longest = r.programs.fitted(last_stage(r.plan.stages, name))
-            measures[name] = phase.measure(r.config, r.plan, longest, r.tokenizer, r.folder)
-        if measures[name]:
-            with contextlib.suppress(Interrupted):
-                meter.log_eval(stage, at_step, measures[name](state.weights, stop=lambda: r.stopping))
+        phase.end(r, stage, state.weights, progress)
+    elif measure := measure_of(name):
+        with contextlib.suppress(Interrupted):
+            meter.log_eval(stage, at_step, measure(state.weights, stop=lambda: r.stopping))
     meter.restart_clock()
 
 
 def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter) -> None:
-    """Make the stage's program the running one, and hold a copy of the state until its first step is done.
-
-    The program is that of the precision that the run has fallen back to, if it has.
-    """
-    in_precision = lambda stage: dataclasses.replace(stage, precision=progress.precision or stage.precision)
-    stage, running = in_precision(stage), r.programs.running
+    """Run the stage's program, in the run's precision, from now on; hold the state until its first step is done."""
+    stage = dataclasses.replace(stage, precision=progress.precision or stage.precision)
+    running = r.programs.running
     if running and running.stage == stage:
         return
     meter.begin_switch()
-    following = next((in_precision(s) for s in r.plan.stages if s.start == stage.end), None)
-    if r.programs.switch_to(stage, following):
+    if r.programs.switch_to(stage):
         _log_compile(r, r.programs.running)
     r.recovery.hold(state, progress)
     meter.restart_clock()
-
-
-def _must_leave_fp8(r: Run, state: TrainState, batch: dict, progress: Progress, meter: Meter) -> bool:
-    running = r.programs.running
-    if not running.check or progress.step % r.config.every.fp8_check:
-        return False
-    is_off = fp8_check.is_off(running, state.params, batch, r.folder, progress.step)
-    meter.restart_clock()
-    return is_off
 
 
 def _is_time_to_save(r: Run, stage: Stage, progress: Progress, last_save: float, metrics: dict) -> bool:
@@ -274,16 +207,14 @@ def _is_time_to_save(r: Run, stage: Stage, progress: Progress, last_save: float,
 def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progress:
     """Start writing a checkpoint; return the progress that it holds, of all processes."""
     meter.flush()  # every loss up to this step is known
-    progress = _write_checkpoint(r, state, progress)
-    meter.restart_clock()
-    return progress
-
-
-def _write_checkpoint(r: Run, state: TrainState, progress: Progress) -> Progress:
-    started, progress = time.monotonic(), phase.whole(progress)
+    started = time.monotonic()
+    if progress.cursor:  # each process knows only its own part of the data
+        cursor = stream.merge(agreement.gather(progress.cursor))
+        progress = dataclasses.replace(progress, cursor=cursor, data_sha256=stream.data_sha256(cursor))
     if r.checkpoints.save(state, progress):
         facts = {"data_sha256": progress.data_sha256, "blocked_seconds": round(time.monotonic() - started, 3)}
         run_folder.log_event(r.folder, "save", progress.step, **facts)
+    meter.restart_clock()
     return progress
 
 

@@ -17,11 +17,10 @@ from lowrank_jax.config import RunConfig
 from lowrank_jax.machine import devices, sharding
 from lowrank_jax.model import attention, precision
 from lowrank_jax.training import step
-from lowrank_jax.training.plan import FittedStage, Stage, divisor, unchanged
+from lowrank_jax.training.plan import SETTINGS, FittedStage, Stage, divisor, unchanged
 
 FAR = 0.5  # share of the limit: a bound below it is certain enough to train before the stage is compiled
 ROOM = 0.9  # share of a device's memory that a step may use: batches read ahead and evaluation need the rest
-CHOSEN = ("microbatch", "remat", "precision", "attention")  # the settings of a FittedStage
 
 
 class Cap(NamedTuple):
@@ -35,20 +34,15 @@ NO_CAP = Cap()
 
 
 class Fit(NamedTuple):
-    """A stage as it fits into `limit_bytes` per device, with its compiled step: `program(state, batch)`.
-
-    `peak_bytes` is the compiler's sum of arguments, results and temporaries. It exceeds the limit where not even one
-    row fits, and is None where the compiler itself ran out of memory. `note` says why the platform's own attention
-    kernel is not used. With `is_bound` the stage is not compiled yet, and `peak_bytes` is an upper bound.
-    """
+    """A stage as it fits into `limit_bytes` per device; where not even one row does, `peak_bytes` exceeds the limit."""
 
     fitted: FittedStage
-    peak_bytes: int | None
+    peak_bytes: int | None  # arguments, results and temporaries; None where the compiler itself ran out of memory
     limit_bytes: int
-    seconds: float
-    program: jax.stages.Compiled | None
-    note: str = ""
-    is_bound: bool = False
+    seconds: float  # of compilation
+    program: jax.stages.Compiled | None  # `program(state, batch)`
+    note: str = ""  # why the platform's own attention kernel is not used
+    is_bound: bool = False  # not compiled yet: `peak_bytes` is an upper bound
     check: jax.stages.Compiled | None = None  # for fp8: `check(params, batch)`, see `step.disagreement`
 
     @property
@@ -74,11 +68,11 @@ def fit(
 
     Where `model.attention` is `auto` and the platform's kernel refuses the stage, attention is `chunked`.
     """
-    shards = sharding.row_shards(mesh)
     fitted, note = _resolve(config, fitted, cap, mesh)
     seconds, most = 0.0, fitted.microbatch
     while True:
-        started = time.monotonic()
+        started, program, peak = time.monotonic(), None, None
+        rows = max(fitted.microbatch // 2, 1)  # the next to try where the compiler itself runs out of memory
         try:
             program = step.lower(config, fitted, mesh).compile(options)
         except (RuntimeError, ValueError, NotImplementedError) as e:  # JaxRuntimeError is a RuntimeError
@@ -88,28 +82,19 @@ def fit(
                 note = f"{fitted.attention}: {' '.join(str(e).split())[:200]}"
                 fitted = dataclasses.replace(fitted, attention="chunked")
                 continue
-            program = None
         seconds += time.monotonic() - started
-        peak, rows = _peak_and_rows(program, fitted, limit)
+        if program:
+            memory = program.memory_analysis()
+            fixed = memory.argument_size_in_bytes
+            peak = fixed + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+            # Memory grows at most in proportion to the rows, as a part of it does not depend on them.
+            rows = max(fitted.microbatch * (limit - fixed) // max(peak - fixed, 1), 1)
         compiled = Fit(fitted, peak, limit, seconds, program, note)
-        smaller = None if compiled.fits else shrink(fitted, rows, shards)
+        smaller = None if compiled.fits else shrink(fitted, rows, sharding.row_shards(mesh))
         if smaller is None:
             return compiled
         # A rematerialised row needs so much less that the search starts again from the most rows.
         fitted = dataclasses.replace(smaller, microbatch=most) if smaller.remat and not fitted.remat else smaller
-
-
-def _peak_and_rows(program: jax.stages.Compiled | None, fitted: FittedStage, limit: int) -> tuple[int | None, int]:
-    """Return the program's peak bytes, and an upper bound of the rows that fit into the limit.
-
-    Memory grows at most in proportion to the rows, as a part of it does not depend on them.
-    """
-    if program is None:
-        return None, max(fitted.microbatch // 2, 1)
-    memory = program.memory_analysis()
-    fixed = memory.argument_size_in_bytes
-    peak = fixed + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    return peak, max(fitted.microbatch * (limit - fixed) // max(peak - fixed, 1), 1)
 
 
 def by_bound(known: Fit, config: RunConfig, stage: Stage, mesh: Mesh, cap: Cap = NO_CAP) -> Fit | None:
@@ -118,25 +103,23 @@ def by_bound(known: Fit, config: RunConfig, stage: Stage, mesh: Mesh, cap: Cap =
     Activation memory is at most proportional to microbatch tokens x sequence length, as a square of scores would be.
     """
     fitted, note = _resolve(config, unchanged(stage), cap, mesh)
-    alike = all(getattr(fitted, key) == getattr(known.fitted, key) for key in ("remat", "precision", "attention"))
+    alike = dataclasses.replace(known.fitted, stage=stage, microbatch=fitted.microbatch) == fitted
     if not (known.fits and alike):
         return None
     longer = max(1.0, stage.seq_len / known.stage.seq_len)
     more = max(1.0, fitted.microbatch * stage.seq_len / (known.fitted.microbatch * known.stage.seq_len))
     bound = int(known.peak_bytes * longer * more)
-    if bound > FAR * known.limit_bytes:
-        return None
-    return Fit(fitted, bound, known.limit_bytes, 0.0, None, note, is_bound=True)
+    far = bound <= FAR * known.limit_bytes
+    return Fit(fitted, bound, known.limit_bytes, 0.0, None, note, is_bound=True) if far else None
 
 
 def _resolve(config: RunConfig, fitted: FittedStage, cap: Cap, mesh: Mesh) -> tuple[FittedStage, str]:
     """Return the stage within the cap and without `auto`, and why its attention kernel is not the platform's own."""
     platform = sharding.a_device(mesh).platform
     name = precision.resolve(fitted.precision, platform)
-    m, dtype = config.model, precision.policy(name).dtype
-    kernel, note = attention.resolve(fitted.attention, platform, dtype, m.head_dim, fitted.stage.seq_len)
-    fitted = dataclasses.replace(fitted, precision=name, attention=kernel)
-    return restrict(fitted, cap, sharding.row_shards(mesh)), note
+    dtype, head_dim = precision.policy(name).dtype, config.model.head_dim
+    kernel, note = attention.resolve(fitted.attention, platform, dtype, head_dim, fitted.stage.seq_len)
+    return restrict(dataclasses.replace(fitted, precision=name, attention=kernel), cap, sharding.row_shards(mesh)), note
 
 
 def restrict(fitted: FittedStage, cap: Cap, shards: int = 1) -> FittedStage:
@@ -162,14 +145,14 @@ def cap_below(fitted: FittedStage, shards: int) -> Cap | None:
 
 
 def lowest(caps: Iterable[Cap | None]) -> Cap | None:
-    """Return the cap that every process can keep; None where a process cannot be made smaller."""
+    """Return the cap that keeps within all of `caps`; None where one of them is."""
     caps = list(caps)
     if None in caps:
         return None
-    return Cap(min(cap.microbatch_tokens for cap in caps), any(cap.remat for cap in caps))
+    return Cap(min((cap.microbatch_tokens for cap in caps), default=0), any(cap.remat for cap in caps))
 
 
-def is_out_of_memory(e: BaseException) -> bool:
+def is_out_of_memory(e: Exception) -> bool:
     return isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(e)
 
 
@@ -186,32 +169,33 @@ def refusal(fit: Fit) -> str:
 def cap_from_ledger(events: list[dict], mesh: Mesh) -> Cap:
     """Return the cap that a run's ledger holds for this kind of device."""
     kind = sharding.a_device(mesh).device_kind
-    ooms = [e for e in events if e["event"] == "oom" and e["device"] == kind and "remat" in e]
-    return Cap(min((e["microbatch_tokens"] for e in ooms), default=0), any(e["remat"] for e in ooms))
+    ooms = (e for e in events if e["event"] == "oom" and e["device"] == kind and "remat" in e)
+    return lowest(Cap(e["microbatch_tokens"], e["remat"]) for e in ooms)
 
 
 def fits_from_ledger(
     events: list[dict], config: RunConfig, stages: Iterable[Stage], mesh: Mesh, limit: int
 ) -> dict[Stage, Fit]:
     """Return the fits that a run's ledger holds for this config and these devices, restricted by its cap."""
-    cap, fits, shards = cap_from_ledger(events, mesh), {}, sharding.row_shards(mesh)
-    conditions = fit_conditions(config, mesh, limit)
+    cap, fits, conditions = cap_from_ledger(events, mesh), {}, fit_conditions(config, mesh, limit)
     compiles = {e["stage"]: e for e in events if e["event"] == "compile" and conditions.items() <= e.items()}
-    for stage in stages:
-        if e := compiles.get(stage.name):
-            fitted = restrict(FittedStage(stage, **{key: e[key] for key in CHOSEN}), cap, shards)
-            fits[stage] = Fit(fitted, e["peak_bytes"], limit, 0.0, None, e["note"])
+    for stage in (stage for stage in stages if stage.name in compiles):
+        event = compiles[stage.name]
+        fitted = restrict(FittedStage(stage, *(event[key] for key in SETTINGS)), cap, sharding.row_shards(mesh))
+        fits[stage] = Fit(fitted, event["peak_bytes"], limit, 0.0, None, event["note"])
     return fits
 
 
 def fit_facts(fit: Fit) -> dict:
     """Return a stage's fit for the ledger; `fits_from_ledger` needs these facts and `fit_conditions`."""
-    chosen = {key: getattr(fit.fitted, key) for key in CHOSEN}
-    return {"stage": fit.stage.name, "peak_bytes": fit.peak_bytes, "note": fit.note} | chosen
+    return {"stage": fit.stage.name, "peak_bytes": fit.peak_bytes, "note": fit.note} | fit.fitted.settings
 
 
 def fit_conditions(config: RunConfig, mesh: Mesh, limit: int) -> dict:
     """Return everything besides the stage that its fit depends on: the config and the devices."""
-    config_sha256 = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
-    on = {"device": sharding.a_device(mesh).device_kind, "device_bytes": limit, "mesh": list(mesh.devices.shape)}
-    return {"config": config_sha256} | on
+    return {
+        "config": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "device": sharding.a_device(mesh).device_kind,
+        "device_bytes": limit,
+        "mesh": list(mesh.devices.shape),
+    }

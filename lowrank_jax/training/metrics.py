@@ -30,10 +30,9 @@ class Meter:
         self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stdout)
         names = config.track if processes.is_first() else ()
         self.trackers = track.open_trackers(names, folder, config.to_dict(), done)
-        self.step = done
+        self.step, self._dispatched = done, 0
         self._pending, self._step_seconds, self._switching = None, None, None
-        peak = devices.peak_flops()
-        self._peak, self._dispatched = peak and peak * jax.device_count(), 0
+        self._peak = (devices.peak_flops() or 0) * jax.device_count()
         self.restart_clock()
 
     def close(self) -> None:
@@ -63,9 +62,8 @@ class Meter:
         """Wait for the pending step and read its metrics; raises RunFailure after too many refused updates."""
         if self._pending is None:
             return
-        fitted, progress, metrics = self._pending
-        stage = fitted.stage
-        self._pending, self.step = None, progress.step - 1  # a step that failed on the device raises only in float()
+        (fitted, progress, metrics), self._pending = self._pending, None
+        stage, self.step = fitted.stage, progress.step - 1  # a step that failed on the device raises only in float()
         values = {name: float(x) for name, x in metrics.items()}
         self.step = progress.step
         if not values["ok"]:
@@ -82,15 +80,14 @@ class Meter:
             facts = {"seq_len": stage.seq_len, "batch": stage.batch, "tokens": progress.tokens}
             facts |= {name: _finite(values[name]) for name in ("loss", "lr", "grad_norm")}
             facts |= {"tokens_per_s": round(speed, 1), "mfu": mfu, "skipped": int(values["refused"])}
-            self._write(
-                stage, progress.step, facts | ({"loss_scale": values["scale"]} if fitted.precision == "fp16" else {})
-            )
+            facts |= {"loss_scale": values["scale"]} if fitted.precision == "fp16" else {}
+            self._write(stage, progress.step, facts)
             self.restart_clock()
 
     def _log_refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
-        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-        facts = {"loss": _finite(values["loss"]), "grad_norm": _finite(values["grad_norm"])}
-        facts |= {"reason": "spike" if finite else "not finite", "in_a_row": int(values["in_a_row"])}
+        facts = {name: _finite(values[name]) for name in ("loss", "grad_norm")}
+        reason = "not finite" if None in facts.values() else "spike"
+        facts |= {"reason": reason, "in_a_row": int(values["in_a_row"])}
         run_folder.log_event(self.folder, "skip", progress.step, **facts)
         say(f"step {progress.step}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
         # If fp8 is the cause, the next comparison with bf16 notices it.
@@ -113,15 +110,12 @@ class Meter:
         began, ordinary = self._switching
         seconds = time.monotonic() - began
         stall = max(seconds - ordinary, 0.0) if ordinary else seconds
-        s, fitted = fit.stage, fit.fitted
-        facts = {"stage": s.name, "seq_len": s.seq_len, "microbatch": fitted.microbatch, "remat": fitted.remat}
-        facts |= {"precision": fitted.precision, "attention": fitted.attention}
-        facts |= {"compile_seconds": round(fit.seconds, 3), "stall_seconds": round(stall, 3)}
-        facts |= {"stall_steps": round(stall / ordinary, 2) if ordinary else None}
-        run_folder.log_event(self.folder, "stage", self.step - 1, **facts)
-        say(
-            f"step {self.step - 1}: {s.name}, {s.batch} x {s.seq_len} tokens per step, {fitted.microbatch} rows at once"
-        )
+        s, settings, switch_step = fit.stage, fit.fitted.settings, self.step - 1
+        facts = {"stage": s.name, "seq_len": s.seq_len} | settings | {"compile_seconds": round(fit.seconds, 3)}
+        facts |= {"stall_seconds": round(stall, 3), "stall_steps": round(stall / ordinary, 2) if ordinary else None}
+        run_folder.log_event(self.folder, "stage", switch_step, **facts)
+        rows = settings["microbatch"]
+        say(f"step {switch_step}: {s.name}, {s.batch} x {s.seq_len} tokens per step, {rows} rows at once")
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
         facts = {"split": stage.phase, "eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"]}

@@ -1,7 +1,6 @@
-"""Optimizers without a learning rate: `train_step` multiplies it in, so no schedule hides in their state.
+"""Optimizers, and what changes with the global step: the learning rate, and the decay of the weights' moving average.
 
-Either Muon for the blocks' matrices and AdamW (with Nesterov momentum) for embedding and norms, or AdamW for all.
-Weight decay acts only on the blocks' matrices.
+`train_step` multiplies the learning rate in, so no schedule hides in an optimizer's state.
 """
 
 import functools
@@ -15,6 +14,7 @@ from optax import contrib
 from lowrank_jax.config import OptimConfig, PhaseConfig, UsageError
 from lowrank_jax.machine import sharding
 from lowrank_jax.machine.sharding import FSDP, TENSOR, path_name
+from lowrank_jax.training.plan import Stage
 
 # Updates scaled to 0.2 sqrt(max(rows, columns)) are as large as AdamW's, so that one learning rate serves both
 # (Moonlight, arXiv 2502.16982, section 2.2).
@@ -23,10 +23,14 @@ MATRICES = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # of a
 
 
 def make(c: OptimConfig) -> optax.GradientTransformation:
-    """Return a transformation whose updates, times the learning rate, are added to the parameters."""
+    """Return a transformation whose updates, times the learning rate, are added to the parameters.
+
+    Either Muon for the blocks' matrices and AdamW (with Nesterov momentum) for embedding and norms, or AdamW for all.
+    Weight decay acts only on the blocks' matrices.
+    """
     adamw = lambda decay, **more: optax.adamw(1.0, b1=c.beta1, b2=c.beta2, weight_decay=decay, **more)
     if c.name == "muon":
-        axes = lambda params: jax.tree.map(lambda is_matrix: MATRICES if is_matrix else None, _is_matrix(params))
+        axes = lambda matrices: jax.tree.map(lambda _: MATRICES, matrices)
         matrices = optax.chain(
             contrib.scale_by_muon(beta=c.beta1, ns_steps=0, weight_dimension_numbers=axes),  # only the momentum
             optax.stateless(lambda updates, _: _orthogonalized(updates)),
@@ -76,6 +80,32 @@ def _newton_schulz(x_MIJ: jax.Array, axes: tuple) -> jax.Array:
     for layout in reversed(hops):
         x_MIJ = sharding.constrain(x_MIJ, *layout)
     return MUON_UPDATE_RMS * max(rows, columns) ** 0.5 * x_MIJ[:count]
+
+
+def learning_rate(p: PhaseConfig, stage: Stage, step: int | jax.Array) -> jax.Array:
+    """Return the learning rate at a global step: warm-up, then a schedule over the stage's phase.
+
+    WSD (warm-up, stable, decay: arXiv 2404.06395) keeps the peak and falls linearly over the last `cooldown` share of
+    the phase. Cosine and linear fall from the end of the warm-up. All reach `lr_end` x `lr` one step after the last.
+    """
+    k = jnp.asarray(step - stage.phase_start, jnp.float32)
+    n = stage.phase_steps
+    warm = round(p.warmup * n)
+    up = jnp.minimum((k + 1) / max(warm, 1), 1.0)
+    falling = round(p.cooldown * n) + 1 if p.schedule == "wsd" else max(n - warm, 1)
+    left = jnp.clip((n - k) / falling, 0.0, 1.0)  # 1 until the rate falls
+    if p.schedule == "cosine":
+        left = jnp.sin(0.5 * jnp.pi * left) ** 2  # (1 + cos)/2, without its cancellation
+    return p.lr * up * (p.lr_end + (1 - p.lr_end) * left)
+
+
+def average_decay(ema: float, stage: Stage, step: int | jax.Array) -> jax.Array:
+    """Return the decay of the weights' moving average: (1 + k) / (10 + k) at step k of the phase, and at most `ema`.
+
+    With `ema` from the first step on, the phase's first weights would stay in the average for 1 / (1 - ema) steps.
+    """
+    k = jnp.asarray(step - stage.phase_start, jnp.float32)
+    return jnp.minimum(ema, (1 + k) / (10 + k))
 
 
 def rates(p: PhaseConfig, params: dict) -> dict:

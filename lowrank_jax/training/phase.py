@@ -1,6 +1,5 @@
 """The parts of a phase: its feed of batches, its held-out measurement, and the sample at its end."""
 
-import dataclasses
 import functools
 import itertools
 import sys
@@ -8,39 +7,36 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import packing, stream
-from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference import session
-from lowrank_jax.machine import agreement, faults, sharding
+from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import evaluation, run_folder
-from lowrank_jax.training.plan import FittedStage, Plan, Stage, last_stage, stage_at
+from lowrank_jax.training.plan import Plan, Stage, last_stage, stage_at
 from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.trained import Trained
+from lowrank_jax.training.run import Run
 
 SAMPLE_TOKENS = 120
 SHOWN_TOKENS = 300  # of the first row of SFT
 NOTES = 5  # skips and retries shown on the terminal; the ledger has them all
 
 
-def measure(config: RunConfig, plan: Plan, longest: FittedStage, tok: Tokenizer, folder: str) -> Callable | None:
+def measure(r: Run, name: str) -> Callable | None:
     """Return `(params, stop) -> result` of `evaluation.evaluate` on a phase's held-out text; None where there is none.
 
-    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared; `longest`
-    is the phase's last stage.
+    Every evaluation reads the same text at the phase's longest length, so that its numbers can be compared.
     """
-    stage = longest.stage
-    p, note = getattr(config, stage.phase), note_to(folder, lambda: 0)
-    length = p.lengths[-1]
-    held_out = evaluation.held_out(p, tok, config.seed, stage.phase == "sft", length, note)
+    longest = r.programs.fitted(last_stage(r.plan.stages, name))
+    p, note = getattr(r.config, name), note_to(r.folder, lambda: 0)
+    length, documents = p.lengths[-1], stream.open_held_out(p, r.tokenizer, r.config.seed, name == "sft", note)
+    held_out = evaluation.batches_of(documents, length, p.eval_tokens)
     if not held_out:
-        say(f"the held-out part of {stage.phase} has no row of {length} tokens: no evaluation")
+        say(f"the held-out part of {name} has no row of {length} tokens: no evaluation")
         return None
-    parts = evaluation.split(held_out, longest.microbatch * stage.seq_len // length, plan.row_shards)
-    return functools.partial(evaluation.evaluate, config, batches=parts, byte_lengths=tok.byte_lengths())
+    parts = evaluation.split(held_out, longest.microbatch * longest.stage.seq_len // length, r.plan.row_shards)
+    return functools.partial(evaluation.evaluate, r.config, batches=parts, byte_lengths=r.tokenizer.byte_lengths())
 
 
 def compile_measure(config: RunConfig, plan: Plan) -> None:
@@ -50,49 +46,32 @@ def compile_measure(config: RunConfig, plan: Plan) -> None:
         evaluation.compile_for(config, plan.mesh, last.microbatch, last.seq_len)
 
 
-def feed(
-    config: RunConfig,
-    plan: Plan,
-    stage: Stage,
-    tok: Tokenizer,
-    folder: str,
-    progress: Progress,
-    step_now: Callable[[], int],
-) -> stream.Feed:
+def feed(r: Run, stage: Stage, progress: Progress, step_now: Callable[[], int]) -> stream.Feed:
     """Return (batch on the devices, cursor) of every remaining step of the stage's phase, read in the background.
 
-    In a multi-process run each process reads only its part of the rows, and its cursors are those of that part: see
-    `whole`.
+    In a multi-process run each process reads only its part of the rows, and its cursors are those of that part.
     """
     name, is_chat, end = stage.phase, stage.phase == "sft", stage.phase_start + stage.phase_steps
-    p, cursor = getattr(config, name), None if progress.step == stage.phase_start else progress.cursor
+    p, cursor = getattr(r.config, name), None if progress.step == stage.phase_start else progress.cursor
 
     def shape_at(step: int) -> tuple[int, int, int]:
-        stage_now = stage_at(plan.stages, step)
+        stage_now = stage_at(r.plan.stages, step)
         return stage_now.batch, stage_now.seq_len, step - stage_now.phase_start
 
     def place(step: int, batch: stream.Batch) -> dict:
         if is_chat and step == stage.phase_start:
             marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
-            row = packing.show(batch, tok, marks, SHOWN_TOKENS)
+            row = packing.show(batch, r.tokenizer, marks, SHOWN_TOKENS)
             say(f"first row of {name}, with marks around the trained tokens:\n{row}")
         if faults.due("nan", "step", step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")
-        rows = stage_at(plan.stages, step).batch
-        return {key: sharding.put_rows(plan.mesh, x, rows) for key, x in batch.items()}
+        rows, *_ = shape_at(step)
+        return {key: sharding.put_rows(r.plan.mesh, x, rows) for key, x in batch.items()}
 
-    share, note = sharding.my_share(plan.mesh), note_to(folder, step_now)
+    share, note = sharding.my_share(r.plan.mesh), note_to(r.folder, step_now)
     start = (cursor, progress.data_sha256)
-    documents = stream.open_phase(p, tok, config.seed, is_chat, start, share, note)
+    documents = stream.open_phase(p, r.tokenizer, r.config.seed, is_chat, start, share, note)
     return stream.Feed(documents, range(progress.step, end), shape_at, place)
-
-
-def whole(progress: Progress) -> Progress:
-    """Return the progress with the cursor and the data hash of all processes; each waits for the others."""
-    if not progress.cursor:
-        return progress
-    cursor = stream.merge(agreement.gather(progress.cursor))
-    return dataclasses.replace(progress, cursor=cursor, data_sha256=stream.data_sha256(cursor))
 
 
 def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
@@ -108,22 +87,23 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
     return note
 
 
-def end(trained: Trained, mesh: Mesh, stage: Stage, folder: str) -> None:
+def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
     """End a phase: show a sample of the model's text, and log what the phase has read."""
-    progress, prompt = trained.progress, getattr(trained.config, stage.phase).sample
+    log = functools.partial(run_folder.log_event, r.folder, step=progress.step, phase=stage.phase)
+    prompt = getattr(r.config, stage.phase).sample
     if prompt:
-        model = session.Model(trained.config, trained.tokenizer, trained.params)
+        model = session.Model(r.config, r.tokenizer, params)
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(r.plan.mesh):
             new, difference = model.checked_sample(ids, SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
         if difference > session.DECODE_TOLERANCE:
-            run_folder.log_event(folder, "decode_differs", progress.step, phase=stage.phase, difference=difference)
+            log("decode_differs", difference=difference)
             say(
                 f"warning: decoding with the cache differs from the forward pass by {difference:.2g} nats per token; "
                 "generated text is not the model's. Does inference/decoder.py know every option of config.model?"
             )
-        text = trained.tokenizer.decode(new)
-        run_folder.log_event(folder, "sample", progress.step, phase=stage.phase, prompt=prompt, text=text)
+        text = r.tokenizer.decode(new)
+        log("sample", prompt=prompt, text=text)
         shown = f"step {progress.step}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
         say(shown.replace("\n", "\n  "))
-    run_folder.log_event(folder, "data", progress.step, phase=stage.phase, sources=stream.summary(progress.cursor))
+    log("data", sources=stream.summary(progress.cursor))

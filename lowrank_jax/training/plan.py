@@ -1,7 +1,6 @@
-"""The training plan as data: the stage, phase, sequence length and batch shape of every step of a run.
+"""The training plan as data: the stage, phase, sequence length and batch shape of every step, counted from 0.
 
-Step k is the k-th update, counted from 0 over the whole run. The plan follows from the config and the devices and is
-never stored, so a resumed run cannot disagree with an uninterrupted one.
+The plan follows from the config and the devices and is never stored, so a resumed run cannot disagree with another.
 """
 
 import bisect
@@ -14,6 +13,8 @@ from jax.sharding import Mesh
 from lowrank_jax.config import PhaseConfig, RunConfig
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs
+
+SETTINGS = ("microbatch", "remat", "precision", "attention")  # of a stage, which the devices may change
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ class FittedStage:
     precision: str
     attention: str
 
+    @property
+    def settings(self) -> dict:
+        return {key: getattr(self, key) for key in SETTINGS}
+
 
 def unchanged(stage: Stage) -> FittedStage:
     """Return the stage with every setting as the config asks."""
-    return FittedStage(stage, stage.microbatch, stage.remat, stage.precision, stage.attention)
+    return FittedStage(stage, *(getattr(stage, key) for key in SETTINGS))
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,7 @@ def make(config: RunConfig, devices: Sequence[jax.Device] = ()) -> Plan:
 
 
 def stages_of(config: RunConfig, row_shards: int = 1) -> tuple[Stage, ...]:
-    """Return the stages of a run: pretraining with its growing lengths, then SFT.
-
-    `row_shards` divides every batch, and every microbatch is a multiple of it.
-    """
+    """Return the stages of a run, pretraining before SFT, with microbatches that are multiples of `row_shards`."""
     stages, start = [], 0
     for phase, p in (("pretrain", config.pretrain), ("sft", config.sft)):
         phase_steps, done = _phase_steps(config, p, phase), 0
@@ -121,13 +123,13 @@ def milestones(stages: Sequence[Stage], every_eval: int, done: int) -> list[tupl
 
     `end` is the end of a phase. `eval` measures its held-out text: at its start, every `every_eval` steps, and its end.
     """
-    due, end = [], stages[-1].end
+    due = []
     if done > 0:
         last = stage_at(stages, done - 1)
         ends = done == last.phase_start + last.phase_steps
         due += [("eval", last.phase, done)] if ends or done % every_eval == 0 else []
         due += [("end", last.phase, done)] if ends else []
-    if done < end and (first := stage_at(stages, done)).phase_start == done:
+    if done < stages[-1].end and (first := stage_at(stages, done)).phase_start == done:
         due.append(("eval", first.phase, done))
     return due
 

@@ -1,5 +1,6 @@
 """The compiled step of each stage. Training starts once all stages fit; each next one compiles while it runs."""
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -15,30 +16,34 @@ COMPILERS = 2  # compilations at once: XLA itself uses several threads for a lar
 
 
 class Programs:
-    """Compile the stages of a plan in background threads.
+    """Compile the stages of a plan in background threads, within what the run's `ledger` says of their memory.
 
     A running compilation cannot be stopped. `running` is the stage in use with its program, None before the first.
     """
 
     running: Fit | None = None
 
-    def __init__(self, config: RunConfig, plan: Plan, limit_bytes: int, cap: Cap, stop: Callable[[], bool]):
-        self.config, self.plan, self.limit_bytes = config, plan, limit_bytes
-        self._cap, self._stop, self._pool = cap, stop, ThreadPoolExecutor(COMPILERS, ABANDONED)
+    def __init__(self, config: RunConfig, plan: Plan, ledger: list[dict], stop: Callable[[], bool]):
+        self.config, self.plan = config, plan
+        self._stop, self._pool = stop, ThreadPoolExecutor(COMPILERS, ABANDONED)
+        self._limit = min(agreement.gather(memory.limit_bytes(config, plan.mesh)))
+        self._cap = memory.cap_from_ledger(ledger, plan.mesh)
+        self._known = memory.fits_from_ledger(ledger, config, plan.stages, plan.mesh, self._limit)
+        self._fitted = {stage: fit.fitted for stage, fit in self._known.items()}
         self._compiling: dict[Stage, Future[Fit]] = {}
-        self._fitted: dict[Stage, FittedStage] = {}
         self._bounded: set[Stage] = set()
         self._following: Stage | None = None
 
-    def fit_all(self, stages: tuple[Stage, ...], known: dict[Stage, Fit]) -> list[Fit]:
-        """Return how every stage fits, compiling the first and all that are neither known nor safely bounded.
+    def fit_all(self, done: int) -> list[Fit]:
+        """Return how every stage fits that `done` steps leave, from the ledger, a safe bound, or by compiling.
 
-        Only the first two programs stay loaded, as they take device memory; the compilation cache has the others.
-        Raises UsageError for a stage that cannot fit, and Interrupted where a signal comes first.
+        The first is always compiled. Only the first two programs stay loaded, as they take device memory; the
+        compilation cache has the others. Raises UsageError for a stage that cannot fit, and Interrupted where a signal
+        comes first.
         """
-        self._fitted = {stage: fit.fitted for stage, fit in known.items()}
+        stages = [stage for stage in self.plan.stages if stage.end >= done]
         first = self._get(stages[0])
-        known = {stages[0]: first} | known
+        known = {stages[0]: first} | self._known
         for stage in (stage for stage in stages if stage not in known):
             if bound := memory.by_bound(first, self.config, stage, self.plan.mesh, self._cap):
                 known[stage], self._fitted[stage] = bound, bound.fitted
@@ -53,16 +58,18 @@ class Programs:
         for fit in fits:
             if not fit.fits:
                 raise UsageError(memory.refusal(fit))
-        self._keep(stages[:2])
+        self._keep(*stages[:2])
         return fits
 
-    def switch_to(self, stage: Stage, following: Stage | None) -> bool:
+    def switch_to(self, stage: Stage) -> bool:
         """Wait for a stage's program and make it the running one; return True where the stage was only bounded before.
 
-        `first_step_done` starts to compile the following stage. Raises Interrupted where a signal comes first.
+        Raises Interrupted where a signal comes first.
         """
-        self._keep((stage, following))
-        self.running, self._following = self._get(stage), following
+        following = (s for s in self.plan.stages if s.start == stage.end)
+        self._following = next((dataclasses.replace(s, precision=stage.precision) for s in following), None)
+        self._keep(stage, self._following)
+        self.running = self._get(stage)
         if not self.running.fits:  # the memory gate did not see this stage, as after a change of precision
             raise RunFailure(memory.refusal(self.running))
         is_new = stage in self._bounded
@@ -94,12 +101,12 @@ class Programs:
         self._prepare(stage)
         return interrupt.wait(self._compiling[stage], self._stop)
 
-    def _keep(self, stages: tuple[Stage | None, ...]) -> None:
+    def _keep(self, *stages: Stage | None) -> None:
         self._compiling = {stage: future for stage, future in self._compiling.items() if stage in stages}
 
     def _compile(self, stage: Stage) -> Fit:
-        fit = memory.fit(self.config, self.fitted(stage), self.plan.mesh, self.limit_bytes, self._cap)
+        fit = memory.fit(self.config, self.fitted(stage), self.plan.mesh, self._limit, self._cap)
         self._fitted[stage] = fit.fitted
-        if precision.policy(fit.fitted.precision).name == "fp8" and fit.fits:
+        if fit.fits and precision.policy(fit.fitted.precision).name == "fp8":
             fit = fit._replace(check=step.lower_disagreement(self.config, fit.fitted, self.plan.mesh).compile())
         return fit

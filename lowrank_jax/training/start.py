@@ -11,17 +11,16 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import sharding
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import optim, run_folder, step, track, trained, warmstart
-from lowrank_jax.training.checkpoint import Checkpoints
-from lowrank_jax.training.plan import Plan, stage_at
+from lowrank_jax.training.plan import stage_at
 from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.recovery import Recovery
+from lowrank_jax.training.run import Run
 
 
 def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
-    That function takes about as long as compiling: it checks the data and returns the tokenizer, which a new run trains
-    first. Raises UsageError where the folder holds a different run.
+    The function checks the data and returns the tokenizer, which a new run trains first; it takes about as long as
+    compiling. Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
     phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
@@ -65,36 +64,36 @@ def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Toke
     return jax.tree.map(place, taken.params, sharding.of_tree(mesh, taken.params))
 
 
-def restore(
-    config: RunConfig, plan: Plan, checkpoints: Checkpoints, recovery: Recovery, tok: Tokenizer
-) -> tuple[step.TrainState, Progress]:
-    """Return the newest state and its progress, and drop the metrics of later steps.
+def restore(r: Run) -> tuple[step.TrainState, Progress]:
+    """Return the newest state and its progress, and drop the metrics of later steps and the signals sent after them.
 
-    The state is the one that `recovery` holds, or else the newest checkpoint, or else a new run's first state. Raises
+    The state is the one that `r.recovery` holds, or else the newest checkpoint, or else a new run's first state. Raises
     UsageError where the config contradicts steps that are done.
     """
-    folder, from_memory = checkpoints.folder, recovery.take()
-    restored = from_memory or checkpoints.restore(step.abstract_state(config, plan.mesh), delete_broken=True)
+    r.signals.forget()
+    mesh, from_memory = r.plan.mesh, r.recovery.take()
+    restored = from_memory or r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True)
     if restored is None:
-        params = first_params(config, plan.mesh, lambda: tok)
-        restored = step.first_state(config, params, 0, plan.mesh), Progress()
+        params = first_params(r.config, mesh, lambda: r.tokenizer)
+        restored = step.first_state(r.config, params, 0, mesh), Progress()
     state, progress = restored
-    _check_done(config, plan, progress, folder)
-    run_folder.rewind_metrics(folder, progress.step)
+    _check_done(r, progress)
+    run_folder.rewind_metrics(r.folder, progress.step)
     if not (from_memory and progress.step == 0):
         source = "memory" if from_memory else "checkpoint" if progress.step else "start"
-        run_folder.log_event(folder, "restore", progress.step, data_sha256=progress.data_sha256, source=source)
+        run_folder.log_event(r.folder, "restore", progress.step, data_sha256=progress.data_sha256, source=source)
     return state, progress
 
 
-def _check_done(config: RunConfig, plan: Plan, progress: Progress, folder: str) -> None:
+def _check_done(r: Run, progress: Progress) -> None:
     """Raise UsageError where the plan has another phase for the steps that are done, or other sources."""
-    phase = stage_at(plan.stages, max(progress.step - 1, 0)).phase if progress.step <= plan.end else "already ended"
+    done, stages = progress.step, r.plan.stages
+    phase = stage_at(stages, max(done - 1, 0)).phase if done <= r.plan.end else "already ended"
     if phase != progress.phase:
         raise UsageError(
-            f"{folder} was saved at step {progress.step} in {progress.phase}, where this config has {phase}; "
+            f"{r.folder} was saved at step {done} in {progress.phase}, where this config has {phase}; "
             "steps that are done cannot be changed"
         )
-    next_stage = stage_at(plan.stages, progress.step)
-    if progress.step > next_stage.phase_start:
-        stream.check_sources(progress.cursor, getattr(config, next_stage.phase))
+    next_stage = stage_at(stages, done)
+    if done > next_stage.phase_start:
+        stream.check_sources(progress.cursor, getattr(r.config, next_stage.phase))

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RunConfig
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import loss, network, precision
-from lowrank_jax.training import guard, optim, schedule
+from lowrank_jax.training import guard, optim
 from lowrank_jax.training.guard import Guard
-from lowrank_jax.training.plan import FittedStage, Stage
+from lowrank_jax.training.plan import FittedStage
 
 BATCH = {"tokens": jnp.int32, "targets": jnp.int32, "segments": jnp.int32, "weights": jnp.float32}
 
@@ -56,6 +56,12 @@ def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, layout)
 
 
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict:
+    """Return the shapes, dtypes and shardings of a batch."""
+    layout = sharding.of_rows(mesh, rows)
+    return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=layout) for name, dtype in BATCH.items()}
+
+
 def _init(config: RunConfig) -> dict:
     return network.init(config.model, jax.random.key(config.seed))
 
@@ -79,10 +85,10 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
     grad_norm = optax.tree.norm(grads)
     is_fp16 = precision.policy(fitted.precision).name == "fp16"
     ok, after = guard.judge(state.guard, mean_loss, grad_norm, o.skip_sigma, is_fp16)
-    lr = schedule.learning_rate(phase, stage, state.step)
+    lr = optim.learning_rate(phase, stage, state.step)
     updates, opt_state = optim.make(o).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u, rate: p + lr * rate * u if rate else p, state.params, updates, rates)
-    rate = 1 - schedule.average_decay(o.ema, stage, state.step)
+    rate = 1 - optim.average_decay(o.ema, stage, state.step)
     average = optax.incremental_update(params, state.average, rate) if o.ema else ()
     new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
     params, opt_state, average = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
@@ -92,11 +98,10 @@ def train_step(config: RunConfig, fitted: FittedStage, state: TrainState, batch:
 
 
 def _loss_and_gradient(config: RunConfig, fitted: FittedStage, rates: dict, params: dict, batch: dict, scale):
-    """Return the mean cross-entropy per trained token, and the gradient of the objective.
+    """Return the mean cross-entropy per trained token, and the gradient of the objective: zero for frozen weights.
 
-    Every token of the batch weighs the same, whatever the microbatch. Frozen weights have a gradient of zero, which is
-    never computed. Each microbatch's loss is already divided by the batch's token count and multiplied by `scale`, as
-    fp16 would overflow in sums over thousands of tokens.
+    Every token of the batch weighs the same, whatever the microbatch. Each microbatch's loss is already divided by the
+    batch's token count and multiplied by `scale`, as fp16 would overflow in sums over thousands of tokens.
     """
     o, policy = config.optim, precision.policy(fitted.precision)
     c = dataclasses.replace(config.model, remat=fitted.remat, attention=fitted.attention)
@@ -123,25 +128,20 @@ def lower(config: RunConfig, fitted: FittedStage, mesh: Mesh | None = None) -> j
 
     The compiled step takes (state, batch) and consumes the state.
     """
-    mesh = mesh or sharding.one_device()
+    mesh, stage = mesh or sharding.one_device(), fitted.stage
     state = abstract_state(config, mesh)
     layout = jax.tree.map(lambda x: x.sharding, state), sharding.whole(mesh)  # pinned, so that no layout drifts
-    step = lambda state, batch: train_step(config, fitted, state, batch)
+    step = jax.jit(functools.partial(train_step, config, fitted), donate_argnums=0, out_shardings=layout)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=layout).lower(state, _abstract_batch(fitted.stage, mesh))
+        return step.lower(state, abstract_batch(stage.batch, stage.seq_len, mesh))
 
 
-def lower_disagreement(config: RunConfig, fitted: FittedStage, mesh: Mesh | None = None) -> jax.stages.Lowered:
+def lower_disagreement(config: RunConfig, fitted: FittedStage, mesh: Mesh) -> jax.stages.Lowered:
     """Lower `disagreement` in the same way; the compiled function takes (params, batch)."""
-    mesh = mesh or sharding.one_device()
-    run = jax.jit(lambda params, batch: disagreement(config, fitted, params, batch), out_shardings=sharding.whole(mesh))
+    stage = fitted.stage
+    compare = jax.jit(functools.partial(disagreement, config, fitted), out_shardings=sharding.whole(mesh))
     with jax.set_mesh(mesh):
-        return run.lower(abstract_state(config, mesh).params, _abstract_batch(fitted.stage, mesh))
-
-
-def _abstract_batch(stage: Stage, mesh: Mesh) -> dict:
-    shape, at = (stage.batch, stage.seq_len), sharding.of_rows(mesh, stage.batch)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, dtype in BATCH.items()}
+        return compare.lower(abstract_state(config, mesh).params, abstract_batch(stage.batch, stage.seq_len, mesh))
 
 
 def disagreement(config: RunConfig, fitted: FittedStage, params: dict, batch: dict) -> dict:

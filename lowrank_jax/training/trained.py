@@ -22,10 +22,7 @@ class Trained(NamedTuple):
 
 
 def open_run(folder: str, mesh: Mesh | None = None) -> Trained:
-    """Return the newest whole checkpoint of the run in `folder`; raises UsageError where there is none.
-
-    Its arrays are on one device, or laid out on `mesh`.
-    """
+    """Return the newest whole checkpoint of a run, on one device or `mesh`; raises UsageError where there is none."""
     config, tokenizer_folder = run_folder.read_config(folder), run_folder.tokenizer_folder(folder)
     if not os.path.isdir(tokenizer_folder):
         raise UsageError(f"--workdir={folder} has no tokenizer: {tokenizer_folder} is missing")

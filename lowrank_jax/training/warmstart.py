@@ -1,9 +1,7 @@
 """First weights of a new run from another run: every array whose shape agrees, also into a deeper model.
 
-A deeper model is filled by block expansion (LLaMA Pro, arXiv 2401.02415, section 3). A layer is followed by a copy
-whose outputs into the residual stream are zero, so the copy starts as the identity and the network computes the same.
-Only the last factors of the copy are zero, and they have a gradient, so it learns from the first step on:
-`network.init` starts every block in this way.
+A deeper model is filled by block expansion (LLaMA Pro, arXiv 2401.02415, section 3). A layer is followed by a copy with
+last factors into the residual stream of zero, as in `network.init`: it starts as the identity, and learns at once.
 """
 
 from typing import NamedTuple
@@ -31,14 +29,11 @@ class Taken(NamedTuple):
 def take(params: dict, source: dict, same_tokens: bool) -> Taken:
     """Return `params` of `network.init` with every array that `source` has under the same name and shape.
 
-    A source with fewer layers is spread by `layer_map`, and added layers start as the identity; from a deeper source no
-    block is taken. An untied head starts as a tied source's embedding. Without `same_tokens` the tables of embedding
-    and head stay new, as their rows belong to other tokens. Arrays get the dtype of those they replace, and share no
-    memory with them or with `source`. Where some arrays of the blocks do not fit, the others are still taken. Added
-    layers are identities even then, as `network.init` starts outputs at zero.
-
-    Other `heads` or another `latent_norm` change no shape, but what the arrays compute. Raises UsageError where nothing
-    fits.
+    A source with fewer layers is spread by `layer_map`, and added layers start as the identity, also where other arrays
+    of the blocks do not fit; from a deeper source no block is taken. An untied head starts as a tied source's
+    embedding. Without `same_tokens` the tables of embedding and head stay new, as their rows belong to other tokens.
+    Arrays get the dtype of those they replace, and share no memory with them or with `source`. Raises UsageError where
+    nothing fits.
     """
     if "head" in params and "head" not in source and "embed" in source:
         source = source | {"head": source["embed"]}
@@ -51,9 +46,8 @@ def take(params: dict, source: dict, same_tokens: bool) -> Taken:
         raise UsageError(
             f"config.init_from: none of that run's weights fits this model ({left[0]}{more}); use its config.model"
         )
-    fill = lambda name, x: x if reasons[name] else _fill(name, old[name], x)
-    filled = jax.tree_util.tree_map_with_path(lambda path, x: fill(path_name(path), x), params)
-    return Taken(filled, taken, left, _note(new, old, reasons))
+    fill = lambda path, x: x if reasons[path_name(path)] else _fill(path_name(path), old[path_name(path)], x)
+    return Taken(jax.tree_util.tree_map_with_path(fill, params), taken, left, _note(new, old, reasons))
 
 
 def describe(taken: Taken) -> str:
@@ -61,8 +55,7 @@ def describe(taken: Taken) -> str:
     sizes = {name: x.size for name, x in _by_name(taken.params).items()}
     count, total = sum(sizes[name] for name in taken.taken), sum(sizes.values())
     head = f"took {len(taken.taken)} of {len(sizes)} arrays, {count:,} of {total:,} parameters"
-    lines = [f"not taken: {line}" for line in taken.left] + ([taken.note] if taken.note else [])
-    return "\n  ".join([head, *lines])
+    return "\n  ".join([head, *(f"not taken: {line}" for line in taken.left), *filter(None, [taken.note])])
 
 
 def layer_map(n: int, m: int) -> list[int]:
@@ -115,5 +108,5 @@ def _note(new: dict, old: dict, reasons: dict[str, str]) -> str:
     if n == m or not fitting:
         return ""
     copies = "each is followed by a copy that starts" if m == 2 * n else f"{m - n} of them added, as copies that start"
-    partly = "" if len(fitting) == len(blocks) else "; but not all of a block fits, so it computes something else"
+    partly = "" if fitting == blocks else "; but not all of a block fits, so it computes something else"
     return f"{n} layers became {m}: {copies} as the identity{partly}"

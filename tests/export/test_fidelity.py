@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.config import RunFailure
+from lowrank_jax.data import stream
 from lowrank_jax.export import fidelity, verify
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import evaluation
@@ -37,7 +38,7 @@ def test_the_same_logits_change_nothing_and_have_the_bits_of_evaluate(model):
         measured["max_abs_err"] < 1e-4 and abs(measured["kl"]) < 1e-6 and abs(measured["bits_per_byte_change"]) < 1e-6
     )
     p = dataclasses.replace(model.config.pretrain, eval_tokens=480)
-    batches = evaluation.held_out(p, model.tokenizer, model.config.seed, False, 48, lambda *_, **__: None)
+    batches = evaluation.batches_of(stream.open_held_out(p, model.tokenizer, model.config.seed, False), 48, 480)
     params = jax.device_put(model.params, sharding.whole(sharding.one_device()))
     expected = evaluation.evaluate(model.config, params, batches, model.tokenizer.byte_lengths())
     assert measured["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-5)

@@ -12,9 +12,8 @@ from conftest import described, run_config
 from lowrank_jax.machine import hlo
 from lowrank_jax.model import precision
 from lowrank_jax.model.precision import fp8_matmul
-from lowrank_jax.training import loop, step
+from lowrank_jax.training import recovery, step
 from lowrank_jax.training.plan import make, stages_of, unchanged
-from lowrank_jax.training.progress import Progress
 
 
 def forward_and_backward(matmul):
@@ -169,7 +168,7 @@ def leaves_fp8(folder, check, done: int = 4, every: int = 4) -> bool:
     config = types.SimpleNamespace(every=types.SimpleNamespace(fp8_check=every))
     run = types.SimpleNamespace(programs=programs, config=config, folder=str(folder))
     meter = types.SimpleNamespace(restart_clock=lambda: None)
-    return loop._must_leave_fp8(run, types.SimpleNamespace(params={}), {}, Progress(step=done), meter)
+    return recovery.must_leave_fp8(run, meter, {}, {}, done)
 
 
 def test_healthy_fp8_is_near_bf16_and_training_leaves_a_spoilt_one(beside_bf16, tmp_path):

@@ -9,9 +9,9 @@ from test_network import make as random_params
 from lowrank_jax.inference import engine, session
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import phase, run_folder
-from lowrank_jax.training.plan import stages_of
+from lowrank_jax.training.plan import Plan, stages_of
 from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.trained import Trained
+from lowrank_jax.training.run import Run
 
 WIDTHS = {"model__d": 96, "model__heads": 6, "model__rank": 32, "model__mlp": 40, "model__latent_norm": False}
 
@@ -25,8 +25,9 @@ def end_phase(tok, tmp_path, monkeypatch, capfd):
         settings = WIDTHS | {"model__vocab": tok.vocab_size, "pretrain__sample": "Bace di"} | changes
         config = run_config(precision=precision, **settings)
         params = jax.device_put(random_params(config.model), sharding.whole(sharding.one_device()))
-        model = Trained(config, tok, params, Progress(step=3, cursor={}))
-        phase.end(model, sharding.one_device(), stages_of(config)[0], str(tmp_path))
+        plan = Plan(stages_of(config), sharding.one_device())
+        r = Run(config, tok, str(tmp_path), plan, None, None, None, None)
+        phase.end(r, plan.stages[0], params, Progress(step=3, cursor={}))
         lines = capfd.readouterr().err.splitlines()
         return lines, {row["event"]: row for row in run_folder.read_rows(str(tmp_path), "events.jsonl")}
 

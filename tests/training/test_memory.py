@@ -75,9 +75,7 @@ def test_a_stage_that_cannot_fit_is_refused_by_name_need_and_limit():
     assert "pretrain-64" in line and "one row of 64 tokens" in line and line.count("GiB") == 2
     config = config_of(need(1, remat=True) - 1)
     with pytest.raises(UsageError, match="^stage pretrain-64 needs"):
-        limit = memory.limit_bytes(config, CPU)
-        plan = Plan(stages_of(config), CPU)
-        programs.Programs(config, plan, limit, memory.NO_CAP, lambda: False).fit_all(plan.stages, {})
+        programs.Programs(config, Plan(stages_of(config), CPU), [], lambda: False).fit_all(0)
 
 
 @given(

@@ -17,11 +17,10 @@ from lowrank_jax.machine import sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.training import loop, run_folder, start, step, trained
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
-from lowrank_jax.training.loop import Run
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Plan, stage_at, stages_of, unchanged
 from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.recovery import Recovery
+from lowrank_jax.training.run import Recovery, Run
 
 SWITCH, END = 3, 5  # the steps at which pretraining and SFT end
 AT_SWITCH = Progress(step=SWITCH, tokens=96, data_sha256="ab", cursor={})
@@ -110,7 +109,7 @@ def test_sft_begins_with_the_model_and_no_memory_of_pretraining(begin, config_of
     assert not any(np.any(x) for x in new.guard._replace(scale=np.zeros(1))) and new.guard.scale == scale
     assert all(x.is_deleted() for x in jax.tree.leaves(old))
     assert [(e["step"], e["phase"]) for e in events(r.folder, "phase")] == [(SWITCH, "sft")]
-    assert fed[2] is sft and fed[5] == AT_SWITCH
+    assert fed[1] is sft and fed[2] == AT_SWITCH
 
 
 @pytest.mark.parametrize("at_step, begins", [(0, True), (1, False), (SWITCH - 1, False), (SWITCH + 1, False)])
@@ -161,9 +160,9 @@ def test_in_training_the_average_is_evaluated_sampled_and_named_at_the_end(begin
     r, meter = begin()
     state, used = random_state(r.config, SWITCH), []
     measure = lambda params, stop: used.append(params) or {"loss": 2.5, "bits_per_byte": 1.25, "tokens": 64}
-    monkeypatch.setattr(loop.phase, "end", lambda model, *_: used.append(model.params))
-    loop._reach(r, ("eval", "pretrain", SWITCH), state, AT_SWITCH, meter, {"pretrain": measure})
-    loop._reach(r, ("end", "pretrain", SWITCH), state, AT_SWITCH, meter, {})
+    monkeypatch.setattr(loop.phase, "end", lambda r, stage, params, progress: used.append(params))
+    loop._reach(r, ("eval", "pretrain", SWITCH), state, AT_SWITCH, meter, lambda name: measure)
+    loop._reach(r, ("end", "pretrain", SWITCH), state, AT_SWITCH, meter, None)
     assert len(used) == 2 and all(params is state.average for params in used)
     (row,) = run_folder.read_rows(r.folder, "metrics.jsonl")
     assert (row["step"], row["split"], row["eval_loss"], row["bits_per_byte"]) == (SWITCH, "pretrain", 2.5, 1.25)
@@ -181,7 +180,7 @@ def test_progress_counts_a_step_with_its_tokens_and_its_own_phase(config_of):
     *_, first, last = stages_of(config_of(pretrain__tokens_per_step=64))
     once = dataclasses.replace(Progress(), precision="bf16").after(first, {"row": 1})
     twice = once.after(last, {"row": 2})
-    assert once.to_dict() == {
+    assert dataclasses.asdict(once) == {
         "step": 1, "phase": "pretrain", "tokens": 64, "data_sha256": "", "cursor": {"row": 1}, "precision": "bf16"
     }  # fmt: skip
     assert twice == dataclasses.replace(once, step=2, phase="sft", tokens=64 + 32, cursor={"row": 2})
@@ -199,8 +198,8 @@ def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run,
         r.recovery.hold(expected, expected_progress)
     for at_step in range(1, END + 1):
         run_folder.append(folder, "metrics.jsonl", {"step": at_step})
-    state, progress = loop._restore(r)
-    assert bits(state) == bits(expected) and progress == expected_progress and not r.recovery.holds_state
+    state, progress = start.restore(r)
+    assert bits(state) == bits(expected) and progress == expected_progress and r.recovery.start is None
     assert [x.sharding for x in jax.tree.leaves(state)] == [x.sharding for x in jax.tree.leaves(expected)]
     steps = [row["step"] for row in run_folder.read_rows(folder, "metrics.jsonl")]
     assert steps and max(steps) == progress.step
@@ -213,7 +212,7 @@ def test_a_new_run_begins_with_its_first_weights(begin, monkeypatch):
     params = random_state(r.config, 0).params
     first = bits(params)
     monkeypatch.setattr(start, "first_params", lambda *_: params)
-    state, progress = loop._restore(r)
+    state, progress = start.restore(r)
     assert bits(state.params) == bits(state.average) == first and state.step == 0 and progress == Progress()
     assert [(e["step"], e["source"]) for e in events(r.folder, "restore")] == [(0, "start")]
 
@@ -223,7 +222,7 @@ def test_a_plan_that_takes_back_steps_is_refused(saved_run, begin, config_of, ch
     folder, _ = saved_run
     r, _ = begin(config_of(**changes), folder)
     with pytest.raises(UsageError, match="saved at step 3 in pretrain, .* steps that are done cannot be changed"):
-        loop._restore(r)
+        start.restore(r)
 
 
 def test_a_save_has_the_state_the_progress_and_every_row_before_it(begin, tmp_path):

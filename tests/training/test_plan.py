@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from configs import default
 from lowrank_jax.config import RunConfig
 from lowrank_jax.model import costs
-from lowrank_jax.training import schedule
+from lowrank_jax.training import optim
 from lowrank_jax.training.plan import milestones, stage_at, stages_of
 
 MOST_STEPS = 60
@@ -47,7 +47,7 @@ def phases(draw, fewest_steps: int = 1) -> dict:
 def rates(phase, stage) -> np.ndarray:
     """The rate of every step of the stage's phase (computed at one array shape, so that it compiles once)."""
     steps = stage.phase_start + jnp.arange(MOST_STEPS)
-    return np.asarray(schedule.learning_rate(phase, stage, steps))[: stage.phase_steps]
+    return np.asarray(optim.learning_rate(phase, stage, steps))[: stage.phase_steps]
 
 
 @many
@@ -178,7 +178,7 @@ def test_cosine_and_linear_fall_from_the_peak_to_lr_end_one_step_after_the_last(
 def test_the_last_steps_of_a_long_phase_still_learn(shape):
     config = run_config({"steps": 1_000_000, "schedule": shape, "lr": 1e-2, "lr_end": 0.0})
     (stage,) = stages_of(config)
-    last = np.asarray(schedule.learning_rate(config.pretrain, stage, 1_000_000 + jnp.arange(-3, 0)))
+    last = np.asarray(optim.learning_rate(config.pretrain, stage, 1_000_000 + jnp.arange(-3, 0)))
     assert (last > 0).all() and (np.diff(last) < 0).all()
 
 
@@ -226,6 +226,6 @@ def test_an_evaluation_is_due_where_a_phase_starts_every_so_many_steps_and_where
 def test_the_average_begins_where_its_phase_does_and_not_where_the_length_grows():
     growth = {"auto_grow": True, "block": 4, "grow_plan": (4, 8), "grow_every_steps": 3, "tokens_per_step": 64}
     plan = stages_of(run_config({"steps": 9} | growth, {"steps": 4}))
-    decays = [float(schedule.average_decay(0.5, stage_at(plan, step), step)) for step in range(13)]
+    decays = [float(optim.average_decay(0.5, stage_at(plan, step), step)) for step in range(13)]
     ramp = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 9 / 18]
     np.testing.assert_allclose(decays, ramp + ramp[:4], rtol=1e-6)

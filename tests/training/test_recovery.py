@@ -215,9 +215,9 @@ def test_a_mistake_in_the_data_does_not_wait_for_the_compiler(make, data, stick,
     assert compiler.begun.is_set() and not (tmp_path / "run").exists()
 
 
-def lower_the_first(config, stage, *rest, lower=step.lower):
+def lower_the_first(config, fitted, *rest, lower=step.lower):
     """A replacement of `step.lower` that compiles the first program and blocks forever in all others."""
-    return threading.Event().wait() if stage.start else lower(config, stage, *rest)
+    return threading.Event().wait() if fitted.stage.start else lower(config, fitted, *rest)
 
 
 def test_a_signal_while_the_next_program_compiles_ends_the_process_at_once_with_its_state(data, tmp_path):
