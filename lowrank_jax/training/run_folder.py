@@ -145,8 +145,8 @@ def milestones(folder: str) -> set[tuple[str, str, int]]:
 
 def newest_checkpoint(folder: str) -> int | None:
     """Return the step of the newest checkpoint, whole or damaged, without opening it."""
-    names = (path.name for path in pathlib.Path(folder, "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    steps = [int(path.name) for path in pathlib.Path(folder, "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
 
 
 def finished_step(folder: str) -> int | None:
