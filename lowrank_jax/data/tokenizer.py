@@ -153,9 +153,9 @@ class HuggingFace(Tokenizer):
             raise UsageError(f"{CONFIG_FILE} must name an eos_token that tokenizer.json has as a special token")
         self.names.setdefault("bos_token", self.names["eos_token"])  # GPT-2 and Qwen put it between documents
         self.bos, self.eos = self.special(self.names["bos_token"]), self.special(self.names["eos_token"])
-        self._json = self._tok.to_str()
+        self.json = self._tok.to_str()
         self._tok.encode_special_tokens = True  # text that looks like a special token is text
-        self.sha256 = hashlib.sha256(f"{self._json} {self.bos} {self.eos}".encode()).hexdigest()
+        self.sha256 = hashlib.sha256(f"{self.json} {self.bos} {self.eos}".encode()).hexdigest()
         names = "|".join(map(re.escape, filter(None, self.specials)))
         self._names, self._special_ids = re.compile(f"(?=(?:{names}))"), frozenset(self.specials.values())
 
@@ -173,7 +173,7 @@ class HuggingFace(Tokenizer):
         return self._tok.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def byte_lengths(self) -> np.ndarray:
-        in_bytes = '"ByteLevel"' in json.dumps(json.loads(self._json)["decoder"])  # a character of a piece is a byte
+        in_bytes = '"ByteLevel"' in json.dumps(json.loads(self.json)["decoder"])  # a character of a piece is a byte
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, i in self._tok.get_vocab(with_added_tokens=True).items():
             if i in self._plain or not in_bytes:
@@ -186,7 +186,7 @@ class HuggingFace(Tokenizer):
 
     def save(self, folder: str) -> None:
         names = json.dumps(self.names, indent=2).encode()
-        files = {JSON_FILE: self._json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()}
+        files = {JSON_FILE: self.json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()}
         _write(folder, files)
 
 

@@ -40,8 +40,14 @@ def command(argv: list[str]) -> dict:
     parser.add_argument("--quant", metavar="KIND", help=f"type of the matrices (default f32); {types}")
     parser.add_argument("--unfinished", action="store_true", help="export a run whose training has not ended")
     args = parser.parse_args(argv)
-    format, options, out = FORMATS[args.format], _options(args), unused(args.out, "--out")
-    trained, difference, change = open_run(args.workdir), None, {}
+    format = FORMATS[args.format]
+    options = {name: getattr(args, name) for name in ("attn", "quant") if getattr(args, name)}
+    for name in options:
+        if name not in OPTIONS[args.format]:
+            raise UsageError(f"--{name} is not for --format={args.format}")
+    if "quant" in options and args.quant not in format.TYPES:
+        raise UsageError(f"--quant={args.quant} must be one of {', '.join(format.TYPES)} for --format={args.format}")
+    out, trained, difference, change = unused(args.out, "--out"), open_run(args.workdir), None, {}
     step = trained.progress.step
     if not args.unfinished and run_folder.finished_step(args.workdir) != step:
         raise UsageError(
@@ -61,17 +67,6 @@ def command(argv: list[str]) -> dict:
     console.say(f"{args.out}: {args.format}, {outcome}")
     facts = {"format": args.format, "out": args.out, "verified": difference is not None, "max_abs_err": difference}
     return facts | {"step": step} | change
-
-
-def _options(args) -> dict:
-    """Return the options to pass to the format; raises UsageError for options that it does not have."""
-    options = {name: getattr(args, name) for name in ("attn", "quant") if getattr(args, name)}
-    for name in options:
-        if name not in OPTIONS[args.format]:
-            raise UsageError(f"--{name} is not for --format={args.format}")
-    if "quant" in options and args.quant not in (types := FORMATS[args.format].TYPES):
-        raise UsageError(f"--quant={args.quant} must be one of {', '.join(types)} for --format={args.format}")
-    return options
 
 
 if __name__ == "__main__":

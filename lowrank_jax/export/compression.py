@@ -74,19 +74,19 @@ def activations(c: ModelConfig, params: dict, batches: list[stream.Batch]) -> It
 def _recording(c: ModelConfig, block: dict, sums: dict) -> Callable:
     """Return a product of an input and a matrix of the block that adds second moments to `sums`."""
     matrices = {name: block[group][name]["kernel"] for group, name in NAMES if "kernel" in block[group][name]}
-    outputs = {"q": "queries", "k": "keys"}
 
     def add(name: str, x: jax.Array) -> None:
         x_NI = x.reshape(-1, *x.shape[2:])
         moments = np.asarray(jnp.einsum("N...I,N...J->...IJ", x_NI, x_NI, precision="highest"), np.float64)
-        sums[name] = sums[name] + moments if name in sums else moments
+        sums[name] = sums.get(name, 0) + moments
 
     def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
         y = x @ w
-        for name in [n for n, kernel in matrices.items() if np.array_equal(kernel, w)][:1]:
+        name = next((name for name, kernel in matrices.items() if np.array_equal(kernel, w)), None)
+        if name:
             add(name, x)
-            if name in outputs:
-                add(outputs[name], y.reshape(*y.shape[:-1], c.heads, c.head_dim))
+        if name in ("q", "k"):
+            add("queries" if name == "q" else "keys", y.reshape(*y.shape[:-1], c.heads, c.head_dim))
         return y
 
     return matmul

@@ -1,16 +1,14 @@
 """Folders of exports: created whole or not at all, and the files that all of them share."""
 
 import contextlib
-import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
-
-from lowrank_jax.config import PhaseConfig, RunConfig, UsageError
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
 from lowrank_jax.training.progress import Progress
 from lowrank_jax.training.trained import Trained
@@ -41,34 +39,30 @@ def whole_folder(out: str) -> Iterator[str]:
         os.rename(folder, out)
 
 
-def write(
-    trained: Trained, folder: str, texts: dict[str, str], code: Sequence[str] = (), settings: dict | None = None
-) -> None:
+def write(trained: Trained, folder: str, texts: dict[str, str], settings: dict | None = None) -> None:
     """Write config.json with `settings` besides the model's sizes, the tokenizer, and `texts` by file name.
 
-    `code` names files of this package to copy. Raises UsageError for a tokenizer that cannot be described.
+    Raises UsageError for a tokenizer that cannot be described.
     """
-    os.makedirs(folder, exist_ok=True)
     length = verify.longest(trained.config)
     config = weights.settings(trained.config.model, trained.tokenizer, length) | (settings or {})
     texts = texts | hf_tokenizer.files(trained.tokenizer, length) | {"config.json": as_json(config)}
+    os.makedirs(folder, exist_ok=True)
     for name, text in texts.items():
         with open(os.path.join(folder, name), "w", encoding="utf-8", newline="") as f:
             f.write(text)
-    for name in code:
-        shutil.copyfile(os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name))
 
 
-def write_weights(trained: Trained, folder: str, tensors: dict[str, np.ndarray]) -> None:
-    """Add the weights, and what an import needs besides, to a folder that `write` has filled."""
+def write_weights(trained: Trained, folder: str, texts: dict[str, str], tensors: dict, settings: dict | None = None):
+    """Do the same, and write the weights and what an import needs besides."""
     verify.need("safetensors")
     from safetensors.numpy import save_file
 
+    origin = {"config": settings_without_paths(trained.config), "progress": plain(trained.progress)}
+    write(trained, folder, texts | {ORIGIN: as_json(origin)}, settings)
     path = os.path.join(folder, weights.FILE)
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(os.path.join(folder, "config.json"), path)  # save_file lets only the owner read it
-    with open(os.path.join(folder, ORIGIN), "w", encoding="utf-8") as f:
-        f.write(as_json({"config": without_paths(trained.config).to_dict(), "progress": plain(trained.progress)}))
+    shutil.copymode(os.path.join(folder, ORIGIN), path)  # save_file lets only the owner read it
     trained.tokenizer.save(os.path.join(folder, TOKENIZER))
 
 
@@ -76,40 +70,44 @@ def as_json(value: dict) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def packaged(name: str, **words: str) -> str:
+    """Return the text of a file of this package, with each {word} in it replaced by its value."""
+    text = (pathlib.Path(__file__).parent / name).read_text(encoding="utf-8")
+    for word, value in words.items():
+        text = text.replace("{" + word + "}", value)
+    return text
+
+
 def plain(progress: Progress) -> dict:
     """Return the numbers and words of a run's progress."""
     return {key: x for key, x in progress.to_dict().items() if isinstance(x, (int, float, str)) and x != ""}
 
 
-def without_paths(config: RunConfig) -> RunConfig:
-    """Return the config with no path but the last part of each source: an export tells nothing of the machine."""
-
-    def name(spec: str) -> str:
-        kind, _, place = spec.partition(":")
-        return f"{kind}:{place if kind in PUBLIC else os.path.basename(place)}"
-
-    def phase(p: PhaseConfig) -> PhaseConfig:
-        return dataclasses.replace(p, sources=tuple(dataclasses.replace(s, spec=name(s.spec)) for s in p.sources))
-
-    tokenizer = dataclasses.replace(config.tokenizer, path="")
-    phases = {"pretrain": phase(config.pretrain), "sft": phase(config.sft)}
-    return dataclasses.replace(config, init_from="", tokenizer=tokenizer, **phases)
+def settings_without_paths(config: RunConfig) -> dict:
+    """Return plain settings with no path but the last part of each source: an export tells nothing of the machine."""
+    values = config.to_dict()
+    values["init_from"] = values["tokenizer"]["path"] = ""
+    for source in (*values["pretrain"]["sources"], *values["sft"]["sources"]):
+        kind, _, place = source["spec"].partition(":")
+        if kind not in PUBLIC:
+            source["spec"] = f"{kind}:{os.path.basename(place)}"
+    return values
 
 
 def facts(trained: Trained) -> str:
     """Return a Markdown table for a card: the model's sizes and what it was trained on."""
-    config, c = without_paths(trained.config), trained.config.model
-    sources = lambda p: ", ".join(f"`{source.spec}`" for source in p.sources)
+    config, c, settings = trained.config, trained.config.model, settings_without_paths(trained.config)
+    sources = lambda phase: ", ".join(f"`{source['spec']}`" for source in settings[phase]["sources"])
     rows = {
         "width, layers, heads": f"{c.d}, {c.layers}, {c.heads}",
         "ranks of Q, K, V, O": ", ".join(map(str, c.ranks)) if c.rank else "dense",
         "vocabulary": f"{c.vocab:,}",
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,
-        "pretraining data": sources(config.pretrain),
+        "pretraining data": sources("pretrain"),
     }
     if config.sft.steps:
-        rows["chat data"] = sources(config.sft)
+        rows["chat data"] = sources("sft")
     shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
-    return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])

@@ -48,20 +48,20 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
     net = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
     tok = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
     ranks = _ranks(rank, split, net.config.hidden_size)
-    text, held_out = _rows(tok, data, tokens)
+    text, held_out = (torch.tensor(rows).split(BATCH) for rows in _rows(tok, data, tokens))
     with torch.no_grad():
         moments, new_moments = _moments(net, text), _moments(net, held_out)
         before = _bits_per_byte(net, tok, held_out)
         factors, errors = {}, {}
         for name, linear in _matrices(net):
-            products = []
-            for part, w_IO in _split(net, name, linear.weight.double().numpy()).items():
+            row = errors.setdefault(next(word for word in name.split(".") if word.isdigit()), {})
+            for part, view in _split(net, name, linear.weight.detach().numpy()).items():
+                w_IO = view.reshape(-1, view.shape[-1]).T.astype(np.float64)
                 down, up = factorize.factors(w_IO, moments[name], ranks[part])
                 factors |= {f"{name}.{part}.down": down, f"{name}.{part}.up": up}
-                products.append(down.astype(np.float64) @ up)
-                layer = next(word for word in name.split(".") if word.isdigit())
-                errors.setdefault(layer, {})[part] = factorize.error(w_IO, products[-1], new_moments[name])
-            linear.weight.copy_(torch.tensor(_joined(net, products)))
+                product = down.astype(np.float64) @ up
+                row[part] = factorize.error(w_IO, product, new_moments[name])
+                view[...] = product.T.reshape(view.shape)
         after = _bits_per_byte(net, tok, held_out)
     net.save_pretrained(folder)
     tok.save_pretrained(folder)
@@ -70,8 +70,13 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
     compression.print_errors(list(ranks), rows)
     print(f"bits per byte {before:.4f} -> {after:.4f}", flush=True)
     console.say(f"saved as {type(net).__name__}, with products of rank {rank} on average; {FACTORS} has the factors")
-    facts = {"ranks": list(ranks.values()), "calibration_tokens": text.size, "errors": rows}
-    return facts | {"bits_per_byte_before": before, "bits_per_byte_after": after}
+    return {
+        "ranks": list(ranks.values()),
+        "calibration_tokens": sum(ids.numel() for ids in text),
+        "errors": rows,
+        "bits_per_byte_before": before,
+        "bits_per_byte_after": after,
+    }
 
 
 def _ranks(rank: int, split: tuple[float, ...], width: int) -> dict[str, int]:
@@ -105,50 +110,38 @@ def _matrices(net) -> list:
 
 
 def _split(net, name: str, w_OI: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the projections [in, out] in a matrix by their letters."""
+    """Return views [..., in] of the projections in a matrix, by their letters."""
     fused, in_turns, _ = FAMILIES[net.config.model_type]
     if not name.endswith(fused):
-        return {"o": w_OI.T}
-    D = w_OI.shape[1]
-    parts = w_OI.reshape(net.config.num_attention_heads, 3, -1, D).swapaxes(0, 1) if in_turns else w_OI
-    return {part: w.T for part, w in zip("qkv", parts.reshape(3, -1, D))}
+        return {"o": w_OI}
+    shape = (net.config.num_attention_heads, 3, -1) if in_turns else (1, 3, -1)
+    return dict(zip("qkv", w_OI.reshape(*shape, w_OI.shape[1]).swapaxes(0, 1)))
 
 
-def _joined(net, parts: list[np.ndarray]) -> np.ndarray:
-    """Return the matrix that `_split` divided into these parts."""
-    w = np.stack([part.T for part in parts])
-    if len(parts) == 3 and FAMILIES[net.config.model_type][1]:
-        w = w.reshape(3, net.config.num_attention_heads, -1, w.shape[-1]).swapaxes(0, 1)
-    return w.reshape(-1, w.shape[-1])
-
-
-def _moments(net, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _moments(net, batches: list) -> dict[str, np.ndarray]:
     """Return second moments [I, I] of the inputs to each matrix, by its name."""
-    import torch
-
     sums = {}
 
     def record(name: str):
         def hook(module, args):
-            x = args[0].reshape(-1, args[0].shape[-1]).double()
-            sums[name] = sums[name] + x.T @ x if name in sums else x.T @ x
+            x = args[0].flatten(0, -2).double()
+            sums[name] = sums.get(name, 0) + x.T @ x
 
         return hook
 
     hooks = [linear.register_forward_pre_hook(record(name)) for name, linear in _matrices(net)]
-    for start in range(0, len(rows), BATCH):
-        net(torch.tensor(rows[start : start + BATCH]), use_cache=False)
+    for ids in batches:
+        net(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
     return {name: x.numpy() for name, x in sums.items()}
 
 
-def _bits_per_byte(net, tok, rows: np.ndarray) -> float:
+def _bits_per_byte(net, tok, batches: list) -> float:
     import torch
 
     nats = size = 0.0
-    for start in range(0, len(rows), BATCH):
-        ids = torch.tensor(rows[start : start + BATCH])
+    for ids in batches:
         logits = net(ids, use_cache=False).logits[:, :-1]
         nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
         size += sum(len(tok.decode(row[1:]).encode()) for row in ids)

@@ -23,12 +23,10 @@ def write(trained: Trained, folder: str) -> str:
         },
         "dtype": "float32",
     }
-    texts = {
-        "generation_config.json": folders.as_json(weights.token_ids(trained.tokenizer)),
-        "README.md": CARD.format(facts=folders.facts(trained)),
-    }
-    folders.write(trained, folder, texts, [f"{MODULE}.py", "lowrank.py"], settings)
-    folders.write_weights(trained, folder, weights.tensors(trained.params))
+    texts = {name: folders.packaged(name) for name in (f"{MODULE}.py", "lowrank.py")}
+    texts["README.md"] = folders.packaged("cards/hf.md", facts=folders.facts(trained))
+    texts["generation_config.json"] = folders.as_json(weights.token_ids(trained.tokenizer))
+    folders.write_weights(trained, folder, texts, weights.tensors(trained.params), settings)
     return folder
 
 
@@ -56,27 +54,3 @@ def check(trained: Trained, folder: str) -> float:
 
     with torch.no_grad():
         return verify.check_cached(trained, read)
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [lowrank_alibi, custom_code]
----
-
-# A low-rank ALiBi language model
-
-Trained with lowrank_jax: pre-norm RMSNorm, SwiGLU, ALiBi, attention in low rank. The cache holds latents instead of
-keys and values. The model runs at any length.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)  # without it, transformers asks you
-chat = [{{"role": "user", "content": "Hello."}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))
-```
-
-{facts}"""

@@ -1,13 +1,14 @@
 """Tokenizer files for transformers: tokenizer.json, tokenizer_config.json and the chat template."""
 
 import json
-import os
+import pathlib
 import re
-import tempfile
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import CONFIG_FILE, JSON_FILE, SPACE_MARK, TEMPLATE_FILE, SentencePiece, Tokenizer
+
+BPE = pathlib.Path(__file__).parent / "cards" / "tokenizer.json"  # without its pieces
 
 
 def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
@@ -16,7 +17,7 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
     Every text gets a BOS in front, as documents have in training. In transformers, a text that contains the name of a
     control symbol gets that symbol's id, unless `split_special_tokens=True`: the template needs its tags found by name.
     """
-    model = _from_pieces(pieces(tokenizer)) if isinstance(tokenizer, SentencePiece) else _saved(tokenizer)
+    model = _from_pieces(pieces(tokenizer)) if isinstance(tokenizer, SentencePiece) else json.loads(tokenizer.json)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,
@@ -25,12 +26,9 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
         **tokenizer.names,
     }
     config.setdefault("pad_token", tokenizer.names["eos_token"])
-    dump = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
-    return {
-        JSON_FILE: dump(model | {"post_processor": _bos_in_front(tokenizer)}),
-        CONFIG_FILE: dump(config),
-        TEMPLATE_FILE: template(tokenizer),
-    }
+    described = {JSON_FILE: model | {"post_processor": _bos_in_front(tokenizer)}, CONFIG_FILE: config}
+    texts = {name: json.dumps(value, indent=1, ensure_ascii=False) for name, value in described.items()}
+    return texts | {TEMPLATE_FILE: template(tokenizer)}
 
 
 def template(tokenizer: Tokenizer) -> str:
@@ -65,13 +63,6 @@ def pieces(tokenizer: SentencePiece) -> list:
     return list(model.pieces)
 
 
-def _saved(tokenizer: Tokenizer) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        with open(os.path.join(folder, JSON_FILE), encoding="utf-8") as f:
-            return json.load(f)
-
-
 def _bos_in_front(tokenizer: Tokenizer) -> dict:
     bos, text = tokenizer.names["bos_token"], lambda name, i: {"Sequence": {"id": name, "type_id": i}}
     special = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -91,33 +82,18 @@ def _from_pieces(pieces: list) -> dict:
     """
     texts = [p.piece.replace(SPACE_MARK, " ") if p.type in (p.NORMAL, p.USER_DEFINED) else p.piece for p in pieces]
     exact = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
+    described = json.loads(BPE.read_text(encoding="utf-8"))
+    described["added_tokens"] = [
         {"id": i, "content": text, **exact, "special": p.type != p.USER_DEFINED}
         for i, (text, p) in enumerate(zip(texts, pieces))
         if p.type in (p.CONTROL, p.UNKNOWN, p.USER_DEFINED)
     ]
-    model = {
-        "type": "BPE",
-        "dropout": None,
+    described["model"] |= {
         "unk_token": next(p.piece for p in pieces if p.type == p.UNKNOWN),
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": True,
-        "ignore_merges": False,
         "vocab": {text: i for i, text in enumerate(texts)},
         "merges": _merges({text: -p.score for text, p in zip(texts, pieces) if p.type == p.NORMAL}),
     }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": model,
-    }
+    return described
 
 
 def _merges(ranks: dict[str, float]) -> list[tuple[str, str]]:

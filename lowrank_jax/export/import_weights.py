@@ -76,11 +76,10 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
     """Return the arrays of a file, or of all weight files in a folder, by name; raises UsageError without any."""
     files = [path]
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        names = [n for n in names if n.endswith(".safetensors")] or [n for n in names if n.endswith(PICKLED)]
-        if not names:
-            raise UsageError(f"--from={path} has no weights (model.safetensors)")
-        files = [os.path.join(path, name) for name in names]
+        entries = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+        files = [f for f in entries if f.endswith(".safetensors")] or [f for f in entries if f.endswith(PICKLED)]
+    if not files:
+        raise UsageError(f"--from={path} has no weights (model.safetensors)")
     arrays = {}
     for file in files:
         if not file.endswith((".safetensors", *PICKLED)):

@@ -103,9 +103,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, attention: Attention):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), Attention(c)
+        self.attention_norm, self.attention = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), attention
         self.mlp_norm, self.mlp = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), MLP(c)
 
     def forward(self, x, bias, past):
@@ -120,7 +120,7 @@ class LowRank(nn.Module):
         self.c = c = SimpleNamespace(**config)
         width = c.embed_rank or c.hidden_size
         self.embed_tokens = nn.Embedding(c.vocab_size, width)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c, Attention(c)) for _ in range(c.num_hidden_layers))
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         if c.embed_rank:
             self.embed_up = nn.Linear(width, c.hidden_size, bias=False)

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .lowrank import MLP, Attention, Linear, alibi_slopes
+from .lowrank import Attention, Block, Linear, alibi_slopes
 
 
 class LowRankConfig(PreTrainedConfig):
@@ -73,7 +73,7 @@ class LowRankAttention(Attention):
         else:
             k_BHSK, v_BHSK = self.heads(k_BSR, self.k), self.heads(v_BSR, self.v)
             o_BHTK = nn.functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype))
-        return self.o(o_BHTK.transpose(1, 2).reshape(x_BTD.shape))
+        return self.o(o_BHTK.transpose(1, 2).reshape(x_BTD.shape)), cache
 
 
 def can_fold(linear: Linear) -> bool:
@@ -81,16 +81,8 @@ def can_fold(linear: Linear) -> bool:
     return linear.rank > 0 and type(linear.up) is nn.Linear
 
 
-class LowRankBlock(GradientCheckpointingLayer):
-    def __init__(self, config: LowRankConfig, layer: int):
-        super().__init__()
-        d, eps = config.hidden_size, config.rms_norm_eps
-        self.attention_norm, self.attention = nn.RMSNorm(d, eps), LowRankAttention(config, layer)
-        self.mlp_norm, self.mlp = nn.RMSNorm(d, eps), MLP(config)
-
-    def forward(self, x, bias, cache: Cache | None = None):
-        x = x + self.attention(self.attention_norm(x), bias, cache)
-        return x + self.mlp(self.mlp_norm(x))
+class LowRankBlock(GradientCheckpointingLayer, Block):
+    """The block of lowrank.py, for gradient checkpointing."""
 
 
 class LowRankPreTrainedModel(PreTrainedModel):
@@ -109,7 +101,9 @@ class LowRankModel(LowRankPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embed_rank or config.hidden_size)
         if config.embed_rank:
             self.embed_up = nn.Linear(config.embed_rank, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(LowRankBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            LowRankBlock(config, LowRankAttention(config, i)) for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -156,7 +150,7 @@ class LowRankModel(LowRankPreTrainedModel):
         states = []
         for layer in self.layers:
             states.append(x_BTD)
-            x_BTD = layer(x_BTD, bias, past_key_values)
+            x_BTD, _ = layer(x_BTD, bias, past_key_values)
         x_BTD = self.norm(x_BTD)
         return BaseModelOutputWithPast(
             last_hidden_state=x_BTD,

@@ -33,11 +33,16 @@ def write(trained: Trained, folder: str, quant: str = "f32") -> str:
     verify.need("torch", "onnx", "onnxscript", *(["onnxruntime"] if quant == "int8" else []))
     c, path = trained.config.model, os.path.join(folder, FILE)
     shapes = f"[rows, 1, tokens, {c.ranks[1] if c.rank else c.d}]"
-    folders.write(trained, folder, {"README.md": CARD.format(facts=folders.facts(trained), shapes=shapes)})
-    _graph(trained, past_names(c), path)
+    card = folders.packaged("cards/onnx.md", facts=folders.facts(trained), shapes=shapes)
+    folders.write(trained, folder, {"README.md": card})
+    if quant == "f32":
+        _graph(trained, past_names(c), path)
+    else:
+        with tempfile.TemporaryDirectory(dir=folder) as hidden:
+            exact = os.path.join(hidden, FILE)
+            _graph(trained, past_names(c), exact)
+            _quantize(exact, path)
     _strip(path)
-    if quant == "int8":
-        _quantize(path)
     return folder
 
 
@@ -53,20 +58,16 @@ def _graph(trained: Trained, names: list[str], path: str) -> None:
     from lowrank_jax.export.lowrank import LowRank
 
     c, tensors = trained.config.model, state(trained.params)
+
+    class Graph(LowRank):
+        def forward(self, input_ids, attention_mask, past):
+            return super().forward(input_ids, past, attention_mask)
+
     with torch.device("meta"):
-        net = LowRank(weights.settings(c, trained.tokenizer, verify.longest(trained.config)))
+        net = Graph(weights.settings(c, trained.tokenizer, verify.longest(trained.config)))
     net.load_state_dict({name: torch.tensor(w) for name, w in tensors.items()}, assign=True)
     for layer in net.layers:
         layer.attention.fold = True
-
-    class Graph(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, input_ids, attention_mask, past):
-            return self.net(input_ids, past, attention_mask)
-
     rows, new, before = 2, 3, 4  # sizes of an example: the exporter would take 0 and 1 for fixed sizes
     widths = [c.ranks[1], c.ranks[2]][: len(names) // c.layers] if c.rank else [c.d, c.d]
     past = [[torch.zeros(rows, 1, before, width) for width in widths] for _ in range(c.layers)]
@@ -74,7 +75,7 @@ def _graph(trained: Trained, names: list[str], path: str) -> None:
     latents = [[{0: "rows", 2: "past_tokens"} for _ in widths] for _ in range(c.layers)]
     with _quiet():
         torch.onnx.export(
-            Graph().eval(),
+            net.eval(),
             example,
             path,
             dynamo=True,
@@ -96,8 +97,8 @@ def _strip(path: str) -> None:
     onnx.save(model, path)
 
 
-def _quantize(path: str) -> None:
-    """Replace the file by its int8 form.
+def _quantize(exact: str, path: str) -> None:
+    """Write the int8 form of a file.
 
     ONNX Runtime quantises matrices alone. The factor that is folded into the heads is one matrix per head, and stays
     in fp32.
@@ -105,26 +106,20 @@ def _quantize(path: str) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = onnx.load(path)
+    model = onnx.load(exact)
     _transpose_tables(model.graph)
     matrices = {w.name for w in model.graph.initializer if len(w.dims) == 2}
     others = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.input[1] not in matrices]
-    large, folder = model.ByteSize() > ONE_FILE, os.path.dirname(path)
-    with tempfile.TemporaryDirectory(dir=folder) as hidden, _quiet():
+    with _quiet():
         quantize_dynamic(
             model,
-            os.path.join(hidden, FILE),
+            path,
             per_channel=True,
             weight_type=QuantType.QUInt8,
             op_types_to_quantize=["MatMul", "Gather"],
             nodes_to_exclude=others,
-            use_external_data_format=large,
+            use_external_data_format=model.ByteSize() > ONE_FILE,
         )
-        os.remove(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{path}.data")
-        for name in os.listdir(hidden):
-            os.replace(os.path.join(hidden, name), os.path.join(folder, name))
 
 
 def _transpose_tables(graph) -> None:
@@ -145,8 +140,7 @@ def _quiet():
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(level)
@@ -183,33 +177,3 @@ def _reader(trained: Trained, folder: str):
         return logits[0, positions], past
 
     return read
-
-
-CARD = """# A low-rank ALiBi language model for ONNX Runtime
-
-Trained with lowrank_jax: pre-norm RMSNorm, SwiGLU, ALiBi, attention in low rank. The cache holds latents instead of
-keys and values. For each layer N, `past_key_values.N.key` and `.value` go in, `present.N.key` and `.value` come out.
-Without `.value`, one latent serves both. The shape is {shapes}; values may have another width. The model runs at any
-length.
-
-```python
-import numpy as np
-import onnxruntime
-from tokenizers import Tokenizer
-
-session = onnxruntime.InferenceSession("model.onnx")
-tokenizer = Tokenizer.from_file("tokenizer.json")
-text = tokenizer.encode("Once upon a time").ids
-sizes = {{x.name: x.shape[-1] for x in session.get_inputs() if x.name.startswith("past")}}
-past, new = [np.zeros((1, 1, 0, size), np.float32) for size in sizes.values()], np.array([text])
-for count in range(len(text), len(text) + 50):
-    inputs = {{"input_ids": new, "attention_mask": np.ones((1, count), np.int64), **dict(zip(sizes, past))}}
-    logits, *past = session.run(None, inputs)
-    new = logits[:, -1:].argmax(-1)
-    text.append(int(new[0, 0]))
-print(tokenizer.decode(text))
-```
-
-Pad rows of different lengths on the left, with 0 in `attention_mask`.
-
-{facts}"""

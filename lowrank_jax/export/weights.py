@@ -49,14 +49,8 @@ def refuse_unknown(c: ModelConfig) -> None:
 
 def tensors(params: dict) -> dict[str, np.ndarray]:
     """Return fp32 weights by the names of modeling_lowrank.py."""
-    named = {}
-    for path, w in jax.tree_util.tree_leaves_with_path(params):
-        w = np.asarray(w)
-        if path_name(path) in OUTSIDE:
-            name, is_transposed = OUTSIDE[path_name(path)]
-            named[name] = w.T if is_transposed else w
-        else:
-            named |= {_name_in_block(path, i): w_layer.T for i, w_layer in enumerate(w)}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {name: w for path, stacked in leaves for name, w in _views(path, np.asarray(stacked)).items()}
     return {name: np.ascontiguousarray(w, np.float32) for name, w in named.items()}
 
 
@@ -67,20 +61,16 @@ def params(c: ModelConfig, state: dict[str, np.ndarray]) -> dict:
     """
     left = {name if name.startswith((PREFIX, "lm_head")) else PREFIX + name: w for name, w in state.items()}
 
-    def take(name: str, shape: tuple[int, ...], is_transposed: bool) -> np.ndarray:
-        if name not in left:
-            raise UsageError(f"the weights have no {name}")
-        w = left.pop(name)
-        w = w.T if is_transposed else w
-        if w.shape != shape:
-            raise UsageError(f"{name} is {list(w.shape)}, but config.json asks for {list(shape)} (as [in, out])")
-        return np.ascontiguousarray(w, np.float32)
-
     def leaf(path, x) -> np.ndarray:
-        if path_name(path) in OUTSIDE:
-            name, is_transposed = OUTSIDE[path_name(path)]
-            return take(name, x.shape, is_transposed)
-        return np.stack([take(_name_in_block(path, i), x.shape[1:], len(x.shape) == 3) for i in range(c.layers)])
+        stacked = np.empty(x.shape, np.float32)
+        for name, view in _views(path, stacked).items():
+            if name not in left:
+                raise UsageError(f"the weights have no {name}")
+            w = left.pop(name)
+            if w.shape != view.shape:
+                raise UsageError(f"{name} is {list(w.shape)}, but config.json asks for {list(view.shape)}")
+            view[...] = w
+        return stacked
 
     tree = jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: network.init(c, jax.random.key(0))))
     if c.tied and "lm_head.weight" in left:  # a state of PyTorch has tied weights twice
@@ -89,6 +79,15 @@ def params(c: ModelConfig, state: dict[str, np.ndarray]) -> dict:
     if left:
         raise UsageError(f"the weights have {min(left)}, which the model of config.json does not have")
     return tree
+
+
+def _views(path, w: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a parameter's memory as PyTorch has it, by name: one array, or one of each layer."""
+    if path_name(path) in OUTSIDE:
+        name, is_transposed = OUTSIDE[path_name(path)]
+        return {name: w.T if is_transposed else w}
+    keys = ".".join(key.key for key in path[1:] if key.key != "gain")
+    return {f"{PREFIX}layers.{i}.{keys}.weight": w_layer.T for i, w_layer in enumerate(w)}
 
 
 def settings(c: ModelConfig, tokenizer: Tokenizer, longest: int) -> dict:
@@ -134,8 +133,3 @@ def model_keys(values: dict) -> dict:
         return keys | {"rank": 0}
     divisor = math.gcd(*ranks)
     return keys | {"rank": sum(ranks) // 4, "rank_split": [float(rank // divisor) for rank in ranks]}
-
-
-def _name_in_block(path, layer: int) -> str:
-    keys = [key.key for key in path[1:] if key.key != "gain"]
-    return f"{PREFIX}layers.{layer}.{'.'.join(keys)}.weight"

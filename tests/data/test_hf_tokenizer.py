@@ -189,7 +189,7 @@ def test_a_tokenizer_without_a_template_gets_chatml_and_its_tags(tmp_path):
 
 def test_tokenizers_that_differ_only_in_their_eos_have_different_hashes(tmp_path):
     one, other = (tokenizer.load(write(tmp_path / name, "bytes", LLAMA, eos_token=name)) for name in (END, TURN))
-    assert one._json == other._json and one.eos != other.eos and one.sha256 != other.sha256
+    assert one.json == other.json and one.eos != other.eos and one.sha256 != other.sha256
 
 
 def test_a_template_is_found_wherever_it_is_kept(tmp_path):
@@ -293,7 +293,7 @@ def test_a_template_without_generation_trains_the_answers_and_their_ends(tok):
 
 
 def with_template(tok, template: str) -> tokenizer.Tokenizer:
-    return tokenizer.HuggingFace(tok._json, {"eos_token": END, "bos_token": "<s>"}, template)
+    return tokenizer.HuggingFace(tok.json, {"eos_token": END, "bos_token": "<s>"}, template)
 
 
 def test_the_symbol_behind_an_answer_is_trained_even_if_the_template_omits_it(tok):

@@ -201,7 +201,7 @@ def test_mistakes_get_one_line_and_leave_nothing(as_torch, as_hf, tmp_path, caps
         (with_weights(lambda s: s.pop(first)), [f"model.{first}"]),
         (
             with_weights(lambda s: s.update({first: s[first][:-1].contiguous()})),
-            [f"model.{first}", "[32, 3]", "[32, 4]"],
+            [f"model.{first}", "[3, 32]", "[4, 32]"],
         ),
         (with_weights(lambda s: s.update({"layers.7.x.weight": torch.ones(2)})), ["layers.7.x.weight"]),
         (with_weights(lambda s: s.update({"lm_head.weight": torch.ones(521, 32)})), ["lm_head.weight"]),
