@@ -13,10 +13,12 @@ Without --config, a tiny model reads made-up text several times; this needs the 
 --folder, arms that are done are not trained again. Exit status 0: all arms are equal.
 """
 
+import argparse
 import itertools
 import json
 import math
 import pathlib
+import random
 import shutil
 import signal
 import sys
@@ -47,8 +49,9 @@ def command(argv: list[str]) -> dict:
     folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="verify_resume_")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     pairs = list(itertools.product(args.precisions.split(","), args.optimizers.split(",")))
-    arms = [arm_of(folder, args.config, changes, *pair) for pair in pairs]
-    rows = verify_resume.verify_arms(folder, arms, math.ceil(args.kills / len(pairs)), args.seed)
+    kills = math.ceil(args.kills / len(pairs))
+    arms = [arm_of(folder, args, changes, kills, *pair) for pair in pairs]
+    rows = verify_resume.verify_arms(folder, arms, args.seed)
     unequal = [row["arm"] for row in rows if not row["equal"]]
     result = {"equal": not unequal, "kills": sum(len(row["struck"]) for row in rows), "arms": rows}
     if unequal:
@@ -60,17 +63,19 @@ def command(argv: list[str]) -> dict:
     return result
 
 
-def arm_of(folder: pathlib.Path, config_file: str | None, changes: list[str], precision: str, optimizer: str) -> Arm:
+def arm_of(
+    folder: pathlib.Path, args: argparse.Namespace, changes: list[str], kills: int, precision: str, optimizer: str
+) -> Arm:
     """Return the arm, its config checked, with the tokenizer that all arms share."""
-    flags = [f"--config={config_file or DEFAULTS}"]
-    if not config_file:
+    flags = [f"--config={args.config or DEFAULTS}"]
+    if not args.config:
         flags += [f"--config.{setting}" for setting in verify_resume.tiny_settings(folder, precision)]
     flags += [*changes, f"--config.precision={precision}", f"--config.optim.name={optimizer}"]
     config = cli.read_config(flags)
     if not (config.tokenizer.path or config.init_from):
         flags.append(f"--config.tokenizer.path={verify_resume.learn_tokenizer(folder, config)}")
     name = f"{precision}-{optimizer}"
-    return Arm(name, flags, folder / name, folder / "cache")
+    return Arm(name, flags, folder / name, kills, random.Random(f"{args.seed} {name}"))
 
 
 if __name__ == "__main__":

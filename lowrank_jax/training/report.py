@@ -12,13 +12,14 @@ import string
 from collections.abc import Iterable
 
 import matplotlib.figure
+import matplotlib.style
 import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.training import forecast, plan_table, run_folder
 from lowrank_jax.training.plan import make
 
-PAGE = pathlib.Path(__file__).with_name("report.html")
+PAGE, STYLE = (pathlib.Path(__file__).with_name(name) for name in ("report.html", "report.mplstyle"))
 COLORS = {"pretrain": "#1f5a94", "sft": "#b4531f"}
 POINTS = 300  # of a line: more of them are drawn faintly behind their means
 TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "preempt")  # shown with their facts
@@ -34,7 +35,8 @@ def write(folder: str) -> dict:
         raise UsageError(f"--workdir={folder} has no metrics yet; let lowrank_jax.main run until its first step")
     events, described = run_folder.read_rows(folder, "events.jsonl"), forecast.describe(config, make(config))
     picture, page = os.path.join(folder, "loss.png"), os.path.join(folder, "report.html")
-    _figure(rows, events, described["stages"]).savefig(picture, dpi=150)
+    with matplotlib.style.context(STYLE):
+        _figure(rows, events, described["stages"]).savefig(picture)
     image = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
     samples = "".join(_sample(event) for event in events if event["event"] == "sample")
     trouble = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
@@ -60,7 +62,7 @@ def write(folder: str) -> dict:
 
 def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplotlib.figure.Figure:
     train, evals = _split(rows)
-    figure = matplotlib.figure.Figure(figsize=(7.5, 9), layout="constrained")
+    figure = matplotlib.figure.Figure()
     loss, bits, length, speed, rate = panels = figure.subplots(5, sharex=True, height_ratios=[4, 1.6, 1, 1.2, 1.2])
     for phase in dict.fromkeys(row["phase"] for row in rows):
         color = COLORS.get(phase, "#555555")
@@ -71,7 +73,7 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
             axes.plot(x, y, "o-", color=color, mfc="white", ms=4, lw=1, label=label)
         _line(speed, of_train, "tokens_per_s", color)
         _line(rate, of_train, "lr", color)
-    length.plot(*_series(train, "seq_len"), color="#333333", lw=1.2, drawstyle="steps-pre")
+    length.plot(*_series(train, "seq_len"), color="#333333", drawstyle="steps-pre")
     refused = sorted({e["step"] for e in events if e["event"] == "skip" and "source" not in e})
     if refused:
         x, low = _tokens(train, refused), {"transform": loss.get_xaxis_transform()}
@@ -84,13 +86,10 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
         axes.set_ylim(bottom=0)
     for axis in (rate.xaxis, speed.yaxis):
         axis.set_major_formatter(lambda n, _: _short(n))
-    loss.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.9))
-    rate.set_xlabel("tokens", fontsize=8.5)
+    loss.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
+    rate.set_xlabel("tokens")
     for axes, label in zip(panels, ("loss (nats per token)", "bits per byte", "length", "tokens/s", "learning rate")):
-        axes.set_ylabel(label, fontsize=8.5)
-        axes.tick_params(labelsize=8, color="#999999")
-        axes.grid(axis="y", color="#eeeeee", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel(label)
     figure.align_ylabels()
     return figure
 
@@ -100,7 +99,7 @@ def _line(axes, rows: list[dict], key: str, color: str, label: str | None = None
     if len(x) > POINTS:
         axes.plot(x, y, color=color, lw=0.5, alpha=0.25)
         x, y = ([part.mean() for part in np.array_split(values, POINTS)] for values in (x, y))
-    axes.plot(x, y, color=color, lw=1.2, label=label)
+    axes.plot(x, y, color=color, label=label)
 
 
 def _split(rows: list[dict]) -> tuple[list[dict], list[dict]]:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pathlib
 import time
 
 from lowrank_jax.config import RunConfig, UsageError
@@ -121,12 +122,11 @@ def log_event(folder: str, event: str, step: int, everyone: bool = False, **fact
 
 def read_rows(folder: str, name: str) -> list[dict]:
     """Return the objects of a .jsonl, without a line that a kill cut short."""
-    path, rows = os.path.join(folder, name), []
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name), encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
     return rows
 
 
@@ -145,8 +145,7 @@ def milestones(folder: str) -> set[tuple[str, str, int]]:
 
 def newest_checkpoint(folder: str) -> int | None:
     """Return the step of the newest checkpoint, whole or damaged, without opening it."""
-    path = os.path.join(folder, "checkpoints")
-    steps = [int(name) for name in os.listdir(path) if name.isdigit()] if os.path.isdir(path) else []
+    steps = [int(path.name) for path in pathlib.Path(folder, "checkpoints").glob("*") if path.name.isdigit()]
     return max(steps, default=None)
 
 

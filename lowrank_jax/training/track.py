@@ -32,18 +32,17 @@ PROJECT = "lowrank_jax"
 PATIENCE = 15.0  # seconds that the end of a run waits for rows to be sent: a preempted machine has about 30 left
 SETTING_CHARACTERS = 250  # of a setting's value in MLflow, whose servers refuse long ones
 SETTINGS_AT_ONCE = 100  # MLflow's maximum
+PACKAGES = {"mlflow": "mlflow-skinny"}  # of modules that are named otherwise
 
 Write = Callable[[int, dict[str, float]], None]
 
 
 def check(names: tuple[str, ...]) -> None:
     """Raise UsageError where a named tracker's package is not installed."""
-    needs = {"tensorboard": {"tensorboardX": "tensorboardX"}, "wandb": {"wandb": "wandb"}}  # module and its package
-    needs["mlflow"] = {"mlflow": "mlflow-skinny"}
-    if not os.environ.get("MLFLOW_TRACKING_URI"):  # a server has tables of its own
-        needs["mlflow"] |= {"sqlalchemy": "sqlalchemy", "alembic": "alembic"}
+    tables = () if os.environ.get("MLFLOW_TRACKING_URI") else ("sqlalchemy", "alembic")  # a server has its own tables
+    needs = {"tensorboard": ("tensorboardX",), "wandb": ("wandb",), "mlflow": ("mlflow", *tables)}
     for name in names:
-        missing = [package for module, package in needs[name].items() if not _installed(module)]
+        missing = [PACKAGES.get(module, module) for module in needs[name] if not _installed(module)]
         if missing:
             raise UsageError(f"config.track: {name} needs packages that are missing: pip install {' '.join(missing)}")
 
@@ -128,10 +127,7 @@ def _wandb(folder: str, settings: dict, step: int) -> Iterator[Write]:
     options = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": name, "dir": folder, "config": settings}
     options |= {"id": path.read_text().strip(), "resume": "allow", "allow_val_change": True}
     how = {"silent": True, "console": "off", "init_timeout": 30}  # a console would wrap stdout and its progress bar
-    how |= {
-        "finish_timeout": PATIENCE - 5,
-        "finish_timeout_raises": True,
-    }  # without, it waits for the network to return
+    how |= {"finish_timeout": PATIENCE - 5, "finish_timeout_raises": True}  # otherwise it waits for the network
     run = wandb.init(**options, settings=wandb.Settings(**how))
     if not run.offline:
         say(f"wandb: {run.url}")

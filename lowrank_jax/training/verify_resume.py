@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import stream, tokenizer
@@ -34,7 +33,7 @@ NAMES = ("SIGKILL", "SIGTERM")
 COLUMNS = ("arm", *NAMES, *PLACES, "resumed", "repeated", "equal")
 EARLY = 0.2  # share of the random kills at any time since the launch; the others come once training goes on
 SPEED = ("tokens_per_s", "mfu")  # not compared
-COMPARED = ("step", "tokens", "data_sha256", "params_sha256")
+COMPARED = ("event", "step", "tokens", "data_sha256", "params_sha256")  # of the last event
 PATIENCE = 600.0  # seconds that a process may take longer than expected
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
 pretrain.tokens_per_step=1024 pretrain.microbatch_tokens=512 pretrain.block=16 pretrain.auto_grow=True
@@ -47,58 +46,45 @@ class Failure(Exception):
     """A process ended, or did not end, in a way that it must not."""
 
 
-class Fault(NamedTuple):
-    """A kill by LOWRANK_FAULTS: the value of that variable, and the step from which on it can strike."""
+@dataclass
+class Arm:
+    """A precision and an optimizer: the flags of its training command, the folder of its runs, and its kills so far.
 
-    step: int
-    text: str
-
-
-class Arm(NamedTuple):
-    """A precision and an optimizer: the flags of its training command, and the folder of its runs."""
+    `start_up` is the seconds that the latest process took to its first step; `training` those of the uninterrupted
+    run from its first step to its end. `faults` maps the values of LOWRANK_FAULTS that are still due to the steps from
+    which on they can strike.
+    """
 
     name: str
     config: list[str]
     folder: pathlib.Path
-    cache: pathlib.Path
+    wanted: int  # kills
+    draw: random.Random
+    start_up: float = 0.0
+    training: float = 0.0
+    faults: dict[str, int] = field(default_factory=dict)
+    struck: list[dict] = field(default_factory=list)
+    repeated: int = 0  # steps that were trained again after a kill
 
     @property
     def reference(self) -> pathlib.Path:
         """Folder of the uninterrupted run."""
         return self.folder / "alone"
 
-
-@dataclass
-class Killing:
-    """The kills of an arm: how many are wanted, those so far, the faults that are still due, and the durations.
-
-    `start_up` is the seconds that the latest process took to its first step; `training` those of the uninterrupted
-    run from its first step to its end.
-    """
-
-    arm: Arm
-    wanted: int
-    draw: random.Random
-    start_up: float
-    training: float
-    faults: list[Fault]
-    struck: list[dict] = field(default_factory=list)
-    repeated: int = 0  # steps that were trained again after a kill
-
     @property
     def missing(self) -> int:
         return self.wanted - len(self.struck)
 
 
-def verify_arms(folder: pathlib.Path, arms: list[Arm], kills: int, seed: int) -> list[dict]:
+def verify_arms(folder: pathlib.Path, arms: list[Arm], seed: int) -> list[dict]:
     """Return the result of every arm, each printed as it ends; arms in results.jsonl are not trained again."""
     print(table_line(COLUMNS), flush=True)
     rows, earlier = [], run_folder.read_rows(str(folder), "results.jsonl")
     for arm in arms:
-        identity = {"arm": arm.name, "config": arm.config, "seed": seed, "asked": kills}
+        identity = {"arm": arm.name, "config": arm.config, "seed": seed, "asked": arm.wanted}
         done = [row for row in earlier if identity.items() <= row.items()]
         if not done:
-            done = [identity | verify(arm, kills, random.Random(f"{seed} {arm.name}"))]
+            done = [identity | verify(arm)]
             run_folder.append(str(folder), "results.jsonl", done[0])
         rows.append(done[-1])
         print(shown(rows[-1]), flush=True)
@@ -142,9 +128,8 @@ class Process:
     def __init__(self, arm: Arm, home: pathlib.Path, fault: str = ""):
         self.arm, self.home, self.launched = arm, home, time.monotonic()
         self.first_step, self._partial = last_step(home), unfinished_checkpoints(home)
-        ledger = home / "events.jsonl"
-        self._offset = ledger.stat().st_size if ledger.exists() else 0
-        env = os.environ | {faults.VARIABLE: fault, "JAX_COMPILATION_CACHE_DIR": str(arm.cache)}
+        self._earlier = len(run_folder.read_rows(str(home), "events.jsonl"))
+        env = os.environ | {faults.VARIABLE: fault, "JAX_COMPILATION_CACHE_DIR": str(arm.folder.parent / "cache")}
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         command = [sys.executable, "-m", "lowrank_jax.main", *arm.config, f"--workdir={home}"]
         self._stderr = arm.folder / "stderr"
@@ -160,10 +145,7 @@ class Process:
 
     def events(self) -> list[dict]:
         """Return the events that this process has put into the ledger."""
-        with contextlib.suppress(FileNotFoundError), open(self.home / "events.jsonl", "rb") as f:
-            f.seek(self._offset)
-            return [json.loads(text) for text in f.read().split(b"\n")[:-1] if text]
-        return []
+        return run_folder.read_rows(str(self.home), "events.jsonl")[self._earlier :]
 
     def has_trained(self) -> bool:
         """Return True once the first step is done."""
@@ -178,7 +160,7 @@ class Process:
         """Wait for the first step, or for the end; return the seconds since the launch."""
         while not (self.ends_within(0.05) or self.has_trained()):
             if time.monotonic() - self.launched > limit:
-                raise Failure(f"no step is done {limit:.0f} s after the launch{self.tail()}")
+                raise self.failure(f"no step is done {limit:.0f} s after the launch")
         return time.monotonic() - self.launched
 
     def catches_sigterm(self) -> bool:
@@ -207,21 +189,20 @@ class Process:
     def status(self, limit: float | None, allowed: set[int]) -> int:
         """Wait for the end and return the exit status; raises Failure unless the run is whole for that status."""
         if not self.ends_within(limit):
-            raise Failure(f"the process has not ended after {limit:.0f} s{self.tail()}")
-        status, events = self.popen.returncode, self.events()
+            raise self.failure(f"the process has not ended after {limit:.0f} s")
+        status, last = self.popen.returncode, (self.events() or [{"event": "none", "step": 0}])[-1]
         if status not in allowed | {0}:
-            raise Failure(f"exit status {status}, expected {sorted(allowed) or 0}{self.tail()}")
-        last = events[-1] if events else {"event": "none", "step": 0}
+            raise self.failure(f"exit status {status}, expected {sorted(allowed) or 0}")
         if status == 0 and last["event"] != "finish":
-            raise Failure(f"exit status 0, but the last event is {last['event']}{self.tail()}")
+            raise self.failure(f"exit status 0, but the last event is {last['event']}")
         saved = self.home / "checkpoints" / str(last["step"])
         if status > 0 and not (last["event"] == "preempt" and saved.is_dir()):
-            raise Failure(f"exit status {status}, but step {last['step']} was not saved{self.tail()}")
+            raise self.failure(f"exit status {status}, but step {last['step']} was not saved")
         return status
 
-    def tail(self) -> str:
-        lines = self._stderr.read_text(errors="replace").splitlines()[-12:]
-        return "".join(f"\n    {text}" for text in lines)
+    def failure(self, why: str) -> Failure:
+        """Return the failure with the end of what the process printed."""
+        return Failure("\n    ".join([why, *self._stderr.read_text(errors="replace").splitlines()[-12:]]))
 
 
 def switch_into(stage: Stage) -> str:
@@ -245,17 +226,17 @@ def last_step(home: pathlib.Path) -> int:
 # ------------------------------------------------------------------------------------------------------------- an arm
 
 
-def verify(arm: Arm, kills: int, draw: random.Random) -> dict:
-    """Train the arm uninterrupted, then with `kills` kills in as many runs as that takes; return the comparison."""
+def verify(arm: Arm) -> dict:
+    """Train the arm uninterrupted, then with the wanted kills in as many runs as that takes; return the comparison."""
     shutil.rmtree(arm.folder, ignore_errors=True)
     arm.folder.mkdir()
-    k, runs, resumed, why, began = Killing(arm, kills, draw, 0, 0, []), 0, 0, "", time.monotonic()
+    runs, resumed, why, began = 0, 0, "", time.monotonic()
     try:
-        train_reference(k)
-        while k.missing > 0 and not why:
+        train_reference(arm)
+        while arm.missing > 0 and not why:
             runs += 1
             home = arm.folder / f"killed{runs}"
-            train_killed(k, home)
+            train_killed(arm, home)
             events = run_folder.read_rows(str(home), "events.jsonl")
             resumed += sum(e["event"] == "start" and e["step"] > 0 for e in events)  # the others began again
             why = difference(arm.reference, home)
@@ -266,69 +247,69 @@ def verify(arm: Arm, kills: int, draw: random.Random) -> dict:
     events = run_folder.read_rows(str(arm.reference), "events.jsonl")  # what weakens the comparison:
     notes = [f"{e['event']} at step {e['step']}" for e in events if e["event"] in ("fallback", "oom", "skip")]
     notes += [] if resumed else ["no kill was followed by a resume from a checkpoint: more --kills"]
-    facts = {"equal": not why, "why": why, "runs": runs, "resumed": resumed, "repeated": k.repeated}
-    return facts | {"struck": k.struck, "seconds": round(time.monotonic() - began), "notes": notes}
+    facts = {"equal": not why, "why": why, "runs": runs, "resumed": resumed, "repeated": arm.repeated}
+    return facts | {"struck": arm.struck, "seconds": round(time.monotonic() - began), "notes": notes}
 
 
-def train_reference(k: Killing) -> None:
+def train_reference(arm: Arm) -> None:
     """Train to the end in one process, whose compiled programs later ones read; set the durations and the faults."""
-    with Process(k.arm, k.arm.reference) as process:
-        k.start_up = process.seconds_until_training(math.inf)
+    with Process(arm, arm.reference) as process:
+        arm.start_up = process.seconds_until_training(math.inf)
         process.status(None, set())
-    k.training = time.monotonic() - process.launched - k.start_up
-    later = stages_of(run_folder.read_config(str(k.arm.reference)))[1:]
-    due = [Fault(0, "kill@save=1")]
+    arm.training = time.monotonic() - process.launched - arm.start_up
+    later = stages_of(run_folder.read_config(str(arm.reference)))[1:]
+    due = [("kill@save=1", 0)]
     for stage in sorted(later, key=lambda s: s.start != s.phase_start):  # phase switches first: rarer than stages
         both = ("kill", "term") if stage.start == stage.phase_start else (("kill", "term")[len(due) % 2],)
-        due += [Fault(stage.start, f"{kind}@step={stage.start + 1}") for kind in both]
-    k.faults = sorted(due[: (k.wanted + 1) // 2])
+        due += [(f"{kind}@step={stage.start + 1}", stage.start) for kind in both]
+    arm.faults = dict(sorted(due[: (arm.wanted + 1) // 2], key=lambda fault: (fault[1], fault[0])))
 
 
-def train_killed(k: Killing, home: pathlib.Path) -> None:
+def train_killed(arm: Arm, home: pathlib.Path) -> None:
     """Train to the end in as many processes as it takes, and note every kill."""
     killed = True
     while killed:
         newest = run_folder.newest_checkpoint(str(home)) or 0
-        fault = next((f for f in k.faults if not f.step or f.step >= newest), None)
-        with Process(k.arm, home, fault.text if fault else "") as process:
-            killed = end(k, process, fault)
+        fault = next((text for text, step in arm.faults.items() if not step or step >= newest), "")
+        with Process(arm, home, fault) as process:
+            killed = end(arm, process, fault)
         if killed:
-            k.struck.append(killed)
-            k.faults = [f for f in k.faults if f.text != killed["by"]]
+            arm.struck.append(killed)
+            arm.faults.pop(killed["by"], None)
         starts = [event["step"] for event in process.events() if event["event"] == "start"]
-        k.repeated += sum(max(process.first_step - step, 0) for step in starts)
+        arm.repeated += sum(max(process.first_step - step, 0) for step in starts)
 
 
-def end(k: Killing, process: Process, fault: Fault | None) -> dict:
+def end(arm: Arm, process: Process, fault: str) -> dict:
     """Wait for the end of a process, perhaps after a random signal; return the facts of its kill, if it was killed."""
-    where, allowed = strike(k, process) if k.missing > len(k.faults) else ("", set())
-    expected = {-signal.SIGKILL if fault.text.startswith("kill") else 128 + signal.SIGTERM} if fault else set()
-    status = process.status(k.start_up + 10 * k.training + PATIENCE, allowed | expected)
+    where, allowed = strike(arm, process) if arm.missing > len(arm.faults) else ("", set())
+    expected = {-signal.SIGKILL if fault.startswith("kill") else 128 + signal.SIGTERM} if fault else set()
+    status = process.status(arm.start_up + 10 * arm.training + PATIENCE, allowed | expected)
     if status == 0:
         return {}
     facts = {"signal": SIGNALS[status], "where": where, "by": "chance"}
     if status not in allowed:
         stages = stages_of(run_folder.read_config(str(process.home)))
-        place = "save" if "@save" in fault.text else switch_into(stage_at(stages, fault.step))
-        facts |= {"where": place, "by": fault.text}
+        place = "save" if "@save" in fault else switch_into(stage_at(stages, arm.faults[fault]))
+        facts |= {"where": place, "by": fault}
     seconds = round(time.monotonic() - process.launched, 2)
     return facts | {"step": last_step(process.home), "run": process.home.name, "seconds": seconds}
 
 
-def strike(k: Killing, process: Process) -> tuple[str, set[int]]:
+def strike(arm: Arm, process: Process) -> tuple[str, set[int]]:
     """Send SIGKILL or SIGTERM at a random moment; return the place, and the exit statuses that may follow.
 
     The signal sent less often so far is the likelier one. Where the process ends before, nothing is sent.
     """
-    terms = sum(kill["signal"] == "SIGTERM" for kill in k.struck)
-    number = signal.SIGTERM if k.draw.random() * (len(k.struck) + 2) > terms + 0.5 else signal.SIGKILL
-    left = max(1 - process.first_step / last_step(k.arm.reference), 0.05) * k.training
-    if k.draw.random() < EARLY:
-        has_ended = process.ends_within(k.draw.uniform(0, k.start_up))
+    terms = sum(kill["signal"] == "SIGTERM" for kill in arm.struck)
+    number = signal.SIGTERM if arm.draw.random() * (len(arm.struck) + 2) > terms + 0.5 else signal.SIGKILL
+    left = max(1 - process.first_step / last_step(arm.reference), 0.05) * arm.training
+    if arm.draw.random() < EARLY:
+        has_ended = process.ends_within(arm.draw.uniform(0, arm.start_up))
     else:
-        seconds = process.seconds_until_training(k.start_up + PATIENCE)
-        k.start_up = seconds if process.has_trained() else k.start_up
-        has_ended = process.ends_within(k.draw.uniform(0, 2 * left / (k.missing + 1)))
+        seconds = process.seconds_until_training(arm.start_up + PATIENCE)
+        arm.start_up = seconds if process.has_trained() else arm.start_up
+        has_ended = process.ends_within(arm.draw.uniform(0, 2 * left / (arm.missing + 1)))
     if has_ended:
         return "", set()
     where, caught = process.place(), process.catches_sigterm()  # before SIGTERM, which makes the process save
@@ -344,18 +325,13 @@ def strike(k: Killing, process: Process) -> tuple[str, set[int]]:
 
 def difference(reference: pathlib.Path, killed: pathlib.Path) -> str:
     """Return how the ends of two runs differ, and the first row of the metrics that does; empty if they are equal."""
-    one, other = (finish_event(home) for home in (reference, killed))
+    one, other = ((run_folder.read_rows(str(home), "events.jsonl") or [{}])[-1] for home in (reference, killed))
     lines = [f"{key} is {other.get(key)}, not {one.get(key)}" for key in COMPARED if one.get(key) != other.get(key)]
     for number, (a, b) in enumerate(itertools.zip_longest(metrics(reference), metrics(killed)), 1):
         if a != b:
             lines.append(f"row {number} of metrics.jsonl is {json.dumps(b)}, not {json.dumps(a)}")
             break
     return "; ".join(lines)
-
-
-def finish_event(home: pathlib.Path) -> dict:
-    events = run_folder.read_rows(str(home), "events.jsonl")
-    return events[-1] if events and events[-1]["event"] == "finish" else {}
 
 
 def metrics(home: pathlib.Path) -> list:
@@ -378,8 +354,8 @@ def shown(row: dict) -> str:
     counts = collections.Counter(kill[key] for kill in row["struck"] for key in ("signal", "where"))
     numbers = [counts[name] for name in (*NAMES, *PLACES)]
     text = table_line([row["arm"], *numbers, row["resumed"], row["repeated"], "yes" if row["equal"] else "NO"])
-    text += f"\n  ({', '.join(row['notes'][:5])})" if row["notes"] else ""
-    return text + (f"\n  {row['why']}" if row["why"] else "")
+    notes = f"({', '.join(row['notes'][:5])})" if row["notes"] else ""
+    return "\n  ".join(filter(None, (text, notes, row["why"])))
 
 
 def total(rows: list[dict]) -> dict:
