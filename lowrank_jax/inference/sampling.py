@@ -24,6 +24,7 @@ from lowrank_jax.model.attention import MASKED
 
 MOST = 2**31 - 1
 MOST_BIASED = 300  # OpenAI's limit
+UNFILTERED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 COLDEST = 1e-6  # lower temperatures count as this one: logits divided by it stay finite in fp32
 BLOCK = 128  # tokens per block of the two-stage draw: 2 x 128 random numbers instead of 16,384 at V = 16,384
 UNITS = 2**30  # integer units of probability, whose sum does not depend on the order of summation
@@ -112,21 +113,13 @@ class Rows(NamedTuple):
 
 def rows(samplings: Sequence[Sampling]) -> Rows:
     """Return NumPy arrays. Greedy rows have their filters off, so that no batch pays for them."""
-    column = lambda name, dtype: np.asarray([getattr(s, name) for s in samplings], dtype)
-    temperature = column("temperature", np.float64)
-    drawn = lambda name, off: np.where(temperature > 0, column(name, np.float64), off)
+    changes = lambda s: {"temperature": max(s.temperature, COLDEST)} if s.temperature > 0 else UNFILTERED
+    values = [vars(s) | changes(s) for s in samplings]
+    dtypes = {f.name: np.int32 if f.type is int else np.float32 for f in dataclasses.fields(Sampling)}
     M = 1 << (max([8, *(len(s.logit_bias) for s in samplings)]) - 1).bit_length()
     bias = [(*s.logit_bias, *[(0, 0.0)] * (M - len(s.logit_bias))) for s in samplings]
     return Rows(
-        temperature=np.where(temperature > 0, np.maximum(temperature, COLDEST), 0).astype(np.float32),
-        top_k=drawn("top_k", 0).astype(np.int32),
-        top_p=drawn("top_p", 1).astype(np.float32),
-        min_p=drawn("min_p", 0).astype(np.float32),
-        repetition_penalty=column("repetition_penalty", np.float32),
-        presence_penalty=column("presence_penalty", np.float32),
-        frequency_penalty=column("frequency_penalty", np.float32),
-        penalty_last_n=column("penalty_last_n", np.int32),
-        no_repeat_ngram=column("no_repeat_ngram", np.int32),
+        **{name: np.asarray([v[name] for v in values], dtypes[name]) for name in Rows._fields if name in dtypes},
         bias_ids=np.asarray([[token for token, _ in row] for row in bias], np.int32),
         bias_values=np.asarray([[value for _, value in row] for row in bias], np.float32),
         key=np.asarray([[int(s.seed) >> 32, int(s.seed) & 0xFFFFFFFF] for s in samplings], np.uint32),

@@ -103,7 +103,8 @@ def test_pieces_of_any_size_give_the_same_text_and_tokens(tok, size, stop):
     starts = [len(t.rstrip("\ufffd")) for t in texts[:-1]]  # a character begins with the first of its bytes
     assert [t.offset for t in tokens] == [start for start in starts if start < len(sent)]
     assert [t.text for t in tokens] == [tok.decode([i]) for i in ids[: len(tokens)]]
-    whole = Shapes(call, "m").whole([sent], [tokens], [answer])
+    assert answer.text == sent and answer.logprobs == tokens
+    whole = Shapes(call, "m").whole([answer])
     choice = whole["choices"][0]
     assert choice["text"] == sent and choice["logprobs"]["text_offset"] == [t.offset for t in tokens]
     assert whole["usage"] == {"prompt_tokens": 1, "completion_tokens": answer.tokens, "total_tokens": 1 + answer.tokens}
