@@ -115,10 +115,6 @@ class Engine:
         self._requests[slot] = dataclasses.replace(request, max_new=min(request.max_new, self.context - len(ids)))
         return slot
 
-    def forget(self) -> None:
-        """Forget the prompts that free slots have read."""
-        self._read = [count if slot in self._requests else 0 for slot, count in enumerate(self._read)]
-
     def drop(self, slot: int) -> None:
         """End the request in `slot`, if there is one."""
         self._requests.pop(slot, None)
@@ -154,21 +150,25 @@ class Engine:
         return T
 
     def _decode(self, live: list[int], steps: int) -> dict[int, Piece]:
-        rows = range(min(self.slots, 1 << max(live).bit_length()))  # a power of two: few shapes are compiled
-        requests = [self._requests[slot] if slot in live else None for slot in rows]
-        ends = [r and len(r.ids) + r.max_new for r in requests]
+        B = min(self.slots, 1 << max(live).bit_length())  # a power of two: few shapes are compiled
+        requests = [self._requests[slot] if slot in live else None for slot in range(B)]
         batch = _Batch(
-            read_B=np.asarray([self._read[slot] for slot in rows], np.int32),
-            last_B=np.asarray([self._ids[slot][-1] if end else 0 for slot, end in zip(rows, ends)], np.int32),
-            left_B=np.asarray([end - len(self._ids[slot]) if end else 0 for slot, end in zip(rows, ends)], np.int32),
+            read_B=np.asarray(self._read[:B], np.int32),
+            last_B=np.asarray([self._ids[slot][-1] if slot in live else 0 for slot in range(B)], np.int32),
+            left_B=np.asarray([self._left(slot) if slot in live else 0 for slot in range(B)], np.int32),
             stop_ids=np.asarray(self.stop_ids or [-1], np.int32),
             sampling=sampling.rows([r.sampling if r else sampling.PRESETS["det"] for r in requests]),
-            with_logprobs=np.asarray(any(r and r.logprobs for r in requests)),
+            with_logprobs=np.asarray(any(self._requests[slot].logprobs for slot in live)),
             steps=np.int32(steps),
         )
         self._cache, self._tokens, out = _decode_some(self.config, self._weights, self._cache, self._tokens, batch)
         out = jax.tree.map(sharding.fetch, out)
         return {slot: self._piece(slot, _Out(*(x[slot] for x in out))) for slot in live}
+
+    def _left(self, slot: int) -> int:
+        """Return how many tokens a request may still get."""
+        request = self._requests[slot]
+        return len(request.ids) + request.max_new - len(self._ids[slot])
 
     def _piece(self, slot: int, out: "_Out") -> Piece:
         request, count = self._requests[slot], int((out.tokens >= 0).sum())
@@ -179,8 +179,7 @@ class Engine:
         if request.logprobs:
             tops = [list(zip(i.tolist(), p.tolist())) for i, p in zip(out.top_ids[:count], out.top[:count])]
             logprobs = [(p, top[: request.logprobs]) for p, top in zip(out.logprobs[:count].tolist(), tops)]
-        is_full = len(self._ids[slot]) == len(request.ids) + request.max_new
-        finish = "stop" if ids[-1] in self.stop_ids else "length" if is_full else None
+        finish = "stop" if ids[-1] in self.stop_ids else None if self._left(slot) else "length"
         if finish:
             del self._requests[slot]
         return Piece(ids, logprobs, finish)

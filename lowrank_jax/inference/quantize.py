@@ -45,30 +45,26 @@ def in_panels(weights, outputs: int = 1, parts: int = 1):
     A matrix whose outputs are `parts` concatenated matrices becomes a stack of them.
     """
 
-    def pack(w) -> Panels:
-        arrays = [w.qvalue, w.scale] if isinstance(w, qwix.QArray) else [w]
-        arrays = arrays if outputs else [x.T for x in arrays]
-        return _in_panels(*(arrays if parts == 1 else [jnp.stack(jnp.split(x, parts, axis=1)) for x in arrays]))
-
+    pack = lambda w: _in_panels(w, outputs, parts)
     return jax.tree.map(pack, weights, is_leaf=lambda w: isinstance(w, qwix.QArray))
 
 
-@jax.jit
-def _in_panels(w: jax.Array, scales: jax.Array | None = None) -> Panels:
-    """Return [in, out] or [count, in, out] in panels; integers have `scales` [groups, out] or [count, groups, out]."""
-
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _in_panels(w: jax.Array | qwix.QArray, outputs: int, parts: int) -> Panels:
     def cut(x):
-        x = x if x.ndim == 3 else x[None]
+        x = x if outputs else x.T
+        x = x if x.ndim == 3 else jnp.stack(jnp.split(x, parts, axis=1))
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % COLUMNS)))
         return x.reshape(*x.shape[:2], -1, COLUMNS).swapaxes(1, 2)
 
+    w, scales = (w.qvalue, cut(w.scale.astype(jnp.float32))) if isinstance(w, qwix.QArray) else (w, None)
     panels = cut(w)
     if w.dtype == jnp.bfloat16:  # two to a word, so that one load fills two vectors
         panels = panels.reshape(*panels.shape[:3], 2, -1).swapaxes(3, 4).reshape(panels.shape)
     elif w.dtype == jnp.int4:
         low, high = jnp.split((panels.astype(jnp.int8) + 8).astype(jnp.uint8), 2, axis=-1)
         panels = low | high << 4
-    return Panels(panels, None if scales is None else cut(scales.astype(jnp.float32)), w.shape[-1])
+    return Panels(panels, scales, w.shape[-1 if outputs else 0] // parts)
 
 
 def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:

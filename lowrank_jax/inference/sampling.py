@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary, S context, M biased tokens, N blocks of the vocabu
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -149,8 +150,11 @@ def logprobs(logits_BV, chosen_B, n: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return (jnp.take_along_axis(logits_BV, chosen_B[:, None], 1) - total_B1)[:, 0], ids_Bn, top_Bn - total_B1
 
 
-def _if_any(on_B, change, x_BV):
-    return lax.cond(jnp.any(on_B), change, lambda x_BV: x_BV, x_BV)
+def _apply(changes: list[tuple], x_BV):
+    """Apply each change (is on [B], function of the logits) that a row uses."""
+    if_any = lambda on_B, change, x_BV: lax.cond(jnp.any(on_B), change, lambda x_BV: x_BV, x_BV)
+    each = lambda x_BV: functools.reduce(lambda x_BV, change: if_any(*change, x_BV), changes, x_BV)
+    return if_any(functools.reduce(jnp.logical_or, [on_B for on_B, _ in changes]), each, x_BV)
 
 
 def edited(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
@@ -162,14 +166,12 @@ def edited(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
     is_penalised_B = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
     ngram_B = jnp.where(rows.no_repeat_ngram <= lengths_B, rows.no_repeat_ngram, 0)
     row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-
-    def edit(x_BV):
-        bias = lambda x_BV: x_BV.at[row_B1, rows.bias_ids].add(rows.bias_values, mode="drop")
-        x_BV = _if_any(is_biased_B, bias, x_BV)
-        x_BV = _if_any(is_penalised_B, lambda x_BV: _penalised(x_BV, rows, tokens_BS, lengths_B), x_BV)
-        return _if_any(ngram_B > 0, lambda x_BV: _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B), x_BV)
-
-    return _if_any(is_biased_B | is_penalised_B | (ngram_B > 0), edit, logits_BV.astype(jnp.float32))
+    changes = [
+        (is_biased_B, lambda x_BV: x_BV.at[row_B1, rows.bias_ids].add(rows.bias_values, mode="drop")),
+        (is_penalised_B, lambda x_BV: _penalised(x_BV, rows, tokens_BS, lengths_B)),
+        (ngram_B > 0, lambda x_BV: _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B)),
+    ]
+    return _apply(changes, logits_BV.astype(jnp.float32))
 
 
 def _penalised(x_BV, rows: Rows, tokens_BS, lengths_B):
@@ -220,12 +222,10 @@ def filtered(x_BV, rows: Rows) -> jax.Array:
         mass_B = jnp.clip(jnp.ceil(top_p_B * total_B).astype(jnp.int32), 1, total_B)
         return above(x_BV, jnp.where(top_p_B < 1, _floor(x_BV, units_BV, mass_B), -jnp.inf))
 
-    def filters(x_BV):
-        x_BV = _if_any(top_k_B > 0, top_k, x_BV)
-        x_BV = _if_any(top_p_B < 1, top_p, x_BV)
+    def min_p(x_BV):
         return above(x_BV, jnp.max(x_BV, axis=-1) + jnp.log(rows.min_p))  # p >= min_p x the likeliest's; log 0 is off
 
-    return _if_any((top_k_B > 0) | (top_p_B < 1) | (rows.min_p > 0), filters, x_BV)
+    return _apply([(top_k_B > 0, top_k), (top_p_B < 1, top_p), (rows.min_p > 0, min_p)], x_BV)
 
 
 def _floor(x_BV, weight_BV, least_B):

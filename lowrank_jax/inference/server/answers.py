@@ -59,45 +59,43 @@ class Answer:
         return self._symbols[i] if i in self._symbols else self._tokenizer.decode([i])
 
 
-class Shapes:
-    """The JSON objects of one response."""
+class Reply:
+    """The answers to one call, and the JSON objects that show them: whole, or as the events of a stream."""
 
-    def __init__(self, call: Call, model: str):
-        self._call = call
-        prefix, self._whole, self._event = (
-            ("chatcmpl-", "chat.completion", "chat.completion.chunk")
-            if call.is_chat
-            else ("cmpl-", "text_completion", "text_completion")
-        )
-        self._head = {"id": prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+    def __init__(self, call: Call, tokenizer: Tokenizer, model: str):
+        self.answers = [Answer(call, tokenizer) for _ in call.requests]
+        self._call, name = call, "chatcmpl" if call.is_chat else "cmpl"
+        self._head = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, answers: list[Answer]) -> dict:
+    def whole(self) -> dict:
         """Return the response to a call that is no stream."""
         message = lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}}
         content = message if self._call.is_chat else lambda text: {"text": text}
-        choices = [self._choice(i, content(a.text), a.logprobs, a.finish) for i, a in enumerate(answers)]
-        return {**self._head, "object": self._whole, "choices": choices, "usage": self._usage(answers)}
+        choices = [self._choice(i, content(a.text), a.logprobs, a.finish) for i, a in enumerate(self.answers)]
+        kind = "chat.completion" if self._call.is_chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
     def first(self, i: int) -> dict:
         """Return the event of a chat stream that opens answer i."""
-        return self._chunk(self._choice(i, {"delta": {"role": "assistant", "content": ""}}, [], None))
+        return self._event(self._choice(i, {"delta": {"role": "assistant", "content": ""}}, [], None))
 
-    def piece(self, i: int, text: str, tokens: list[Token], finish: str | None) -> dict:
+    def piece(self, i: int, text: str, tokens: list[Token]) -> dict:
         """Return the event of a stream for a new piece of answer i."""
         content = {"delta": {"content": text} if text else {}} if self._call.is_chat else {"text": text}
-        return self._chunk(self._choice(i, content, tokens, finish))
+        return self._event(self._choice(i, content, tokens, self.answers[i].finish))
 
-    def last(self, answers: list[Answer]) -> dict:
+    def last(self) -> dict:
         """Return the event that ends a stream with `include_usage`."""
-        return self._chunk() | {"usage": self._usage(answers)}
+        return self._event() | {"usage": self._usage()}
 
-    def _usage(self, answers: list[Answer]) -> dict:
-        read, written = self._call.prompt_tokens, sum(answer.tokens for answer in answers)
+    def _usage(self) -> dict:
+        read, written = self._call.prompt_tokens, sum(answer.tokens for answer in self.answers)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    def _chunk(self, *choices: dict) -> dict:
+    def _event(self, *choices: dict) -> dict:
+        kind = "chat.completion.chunk" if self._call.is_chat else "text_completion"
         usage = {"usage": None} if self._call.include_usage else {}
-        return {**self._head, "object": self._event, "choices": choices, **usage}
+        return {**self._head, "object": kind, "choices": choices, **usage}
 
     def _choice(self, i: int, content: dict, tokens: list[Token], finish: str | None) -> dict:
         shape = _chat_logprobs if self._call.is_chat else _completion_logprobs

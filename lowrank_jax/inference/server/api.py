@@ -229,16 +229,15 @@ def _checked(kind: type[Body], fields: dict) -> Body:
 def _ids(source: list[Message] | str | list[int], is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> list[int]:
     """Return the token ids of a conversation or a prompt."""
     name = "messages" if is_chat else "prompt"
-    if is_chat:
-        try:
+    try:
+        if is_chat:
             ids = [tokenizer.bos, *chat.encode(tokenizer, [message.plain() for message in source], prompt=True)[0]]
-        except UsageError as e:
-            raise Problem(400, str(e), name) from None
-    else:
-        ids = [tokenizer.bos, *tokenizer.encode(source)] if isinstance(source, str) else source
-    for i in ids:
-        if not 0 <= i < settings.vocab:
-            raise Problem(400, f"{name} has the token id {i}; ids go from 0 to {settings.vocab - 1}", name)
+        else:
+            ids = [tokenizer.bos, *tokenizer.encode(source)] if isinstance(source, str) else source
+    except UsageError as e:
+        raise Problem(400, str(e), name) from None
+    if unknown := [i for i in ids if not 0 <= i < settings.vocab]:
+        raise Problem(400, f"{name} has the token id {unknown[0]}; ids go from 0 to {settings.vocab - 1}", name)
     if len(ids) >= settings.context:
         message = f"a prompt of {len(ids)} tokens and its answer must fit in a context of {settings.context}"
         raise Problem(400, message, name, "context_length_exceeded")
@@ -259,9 +258,8 @@ def _sampling(body: Body, drawn: dict, settings: Settings) -> Sampling:
     values["seed"] = secrets.randbits(63) if body.seed is None else body.seed % 2**63
     for key in body.logit_bias:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < settings.vocab):
-            raise Problem(
-                400, f"logit_bias has {key[:60]!r}; token ids go from 0 to {settings.vocab - 1}", "logit_bias"
-            )
+            message = f"logit_bias has {key[:60]!r}; token ids go from 0 to {settings.vocab - 1}"
+            raise Problem(400, message, "logit_bias")
     values["logit_bias"] = tuple((int(key), bias) for key, bias in body.logit_bias.items())
     try:
         return Sampling(**values | drawn)

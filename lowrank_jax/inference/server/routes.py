@@ -24,7 +24,7 @@ from starlette.routing import Route
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.answers import Answer, Shapes
+from lowrank_jax.inference.server.answers import Reply
 from lowrank_jax.inference.server.api import Call, Problem, Settings
 from lowrank_jax.inference.server.scheduler import Scheduler
 
@@ -65,7 +65,15 @@ class Server:
         self.scheduler, self.tokenizer, self.settings = scheduler, tokenizer, settings
         self.metrics = Metrics(scheduler)
         self._page = PAGE.read_text(encoding="utf-8")
-        self._started = int(time.time())
+        self._model = {
+            "id": settings.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "lowrank_jax",
+            "context": settings.context,
+            "max_tokens": min(settings.max_tokens, settings.context),
+            "presets": {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()},
+        }
 
     def app(self) -> Callable:
         """Return the ASGI application: the routes, behind the check of the key and the count of requests."""
@@ -126,19 +134,13 @@ class Server:
         return Response(text, headers={"Content-Type": prometheus.CONTENT_TYPE_LATEST})
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.settings.model:
             raise Problem(404, f"the model {name[:100]!r} does not exist", "model", "model_not_found")
-        return _json(self._model())
-
-    def _model(self) -> dict:
-        s = self.settings
-        presets = {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()}
-        facts = {"context": s.context, "max_tokens": min(s.max_tokens, s.context), "presets": presets}
-        return {"id": s.model, "object": "model", "created": self._started, "owned_by": "lowrank_jax", **facts}
+        return _json(self._model)
 
     async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
@@ -147,12 +149,27 @@ class Server:
         call = await asyncio.to_thread(api.read, data, is_chat, self.tokenizer, self.settings)
         work = Work(self, call, deadline)
         if call.stream:
-            return Stream(work, self.settings.timeout + SLOW)
+            return self._stream(work)
         try:
             response = await _while_connected(request.scope, request.receive, work.whole())
         finally:
             work.ticket.cancel()
         return Response(status_code=CLIENT_GONE) if response is None else _json(response)
+
+    def _stream(self, work: "Work") -> Callable:
+        """Return an ASGI response of server-sent events, for as long as the client stays and reads."""
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        response = StreamingResponse(work.events(), headers=headers)
+
+        async def respond(scope, receive, send):
+            try:
+                with contextlib.suppress(TimeoutError):  # the client stopped reading
+                    async with asyncio.timeout(self.settings.timeout + SLOW):
+                        await _while_connected(scope, receive, response.stream_response(send))
+            finally:
+                work.ticket.cancel()
+
+        return respond
 
 
 class Work:
@@ -160,8 +177,7 @@ class Work:
 
     def __init__(self, server: Server, call: Call, deadline: float):
         self._server, self._call, self._deadline = server, call, deadline
-        self._answers = [Answer(call, server.tokenizer) for _ in call.requests]
-        self._shapes = Shapes(call, server.settings.model)
+        self._reply = Reply(call, server.tokenizer, server.settings.model)
         self._began = time.monotonic()
         self.ticket = server.scheduler.submit(call.requests)
         server.metrics.read.inc(call.prompt_tokens)
@@ -170,28 +186,29 @@ class Work:
         """Return the response to a call that is no stream."""
         async for _ in self._pieces():
             pass
-        return self._shapes.whole(self._answers)
+        return self._reply.whole()
 
-    async def events(self) -> AsyncIterator[dict]:
-        """Yield the events of a stream; an error is the last of them."""
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the events of a stream; an error is the last before its end."""
+        event = lambda value: f"data: {json.dumps(value)}\n\n"
         try:
-            for i in range(len(self._answers)) if self._call.is_chat else ():
-                yield self._shapes.first(i)
+            for i in range(len(self._call.requests)) if self._call.is_chat else ():
+                yield event(self._reply.first(i))
             async for i, text, tokens in self._pieces():
-                finish = self._answers[i].finish
-                if text or tokens or finish:
-                    yield self._shapes.piece(i, text, tokens, finish)
+                if text or tokens or self._reply.answers[i].finish:
+                    yield event(self._reply.piece(i, text, tokens))
             if self._call.include_usage:
-                yield self._shapes.last(self._answers)
+                yield event(self._reply.last())
         except Problem as e:
-            yield e.body()
+            yield event(e.body())
+        yield "data: [DONE]\n\n"
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, list]]:
         """Yield (number of the answer, new text, new tokens) until all answers have ended."""
-        firsts, metrics = {}, self._server.metrics
+        firsts, metrics, answers = {}, self._server.metrics, self._reply.answers
         try:
             async for i, piece in self.ticket.pieces(self._deadline):
-                answer, now = self._answers[i], time.monotonic()
+                answer, now = answers[i], time.monotonic()
                 if answer.finish:  # at a stop string, which the engine does not know
                     continue
                 before = answer.tokens
@@ -205,33 +222,11 @@ class Work:
                     if before:
                         metrics.each.observe((now - firsts[i]) / (answer.tokens - 1))
                 yield i, text, tokens
-                if all(answer.finish for answer in self._answers):
+                if all(answer.finish for answer in answers):
                     return
         except TimeoutError:
             seconds = f"{self._server.settings.timeout:g} seconds"
             raise Problem(504, f"there was no answer within {seconds}", code="timeout") from None
-
-
-class Stream(StreamingResponse):
-    """A response of server-sent events, for as long as the client stays, and `seconds` at most."""
-
-    def __init__(self, work: Work, seconds: float):
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(self._lines(), headers=headers)
-        self._work, self._seconds = work, seconds  # a client that stops reading would exceed them
-
-    async def __call__(self, scope, receive, send):
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds):
-                    await _while_connected(scope, receive, self.stream_response(send))
-        finally:
-            self._work.ticket.cancel()
-
-    async def _lines(self) -> AsyncIterator[str]:
-        async for event in self._work.events():
-            yield f"data: {json.dumps(event)}\n\n"
-        yield "data: [DONE]\n\n"
 
 
 async def _while_connected(scope, receive, work: Coroutine):

@@ -23,7 +23,7 @@ class Ticket:
 
     def __init__(self, requests: Sequence[Request]):
         self.requests = tuple(requests)
-        self._cancelled: set[int | None] = set()
+        self.cancelled: set[int] = set()  # numbers of requests
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
 
     async def pieces(self, deadline: float) -> AsyncIterator[tuple[int, Piece]]:
@@ -40,10 +40,7 @@ class Ticket:
 
     def cancel(self, i: int | None = None) -> None:
         """End request i, or all of them: waiting ones are forgotten, slots are freed before the next step."""
-        self._cancelled.add(i)
-
-    def is_cancelled(self, i: int) -> bool:
-        return None in self._cancelled or i in self._cancelled
+        self.cancelled.update(range(len(self.requests)) if i is None else [i])
 
     def put(self, i: int, piece: Piece | Problem) -> None:
         """Hand over a piece of request i, from the engine's thread."""
@@ -59,10 +56,9 @@ class Scheduler:
     def __init__(self, make: Callable[[], Engine], room: int):
         self.room, self.failures = room, 0
         self._make, self._engine = make, None
-        self._changed = threading.Condition()
+        self._changed, self._stopping = threading.Condition(), False
         self.waiting: collections.deque[tuple[Ticket, int]] = collections.deque()  # (ticket, number of the request)
         self.active: dict[int, tuple[Ticket, int]] = {}  # by slot
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -125,11 +121,11 @@ class Scheduler:
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
     def _drop_cancelled(self) -> None:
-        for slot in [slot for slot, (ticket, i) in self.active.items() if ticket.is_cancelled(i)]:
+        for slot in [slot for slot, (ticket, i) in self.active.items() if i in ticket.cancelled]:
             self._engine.drop(slot)
             del self.active[slot]
         with self._changed:
-            self.waiting = collections.deque((ticket, i) for ticket, i in self.waiting if not ticket.is_cancelled(i))
+            self.waiting = collections.deque((ticket, i) for ticket, i in self.waiting if i not in ticket.cancelled)
 
     def _admit(self) -> None:
         while self.waiting and self._engine.free:
