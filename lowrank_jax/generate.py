@@ -83,7 +83,7 @@ def command(argv: list[str]) -> dict:
     if args.chat:
         reads = args.prompt is None or (sys.stdin.isatty() and not args.json)
         chat = Conversation(model, ask, args.stop, args.context, args.system, show)
-        facts = conversation.converse(chat, args.prompt, reads, show)
+        facts = chat.hold(args.prompt, reads)
         if args.json and not facts:
             raise UsageError("--chat --json got no message on standard input")
         return facts

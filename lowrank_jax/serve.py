@@ -24,6 +24,14 @@ from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.training.trained import open_run
 
+LIMITS = {
+    "port": (0, 65535),
+    "slots": (1, 1024),
+    "queue": (0, 10**6),
+    "context": (16, 2**20),
+    "max_tokens": (1, 10**9),
+}
+
 
 def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
@@ -40,12 +48,9 @@ def arguments(argv: list[str]):
     add("--weights", default="auto", choices=("auto", *quantize.KINDS), help="format of the weights in memory")
     add("--model_name", help="the model's name in the API (default: the name of the run's folder)")
     args = parser.parse_args(argv)
-    if not 0 <= args.port <= 65535:
-        raise UsageError(f"--port={args.port} must be between 0 and 65535")
-    if not 1 <= args.slots <= 1024 or not 0 <= args.queue <= 1_000_000:
-        raise UsageError("--slots must be between 1 and 1,024 and --queue between 0 and 1,000,000")
-    if not 16 <= args.context <= 1 << 20 or (args.max_tokens is not None and args.max_tokens < 1):
-        raise UsageError("--context must be between 16 and 1,048,576 and --max_tokens at least 1")
+    for name, (low, high) in LIMITS.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            raise UsageError(f"--{name}={value} must be between {low} and {high}")
     if not 0 < args.timeout < 1e6:
         raise UsageError(f"--timeout={args.timeout} must be a number of seconds between 0 and 1e6")
     if args.api_key == "" or args.model_name == "":
@@ -58,12 +63,10 @@ def prepare(args) -> tuple[Server, Scheduler]:
     run = open_run(args.workdir)
     weights, stop_ids = engine.prepare(run.config, run.params, args.weights), chat.stop_ids(run.tokenizer)
     make = lambda: engine.Engine(run.config.model, weights, stop_ids, args.slots, args.context)
-    scheduler = Scheduler(make, args.slots, args.queue)
     name = args.model_name or os.path.basename(os.path.abspath(args.workdir))
-    max_tokens = args.max_tokens or args.context
-    key = args.api_key or os.environ.get("LOWRANK_API_KEY", "")
-    vocab, answers = run.config.model.vocab, args.slots + args.queue
-    settings = Settings(name, vocab, args.context, max_tokens, answers, args.timeout, key)
+    key, answers = args.api_key or os.environ.get("LOWRANK_API_KEY", ""), args.slots + args.queue
+    limits = args.context, args.max_tokens or args.context, answers, args.timeout
+    settings, scheduler = Settings(name, run.config.model.vocab, *limits, key), Scheduler(make, answers)
     return Server(scheduler, run.tokenizer, settings), scheduler
 
 

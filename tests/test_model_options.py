@@ -24,7 +24,7 @@ from configs import default
 from lowrank_jax.config import ModelConfig, RunFailure, UsageError
 from lowrank_jax.export import gguf, hf, onnx
 from lowrank_jax.export import torch as plain
-from lowrank_jax.inference import cpu_decoder, decoder, panels
+from lowrank_jax.inference import cpu_decoder, decoder, quantize
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs, network
 from lowrank_jax.training import run_folder, step, trained
@@ -251,7 +251,7 @@ def test_decoding_in_one_native_call_is_the_forward_pass(field, value):
     packed = cpu_decoder.pack(c, decoder.prepare(c, params, "fp32", jnp.float32))
     assert (packed is None) == ((field, value) in NOT_PACKED), f"add {field}={value} to NOT_PACKED if that is right"
     if packed:
-        assert isinstance(packed.table, panels.Matrix) and decoder.absorbs(c, 1)
+        assert isinstance(packed.table, quantize.Panels) and decoder.absorbs(c, 1)
         hint = f"inference/cpu_decoder.py does not compute config.model.{field}={value}: refuse it in `pack`; {PAGE}"
         got = decoded(c, cpu_decoder.read, packed, tokens)
         np.testing.assert_allclose(got, full(c, params, tokens), atol=5e-5, err_msg=hint)

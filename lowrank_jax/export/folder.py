@@ -1,6 +1,7 @@
 """Folders of exports: created whole or not at all, and the files that all of them share."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib

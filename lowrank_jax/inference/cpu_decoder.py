@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.config import ModelConfig
-from lowrank_jax.inference import decoder, panels, quantize
+from lowrank_jax.inference import decoder, quantize
 from lowrank_jax.model import attention
 from lowrank_jax.model.kernels import build
 from lowrank_jax.model.network import rms_norm
@@ -31,12 +31,12 @@ def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     layers = []
     for layer in w.layers:
         k_heads = jax.tree.map(lambda x: x.swapaxes(1, 2), layer.k_heads)
-        packed = quantize.matrix(layer._replace(mlp_in=None, k_heads=k_heads))
-        layers.append(packed._replace(mlp_in=quantize.matrix(layer.mlp_in, parts=2)))
-    table, head = quantize.matrix((w.table, w.head), outputs=0)
+        packed = quantize.in_panels(layer._replace(mlp_in=None, k_heads=k_heads))
+        layers.append(packed._replace(mlp_in=quantize.in_panels(layer.mlp_in, parts=2)))
+    table, head = quantize.in_panels((w.table, w.head), outputs=0)
     if w.table_up is not None and head is None:
-        head = table, quantize.matrix(w.table_up, outputs=0)
-    return decoder.Weights(table, quantize.matrix(w.table_up), head, tuple(layers), w.norm.astype(jnp.float32))
+        head = table, quantize.in_panels(w.table_up, outputs=0)
+    return decoder.Weights(table, quantize.in_panels(w.table_up), head, tuple(layers), w.norm.astype(jnp.float32))
 
 
 def read(
@@ -46,7 +46,7 @@ def read(
 
     The window of packed weights must have a multiple of LANES tokens.
     """
-    if not isinstance(w.table, panels.Matrix) or not decoder.absorbs(c, tokens_BT.shape[1]):
+    if not isinstance(w.table, quantize.Panels) or not decoder.absorbs(c, tokens_BT.shape[1]):
         return decoder.read(c, w, cache, window, tokens_BT, place)
     assert window[0]["k"].shape[1] % LANES == 0, window[0]["k"].shape
     absorbed_query, slopes = w.layers[0].query is not None, jnp.asarray(attention.alibi_slopes(c.heads))

@@ -144,18 +144,14 @@ def read(c: ModelConfig, w: Weights, cache: dict, window: tuple, tokens_BT, plac
     x_BTD, windows = quantize.rows(w.table, tokens_BT, dtype(w)), []
     x_BTD = x_BTD if w.table_up is None else times(x_BTD, w.table_up)
     for n, layer in enumerate(w.layers):
-        cached = functools.partial(_block, cache, n, place.row, len(tokens_BT))
-        out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), cached, window[n], place)
+        out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), cache, n, window[n], place)
         x_BTD += out_BTD
-        x_BTD += _mlp(layer, rms_norm(x_BTD))
+        gate, up = jnp.split(times(rms_norm(x_BTD), layer.mlp_in), 2, axis=-1)
+        if layer.gate_up:
+            gate, up = times(gate, layer.gate_up[0]), times(up, layer.gate_up[1])
+        x_BTD += functools.reduce(times, layer.mlp_out, jax.nn.silu(gate) * up)
         windows.append(latents)
     return rms_norm(x_BTD) * w.norm, tuple(windows)
-
-
-def _block(cache: dict, n: int, row, B: int, i) -> dict:
-    """Return block i of layer n's cached latents, for B rows from `row` on."""
-    block = lambda x: jax.lax.dynamic_slice(x, (n, row, i * BLOCK, 0), (1, B, BLOCK, x.shape[-1]))[0]
-    return jax.tree.map(block, cache)
 
 
 def keep(cache: dict, window: tuple, starts_B, row=0) -> dict:
@@ -180,19 +176,11 @@ def logits(w: Weights, x_BD: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(table @ x_BD.T).T
 
 
-def _mlp(layer: Layer, x):
-    gate, up = jnp.split(times(x, layer.mlp_in), 2, axis=-1)
-    if layer.gate_up:
-        gate, up = times(gate, layer.gate_up[0]), times(up, layer.gate_up[1])
-    return functools.reduce(times, layer.mlp_out, jax.nn.silu(gate) * up)
-
-
-def _attention(c: ModelConfig, layer: Layer, x_BTD, cached, window: dict, place: Place) -> tuple[jax.Array, dict]:
-    """Return a layer's contribution to the residual stream, and its window with the new tokens' latents.
-
-    `cached(i)` returns block i of the rows' cached latents.
-    """
-    (B, T, _), (starts_B, offset, _) = x_BTD.shape, place
+def _attention(
+    c: ModelConfig, layer: Layer, x_BTD, cache: dict, n: int, window: dict, place: Place
+) -> tuple[jax.Array, dict]:
+    """Return layer n's contribution to the residual stream, and its window with the new tokens' latents."""
+    (B, T, _), (starts_B, offset, row) = x_BTD.shape, place
     absorbed = absorbs(c, T)
     q_BGQE, window = _queries(c, layer, x_BTD, window, offset)
     slopes_H11 = jnp.asarray(attention.alibi_slopes(c.heads))[:, None, None]
@@ -220,7 +208,8 @@ def _attention(c: ModelConfig, layer: Layer, x_BTD, cached, window: dict, place:
         top, total, acc = state
         key_S = i * BLOCK + jnp.arange(BLOCK)
         distance_BTS = (starts_B[:, None] + query_T)[..., None] - key_S
-        s, v = scores_and_values(cached(i), distance_BTS, (key_S < starts_B[:, None])[:, None])
+        block = lambda x: jax.lax.dynamic_slice(x, (n, row, i * BLOCK, 0), (1, B, BLOCK, x.shape[-1]))[0]
+        s, v = scores_and_values(jax.tree.map(block, cache), distance_BTS, (key_S < starts_B[:, None])[:, None])
         higher = jnp.maximum(top, s.max(-1, keepdims=True))
         p, factor = jnp.exp(s - higher), jnp.exp(top - higher)
         return higher, total * factor + p.sum(-1, keepdims=True), acc * factor + mean(p, v)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError
-from lowrank_jax.inference import cpu_decoder, decoder, panels, quantize, sampling
+from lowrank_jax.inference import cpu_decoder, decoder, quantize, sampling
 from lowrank_jax.inference.sampling import Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import precision
@@ -86,8 +86,8 @@ class Engine:
         empty = lambda: (cache(), jnp.zeros((slots, size), jnp.int32))
         self._cache, self._tokens = jax.jit(empty, out_shardings=sharding.whole(weights.norm.sharding.mesh))()
         self._requests: dict[int, Request] = {}  # by slot, in the order in which they came
-        self._read: list[list[int]] = [[] for _ in range(slots)]  # the tokens whose latents are in each slot
-        self._new: list[list[int]] = [[] for _ in range(slots)]  # the tokens that each request got
+        self._ids: list[list[int]] = [[] for _ in range(slots)]  # each slot's newest prompt and its answer
+        self._read = [0] * slots  # how many of these tokens have latents in the cache
 
     @property
     def free(self) -> int:
@@ -108,17 +108,12 @@ class Engine:
         free = [slot for slot in range(self.slots) if slot not in self._requests]
         if not free:
             raise UsageError("all slots are taken")
-        shared = {slot: _shared(self._read[slot], ids) for slot in free}
+        shared = {slot: _shared(self._ids[slot][: self._read[slot]], ids) for slot in free}
         slot = max(free, key=shared.get)
         # The last token of the prompt is read by the first decoding step, which needs the logits after it.
-        self._read[slot] = ids[: min(shared[slot], len(ids) - 1)]
-        self._new[slot] = []
+        self._ids[slot], self._read[slot] = ids, min(shared[slot], len(ids) - 1)
         self._requests[slot] = dataclasses.replace(request, max_new=min(request.max_new, self.context - len(ids)))
         return slot
-
-    def forget(self) -> None:
-        """Forget the prompts that free slots have read."""
-        self._read = [ids if slot in self._requests else [] for slot, ids in enumerate(self._read)]
 
     def drop(self, slot: int) -> None:
         """End the request in `slot`, if there is one."""
@@ -131,60 +126,60 @@ class Engine:
         """
         self.fresh = False
         budget = AT_ONCE
-        for slot, request in self._requests.items():
-            while budget > 0 and len(self._read[slot]) < len(request.ids) - 1:
-                budget -= self._prefill(slot)
-        live = [slot for slot, request in self._requests.items() if len(self._read[slot]) >= len(request.ids) - 1]
+        unread = lambda slot: len(self._ids[slot]) - 1 - self._read[slot]
+        for slot in self._requests:
+            while budget > 0 and unread(slot):
+                budget -= self._prefill(slot, unread(slot))
+        live = [slot for slot in self._requests if not unread(slot)]
         if not live:
             return {}
-        is_first = any(not self._new[slot] for slot in live)
+        is_first = any(len(self._ids[slot]) == len(self._requests[slot].ids) for slot in live)
         return self._decode(live, 1 if is_first else max(1, min(most, WINDOW)))
 
-    def _prefill(self, slot: int) -> int:
-        """Read a chunk of a prompt, and return its size."""
-        ids, start = list(self._requests[slot].ids), len(self._read[slot])
-        left = len(ids) - 1 - start
-        sizes = CHUNKS if isinstance(self._weights.table, panels.Matrix) else CHUNKS[:2]
+    def _prefill(self, slot: int, left: int) -> int:
+        """Read a chunk of a prompt of which `left` tokens are unread, and return its size."""
+        sizes = CHUNKS if isinstance(self._weights.table, quantize.Panels) else CHUNKS[:2]
         T = next((size for size in sizes if left > size // 2), sizes[-1])
+        start = self._read[slot]
         chunk = np.zeros((1, T), np.int32)
-        chunk[0, : len(ids[start : start + T])] = ids[start : start + T]
+        chunk[0, : min(left + 1, T)] = self._ids[slot][start : start + T]
         self._cache, self._tokens = _read_chunk(
             self.config, self._weights, self._cache, self._tokens, chunk, np.int32(start), np.int32(slot)
         )
-        self._read[slot] = ids[: start + min(left, T)]
+        self._read[slot] += min(left, T)
         return T
 
     def _decode(self, live: list[int], steps: int) -> dict[int, Piece]:
-        rows = range(min(self.slots, 1 << max(live).bit_length()))  # a power of two: few shapes are compiled
-        requests = [self._requests.get(slot) if slot in live else None for slot in rows]
+        B = min(self.slots, 1 << max(live).bit_length())  # a power of two: few shapes are compiled
+        requests = [self._requests[slot] if slot in live else None for slot in range(B)]
         batch = _Batch(
-            read_B=np.asarray([len(self._read[slot]) for slot in rows], np.int32),
-            last_B=np.asarray([self._last(s) if r else 0 for s, r in zip(rows, requests)], np.int32),
-            left_B=np.asarray([r.max_new - len(self._new[s]) if r else 0 for s, r in zip(rows, requests)], np.int32),
+            read_B=np.asarray(self._read[:B], np.int32),
+            last_B=np.asarray([self._ids[slot][-1] if slot in live else 0 for slot in range(B)], np.int32),
+            left_B=np.asarray([self._left(slot) if slot in live else 0 for slot in range(B)], np.int32),
             stop_ids=np.asarray(self.stop_ids or [-1], np.int32),
             sampling=sampling.rows([r.sampling if r else sampling.PRESETS["det"] for r in requests]),
-            with_logprobs=np.asarray(any(r and r.logprobs for r in requests)),
+            with_logprobs=np.asarray(any(self._requests[slot].logprobs for slot in live)),
             steps=np.int32(steps),
         )
         self._cache, self._tokens, out = _decode_some(self.config, self._weights, self._cache, self._tokens, batch)
         out = jax.tree.map(sharding.fetch, out)
         return {slot: self._piece(slot, _Out(*(x[slot] for x in out))) for slot in live}
 
-    def _last(self, slot: int) -> int:
-        """Return the newest token of a request, whose latents are not in the cache yet."""
-        return (self._new[slot] or self._requests[slot].ids)[-1]
+    def _left(self, slot: int) -> int:
+        """Return how many tokens a request may still get."""
+        request = self._requests[slot]
+        return len(request.ids) + request.max_new - len(self._ids[slot])
 
     def _piece(self, slot: int, out: "_Out") -> Piece:
         request, count = self._requests[slot], int((out.tokens >= 0).sum())
         ids = out.tokens[:count].tolist()
-        self._read[slot] += [self._last(slot), *ids[:-1]]
-        self._new[slot] += ids
+        self._ids[slot] += ids
+        self._read[slot] += count  # all but the newest token's latents are in the cache
         logprobs = []
         if request.logprobs:
             tops = [list(zip(i.tolist(), p.tolist())) for i, p in zip(out.top_ids[:count], out.top[:count])]
             logprobs = [(p, top[: request.logprobs]) for p, top in zip(out.logprobs[:count].tolist(), tops)]
-        is_full = len(self._new[slot]) == request.max_new
-        finish = "stop" if ids[-1] in self.stop_ids else "length" if is_full else None
+        finish = "stop" if ids[-1] in self.stop_ids else None if self._left(slot) else "length"
         if finish:
             del self._requests[slot]
         return Piece(ids, logprobs, finish)
@@ -215,15 +210,6 @@ class _Out(NamedTuple):
     top: jax.Array  # [B, WINDOW, TOP]
 
 
-class _Loop(NamedTuple):
-    window: tuple
-    tokens_BS: jax.Array
-    last_B: jax.Array
-    live_B: jax.Array
-    out: _Out
-    i: jax.Array
-
-
 @functools.partial(jax.jit, static_argnames="c", donate_argnames=("cache", "tokens_BS"))
 def _read_chunk(c: ModelConfig, w, cache, tokens_BS, chunk_1T, start, row):
     """Return the cache and the tokens with a chunk of a prompt at `start` of `row`."""
@@ -242,33 +228,30 @@ def _decode_some(c: ModelConfig, w, cache, tokens_BS, batch: _Batch):
     starts_B = jnp.where(left_B > 0, read_B, 0)  # others need not be read
     row_B = jnp.arange(B)
 
-    def body(loop: _Loop) -> _Loop:
-        place = decoder.Place(starts_B, loop.i)
-        x_B1D, window = cpu_decoder.read(c, w, cache, loop.window, loop.last_B[:, None], place)
+    def body(state: tuple) -> tuple:
+        window, tokens_BS, last_B, live_B, out, i = state
+        x_B1D, window = cpu_decoder.read(c, w, cache, window, last_B[:, None], decoder.Place(starts_B, i))
         logits_BV = decoder.logits(w, x_B1D[:, 0])
-        lengths_B = starts_B + loop.i + 1
-        next_B = sampling.choose(logits_BV, drawn, loop.tokens_BS[:B], lengths_B)
-        column_B = jnp.where(loop.live_B, lengths_B, tokens_BS.shape[1])  # beyond the last column nothing is written
+        lengths_B = starts_B + i + 1
+        next_B = sampling.choose(logits_BV, drawn, tokens_BS[:B], lengths_B)
+        column_B = jnp.where(live_B, lengths_B, tokens_BS.shape[1])  # beyond the last column nothing is written
+        tokens_BS = tokens_BS.at[row_B, column_B].set(next_B, mode="drop")
         logprobs = jax.lax.cond(
             with_logprobs,
             lambda: sampling.logprobs(logits_BV, next_B, most),
             lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most))),
         )
-        new = _Out(jnp.where(loop.live_B, next_B, -1), *logprobs)
-        put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x[:, None], loop.i, 1)
-        return _Loop(
-            window,
-            loop.tokens_BS.at[row_B, column_B].set(next_B, mode="drop"),
-            jnp.where(loop.live_B, next_B, loop.last_B),
-            loop.live_B & ~jnp.isin(next_B, stop_ids) & (loop.i + 1 < left_B),
-            jax.tree.map(put, loop.out, new),
-            loop.i + 1,
-        )
+        put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x[:, None], i, 1)
+        out = jax.tree.map(put, out, _Out(jnp.where(live_B, next_B, -1), *logprobs))
+        last_B = jnp.where(live_B, next_B, last_B)
+        live_B &= ~jnp.isin(next_B, stop_ids) & (i + 1 < left_B)
+        return window, tokens_BS, last_B, live_B, out, i + 1
 
     tokens_BS = tokens_BS.at[row_B, jnp.where(left_B > 0, read_B, tokens_BS.shape[1])].set(last_B, mode="drop")
     tops = jnp.zeros((B, WINDOW, most))
     out = _Out(jnp.full((B, WINDOW), -1), jnp.zeros((B, WINDOW)), tops.astype(jnp.int32), tops)
     window = decoder.empty_window(c, B, WINDOW, cache["k"].dtype)
-    loop = _Loop(window, tokens_BS, last_B, left_B > 0, out, jnp.asarray(0))
-    loop = jax.lax.while_loop(lambda loop: (loop.i < steps) & loop.live_B.any(), body, loop)
-    return decoder.keep(cache, loop.window, read_B), loop.tokens_BS, loop.out
+    goes_on = lambda state: (state[5] < steps) & state[3].any()  # steps are left and rows are live
+    state = window, tokens_BS, last_B, left_B > 0, out, jnp.asarray(0)
+    window, tokens_BS, _, _, out, _ = jax.lax.while_loop(goes_on, body, state)
+    return decoder.keep(cache, window, read_B), tokens_BS, out

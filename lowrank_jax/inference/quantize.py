@@ -1,22 +1,33 @@
 """Matrix products with weights of 32, 16, 8 or 4 bits; the other factor keeps its precision.
 
-The arrays are qwix's: int8 has one scale per output, int4 one per output and GROUP inputs. GPUs and TPUs widen the
+Small weights are qwix's: int8 has one scale per output, int4 one per output and GROUP inputs. GPUs and TPUs widen the
 integers inside the product. XLA's CPU backend widens them in memory first, which costs more than they save, but
 multiplies int8 by int8 at full speed. There x becomes two int8 numbers, which together are within 1/64,516 of a row's
 largest value. Milliseconds for 24 matrices [2048, 768] and one row on 2 cores: float32 4.7, int8 widened 39, int8 in
-two parts 2.1.
+two parts 2.1. The CPU decoder's C++ (model/kernels/decode.cc) reads weights of all kinds as Panels.
 """
 
+import functools
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import qwix
 
-from lowrank_jax.inference import panels
-
 KINDS = ("fp32", "bf16", "fp16", "int8", "int4")
 GROUP = 64  # inputs per scale of int4; if it does not divide their number, the largest divisor of 64 that does
+COLUMNS = 32  # outputs of a panel
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("panels", "scales"), meta_fields=("outputs",))
+@dataclass(frozen=True)
+class Panels:
+    """A stack of matrices [in, outputs] of one shape, in float32, bfloat16, int8 or int4."""
+
+    panels: jax.Array  # [count, P, in, COLUMNS], the last panel padded with zeros; int4 as uint8, two to a byte
+    scales: jax.Array | None  # of integers: [count, P, groups of inputs, COLUMNS] in float32
+    outputs: int
 
 
 def pack(w: jax.Array, kind: str, outputs: int = 1) -> qwix.QArray:
@@ -28,24 +39,41 @@ def pack(w: jax.Array, kind: str, outputs: int = 1) -> qwix.QArray:
     return qwix.quantize(w, jnp.int4, channelwise_axes=(outputs,), tiled_axes={inputs: group})
 
 
-def matrix(weights, outputs: int = 1, parts: int = 1):
+def in_panels(weights, outputs: int = 1, parts: int = 1):
     """Return a weight matrix, a stack of them [count, inputs, outputs], or a tree of both, in panels.
 
     A matrix whose outputs are `parts` concatenated matrices becomes a stack of them.
     """
 
-    def in_panels(w) -> panels.Matrix:
-        arrays = [w.qvalue, w.scale] if isinstance(w, qwix.QArray) else [w]
-        arrays = arrays if outputs else [x.T for x in arrays]
-        return panels.matrix(*(arrays if parts == 1 else [jnp.stack(jnp.split(x, parts, axis=1)) for x in arrays]))
+    pack = lambda w: _in_panels(w, outputs, parts)
+    return jax.tree.map(pack, weights, is_leaf=lambda w: isinstance(w, qwix.QArray))
 
-    return jax.tree.map(in_panels, weights, is_leaf=lambda w: isinstance(w, qwix.QArray))
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _in_panels(w: jax.Array | qwix.QArray, outputs: int, parts: int) -> Panels:
+    def cut(x):
+        x = x if outputs else x.T
+        x = x if x.ndim == 3 else jnp.stack(jnp.split(x, parts, axis=1))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % COLUMNS)))
+        return x.reshape(*x.shape[:2], -1, COLUMNS).swapaxes(1, 2)
+
+    w, scales = (w.qvalue, cut(w.scale.astype(jnp.float32))) if isinstance(w, qwix.QArray) else (w, None)
+    panels = cut(w)
+    if w.dtype == jnp.bfloat16:  # two to a word, so that one load fills two vectors
+        panels = panels.reshape(*panels.shape[:3], 2, -1).swapaxes(3, 4).reshape(panels.shape)
+    elif w.dtype == jnp.int4:
+        low, high = jnp.split((panels.astype(jnp.int8) + 8).astype(jnp.uint8), 2, axis=-1)
+        panels = low | high << 4
+    return Panels(panels, scales, w.shape[-1 if outputs else 0] // parts)
 
 
 def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
     """Return x [..., inputs] times a matrix whose axis `outputs` holds its outputs, in x's precision."""
-    if isinstance(w, panels.Matrix):
-        return panels.times(x, w)
+    if isinstance(w, Panels):  # x is in float32; the products with a stack of matrices are concatenated
+        rows = x.reshape(-1, x.shape[-1])
+        result = jax.ShapeDtypeStruct((len(rows), len(w.panels) * w.outputs), jnp.float32)
+        (y,) = jax.ffi.ffi_call("lowrank_times", [result])(rows, *jax.tree.leaves(w))
+        return y.reshape(*x.shape[:-1], -1)
     if isinstance(w, qwix.QArray):
         if w.qvalue.dtype == jnp.int8:
             widened = lambda x, w: _product(x, w.qvalue.astype(x.dtype), outputs) * w.scale.reshape(-1).astype(x.dtype)
@@ -61,8 +89,12 @@ def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:
 
 def rows(w, ids: jax.Array, dtype) -> jax.Array:
     """Return rows of a matrix that is an array, in panels, or int8 with its outputs on axis 0."""
-    if isinstance(w, panels.Matrix):
-        return panels.columns(w, ids)
+    if isinstance(w, Panels):
+        column = ids % COLUMNS
+        if w.panels.dtype == jnp.bfloat16:
+            column = column % (COLUMNS // 2) * 2 + column // (COLUMNS // 2)
+        taken = w.panels[0, ids // COLUMNS, :, column].astype(jnp.float32)
+        return taken if w.scales is None else taken * w.scales[0, ids // COLUMNS, 0, ids % COLUMNS][..., None]
     if isinstance(w, qwix.QArray):
         return w.qvalue[ids].astype(dtype) * w.scale[ids].astype(dtype)
     return w[ids].astype(dtype)

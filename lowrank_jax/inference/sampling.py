@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary, S context, M biased tokens, N blocks of the vocabu
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -24,6 +25,7 @@ from lowrank_jax.model.attention import MASKED
 
 MOST = 2**31 - 1
 MOST_BIASED = 300  # OpenAI's limit
+UNFILTERED = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 COLDEST = 1e-6  # lower temperatures count as this one: logits divided by it stay finite in fp32
 BLOCK = 128  # tokens per block of the two-stage draw: 2 x 128 random numbers instead of 16,384 at V = 16,384
 UNITS = 2**30  # integer units of probability, whose sum does not depend on the order of summation
@@ -112,21 +114,13 @@ class Rows(NamedTuple):
 
 def rows(samplings: Sequence[Sampling]) -> Rows:
     """Return NumPy arrays. Greedy rows have their filters off, so that no batch pays for them."""
-    column = lambda name, dtype: np.asarray([getattr(s, name) for s in samplings], dtype)
-    temperature = column("temperature", np.float64)
-    drawn = lambda name, off: np.where(temperature > 0, column(name, np.float64), off)
+    changes = lambda s: {"temperature": max(s.temperature, COLDEST)} if s.temperature > 0 else UNFILTERED
+    values = [vars(s) | changes(s) for s in samplings]
+    dtypes = {f.name: np.int32 if f.type is int else np.float32 for f in dataclasses.fields(Sampling)}
     M = 1 << (max([8, *(len(s.logit_bias) for s in samplings)]) - 1).bit_length()
     bias = [(*s.logit_bias, *[(0, 0.0)] * (M - len(s.logit_bias))) for s in samplings]
     return Rows(
-        temperature=np.where(temperature > 0, np.maximum(temperature, COLDEST), 0).astype(np.float32),
-        top_k=drawn("top_k", 0).astype(np.int32),
-        top_p=drawn("top_p", 1).astype(np.float32),
-        min_p=drawn("min_p", 0).astype(np.float32),
-        repetition_penalty=column("repetition_penalty", np.float32),
-        presence_penalty=column("presence_penalty", np.float32),
-        frequency_penalty=column("frequency_penalty", np.float32),
-        penalty_last_n=column("penalty_last_n", np.int32),
-        no_repeat_ngram=column("no_repeat_ngram", np.int32),
+        **{name: np.asarray([v[name] for v in values], dtypes[name]) for name in Rows._fields if name in dtypes},
         bias_ids=np.asarray([[token for token, _ in row] for row in bias], np.int32),
         bias_values=np.asarray([[value for _, value in row] for row in bias], np.float32),
         key=np.asarray([[int(s.seed) >> 32, int(s.seed) & 0xFFFFFFFF] for s in samplings], np.uint32),
@@ -156,8 +150,11 @@ def logprobs(logits_BV, chosen_B, n: int) -> tuple[jax.Array, jax.Array, jax.Arr
     return (jnp.take_along_axis(logits_BV, chosen_B[:, None], 1) - total_B1)[:, 0], ids_Bn, top_Bn - total_B1
 
 
-def _if_any(on_B, change, x_BV):
-    return lax.cond(jnp.any(on_B), change, lambda x_BV: x_BV, x_BV)
+def _apply(changes: list[tuple], x_BV):
+    """Apply each change (is on [B], function of the logits) that a row uses."""
+    if_any = lambda on_B, change, x_BV: lax.cond(jnp.any(on_B), change, lambda x_BV: x_BV, x_BV)
+    each = lambda x_BV: functools.reduce(lambda x_BV, change: if_any(*change, x_BV), changes, x_BV)
+    return if_any(functools.reduce(jnp.logical_or, [on_B for on_B, _ in changes]), each, x_BV)
 
 
 def edited(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
@@ -169,14 +166,12 @@ def edited(logits_BV, rows: Rows, tokens_BS, lengths_B) -> jax.Array:
     is_penalised_B = (rows.repetition_penalty != 1) | (rows.presence_penalty != 0) | (rows.frequency_penalty != 0)
     ngram_B = jnp.where(rows.no_repeat_ngram <= lengths_B, rows.no_repeat_ngram, 0)
     row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-
-    def edit(x_BV):
-        bias = lambda x_BV: x_BV.at[row_B1, rows.bias_ids].add(rows.bias_values, mode="drop")
-        x_BV = _if_any(is_biased_B, bias, x_BV)
-        x_BV = _if_any(is_penalised_B, lambda x_BV: _penalised(x_BV, rows, tokens_BS, lengths_B), x_BV)
-        return _if_any(ngram_B > 0, lambda x_BV: _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B), x_BV)
-
-    return _if_any(is_biased_B | is_penalised_B | (ngram_B > 0), edit, logits_BV.astype(jnp.float32))
+    changes = [
+        (is_biased_B, lambda x_BV: x_BV.at[row_B1, rows.bias_ids].add(rows.bias_values, mode="drop")),
+        (is_penalised_B, lambda x_BV: _penalised(x_BV, rows, tokens_BS, lengths_B)),
+        (ngram_B > 0, lambda x_BV: _unrepeated(x_BV, ngram_B, tokens_BS, lengths_B)),
+    ]
+    return _apply(changes, logits_BV.astype(jnp.float32))
 
 
 def _penalised(x_BV, rows: Rows, tokens_BS, lengths_B):
@@ -227,12 +222,10 @@ def filtered(x_BV, rows: Rows) -> jax.Array:
         mass_B = jnp.clip(jnp.ceil(top_p_B * total_B).astype(jnp.int32), 1, total_B)
         return above(x_BV, jnp.where(top_p_B < 1, _floor(x_BV, units_BV, mass_B), -jnp.inf))
 
-    def filters(x_BV):
-        x_BV = _if_any(top_k_B > 0, top_k, x_BV)
-        x_BV = _if_any(top_p_B < 1, top_p, x_BV)
+    def min_p(x_BV):
         return above(x_BV, jnp.max(x_BV, axis=-1) + jnp.log(rows.min_p))  # p >= min_p x the likeliest's; log 0 is off
 
-    return _if_any((top_k_B > 0) | (top_p_B < 1) | (rows.min_p > 0), filters, x_BV)
+    return _apply([(top_k_B > 0, top_k), (top_p_B < 1, top_p), (rows.min_p > 0, min_p)], x_BV)
 
 
 def _floor(x_BV, weight_BV, least_B):

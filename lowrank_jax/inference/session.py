@@ -9,7 +9,7 @@ import numpy as np
 from lowrank_jax.config import RunConfig
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.inference.engine import Engine, Piece, Request, prepare
+from lowrank_jax.inference.engine import WINDOW, Engine, Piece, Request, prepare
 from lowrank_jax.inference.sampling import Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import network, precision
@@ -59,20 +59,10 @@ class Model:
 
         `sampling` are fields of sampling.Sampling. Prompt i draws with seed + i.
         """
-        engine = self.engine(min(len(prompts), SLOTS), max(map(len, prompts), default=0) + max_new)
-        waiting, slots, new = list(enumerate(prompts))[::-1], {}, [[] for _ in prompts]
-        try:
-            while waiting or slots:
-                while waiting and engine.free:
-                    i, prompt = waiting.pop()
-                    slots[engine.add(Request(prompt, max_new, Sampling(**sampling, seed=seed + i)))] = i
-                for slot, piece in engine.step().items():
-                    new[slots[slot]] += piece.ids
-                    if piece.finish:
-                        del slots[slot]
-        finally:
-            for slot in slots:
-                engine.drop(slot)
+        requests = [Request(ids, max_new, Sampling(**sampling, seed=seed + i)) for i, ids in enumerate(prompts)]
+        new = [[] for _ in prompts]
+        for i, piece in self.pieces(requests, WINDOW):
+            new[i] += piece.ids
         return new
 
     def checked_sample(self, prompt: list[int], max_new: int, **sampling) -> tuple[list[int], float]:
@@ -93,19 +83,23 @@ class Model:
         self, prompt: list[int], max_new: int = 200, logprobs: int = 0, most: int = 8, **sampling
     ) -> Iterator[Piece]:
         """Yield the continuation of one prompt of ids, up to `most` tokens at a time; the first comes alone."""
-        return self.pieces(Request(prompt, max_new, Sampling(**sampling), logprobs), most)
+        for _, piece in self.pieces([Request(prompt, max_new, Sampling(**sampling), logprobs)], most):
+            yield piece
 
-    def pieces(self, request: Request, most: int = 8) -> Iterator[Piece]:
-        """Yield the answer to a request, as `stream` does."""
-        engine = self.engine(1, len(request.ids) + request.max_new)
-        slot, finish = engine.add(request), None
+    def pieces(self, requests: Sequence[Request], most: int = 8) -> Iterator[tuple[int, Piece]]:
+        """Yield (number of the request, piece) of up to `most` tokens until all requests are answered."""
+        engine = self.engine(min(len(requests), SLOTS), max((len(r.ids) + r.max_new for r in requests), default=0))
+        waiting, slots = list(enumerate(requests))[::-1], {}
         try:
-            while not finish:
-                for piece in engine.step(most).values():
-                    finish = piece.finish
-                    yield piece
+            while waiting or slots:
+                while waiting and engine.free:
+                    i, request = waiting.pop()
+                    slots[engine.add(request)] = i
+                for slot, piece in engine.step(most).items():
+                    i = slots.pop(slot) if piece.finish else slots[slot]
+                    yield i, piece
         finally:
-            if not finish:
+            for slot in slots:
                 engine.drop(slot)
 
     def prompt(self, text: str, history: Sequence[dict] = (), is_chat: bool = False) -> list[int]:

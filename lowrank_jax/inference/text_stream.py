@@ -20,6 +20,7 @@ class Writer:
         self._from = 0  # ids before this one no longer affect the text to come
         self._done = ""  # the decoded text of the ids from `_from` on
         self._pending = ""  # decoded, but it may begin a stop string
+        self.decoded = 0  # characters that are decoded, whether they are written or held back
         self.stopped = False
 
     def add(self, ids: Sequence[int]) -> str:
@@ -35,17 +36,13 @@ class Writer:
 
     def end(self) -> str:
         """Return the rest of the text, when no more ids follow."""
-        text = self._tokenizer.decode(self._ids[self._from :])[len(self._done) :]
-        self._done += text
-        new = self._release(text)
-        if self.stopped:
-            return new
-        rest, self._pending = self._pending, ""
-        return new + rest
+        new = self._release(self._tokenizer.decode(self._ids[self._from :])[len(self._done) :])
+        return new if self.stopped else new + self._pending
 
     def _release(self, new: str) -> str:
         if self.stopped:
             return ""
+        self.decoded += len(new)
         text, self._pending = self._pending + new, ""
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if ends:  # the stop string that is complete first counts, however the ids are cut into pieces

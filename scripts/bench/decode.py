@@ -134,9 +134,9 @@ def ours(preset: str, folder: str, weights: str, new: int) -> Measured:
     prepared = engine.prepare(config, params, weights)
     del params
 
-    def run(e, rows: int, length: int, count: int) -> tuple[float, float]:
+    def run(rows: int, length: int, count: int) -> tuple[float, float]:
         """Return the seconds until the first token and until the last."""
-        e.forget()  # the prompts of earlier calls
+        e = engine.Engine(config.model, prepared, (), rows, CONTEXT)  # it has read no prompt yet
         started, first = time.perf_counter(), None
         for prompt in prompts(rows, length, PRESETS[preset]):
             e.add(engine.Request(prompt, count, sampling.PRESETS["det"]))
@@ -146,10 +146,9 @@ def ours(preset: str, folder: str, weights: str, new: int) -> Measured:
         return first - started, time.perf_counter() - started
 
     for rows in ROWS:
-        e = engine.Engine(config.model, prepared, (), rows, CONTEXT)
-        run(e, rows, LONG, 2)  # compiles
+        run(rows, LONG, 2)  # compiles
         for length, count in new_tokens(new).items():
-            measured.add(rows, length, count, *run(e, rows, length, count))
+            measured.add(rows, length, count, *run(rows, length, count))
     return measured
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lowrank_jax.inference.engine import Piece, Request
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.answers import Answer, Shapes
+from lowrank_jax.inference.server.answers import Reply
 from lowrank_jax.inference.server.api import Call, Problem, Settings
 
 SETTINGS = Settings("m", 521, context=100, max_tokens=50, answers=8)
@@ -88,7 +88,8 @@ def test_pieces_of_any_size_give_the_same_text_and_tokens(tok, size, stop):
     text = "ba ce di \u00e9\u6f22, c\u00e9 \U0001f600 gu ha. The end."
     ids = [*tok.encode(text), tok.eos]
     call = Call(False, (Request([1], 50),), 1, stop, 2, stream=False, include_usage=False)
-    answer, sent, tokens = Answer(call, tok), "", []
+    reply, sent, tokens = Reply(call, tok, "m"), "", []
+    (answer,) = reply.answers
     for piece in pieces(ids, size):
         text_of_piece, tokens_of_piece = answer.add(piece)
         sent, tokens = sent + text_of_piece, tokens + tokens_of_piece
@@ -103,7 +104,8 @@ def test_pieces_of_any_size_give_the_same_text_and_tokens(tok, size, stop):
     starts = [len(t.rstrip("\ufffd")) for t in texts[:-1]]  # a character begins with the first of its bytes
     assert [t.offset for t in tokens] == [start for start in starts if start < len(sent)]
     assert [t.text for t in tokens] == [tok.decode([i]) for i in ids[: len(tokens)]]
-    whole = Shapes(call, "m").whole([sent], [tokens], [answer])
+    assert answer.text == sent and answer.logprobs == tokens
+    whole = reply.whole()
     choice = whole["choices"][0]
     assert choice["text"] == sent and choice["logprobs"]["text_offset"] == [t.offset for t in tokens]
     assert whole["usage"] == {"prompt_tokens": 1, "completion_tokens": answer.tokens, "total_tokens": 1 + answer.tokens}

@@ -161,14 +161,14 @@ if os.environ["PATH"] == "/nowhere":
     sys.modules["ziglang"] = None  # no compiler out of a package either
 if sys.argv[1] == "alone":
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from lowrank_jax.inference import panels
+from lowrank_jax.inference import quantize
 from lowrank_jax.model.kernels import build
 build.FLAGS = ("-O0", *build.FLAGS[1:])  # 10 CPU seconds less
 if not build.load("decode"):
     sys.exit("not built")
 w = np.random.default_rng(0).standard_normal((50, 70)).astype(np.float32)
 x = np.ones((3, 50), np.float32)
-y = jax.jit(panels.times)(x, panels.matrix(w))
+y = jax.jit(quantize.times)(x, quantize.in_panels(w))
 np.testing.assert_allclose(y, x @ w, atol=1e-4)
 print(build.compiler()[0])
 """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax.inference import panels, quantize
+from lowrank_jax.inference import quantize
 from lowrank_jax.model.kernels import build
 
 OUTPUTS = 50
@@ -19,7 +19,6 @@ BIG, BIG_GROUP, ZERO = 7, 9, 11  # columns
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 pack = jit(quantize.pack, static_argnums=(1, 2))
 product = jit(quantize.times, static_argnums=2)
-product_in_panels = jit(panels.times)
 
 
 def uneven(inputs: int) -> np.ndarray:
@@ -67,8 +66,8 @@ def test_products_are_those_of_the_represented_matrix(kind, inputs, rows, output
     x = (r.standard_normal((rows, inputs)) * 10.0 ** r.integers(-3, 3, (rows, 1))).astype(np.float32)
     w, dense = packed(inputs, kind, outputs)
     most = 2e-5 * math.sqrt(inputs) * np.abs(x).max(axis=-1, keepdims=True) * np.abs(dense).max(axis=0)
-    in_panels = quantize.matrix(w, outputs)
-    for y in (product(x, w, outputs), product_in_panels(x, in_panels)):
+    in_panels = quantize.in_panels(w, outputs)
+    for y in (product(x, w, outputs), product(x, in_panels)):
         assert (np.abs(np.asarray(y) - x.astype(float) @ dense) <= most).all()
 
 
@@ -76,5 +75,5 @@ def test_products_are_those_of_the_represented_matrix(kind, inputs, rows, output
 def test_rows_are_the_weights_of_an_output(outputs):
     w, dense = packed(96, "int8", outputs)
     at = np.array([[BIG, ZERO, OUTPUTS - 1]])
-    for weights in [quantize.matrix(w, outputs), *[w] * (1 - outputs)]:
+    for weights in [quantize.in_panels(w, outputs), *[w] * (1 - outputs)]:
         np.testing.assert_allclose(quantize.rows(weights, at, jnp.float32)[0], dense.T[at[0]], rtol=1e-6)

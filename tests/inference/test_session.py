@@ -197,7 +197,7 @@ def talk(
     monkeypatch.setattr(conversation, "answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     chat = Conversation(model, lambda ids: Request(ids, 4), (), context, system, shown.append)
-    result = conversation.converse(chat, first, first is None, shown.append)
+    result = chat.hold(first, first is None)
     return histories, "".join(shown), result
 
 

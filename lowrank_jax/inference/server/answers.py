@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.engine import Piece
@@ -10,30 +10,27 @@ from lowrank_jax.inference.server.api import Call
 from lowrank_jax.inference.text_stream import Writer
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token of an answer with its log-probability."""
 
     offset: int  # the place in the answer's text where it begins
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...]  # the most likely tokens, in order
+    top: list[tuple[str, float]]  # the most likely tokens, in order
 
 
 class Answer:
-    """An answer as its pieces arrive; `add` returns the part of a piece that the client may see.
+    """An answer as its pieces arrive: `text` and `logprobs` are what the client may see of it so far.
 
     A token is sent with the text that it begins. So the symbol that ends an answer and the tokens behind a stop string
     are never sent.
     """
 
     def __init__(self, call: Call, tokenizer: Tokenizer):
-        self.finish: str | None = None
+        self.text, self.finish = "", None
         self.tokens = 0  # up to and including the one that ended it
-        self._sent = 0  # characters
-        self._call, self._tokenizer = call, tokenizer
-        self._writer, self._unstopped = Writer(tokenizer, call.stop), Writer(tokenizer)
-        self._offset = 0  # characters that `_unstopped` wrote, which holds no stop strings back
+        self.logprobs: list[Token] = []
+        self._call, self._tokenizer, self._writer = call, tokenizer, Writer(tokenizer, call.stop)
         self._waiting: list[Token] = []
         self._symbols = {i: name for name, i in tokenizer.specials.items()}
 
@@ -44,57 +41,58 @@ class Answer:
             self.tokens += 1
             if self._call.logprobs is not None:
                 logprob, top = piece.logprobs[n]
-                top = tuple((self._text(other), p) for other, p in top[: self._call.logprobs])
-                self._waiting.append(Token(self._offset, self._text(i), logprob, top))
-                self._offset += len(self._unstopped.add([i]))
+                top = [(self._text_of(other), p) for other, p in top[: self._call.logprobs]]
+                self._waiting.append(Token(self._writer.decoded, self._text_of(i), logprob, top))
             new += self._writer.add([i])
             if self._writer.stopped:
                 break
         if piece.finish and not self._writer.stopped:
             new += self._writer.end()
         self.finish = "stop" if self._writer.stopped else piece.finish
-        self._sent += len(new)
-        tokens = [token for token in self._waiting if token.offset < self._sent]
+        self.text += new
+        tokens = [token for token in self._waiting if token.offset < len(self.text)]
         self._waiting = self._waiting[len(tokens) :]
+        self.logprobs += tokens
         return new, tokens
 
-    def _text(self, i: int) -> str:
+    def _text_of(self, i: int) -> str:
         return self._symbols[i] if i in self._symbols else self._tokenizer.decode([i])
 
 
-class Shapes:
-    """The JSON objects of one response."""
+class Reply:
+    """The answers to one call, and the JSON objects that show them: whole, or as the events of a stream."""
 
-    def __init__(self, call: Call, model: str):
-        self._call, kind = call, ("chatcmpl-" if call.is_chat else "cmpl-")
-        self._head = {"id": kind + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+    def __init__(self, call: Call, tokenizer: Tokenizer, model: str):
+        self.answers = [Answer(call, tokenizer) for _ in call.requests]
+        self._call, name = call, "chatcmpl" if call.is_chat else "cmpl"
+        self._head = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, texts: list[str], tokens: list[list[Token]], answers: list[Answer]) -> dict:
+    def whole(self) -> dict:
         """Return the response to a call that is no stream."""
         message = lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}}
-        contents = [message(text) if self._call.is_chat else {"text": text} for text in texts]
-        choices = [self._choice(i, contents[i], tokens[i], answer.finish) for i, answer in enumerate(answers)]
+        content = message if self._call.is_chat else lambda text: {"text": text}
+        choices = [self._choice(i, content(a.text), a.logprobs, a.finish) for i, a in enumerate(self.answers)]
         kind = "chat.completion" if self._call.is_chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self.usage(answers)}
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
     def first(self, i: int) -> dict:
         """Return the event of a chat stream that opens answer i."""
-        return self._chunk([self._choice(i, {"delta": {"role": "assistant", "content": ""}}, [], None)])
+        return self._event(self._choice(i, {"delta": {"role": "assistant", "content": ""}}, [], None))
 
-    def piece(self, i: int, text: str, tokens: list[Token], finish: str | None) -> dict:
+    def piece(self, i: int, text: str, tokens: list[Token]) -> dict:
         """Return the event of a stream for a new piece of answer i."""
         content = {"delta": {"content": text} if text else {}} if self._call.is_chat else {"text": text}
-        return self._chunk([self._choice(i, content, tokens, finish)])
+        return self._event(self._choice(i, content, tokens, self.answers[i].finish))
 
-    def last(self, answers: list[Answer]) -> dict:
+    def last(self) -> dict:
         """Return the event that ends a stream with `include_usage`."""
-        return self._chunk([]) | {"usage": self.usage(answers)}
+        return self._event() | {"usage": self._usage()}
 
-    def usage(self, answers: list[Answer]) -> dict:
-        read, written = self._call.prompt_tokens, sum(answer.tokens for answer in answers)
+    def _usage(self) -> dict:
+        read, written = self._call.prompt_tokens, sum(answer.tokens for answer in self.answers)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    def _chunk(self, choices: list[dict]) -> dict:
+    def _event(self, *choices: dict) -> dict:
         kind = "chat.completion.chunk" if self._call.is_chat else "text_completion"
         usage = {"usage": None} if self._call.include_usage else {}
         return {**self._head, "object": kind, "choices": choices, **usage}

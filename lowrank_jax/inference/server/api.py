@@ -131,6 +131,9 @@ class Completion(Body):
     )
     logprobs: int | None = _field(None, f"an integer from 0 to {TOP}", ge=0, le=TOP)
 
+    def prompts(self) -> list[str | list[int]]:
+        return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -167,13 +170,11 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -
         message = f"the model {model[:100]!r} does not exist: this is {settings.model!r}"
         raise Problem(404, message, "model", "model_not_found")
     body = _checked(Chat if is_chat else Completion, fields)
-    prompts = _conversation(body, tokenizer) if is_chat else _prompts(body.prompt, tokenizer, settings)
-    for ids in prompts:
-        if len(ids) >= settings.context:
-            message = f"a prompt of {len(ids)} tokens and its answer must fit in a context of {settings.context}"
-            raise Problem(400, message, "messages" if is_chat else "prompt", "context_length_exceeded")
-    if body.n * len(prompts) > settings.answers:
-        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "n")
+    sources = [body.messages] if is_chat else body.prompts()
+    if body.n * len(sources) > settings.answers:  # before any of them is encoded
+        name = "prompt" if len(sources) > settings.answers else "n"
+        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", name)
+    prompts = [_ids(source, is_chat, tokenizer, settings) for source in sources]
     if is_chat and body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs if body.logprobs else None) if is_chat else body.logprobs
@@ -225,22 +226,22 @@ def _checked(kind: type[Body], fields: dict) -> Body:
     raise Problem(400, f"{path}={value} must be {description}", path if field else "messages")
 
 
-def _conversation(body: Chat, tokenizer: Tokenizer) -> list[list[int]]:
-    messages = [message.plain() for message in body.messages]
+def _ids(source: list[Message] | str | list[int], is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> list[int]:
+    """Return the token ids of a conversation or a prompt."""
+    name = "messages" if is_chat else "prompt"
     try:
-        return [[tokenizer.bos, *chat.encode(tokenizer, messages, prompt=True)[0]]]
+        if is_chat:
+            ids = [tokenizer.bos, *chat.encode(tokenizer, [message.plain() for message in source], prompt=True)[0]]
+        else:
+            ids = [tokenizer.bos, *tokenizer.encode(source)] if isinstance(source, str) else source
     except UsageError as e:
-        raise Problem(400, str(e), "messages") from None
-
-
-def _prompts(prompt, tokenizer: Tokenizer, settings: Settings) -> list[list[int]]:
-    many = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    for i in (i for one in many if not isinstance(one, str) for i in one):
-        if not 0 <= i < settings.vocab:
-            raise Problem(400, f"prompt has the token id {i}; ids go from 0 to {settings.vocab - 1}", "prompt")
-    if len(many) > settings.answers:  # before all of them are encoded
-        raise Problem(400, f"this server gives at most {settings.answers} answers to a request", "prompt")
-    return [[tokenizer.bos, *tokenizer.encode(one)] if isinstance(one, str) else one for one in many]
+        raise Problem(400, str(e), name) from None
+    if unknown := [i for i in ids if not 0 <= i < settings.vocab]:
+        raise Problem(400, f"{name} has the token id {unknown[0]}; ids go from 0 to {settings.vocab - 1}", name)
+    if len(ids) >= settings.context:
+        message = f"a prompt of {len(ids)} tokens and its answer must fit in a context of {settings.context}"
+        raise Problem(400, message, name, "context_length_exceeded")
+    return ids
 
 
 def _max_tokens(body: Body, is_chat: bool, settings: Settings) -> int:
@@ -257,9 +258,8 @@ def _sampling(body: Body, drawn: dict, settings: Settings) -> Sampling:
     values["seed"] = secrets.randbits(63) if body.seed is None else body.seed % 2**63
     for key in body.logit_bias:
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < settings.vocab):
-            raise Problem(
-                400, f"logit_bias has {key[:60]!r}; token ids go from 0 to {settings.vocab - 1}", "logit_bias"
-            )
+            message = f"logit_bias has {key[:60]!r}; token ids go from 0 to {settings.vocab - 1}"
+            raise Problem(400, message, "logit_bias")
     values["logit_bias"] = tuple((int(key), bias) for key, bias in body.logit_bias.items())
     try:
         return Sampling(**values | drawn)

@@ -16,21 +16,6 @@ from lowrank_jax.machine import console
 GRACE = 3.0  # seconds that active requests have after a signal
 
 
-class _Uvicorn(uvicorn.Server):
-    """Uvicorn that leaves signals to this file, because it would end the process, and says when it listens."""
-
-    def __init__(self, config: uvicorn.Config, url: str):
-        super().__init__(config)
-        self._url = url
-
-    def capture_signals(self):
-        return contextlib.nullcontext()
-
-    async def startup(self, sockets=None) -> None:
-        await super().startup(sockets)
-        console.say(f"listening on {self._url}")
-
-
 def bind(host: str, port: int) -> tuple[socket.socket, str]:
     """Return a socket that owns the address, and the address as a URL."""
     try:
@@ -59,7 +44,8 @@ async def serve(app: Callable, listener: socket.socket, url: str, scheduler: Sch
         app, lifespan="off", loop="asyncio", http="h11", ws="none", log_level="warning", access_log=False,
         server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,
     )  # fmt: skip
-    server, loop, received = _Uvicorn(config, url), asyncio.get_running_loop(), []
+    server, loop, received = uvicorn.Server(config), asyncio.get_running_loop(), []
+    server.capture_signals = contextlib.nullcontext  # uvicorn would end the process
 
     def stop(number: int) -> None:
         if received and number == signal.SIGINT:
@@ -70,5 +56,7 @@ async def serve(app: Callable, listener: socket.socket, url: str, scheduler: Sch
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+    listener.listen(config.backlog)
+    console.say(f"listening on {url}")
     await server.serve([listener])
     return received[0]

@@ -21,19 +21,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.answers import Answer, Shapes
+from lowrank_jax.inference.server.answers import Reply
 from lowrank_jax.inference.server.api import Call, Problem, Settings
-from lowrank_jax.inference.server.scheduler import Full, Scheduler, Stopping
+from lowrank_jax.inference.server.scheduler import Scheduler
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
 MOST_BYTES = 4 << 20  # of a body
 SLOW = 30.0  # seconds that a client may take to send its body, and to read its answer
 CLIENT_GONE = 499  # the status in the metrics of a request whose client disconnected
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}  # of errors
 
 
 class Metrics:
@@ -65,11 +65,18 @@ class Server:
         self.scheduler, self.tokenizer, self.settings = scheduler, tokenizer, settings
         self.metrics = Metrics(scheduler)
         self._page = PAGE.read_text(encoding="utf-8")
-        self._policy = _policy(self._page)
-        self._started = int(time.time())
+        self._model = {
+            "id": settings.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "lowrank_jax",
+            "context": settings.context,
+            "max_tokens": min(settings.max_tokens, settings.context),
+            "presets": {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()},
+        }
 
     def app(self) -> Callable:
-        """Return the ASGI application."""
+        """Return the ASGI application: the routes, behind the check of the key and the count of requests."""
         routes = [
             Route("/", self.page),
             Route("/v1/chat/completions", self.answer, methods=["POST"]),
@@ -80,12 +87,9 @@ class Server:
             Route("/metrics", self.show_metrics),
         ]
         handlers = dict.fromkeys((Problem, HTTPException, ClientDisconnect, 500), _respond_to)
-        return self._outside(Starlette(routes=routes, exception_handlers=handlers))
+        inside = Starlette(routes=routes, exception_handlers=handlers)
 
-    def _outside(self, app: Callable) -> Callable:
-        """Wrap all routes: check the key, add the headers of every response, and count requests."""
-
-        async def outside(scope, receive, send):
+        async def app(scope, receive, send):
             status = CLIENT_GONE
 
             async def sending(message):
@@ -97,13 +101,13 @@ class Server:
 
             try:
                 problem = self._unwelcome(scope)
-                await (_refusal(problem) if problem else app)(scope, receive, sending)
+                await (_refusal(problem) if problem else inside)(scope, receive, sending)
             finally:
                 status = CLIENT_GONE if "client_gone" in scope else status
                 route = scope["route"].path if "route" in scope else "other"
                 self.metrics.requests.labels(route, str(status)).inc()
 
-        return outside
+        return app
 
     def _unwelcome(self, scope) -> Problem | None:
         if not scope["path"].startswith("/v1/"):
@@ -118,8 +122,8 @@ class Server:
         return None
 
     async def page(self, request: Request) -> Response:
-        headers = {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"}
-        return HTMLResponse(self._page, headers={**headers, "Cache-Control": "no-cache", "X-Frame-Options": "DENY"})
+        headers = {"Content-Security-Policy": _policy(self._page), "Referrer-Policy": "no-referrer"}
+        return HTMLResponse(self._page, headers=headers | {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"})
 
     async def health(self, request: Request) -> Response:
         alive = self.scheduler.alive
@@ -130,33 +134,42 @@ class Server:
         return Response(text, headers={"Content-Type": prometheus.CONTENT_TYPE_LATEST})
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.settings.model:
             raise Problem(404, f"the model {name[:100]!r} does not exist", "model", "model_not_found")
-        return _json(self._model())
-
-    def _model(self) -> dict:
-        s = self.settings
-        presets = {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()}
-        facts = {"context": s.context, "max_tokens": min(s.max_tokens, s.context), "presets": presets}
-        return {"id": s.model, "object": "model", "created": self._started, "owned_by": "lowrank_jax", **facts}
+        return _json(self._model)
 
     async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
         data, is_chat = await _body(request), request.url.path.endswith("/chat/completions")
-        # A long prompt takes a while to encode: other requests need not wait for it.
+        # Encoding a long prompt takes a while, for which other requests need not wait.
         call = await asyncio.to_thread(api.read, data, is_chat, self.tokenizer, self.settings)
         work = Work(self, call, deadline)
         if call.stream:
-            return Stream(work, self.settings.timeout + SLOW)
+            return self._stream(work)
         try:
             response = await _while_connected(request.scope, request.receive, work.whole())
         finally:
             work.ticket.cancel()
         return Response(status_code=CLIENT_GONE) if response is None else _json(response)
+
+    def _stream(self, work: "Work") -> Callable:
+        """Return an ASGI response of server-sent events, for as long as the client stays and reads."""
+        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        response = StreamingResponse(work.events(), headers=headers)
+
+        async def respond(scope, receive, send):
+            try:
+                with contextlib.suppress(TimeoutError):  # the client stopped reading
+                    async with asyncio.timeout(self.settings.timeout + SLOW):
+                        await _while_connected(scope, receive, response.stream_response(send))
+            finally:
+                work.ticket.cancel()
+
+        return respond
 
 
 class Work:
@@ -164,79 +177,56 @@ class Work:
 
     def __init__(self, server: Server, call: Call, deadline: float):
         self._server, self._call, self._deadline = server, call, deadline
-        self._answers = [Answer(call, server.tokenizer) for _ in call.requests]
-        self._shapes = Shapes(call, server.settings.model)
+        self._reply = Reply(call, server.tokenizer, server.settings.model)
         self._began = time.monotonic()
-        with _problems(server.settings):
-            self.ticket = server.scheduler.submit(call.requests)
+        self.ticket = server.scheduler.submit(call.requests)
         server.metrics.read.inc(call.prompt_tokens)
 
     async def whole(self) -> dict:
         """Return the response to a call that is no stream."""
-        texts, tokens = [""] * len(self._answers), [[] for _ in self._answers]
-        async for i, text, new in self._pieces():
-            texts[i] += text
-            tokens[i] += new
-        return self._shapes.whole(texts, tokens, self._answers)
+        async for _ in self._pieces():
+            pass
+        return self._reply.whole()
 
-    async def events(self) -> AsyncIterator[dict]:
-        """Yield the events of a stream; an error is the last of them."""
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the events of a stream; an error is the last before its end."""
+        event = lambda value: f"data: {json.dumps(value)}\n\n"
         try:
-            for i in range(len(self._answers)) if self._call.is_chat else ():
-                yield self._shapes.first(i)
+            for i in range(len(self._call.requests)) if self._call.is_chat else ():
+                yield event(self._reply.first(i))
             async for i, text, tokens in self._pieces():
-                finish = self._answers[i].finish
-                if text or tokens or finish:
-                    yield self._shapes.piece(i, text, tokens, finish)
+                if text or tokens or self._reply.answers[i].finish:
+                    yield event(self._reply.piece(i, text, tokens))
             if self._call.include_usage:
-                yield self._shapes.last(self._answers)
+                yield event(self._reply.last())
         except Problem as e:
-            yield e.body()
+            yield event(e.body())
+        yield "data: [DONE]\n\n"
 
     async def _pieces(self) -> AsyncIterator[tuple[int, str, list]]:
         """Yield (number of the answer, new text, new tokens) until all answers have ended."""
-        left, firsts, metrics = len(self._answers), [0.0] * len(self._answers), self._server.metrics
-        with _problems(self._server.settings):
+        firsts, metrics, answers = {}, self._server.metrics, self._reply.answers
+        try:
             async for i, piece in self.ticket.pieces(self._deadline):
-                answer, now = self._answers[i], time.monotonic()
+                answer, now = answers[i], time.monotonic()
                 if answer.finish:  # at a stop string, which the engine does not know
                     continue
                 before = answer.tokens
                 text, tokens = answer.add(piece)
+                metrics.written.inc(answer.tokens - before)
                 if not before:
                     firsts[i] = now
                     metrics.first.observe(now - self._began)
-                metrics.written.inc(answer.tokens - before)
                 if answer.finish:
-                    left -= 1
                     self.ticket.cancel(i)
-                    if answer.tokens > 1 and before:
+                    if before:
                         metrics.each.observe((now - firsts[i]) / (answer.tokens - 1))
                 yield i, text, tokens
-                if not left:
+                if all(answer.finish for answer in answers):
                     return
-
-
-class Stream(StreamingResponse):
-    """A response of server-sent events, for as long as the client stays, and `seconds` at most."""
-
-    def __init__(self, work: Work, seconds: float):
-        headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(self._lines(), headers=headers)
-        self._work, self._seconds = work, seconds  # a client that stops reading would exceed them
-
-    async def __call__(self, scope, receive, send):
-        try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds):
-                    await _while_connected(scope, receive, self.stream_response(send))
-        finally:
-            self._work.ticket.cancel()
-
-    async def _lines(self) -> AsyncIterator[str]:
-        async for event in self._work.events():
-            yield f"data: {json.dumps(event)}\n\n"
-        yield "data: [DONE]\n\n"
+        except TimeoutError:
+            seconds = f"{self._server.settings.timeout:g} seconds"
+            raise Problem(504, f"there was no answer within {seconds}", code="timeout") from None
 
 
 async def _while_connected(scope, receive, work: Coroutine):
@@ -277,34 +267,12 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-@contextlib.contextmanager
-def _problems(settings: Settings):
-    """Turn the scheduler's exceptions into Problems."""
-    try:
-        yield
-    except Full:
-        raise Problem(429, "too many requests are waiting; try again soon", code="queue_full") from None
-    except Stopping:
-        raise Problem(503, "the server is stopping", code="stopping") from None
-    except TimeoutError:
-        raise Problem(504, f"there was no answer within {settings.timeout:g} seconds", code="timeout") from None
-    except UsageError as e:
-        raise Problem(400, str(e)) from None
-    except RunFailure as e:
-        raise Problem(500, str(e), code="engine_failure") from None
-
-
 def _json(value: dict, status: int = 200, headers: dict | None = None) -> Response:
     return Response(json.dumps(value), status, headers, "application/json")
 
 
 def _refusal(problem: Problem, headers: dict | None = None) -> Response:
-    headers = dict(headers or {})
-    if problem.status in (429, 503):
-        headers["Retry-After"] = "1"
-    if problem.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return _json(problem.body(), problem.status, headers)
+    return _json(problem.body(), problem.status, {**(headers or {}), **HEADERS.get(problem.status, {})})
 
 
 async def _respond_to(request: Request, e: Exception) -> Response:
@@ -323,7 +291,5 @@ def _policy(page: str) -> str:
         texts = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(t.encode()).digest()).decode()}'" for t in texts)
 
-    rules = {"default-src": "'none'", "script-src": hashes("script"), "style-src": hashes("style")}
-    rules |= {"connect-src": "'self'", "img-src": "data:"}
-    rules |= dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'")
-    return "; ".join(f"{name} {value}" for name, value in rules.items())
+    own = f"script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:"
+    return f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

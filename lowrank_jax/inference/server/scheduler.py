@@ -11,16 +11,11 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import CHUNKS, Engine, Piece, Request
+from lowrank_jax.inference.server.api import Problem
 
-
-class Full(Exception):
-    """The queue has no room for the requests."""
-
-
-class Stopping(Exception):
-    """The server is about to end."""
+STOPPING = 503, "the server is stopping", None, "stopping"
 
 
 class Ticket:
@@ -28,29 +23,26 @@ class Ticket:
 
     def __init__(self, requests: Sequence[Request]):
         self.requests = tuple(requests)
-        self._cancelled: set[int | None] = set()
+        self.cancelled: set[int] = set()  # numbers of requests
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
 
     async def pieces(self, deadline: float) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (number of the request, piece) for as long as it is read.
 
-        Raises the engine's exception, Stopping, or TimeoutError at the loop's time `deadline`.
+        Raises the Problem that ended a request, or TimeoutError at the loop's time `deadline`.
         """
         while True:
             async with asyncio.timeout_at(deadline):
                 i, piece = await self._pieces.get()
-            if isinstance(piece, Exception):
+            if isinstance(piece, Problem):
                 raise piece
             yield i, piece
 
     def cancel(self, i: int | None = None) -> None:
         """End request i, or all of them: waiting ones are forgotten, slots are freed before the next step."""
-        self._cancelled.add(i)
+        self.cancelled.update(range(len(self.requests)) if i is None else [i])
 
-    def is_cancelled(self, i: int) -> bool:
-        return None in self._cancelled or i in self._cancelled
-
-    def put(self, i: int, piece: Piece | Exception) -> None:
+    def put(self, i: int, piece: Piece | Problem) -> None:
         """Hand over a piece of request i, from the engine's thread."""
         try:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, (i, piece))
@@ -59,16 +51,14 @@ class Ticket:
 
 
 class Scheduler:
-    """Runs an engine for the requests that are `waiting` and `active`, and makes a new one after a failure."""
+    """Runs an engine for at most `room` requests, `waiting` or `active`, and makes a new one after a failure."""
 
-    def __init__(self, make: Callable[[], Engine], slots: int, queue: int):
-        self.room = slots + queue
-        self.failures = 0
+    def __init__(self, make: Callable[[], Engine], room: int):
+        self.room, self.failures = room, 0
         self._make, self._engine = make, None
-        self._changed = threading.Condition()
+        self._changed, self._stopping = threading.Condition(), False
         self.waiting: collections.deque[tuple[Ticket, int]] = collections.deque()  # (ticket, number of the request)
         self.active: dict[int, tuple[Ticket, int]] = {}  # by slot
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -78,19 +68,19 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, requests: Sequence[Request]) -> Ticket:
-        """Queue all of the requests, or none of them and raise Full or Stopping."""
+        """Queue all of the requests, or none of them and raise Problem."""
         with self._changed:
             if self._stopping:
-                raise Stopping
+                raise Problem(*STOPPING)
             if len(self.waiting) + len(self.active) + len(requests) > self.room:
-                raise Full
+                raise Problem(429, "too many requests are waiting; try again soon", code="queue_full")
             ticket = Ticket(requests)
             self.waiting += [(ticket, i) for i in range(len(requests))]
             self._changed.notify()
         return ticket
 
     def close(self) -> None:
-        """End all requests with Stopping, once the current step is done."""
+        """End all requests once the current step is done, and refuse new ones."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -112,7 +102,7 @@ class Scheduler:
                     break
             if failure := self._turn():
                 self._recover(failure)
-        self._end_all(Stopping())
+        self._end_all(Problem(*STOPPING))
 
     def _turn(self) -> str | None:
         """Drop, admit and step; return a failure as text, because an exception would keep the engine's arrays alive."""
@@ -131,11 +121,11 @@ class Scheduler:
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
     def _drop_cancelled(self) -> None:
-        for slot in [slot for slot, (ticket, i) in self.active.items() if ticket.is_cancelled(i)]:
+        for slot in [slot for slot, (ticket, i) in self.active.items() if i in ticket.cancelled]:
             self._engine.drop(slot)
             del self.active[slot]
         with self._changed:
-            self.waiting = collections.deque((ticket, i) for ticket, i in self.waiting if not ticket.is_cancelled(i))
+            self.waiting = collections.deque((ticket, i) for ticket, i in self.waiting if i not in ticket.cancelled)
 
     def _admit(self) -> None:
         while self.waiting and self._engine.free:
@@ -144,9 +134,9 @@ class Scheduler:
                 try:
                     self.active[self._engine.add(ticket.requests[i])] = ticket, i
                 except UsageError as e:
-                    ticket.put(i, e)
+                    ticket.put(i, Problem(400, str(e)))
                 except Exception:
-                    ticket.put(i, RunFailure("the engine failed to take the request"))
+                    ticket.put(i, Problem(500, "the engine failed to take the request", code="engine_failure"))
                     raise
 
     def _recover(self, failure: str) -> None:
@@ -155,13 +145,15 @@ class Scheduler:
         self._engine = None
         if not self.active:  # not even an engine could be made
             time.sleep(1)
-        self._end_all(RunFailure(f"the engine failed ({failure})"), waiting=not self.active)
+        problem = Problem(500, f"the engine failed ({failure})", code="engine_failure")
+        self._end_all(problem, with_waiting=not self.active)
 
-    def _end_all(self, reason: Exception, waiting: bool = True) -> None:
+    def _end_all(self, reason: Problem, with_waiting: bool = True) -> None:
         with self._changed:
-            ended, self.active = [*self.active.values()], {}
-            if waiting:
-                ended, self.waiting = [*ended, *self.waiting], collections.deque()
+            ended = [*self.active.values(), *(self.waiting if with_waiting else ())]
+            self.active.clear()
+            if with_waiting:
+                self.waiting.clear()
         for ticket, i in ended:
             ticket.put(i, reason)
 
