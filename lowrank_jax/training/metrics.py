@@ -32,8 +32,8 @@ class Meter:
         self.trackers = track.open_trackers(names, folder, config.to_dict(), done)
         self.step = done
         self._pending, self._step_seconds, self._switching = None, None, None
-        peak = devices.peak_flops()
-        self._peak, self._dispatched = peak and peak * jax.device_count(), 0
+        chip = devices.chip(jax.devices()[0])
+        self._peak, self._dispatched = chip and chip.peak_flops * jax.device_count(), 0
         self.restart_clock()
 
     def close(self) -> None:
