@@ -329,11 +329,9 @@ def _check_phase(p: PhaseConfig, path: str) -> None:
         _check_growth(p, path)
     for length in p.lengths:
         rows, rest = divmod(p.tokens_per_step, length)
-        _require(
-            rest == 0,
-            f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}; "
-            f"use {rows * length or length} (tokens per step stay the same while the length grows)",
-        )
+        multiple = f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}"
+        advice = f"use {rows * length or length} (tokens per step stay the same while the length grows)"
+        _require(rest == 0, f"{multiple}; {advice}")
         divides = not p.readers or rows % p.readers == 0
         _require(divides, f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step")
 
@@ -342,6 +340,6 @@ def _check_growth(p: PhaseConfig, path: str) -> None:
     _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
     shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
     _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
-    too_long = f"{shown} starts below {path}.block={p.block}; lower the block, or start the plan with it"
-    _require(p.block <= p.grow_plan[0], too_long)
+    advice = "lower the block, or start the plan with it"
+    _require(p.block <= p.grow_plan[0], f"{shown} starts below {path}.block={p.block}; {advice}")
     _require(p.grow_every_steps >= 1, f"{path}.grow_every_steps={p.grow_every_steps} must be at least 1")

@@ -114,8 +114,11 @@ def topology(name: str) -> list[jax.Device]:
         sys.path.append(str(AOT))
     extra, modules = COMPILERS[description["platform"]]
     install = f'pip install "jax[{extra}]"'
-    module = next(filter(_is_installed, modules), None)
-    if module is None:
+    for module in modules:
+        with contextlib.suppress(ModuleNotFoundError):  # the package around it is missing
+            if importlib.util.find_spec(module):
+                break
+    else:
         raise UsageError(f"topology {name}: its compiler is not installed; {install}")
     # Without these, libtpu asks the network about its hardware and refuses a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -153,13 +156,6 @@ def _parse(name: str) -> dict:
     # The compiler chooses a host's chips. For a single chip, some versions choose 2x2 and then refuse it.
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if chips == 1 else {}
     return dict(platform="tpu", topology_name=name) | bounds
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is missing
-        return False
 
 
 def _describe(description: dict, module: str) -> list[jax.Device]:

@@ -47,15 +47,10 @@ class Instruction:
     rest: str  # the text behind the parentheses
     home: "Computation"
     calls: dict[str, list["Computation"]]  # by the name of the attribute
-
-    @functools.cached_property
-    def target(self) -> str:
-        """Return the name of the function that a custom call calls, else nothing."""
-        return (re.search(r'custom_call_target="([^"]*)"', self.rest) or [None, ""])[1]
+    target: str  # the function that a custom call calls, else nothing
 
     @property
-    def is_matmul(self) -> bool:
-        """Return whether it is a matmul: a dot, a TPU's convolution or a call of cuBLAS."""
+    def is_matmul(self) -> bool:  # a TPU's compiler writes convolutions
         return self.opcode in ("dot", "scaled-dot", "convolution") or self.target.startswith("__cublas")
 
     @property
@@ -156,7 +151,8 @@ def _instruction(words: str, home: Computation, names: dict, computations: dict)
     )
     calls = {key: [computations[name] for name in _NAME.findall(called)] for key, called in _CALL.findall(rest)}
     operands = tuple(names[name] for name in _NAME.findall(args))
-    return Instruction(words[end:opening].strip(), arrays, operands, args, rest, home, calls)
+    target = (re.search(r'custom_call_target="([^"]*)"', rest) or [None, ""])[1]
+    return Instruction(words[end:opening].strip(), arrays, operands, args, rest, home, calls, target)
 
 
 def _closing(line: str, opening: int) -> int:

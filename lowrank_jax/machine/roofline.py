@@ -127,6 +127,9 @@ def _written(output: hlo.Instruction) -> int:
     return (source.operands[1] if source.opcode == "dynamic-update-slice" else output).arrays[0].size
 
 
+ESTIMATES = ("compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu_bound", "bound")
+
+
 def estimate(
     chip: Chip | None,
     flops: float,
@@ -135,7 +138,7 @@ def estimate(
     per_host: int | None = None,
     model_flops: float | None = None,
 ) -> dict:
-    """Return {compute_seconds, memory_seconds, network_seconds, step_seconds, mfu_bound, bound} of a step.
+    """Return the ESTIMATES of a step.
 
     `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device; None leaves a part
     out. The step takes as long as its slowest part, as if the three overlapped perfectly; a real step is slower, and
@@ -143,8 +146,7 @@ def estimate(
     memory or network. Devices on one host stand together in the mesh, `per_host` of them. An unknown chip gives None.
     """
     if chip is None:
-        keys = ("compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu_bound", "bound")
-        return dict.fromkeys(keys)
+        return dict.fromkeys(ESTIMATES)
     seconds = {
         "compute": flops / chip.peak_flops,
         "memory": None if traffic is None else traffic / chip.memory_bandwidth,
@@ -153,8 +155,7 @@ def estimate(
     bound = max(seconds, key=lambda name: seconds[name] or 0.0)
     step = seconds[bound]
     mfu = (flops if model_flops is None else model_flops) / (step * chip.peak_flops) if step else None
-    parts = {f"{name}_seconds": part for name, part in seconds.items()}
-    return parts | {"step_seconds": step, "mfu_bound": mfu, "bound": bound}
+    return dict(zip(ESTIMATES, (*seconds.values(), step, mfu, bound)))
 
 
 def network_seconds(chip: Chip, c: Collective, per_host: int | None = None) -> float:
