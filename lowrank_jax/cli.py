@@ -37,9 +37,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
-        self.add_argument(
-            "--config", metavar="FILE", help="a config, such as configs/custom.py or configs/preset.py:base"
-        )
+        example = "a config, such as configs/custom.py or configs/preset.py:base"
+        self.add_argument("--config", metavar="FILE", help=example)
         self.epilog = "any key of the config can be set with --config.group.key=value; configs/default.py lists them"
         args, rest = self.parse_known_args(argv)
         if args.config is None:
@@ -97,15 +96,12 @@ def main(command, argv: list[str] | None = None) -> None:
         result = command(argv)
         if result is not None and "--json" in argv and processes.is_first():
             print(json.dumps(result), flush=True)
-    except UsageError as e:
-        _print_error(str(e))
-        leave(2)
     except BrokenPipeError:  # the reader of our output is gone: there is nobody to report to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
-    except (RunFailure, OSError) as e:
+    except (UsageError, RunFailure, OSError) as e:
         _print_error(str(e))
-        leave(1)
+        leave(2 if isinstance(e, UsageError) else 1)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
     except SystemExit as e:

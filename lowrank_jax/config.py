@@ -11,6 +11,7 @@ import math
 import re
 import typing
 from dataclasses import dataclass
+from typing import Annotated
 
 
 class UsageError(Exception):
@@ -21,21 +22,33 @@ class RunFailure(Exception):
     """A run that cannot go on, for a reason that one line explains; exit status 1."""
 
 
+_LIMITS = {
+    "at least 0": lambda number: number >= 0,
+    "at least 1": lambda number: number >= 1,
+    "above 0": lambda number: number > 0,
+    "between 0 and 0.5": lambda number: 0 <= number <= 0.5,
+    "between 0 and 1": lambda number: 0 <= number <= 1,
+    "at least 0 and below 1": lambda number: 0 <= number < 1,
+}
+Count, Size, Amount = Annotated[int, "at least 0"], Annotated[int, "at least 1"], Annotated[float, "at least 0"]
+Share, Decay = Annotated[float, "between 0 and 1"], Annotated[float, "at least 0 and below 1"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab: int
-    d: int
-    layers: int
-    heads: int
-    rank: int
+    vocab: Count
+    d: Size
+    layers: Size
+    heads: Size
+    rank: Count
     rank_split: tuple[float, ...]
     shared_kv: bool
     latent_norm: bool
-    mlp: int
-    mlp_rank: int
-    embed_rank: int
+    mlp: Count
+    mlp_rank: Count
+    embed_rank: Count
     tied: bool
-    attention: str
+    attention: Annotated[str, ("auto", "reference", "chunked", "cudnn", "splash", "native")]
     scan: bool
     remat: bool
 
@@ -79,26 +92,26 @@ class SourceConfig:
 @dataclass(frozen=True)
 class PhaseConfig:
     sources: tuple[SourceConfig, ...]
-    steps: int
-    tokens_per_param: float
-    tokens_per_step: int
-    microbatch_tokens: int
-    block: int
+    steps: Count
+    tokens_per_param: Amount
+    tokens_per_step: Size
+    microbatch_tokens: Count
+    block: Size
     auto_grow: bool
     grow_plan: tuple[int, ...]
     grow_every_steps: int
-    lr: float
-    lr_core: float
-    lr_head: float
+    lr: Annotated[float, "above 0"]
+    lr_core: Amount
+    lr_head: Amount
     freeze: str
-    schedule: str
-    warmup: float
-    cooldown: float
-    lr_end: float
-    eval_fraction: float
-    eval_tokens: int
-    max_skipped: int
-    readers: int
+    schedule: Annotated[str, ("wsd", "cosine", "linear")]
+    warmup: Share
+    cooldown: Share
+    lr_end: Share
+    eval_fraction: Annotated[float, "between 0 and 0.5"]
+    eval_tokens: Size
+    max_skipped: Count
+    readers: Count
     sample: str
 
     @property
@@ -109,49 +122,49 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str
-    beta1: float
-    beta2: float
-    weight_decay: float
-    clip: float
-    z_loss: float
-    label_smoothing: float
-    ema: float
-    skip_sigma: float
+    name: Annotated[str, ("muon", "adamw")]
+    beta1: Decay
+    beta2: Decay
+    weight_decay: Amount
+    clip: Amount
+    z_loss: Amount
+    label_smoothing: Decay
+    ema: Decay
+    skip_sigma: Amount
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int
-    fsdp: int
-    tensor: int
+    data: Count
+    fsdp: Count
+    tensor: Count
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     path: str
     vocab_size: int
-    train_bytes: int
+    train_bytes: Size
 
 
 @dataclass(frozen=True)
 class EveryConfig:
-    log: int
-    eval: int
-    save: int
-    save_minutes: float
-    keep: int
-    fp8_check: int
+    log: Size
+    eval: Size
+    save: Size
+    save_minutes: Amount
+    keep: Size
+    fp8_check: Size
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    seed: int
-    precision: str
-    memory_gb: float
+    seed: Count
+    precision: Annotated[str, ("auto", "fp32", "bf16", "fp16", "fp8")]
+    memory_gb: Amount
     init_from: str
-    track: tuple[str, ...]
-    profile: int
+    track: Annotated[tuple[str, ...], ("tensorboard", "wandb", "mlflow")]
+    profile: Count
     model: ModelConfig
     mesh: MeshConfig
     optim: OptimConfig
@@ -164,10 +177,16 @@ class RunConfig:
     def from_dict(cls, values: dict) -> "RunConfig":
         """Build and check a config from plain nested values; raises UsageError in one line."""
         config = _build(cls, values, "config")
+        _check_values(config, "config")
+        for name in ("mesh", "optim", "tokenizer", "every"):
+            _check_values(getattr(config, name), f"config.{name}")
+        if not config.tokenizer.path:
+            size = config.tokenizer.vocab_size
+            _require(size >= 1, f"config.tokenizer.vocab_size={size} must be at least 1")
         _check_model(config.model)
-        _check_phase(config.pretrain, "pretrain")
-        _check_phase(config.sft, "sft")
-        _check_rest(config)
+        _check_phase(config.pretrain, "config.pretrain")
+        if config.sft.steps != 0:
+            _check_phase(config.sft, "config.sft")
         return config
 
     def to_dict(self) -> dict:
@@ -210,9 +229,7 @@ def _convert(hint, value, path: str):
         if not isinstance(items, (list, tuple)):
             raise UsageError(f"{path}={value!r} must be a list, such as {_LISTS[hint]}")
         return tuple(_convert(typing.get_args(hint)[0], item, path) for item in items if item != "")
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
+    if hint in (bool, str) and isinstance(value, hint):
         return value
     if hint in (int, float) and not isinstance(value, bool):
         try:
@@ -273,19 +290,19 @@ def _require(ok: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _one_of(value: str, choices: tuple[str, ...], path: str) -> None:
-    _require(value in choices, f"{path}={value!r} must be one of {', '.join(choices)}")
-
-
-def _at_least(limit: int, group, path: str, *keys: str) -> None:
-    for key in keys:
-        _require(getattr(group, key) >= limit, f"{path}.{key}={getattr(group, key)} must be at least {limit}")
+def _check_values(group, path: str) -> None:
+    for key, hint in typing.get_type_hints(type(group), include_extras=True).items():
+        value, limit = getattr(group, key), getattr(hint, "__metadata__", [None])[0]
+        if isinstance(limit, str):
+            _require(_LIMITS[limit](value), f"{path}.{key}={value} must be {limit}")
+        elif limit:
+            for word in value if isinstance(value, tuple) else [value]:
+                _require(word in limit, f"{path}.{key}={word!r} must be one of {', '.join(limit)}")
 
 
 def _check_model(m: ModelConfig) -> None:
     path = "config.model"
-    _at_least(1, m, path, "d", "layers", "heads")
-    _at_least(0, m, path, "vocab", "rank", "mlp", "mlp_rank", "embed_rank")
+    _check_values(m, path)
     near = min((h for h in range(1, m.d + 1) if m.d % h == 0), key=lambda h: abs(h - m.heads))
     _require(near == m.heads, f"{path}.heads={m.heads} does not divide {path}.d={m.d}; use {near}")
     _require(m.rank <= m.d, f"{path}.rank={m.rank} must not exceed {path}.d={m.d}")
@@ -294,39 +311,27 @@ def _check_model(m: ModelConfig) -> None:
     _require(m.rank > 0 or not m.shared_kv, f"{path}.shared_kv needs latents; set {path}.rank above 0")
     too_small = m.rank > 0 and min(m.ranks) < 1
     _require(not too_small, f"{path}.rank={m.rank} gives a projection rank 0; raise it or even out {path}.rank_split")
-    _one_of(m.attention, ("auto", "reference", "chunked", "cudnn", "splash", "native"), f"{path}.attention")
 
 
-def _check_phase(p: PhaseConfig, name: str) -> None:
-    path = f"config.{name}"
-    _at_least(0, p, path, "steps")
-    if name == "sft" and p.steps == 0:
-        return
+def _check_phase(p: PhaseConfig, path: str) -> None:
     _require(len(p.sources) > 0, f"{path}.sources is empty; name at least one, such as text:my/*.txt")
-    _at_least(0, p, path, "microbatch_tokens", "tokens_per_param", "lr_core", "lr_head", "max_skipped", "readers")
-    for key in ("tokens_per_step", "block", "lr", "eval_tokens"):
-        _require(getattr(p, key) > 0, f"{path}.{key}={getattr(p, key)} must be above 0")
+    _check_values(p, path)
     _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param must not both be 0")
-    for key, limit in (("warmup", 1), ("cooldown", 1), ("lr_end", 1), ("eval_fraction", 0.5)):
-        _require(0 <= getattr(p, key) <= limit, f"{path}.{key}={getattr(p, key)} must be between 0 and {limit}")
     _require(p.warmup + p.cooldown <= 1, f"{path}.warmup={p.warmup} + {path}.cooldown={p.cooldown} must not exceed 1")
     for first in sorted({step for source in p.sources for step, _ in source.weight}):
         weights = [[w for step, w in source.weight if step <= first][-1] for source in p.sources]
         _require(any(weights), f"{path}.sources: every weight is 0 from step {first} on; keep one above 0")
-    _one_of(p.schedule, ("wsd", "cosine", "linear"), f"{path}.schedule")
     try:
         re.compile(p.freeze)
     except re.error as e:
         raise UsageError(f"{path}.freeze={p.freeze!r} is not a regular expression: {e}") from None
     if p.auto_grow:
         _check_growth(p, path)
-    for length in (p.block, *p.grow_plan) if p.auto_grow else (p.block,):
+    for length in p.lengths:
         rows, rest = divmod(p.tokens_per_step, length)
-        _require(
-            rest == 0,
-            f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}; "
-            f"use {rows * length or length} (tokens per step stay the same while the length grows)",
-        )
+        multiple = f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}"
+        advice = f"use {rows * length or length} (tokens per step stay the same while the length grows)"
+        _require(rest == 0, f"{multiple}; {advice}")
         divides = not p.readers or rows % p.readers == 0
         _require(divides, f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step")
 
@@ -335,22 +340,6 @@ def _check_growth(p: PhaseConfig, path: str) -> None:
     _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
     shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
     _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
-    too_long = f"{shown} starts below {path}.block={p.block}; lower the block, or start the plan with it"
-    _require(p.block <= p.grow_plan[0], too_long)
-    _at_least(1, p, path, "grow_every_steps")
-
-
-def _check_rest(c: RunConfig) -> None:
-    _one_of(c.precision, ("auto", "fp32", "bf16", "fp16", "fp8"), "config.precision")
-    for name in c.track:
-        _one_of(name, ("tensorboard", "wandb", "mlflow"), "config.track")
-    _one_of(c.optim.name, ("muon", "adamw"), "config.optim.name")
-    for key in ("beta1", "beta2", "label_smoothing", "ema"):
-        value = getattr(c.optim, key)
-        _require(0 <= value < 1, f"config.optim.{key}={value} must be at least 0 and below 1")
-    _at_least(0, c, "config", "seed", "memory_gb", "profile")
-    _at_least(0, c.mesh, "config.mesh", "data", "fsdp", "tensor")
-    _at_least(0, c.optim, "config.optim", "weight_decay", "clip", "z_loss", "skip_sigma")
-    _at_least(0, c.every, "config.every", "save_minutes")
-    _at_least(1, c.every, "config.every", "log", "eval", "save", "keep", "fp8_check")
-    _at_least(1, c.tokenizer, "config.tokenizer", "train_bytes", *([] if c.tokenizer.path else ["vocab_size"]))
+    advice = "lower the block, or start the plan with it"
+    _require(p.block <= p.grow_plan[0], f"{shown} starts below {path}.block={p.block}; {advice}")
+    _require(p.grow_every_steps >= 1, f"{path}.grow_every_steps={p.grow_every_steps} must be at least 1")

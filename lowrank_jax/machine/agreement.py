@@ -1,7 +1,6 @@
-"""Agreement between the processes of a run.
+"""Agreement between the processes of a run, on what one of them alone knows: a signal, a file, a lack of memory.
 
-Where the next action depends on something that one process alone knows (a signal, a file, a lack of memory), all
-processes agree on it first: otherwise the others would wait forever. With one process, everything returns at once.
+Without it, a process that acts by itself would leave the others waiting forever.
 """
 
 import json

@@ -1,9 +1,8 @@
 """Devices: their published peaks, their memory, and descriptions of devices to compile for without owning them.
 
-JAX can compile a program for a described device, and `hlo` reads memory, matmuls and collectives from the result.
-Nothing runs. The compilers are packages (`pip install "jax[cuda12]"` or `"jax[tpu]"`). They may also lie in the
-environment's folder `aot`, which only `topology` reads: on a machine without a GPU, an installed CUDA package makes
-every program that uses JAX print a warning.
+JAX can compile a program for a described device; nothing runs. The compilers are packages (`pip install "jax[cuda12]"`
+or `"jax[tpu]"`). They may also lie in the environment's folder `aot`, which only `topology` reads: on a machine without
+a GPU, an installed CUDA package makes every program that uses JAX print a warning.
 """
 
 import contextlib
@@ -14,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ from jax.experimental import topologies
 
 from lowrank_jax.config import UsageError
 
-GIB = 2**30
 GPU_SHARE = 0.75  # share of a GPU's memory that JAX reserves unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 
 
@@ -43,39 +42,14 @@ class Chip(NamedTuple):
     host_bandwidth: float | None = None
 
 
-# TPUs: Google's Cloud TPU pages. Memory is in GiB, links are half of the "bidirectional ICI bandwidth per chip". The
-# page of the v4 has no bandwidth: six links of 50 GB/s, as in its paper (arXiv 2304.01433). A TPU7x chip (2307 TFLOP/s,
-# 192 GiB, 7380 and 600 GB/s) is two devices. A program gets 15.75, 95.73 and 31.24 GiB of a v5e, v5p and v6e (libtpu
-# 0.0.52 says so when it refuses a program).
-# GPUs: NVIDIA's data sheets. Memory is in GB, links are half of NVLink's total, and half of PCIe 5's for the H100 PCIe,
-# whose NVLink bridge joins two GPUs at most. Between hosts, a GPU has its share of a DGX-1's, DGX A100's or DGX H100's
-# network: 50, 200, 400 Gbit/s. An H100 PCIe comes in many machines; it gets the fastest network. An A100 has 40 or
-# 80 GB, a V100 16 or 32: the table has the smaller, and a real device reports its own.
-# The first key that occurs in device_kind counts.
-CHIPS = {
-    "TPU v4": Chip(275e12, 32 * GIB, 1200e9, 300e9),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9),
-    "TPU v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
-    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1638e9, 400e9),
-    "TPU v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9),
-    "TPU7x": Chip(2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2),
-    "H100 PCIe": Chip(756e12, 80 * 10**9, 2000e9, 64e9, 50e9),
-    "H100": Chip(989e12, 80 * 10**9, 3350e9, 450e9, 50e9),
-    "A100": Chip(312e12, 40 * 10**9, 1555e9, 300e9, 25e9),
-    "V100": Chip(125e12, 16 * 10**9, 900e9, 150e9, 6.25e9),
-}
+_TABLES = tomllib.loads(pathlib.Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
+CHIPS = {name: Chip(**peaks) for name, peaks in _TABLES["chips"].items()}
+TPUS = _TABLES["slices"]
 
 
 def chip(device: jax.Device) -> Chip | None:
     """Return the device's published peaks, or None for a chip that is not in CHIPS."""
     return next((chip for name, chip in CHIPS.items() if name in device.device_kind), None)
-
-
-def peak_flops(device: jax.Device | None = None) -> float | None:
-    """Return the bf16 peak of a device (the first one), or None for a chip that is not in CHIPS, such as a CPU."""
-    known = chip(device or jax.devices()[0])
-    return known.peak_flops if known else None
 
 
 def memory_bytes(device: jax.Device) -> int:
@@ -95,26 +69,18 @@ def memory_bytes(device: jax.Device) -> int:
 
 
 def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
-    """Return the machine's memory, or the limit of the process's control group where that is lower.
+    """Return the machine's memory, or the lowest limit of the process's control groups and their parent groups.
 
-    Free memory would change between runs, and a resumed run must choose the same stages.
+    Free memory would change between runs, and a resumed run must choose the same stages. In a container, the path of a
+    group may be the host's path. A folder that does not exist has no limit.
     """
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([machine, *cgroup_limits(root)])
-
-
-def cgroup_limits(root: pathlib.Path) -> list[int]:
-    """Return the memory limits of the process's control groups (versions 1 and 2) and of their parent groups.
-
-    In a container, the path of a group may be the host's path. A folder that does not exist has no limit.
-    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
-        return []
-    limits = []
-    for _, controllers, path in groups:
-        if controllers == "":
+        groups = []
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers == "":  # version 2 of control groups
             mount, name = root / "sys/fs/cgroup", "memory.max"
         elif "memory" in controllers.split(","):
             mount, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
@@ -124,23 +90,12 @@ def cgroup_limits(root: pathlib.Path) -> list[int]:
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # a missing file, or the word `max`
                 limits.append(int((mount / folder / name).read_text()))
-    return limits
+    return min(limits)
 
 
-class Slices(NamedTuple):
-    """Sides of a TPU slice's grid of chips, chips of the largest slice, and an example of a grid."""
-
-    sides: int
-    chips: int
-    example: str
-
-
-# `v4` is missing: its compiler describes a chip as two devices, and a real chip is one device.
-TPUS = {"v5e": Slices(2, 256, "4x4"), "v5p": Slices(3, 8960, "4x4x4")}
-TPUS |= {"v6e": Slices(2, 256, "4x4"), "tpu7x": Slices(3, 9216, "2x2x1")}
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")  # a description for XLA
 H100S = re.compile(r"h100:([1-8])(?:x([1-9]\d{0,3}))?")  # GPUs of a host, and hosts
-TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices.example}" for name, slices in TPUS.items()), "h100:8"])
+TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices['example']}" for name, slices in TPUS.items()), "h100:8"])
 TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
 COMPILERS = {"cuda": ("cuda12", ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")), "tpu": ("tpu", ("libtpu",))}
 AOT = pathlib.Path(sys.prefix, "aot")
@@ -159,8 +114,11 @@ def topology(name: str) -> list[jax.Device]:
         sys.path.append(str(AOT))
     extra, modules = COMPILERS[description["platform"]]
     install = f'pip install "jax[{extra}]"'
-    module = next(filter(_is_installed, modules), None)
-    if module is None:
+    for module in modules:
+        with contextlib.suppress(ModuleNotFoundError):  # the package around it is missing
+            if importlib.util.find_spec(module):
+                break
+    else:
         raise UsageError(f"topology {name}: its compiler is not installed; {install}")
     # Without these, libtpu asks the network about its hardware and refuses a second process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -187,24 +145,17 @@ def _parse(name: str) -> dict:
     prefix, _, grid = name.partition(":")
     if prefix not in TPUS:
         raise UsageError(f"topology {name!r} is unknown; use a name such as {TOPOLOGIES}")
-    slices = TPUS[prefix]
-    is_grid = re.fullmatch(rf"[1-9]\d{{0,3}}(x[1-9]\d{{0,3}}){{{slices.sides - 1}}}", grid)
+    sides, most, example = TPUS[prefix].values()
+    is_grid = re.fullmatch(rf"[1-9]\d{{0,3}}(x[1-9]\d{{0,3}}){{{sides - 1}}}", grid)
     chips = math.prod(map(int, grid.split("x"))) if is_grid else 0
-    if not 0 < chips <= slices.chips:
+    if not 0 < chips <= most:
         raise UsageError(
-            f"topology {name!r}: a {prefix} slice is a grid of {slices.sides} sides and at most {slices.chips} chips, "
-            f"such as {prefix}:{slices.example}"
+            f"topology {name!r}: a {prefix} slice is a grid of {sides} sides and at most {most} chips, such as "
+            f"{prefix}:{example}"
         )
     # The compiler chooses a host's chips. For a single chip, some versions choose 2x2 and then refuse it.
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if chips == 1 else {}
     return dict(platform="tpu", topology_name=name) | bounds
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is missing
-        return False
 
 
 def _describe(description: dict, module: str) -> list[jax.Device]:

@@ -24,21 +24,15 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.machine import processes
 
 VARIABLE = "LOWRANK_FAULTS"
-_KNOWN = {("kill", "step"), ("kill", "save"), ("term", "step"), ("nan", "step"), ("oom", "step"), ("fp8", "step")}
-_KNOWN |= {("term", "save"), ("term", "eval"), ("io", "read")}
+_KNOWN = "fp8@step io@read kill@save kill@step nan@step oom@step term@eval term@save term@step".split()
 
 _reads, _evaluations = itertools.count(1), itertools.count(1)
 _struck: set[tuple[str, str, int]] = set()
 
 
-def check() -> None:
-    """Raise UsageError where the variable names an unknown fault."""
-    _parse()
-
-
 def due(fault: str, place: str, count: int) -> bool:
     """Return whether the variable names `fault@place=count` for this process."""
-    return (fault, place, count) in _parse()
+    return (fault, place, count) in check()
 
 
 def strike(place: str, count: int) -> None:
@@ -50,7 +44,6 @@ def strike(place: str, count: int) -> None:
 
 
 def strike_evaluation() -> None:
-    """`strike` before a batch is evaluated."""
     strike("eval", next(_evaluations))
 
 
@@ -75,13 +68,13 @@ def strike_read() -> None:
         raise OSError("an I/O error, as LOWRANK_FAULTS asked for")
 
 
-def _parse() -> set[tuple[str, str, int]]:
+def check() -> set[tuple[str, str, int]]:
+    """Return the (fault, place, count) that the variable names for this process; raises UsageError for unknown ones."""
     faults = set()
     for item in filter(None, os.environ.get(VARIABLE, "").split(",")):
         match = re.fullmatch(r"(\w+)@(\w+)=(\d+)(:\d+)?", item.strip())
-        if not match or match.groups()[:2] not in _KNOWN:
-            known = ", ".join("@".join(fault) for fault in sorted(_KNOWN))
-            raise UsageError(f"{VARIABLE}: unknown fault {item!r}; known: {known}")
+        if not match or f"{match[1]}@{match[2]}" not in _KNOWN:
+            raise UsageError(f"{VARIABLE}: unknown fault {item!r}; known: {', '.join(_KNOWN)}")
         if match[4] in (None, f":{processes.index()}"):
             faults.add((match[1], match[2], int(match[3])))
     return faults

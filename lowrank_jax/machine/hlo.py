@@ -5,7 +5,9 @@ every branch of a conditional as if taken. Sizes are of arrays, without a TPU's 
 """
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import re
@@ -34,28 +36,42 @@ class Array(NamedTuple):
         return self.size * (int(bits[0]) / 8 if bits else self.dtype == "pred")
 
 
-class Instruction(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Instruction:
     """An instruction; `arrays` is its result (of a tuple, every part), `args` the text between its parentheses."""
 
-    name: str
     opcode: str
     arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
+    operands: tuple["Instruction", ...]
     args: str
     rest: str  # the text behind the parentheses
-    root: bool
+    home: "Computation"
+    calls: dict[str, list["Computation"]]  # by the name of the attribute
+    target: str  # the function that a custom call calls, else nothing
 
-    def called(self, *keys: str) -> list[str]:
-        """Return the names of the computations that its attributes `keys` call."""
-        matches = [re.search(rf"\b{key}=(?:%([\w.\-]+)|\{{([^}}]*)\}})", self.rest) for key in keys]
-        return [name for m in matches if m for name in ([m[1]] if m[1] else re.findall(r"%([\w.\-]+)", m[2]))]
+    @property
+    def is_matmul(self) -> bool:  # a TPU's compiler writes convolutions
+        return self.opcode in ("dot", "scaled-dot", "convolution") or self.target.startswith("__cublas")
+
+    @property
+    def continues(self) -> bool:
+        """Return whether it is a later part of a collective that a TPU spreads over fusions, each with a copy of it."""
+        return "chain_id=" in self.rest and not self.home.has("AsyncCollectiveStart")
 
 
-class Module(NamedTuple):
-    computations: dict[str, dict[str, Instruction]]
-    runs: dict[str, int]  # number of runs of each computation in a step
-    fused: set[str]  # computations inside a fusion, which keep nothing in memory
-    devices: int
+@dataclasses.dataclass(eq=False)
+class Computation:
+    instructions: list[Instruction] = dataclasses.field(default_factory=list)
+    root: Instruction | None = None
+    runs: int = 0  # in a step
+    fused: bool = False  # inside a fusion, which keeps nothing in memory
+
+    def has(self, word: str) -> bool:
+        """Return whether an instruction has this opcode, or this target of a custom call."""
+        return any(word in (i.opcode, i.target) for i in self.instructions)
+
+    def parameter(self, position: int) -> Instruction:
+        return next(i for i in self.instructions if i.opcode == "parameter" and i.args == str(position))
 
 
 class Collective(NamedTuple):
@@ -95,37 +111,48 @@ def written():
 
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
+_NAME = re.compile(r"%([\w.\-]+)")
+# The header of a computation, or the name of an instruction.
+_START = re.compile(r"^(?:(?:ENTRY )?%([\w.\-]+) \(.*\{$|[ \t]+(ROOT )?%([\w.\-]+) = )", re.M)
+_CALLS = "body|condition|calls|to_apply|called_computations|branch_computations|true_computation|false_computation"
+_CALL = re.compile(rf"\b({_CALLS})=(%[\w.\-]+|\{{[^}}]*\}})")
 
 
 @functools.lru_cache(maxsize=2)
-def parse(text: str) -> Module:
-    computations, current, instruction = {}, {}, None
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = computations[header[1]] = {}
-            instruction = None
-        elif start := _INSTRUCTION.match(line):
-            instruction = _instruction(line, start)
-            current[instruction.name] = instruction
-        elif instruction and not re.match(r"\}(, execution_thread.*)?$", line):  # Pallas breaks some over several lines
-            instruction = current[instruction.name] = instruction._replace(rest=instruction.rest + line)
-    counts = [re.search(rf"\b{key}=(\d+)", text.split("\n", 1)[0]) for key in ("num_partitions", "replica_count")]
-    return Module(computations, *_runs(computations), math.prod(int(count[1]) for count in counts if count))
+def parse(text: str) -> list[Computation]:
+    """Return the program's computations. Callers stand behind what they call, so the last is the program."""
+    computations = {}
+    for start, after in itertools.pairwise([*_START.finditer(text), None]):
+        if start[1]:
+            computation, names = Computation(), {}
+            computations[start[1]] = computation
+        else:
+            words = text[start.end() : after and after.start()]  # several lines, where Pallas wrote it
+            i = names[start[3]] = _instruction(words, computation, names, computations)
+            computation.instructions.append(i)
+            computation.root = i if start[2] else computation.root
+    _count_runs(list(computations.values()))
+    return list(computations.values())
 
 
-def _instruction(line: str, start: re.Match) -> Instruction:
-    end = _closing(line, start.end()) if line[start.end()] == "(" else line.index(" ", start.end())
-    opening = line.index("(", end)
-    closing = _closing(line, opening)
-    args = line[opening + 1 : closing - 1]
+def running(text: str) -> list[Instruction]:
+    """Return the instructions that a step runs, each once."""
+    return [i for computation in parse(text) if computation.runs for i in computation.instructions]
+
+
+def _instruction(words: str, home: Computation, names: dict, computations: dict) -> Instruction:
+    end = _closing(words, 0) if words[0] == "(" else words.index(" ")
+    opening = words.index("(", end)
+    closing = _closing(words, opening)
+    args, rest = words[opening + 1 : closing - 1], words[closing:]
     arrays = tuple(
         Array(dtype, tuple(int(n) for n in dims.split(",") if n), bool(re.search(r"S\([1-9]", layout)))
-        for dtype, dims, layout in _ARRAY.findall(line, start.end(), end)
+        for dtype, dims, layout in _ARRAY.findall(words, 0, end)
     )
-    operands = tuple(re.findall(r"%([\w.\-]+)", args))
-    return Instruction(start[2], line[end:opening].strip(), arrays, operands, args, line[closing:], bool(start[1]))
+    calls = {key: [computations[name] for name in _NAME.findall(called)] for key, called in _CALL.findall(rest)}
+    operands = tuple(names[name] for name in _NAME.findall(args))
+    target = (re.search(r'custom_call_target="([^"]*)"', rest) or [None, ""])[1]
+    return Instruction(words[end:opening].strip(), arrays, operands, args, rest, home, calls, target)
 
 
 def _closing(line: str, opening: int) -> int:
@@ -138,46 +165,40 @@ def _closing(line: str, opening: int) -> int:
     return len(line)
 
 
-def _runs(computations: dict) -> tuple[Counter, set[str]]:
-    """Return the number of runs of each computation, and those inside fusions. Callers stand below what they call."""
-    runs, fused = Counter(list(computations)[-1:]), set()  # the last is the program
-    for name in reversed(computations):
-        for i in computations[name].values() if runs[name] else ():
+def _count_runs(computations: list[Computation]) -> None:
+    computations[-1].runs = 1
+    for computation in reversed(computations):
+        for i in computation.instructions if computation.runs else ():
             if i.opcode == "while":
-                trips = _trips(i, computations[name], computations)
-                runs.update({i.called("body")[0]: runs[name] * trips})
-                runs.update({i.called("condition")[0]: runs[name] * (trips + 1)})
+                trips = _trips(i)
+                i.calls["body"][0].runs += computation.runs * trips
+                i.calls["condition"][0].runs += computation.runs * (trips + 1)
             elif i.opcode in ("fusion", "call", "custom-call", "conditional", "async-start"):
-                keys = ("calls", "called_computations", "branch_computations", "true_computation", "false_computation")
-                inner = i.called(*keys, *(["to_apply"] if i.opcode == "call" else []))
-                runs.update({callee: runs[name] for callee in inner})
-                fused |= set(inner) if i.opcode == "fusion" or name in fused else set()
-    return runs, fused
+                for callee in set(itertools.chain(*i.calls.values())):
+                    callee.runs += computation.runs
+                    callee.fused |= i.opcode == "fusion" or computation.fused
 
 
-def _trips(loop: Instruction, caller: dict, computations: dict) -> int:
+def _trips(loop: Instruction) -> int:
     """Return the trip count that XLA noted, or else (on a TPU) that of a counter compared with a constant."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(noted[1])
-    condition, body = (computations[loop.called(key)[0]] for key in ("condition", "body"))
-    test = next(i for i in condition.values() if i.root)
-    limit = next((n for n in (_constant(condition, name) for name in test.operands) if n is not None), None)
-    counter = next((condition[n] for n in test.operands if condition[n].opcode == "get-tuple-element"), None)
+    test, result = loop.calls["condition"][0].root, loop.calls["body"][0].root
+    limit = next((n for n in map(_constant, test.operands) if n is not None), None)
+    counter = next((i for i in test.operands if i.opcode == "get-tuple-element"), None)
     if test.opcode != "compare" or limit is None or counter is None:
         return 1
     index = int(re.search(r"index=(\d+)", counter.rest)[1])
-    first = _constant(caller, caller[loop.operands[0]].operands[index]) if caller[loop.operands[0]].operands else None
-    after = body[next(i for i in body.values() if i.root).operands[index]]
-    steps = [_constant(body, name) for name in after.operands] if after.opcode == "add" else []
-    step = next((n for n in steps if n), 1)
+    before, after = loop.operands[0].operands, result.operands[index]
+    first = _constant(before[index]) if before else None
+    step = next(filter(None, map(_constant, after.operands)), 1) if after.opcode == "add" else 1
     last = limit + (step if re.search("direction=[LG]E", test.rest) else 0)
     return max(-(((first or 0) - last) // step), 0)
 
 
-def _constant(computation: dict, name: str) -> int | None:
-    i = computation[name]
+def _constant(i: Instruction) -> int | None:
     while i.opcode in ("copy", "bitcast", "convert"):
-        i = computation[i.operands[0]]
+        i = i.operands[0]
     return int(i.args) if i.opcode == "constant" and re.fullmatch(r"-?\d+", i.args) else None
 
 
@@ -187,20 +208,20 @@ def collectives(text: str) -> list[Collective]:
     Two instructions that start and finish a collective, or fusions over which a TPU spreads it, count once. A TPU's
     all-reduce of which each device keeps a slice is a reduce-scatter.
     """
-    module, result = parse(text), []
-    for name, computation in module.computations.items():
-        for i in computation.values() if module.runs[name] else ():
-            kind = i.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES or continues(i, computation):
-                continue
-            if kind == "all-reduce" and name in module.fused and has(computation, "dynamic-slice"):
-                kind = "reduce-scatter"
-            groups = _groups(i.rest, module.devices)
-            arrays = [array for operand in i.operands for array in computation[operand].arrays]
-            parts = len(groups[0]) if kind == "all-gather" else 1
-            size, sizes = sum(array.bytes for array in arrays) * parts, tuple(array.size * parts for array in arrays)
-            op_name = (re.search(r'op_name="([^"]*)"', i.rest) or [None, ""])[1]
-            result.append(Collective(kind, size, sizes, module.runs[name], groups, arrays[0].dtype, op_name))
+    counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
+    devices, result = math.prod(map(int, counts)), []
+    for i in running(text):
+        kind = i.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES or i.continues:
+            continue
+        if kind == "all-reduce" and i.home.fused and i.home.has("dynamic-slice"):
+            kind = "reduce-scatter"
+        groups = _groups(i.rest, devices)
+        arrays = [array for operand in i.operands for array in operand.arrays]
+        parts = len(groups[0]) if kind == "all-gather" else 1
+        size, sizes = sum(array.bytes for array in arrays) * parts, tuple(array.size * parts for array in arrays)
+        op_name = (re.search(r'op_name="([^"]*)"', i.rest) or [None, ""])[1]
+        result.append(Collective(kind, size, sizes, i.home.runs, groups, arrays[0].dtype, op_name))
     return result
 
 
@@ -210,16 +231,6 @@ def collective_bytes(text: str) -> dict[str, float]:
     for c in collectives(text):
         totals[c.kind] += c.bytes * c.times
     return dict(totals)
-
-
-def has(computation: dict, word: str) -> bool:
-    """Return whether an instruction has this opcode, or this target of a custom call."""
-    return any(i.opcode == word or f'custom_call_target="{word}"' in i.rest for i in computation.values())
-
-
-def continues(i: Instruction, computation: dict) -> bool:
-    """Return whether it is a later part of a collective that a TPU spreads over fusions, each with a copy of it."""
-    return "chain_id=" in i.rest and not has(computation, "AsyncCollectiveStart")
 
 
 def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
@@ -253,21 +264,15 @@ def f8_matmuls(text: str) -> int:
 
     XLA may merge two matmuls that share an operand, such as a SwiGLU's gate and up.
     """
-    pairs = [
-        [computation[name].arrays[0].dtype for name in i.operands[:2]]
-        for computation in parse(text).computations.values()
-        for i in computation.values()
-        if i.opcode in ("dot", "scaled-dot", "convolution") or 'target="__cublas$lt$matmul$f8' in i.rest
-    ]
+    pairs = [[operand.arrays[0].dtype for operand in i.operands[:2]] for i in running(text) if i.is_matmul]
     return sum(all(dtype.startswith("f8") for dtype in pair) for pair in pairs)
 
 
 def attention_kernel(text: str) -> str | None:
     """Return `cudnn` or `splash` where the program calls such a fused attention, else None."""
-    for computation in parse(text).computations.values():
-        for i in computation.values():
-            if 'custom_call_target="__cudnn$fmha' in i.rest:
-                return "cudnn"
-            if "splash" in i.rest.split("backend_config=")[0] and 'target="tpu_custom_call"' in i.rest:
-                return "splash"
+    for i in running(text):
+        if i.target.startswith("__cudnn$fmha"):
+            return "cudnn"
+        if i.target == "tpu_custom_call" and "splash" in i.rest.split("backend_config=")[0]:
+            return "splash"
     return None

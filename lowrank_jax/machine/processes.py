@@ -1,7 +1,7 @@
-"""The processes that train one run: the number of this one, and how they join.
+"""The processes that train one run, one on every host or GPU: the number of this one, and how they join.
 
-Every host (or GPU) runs one process with the same command, and JAX joins their devices. Only the first process writes
-the run's text files and prints. JAX is imported only to join processes, so a process that reads data never pays for it.
+Only the first process writes the run's text files and prints. JAX is imported only to join processes, so a process that
+reads data never pays for it.
 """
 
 import os
@@ -23,7 +23,10 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster:
             f"--coordinator=HOST:PORT, --processes=N and --process=I (from 0 to N-1) go together, not {coordinator!r}, "
             f"{processes} and {process}"
         )
-    if not is_explicit and not cluster and not _is_one_of_many():
+    env = os.environ
+    by_srun = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS") or 1) > 1  # not a batch script's own shell
+    many = by_srun or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    if not (is_explicit or cluster or many):
         return
     import jax
 
@@ -34,12 +37,6 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster:
     except (RuntimeError, ValueError) as e:
         raise UsageError(f"the processes cannot join: {' '.join(str(e).split())[:200]}") from None
     _index, _count = jax.process_index(), jax.process_count()
-
-
-def _is_one_of_many() -> bool:
-    env = os.environ
-    by_srun = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS") or 1) > 1  # not a batch script's own shell
-    return by_srun or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def count() -> int:

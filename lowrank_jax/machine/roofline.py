@@ -19,25 +19,18 @@ def matmul_flops(text: str) -> int:
 
     They include recomputation. They do not include Pallas kernels and cuDNN calls, such as fused attention.
     """
-    module = hlo.parse(text)
-    return sum(
-        module.runs[name] * _flops(i, computation)
-        for name, computation in module.computations.items()
-        for i in (computation.values() if module.runs[name] else ())
-        if i.opcode in ("dot", "scaled-dot", "convolution") or 'custom_call_target="__cublas' in i.rest
-    )
+    return sum(i.home.runs * _flops(i) for i in hlo.running(text) if i.is_matmul)
 
 
-def _flops(i: hlo.Instruction, computation: dict) -> int:
-    lhs, rhs = (computation[name].arrays[0].dims for name in i.operands[:2])
+def _flops(i: hlo.Instruction) -> int:
+    lhs, rhs = (operand.arrays[0].dims for operand in i.operands[:2])
     if i.opcode != "convolution":
         contracted = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', i.rest)[1]
         return 2 * i.arrays[0].size * math.prod(lhs[int(n)] for n in re.findall(r"\d+", contracted))
     inputs, kernel, output = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", re.search(r"window=\{([^}]*)\}|$", i.rest)[1] or ""))
-    groups = [int(n) for n in re.findall(r"(?:feature|batch)_group_count=(\d+)", i.rest)]
     products = lhs[inputs.index("b")] * rhs[kernel.index("i")] * rhs[kernel.index("o")]
-    products //= math.prod(int(n) for n in re.findall(r"batch_group_count=(\d+)", i.rest)) if groups else 1
+    products //= math.prod(int(n) for n in re.findall(r"batch_group_count=(\d+)", i.rest))
     for dim in (c for c in inputs if c.isdigit()):
         # A TPU turns batch dimensions of a dot into a window over zeros, which cost no work.
         sizes = {key: window[key].split("x")[int(dim)] for key in window}
@@ -63,89 +56,78 @@ def traffic_bytes(text: str) -> float:
     slice counts (as in XLA's HloCostAnalysis). Arrays in a TPU's VMEM do not count. A GPU's cache is not modelled. A
     Pallas kernel or cuDNN call reads its operands and writes its results once.
     """
-    module = hlo.parse(text)
-    return sum(
-        module.runs[name] * _moved(i, computation, module)
-        for name, computation in module.computations.items()
-        for i in (computation.values() if module.runs[name] and name not in module.fused else ())
-    )
+    return sum(i.home.runs * _moved(i) for i in hlo.running(text) if not i.home.fused)
 
 
-def _moved(i: hlo.Instruction, computation: dict, module: hlo.Module) -> float:
-    target = (re.search(r'custom_call_target="([^"]*)"', i.rest) or [None, ""])[1]
-    if i.opcode in _FREE or target in ("AllocateBuffer", "ConcatBitcast") or i.called("called_computations"):
+def _moved(i: hlo.Instruction) -> float:
+    if i.opcode in _FREE or i.target in ("AllocateBuffer", "ConcatBitcast") or "called_computations" in i.calls:
         return 0
     hbm = lambda arrays: sum(array.bytes for array in arrays if not array.on_chip)
-    reads = {name: computation[name].arrays for name in i.operands}
     if i.opcode == "fusion":
-        return _fusion(i, computation, module.computations[i.called("calls")[0]], module)
+        return _fusion(i)
     if i.opcode.endswith("-done"):
         return hbm(i.arrays)
     if i.opcode in _SLICES:
-        source, part = reads[i.operands[0]][0], i.arrays[len(i.operands) if i.opcode == "slice-start" else 0]
+        source, part = i.operands[0].arrays[0], i.arrays[len(i.operands) if i.opcode == "slice-start" else 0]
         return part.bytes * (not source.on_chip) + (0 if i.opcode.endswith("-start") else hbm([part]))
     if i.opcode in ("dynamic-update-slice", "scatter"):
-        update = reads[i.operands[-1 if i.opcode == "scatter" else 1]][0]
+        update = i.operands[-1 if i.opcode == "scatter" else 1].arrays[0]
         return hbm([update]) + update.bytes * (not i.arrays[0].on_chip) * (2 if i.opcode == "scatter" else 1)
     results = () if i.opcode.endswith("-start") else i.arrays
-    if target.startswith("__cu"):
+    if i.target.startswith("__cu"):
         results = [array for array in results if array.dtype not in ("s8", "u8")]  # not the workspace
-    return sum(map(hbm, reads.values())) + hbm(results)
+    return sum(hbm(operand.arrays) for operand in dict.fromkeys(i.operands)) + hbm(results)
 
 
-def _fusion(i: hlo.Instruction, computation: dict, inner: dict, module: hlo.Module) -> float:
-    if hlo.has(inner, "AsyncCollectiveDone"):
+def _fusion(i: hlo.Instruction) -> float:
+    inner, moved = i.calls["calls"][0], 0.0
+    if inner.has("AsyncCollectiveDone"):
         return 0
-    moved, parameters = 0.0, {p.args: p.name for p in inner.values() if p.opcode == "parameter"}
-    for position, name in enumerate(i.operands):
-        source = computation[name].arrays
-        if source and not source[0].on_chip and source[0].size:
-            moved += _read(module, inner, parameters[str(position)]) * source[0].bytes / source[0].size
-    root = next(r for r in inner.values() if r.root)
-    outputs = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    if hlo.has(inner, "AsyncCollectiveStart"):  # its first result is its operand
+    for position, operand in enumerate(i.operands):
+        for array in operand.arrays[:1]:
+            if array.size and not array.on_chip:
+                moved += _read(inner.parameter(position)) * array.bytes / array.size
+    if inner.has("AsyncCollectiveStart"):  # its first result is its operand
         return moved + sum(array.bytes for array in i.arrays[1:2] if not array.on_chip)
-    for output, array in zip(outputs, i.arrays):
-        passed = root.opcode == "tuple" and output.opcode == "parameter" or hlo.continues(output, inner)
+    is_tuple = inner.root.opcode == "tuple"
+    for output, array in zip(inner.root.operands if is_tuple else [inner.root], i.arrays):
+        passed = is_tuple and output.opcode == "parameter" or output.continues
         if array.size and not array.on_chip and not passed:
-            moved += _written(module, inner, output) * array.bytes / array.size
+            moved += _written(output) * array.bytes / array.size
     return moved
 
 
-def _read(module: hlo.Module, inner: dict, name: str, in_place: bool = False) -> int:
-    """Return how many elements the fusion needs of an operand, or of an instruction's result."""
-    i = inner[name]
-    total = i.arrays[0].size if i.root and not in_place else 0
-    for user in inner.values():
-        for position in (position for position, operand in enumerate(user.operands) if operand == name):
-            if user.opcode in _SLICES and position == 0:
-                total += user.arrays[0].size
-            elif user.opcode == "dynamic-update-slice" and position == 0:
-                total += _read(module, inner, user.name, True)
-            elif user.opcode in _SAME:
-                total += _read(module, inner, user.name, in_place)
-            elif user.opcode == "fusion":
-                nested = module.computations[user.called("calls")[0]]
-                parameter = next(p.name for p in nested.values() if p.args == str(position))
-                needs = _read(module, nested, parameter, in_place)
-                same = len(user.arrays) == 1 and user.arrays[0].size == i.arrays[0].size
-                total += min(needs, _read(module, inner, user.name, in_place)) if same else needs
-            elif not hlo.continues(user, inner) and not (
-                user.opcode == "tuple" and (in_place or i.opcode == "parameter")
-            ):
-                total += i.arrays[0].size
+def _read(i: hlo.Instruction, in_place: bool = False) -> int:
+    """Return how many elements the fusion around it needs of an operand, or of an instruction's result."""
+    total = i.arrays[0].size if i is i.home.root and not in_place else 0
+    uses = [(user, n) for user in i.home.instructions for n, operand in enumerate(user.operands) if operand is i]
+    for user, position in uses:
+        if user.opcode in _SLICES and position == 0:
+            total += user.arrays[0].size
+        elif user.opcode == "dynamic-update-slice" and position == 0:
+            total += _read(user, True)
+        elif user.opcode in _SAME:
+            total += _read(user, in_place)
+        elif user.opcode == "fusion":
+            needs = _read(user.calls["calls"][0].parameter(position), in_place)
+            same = len(user.arrays) == 1 and user.arrays[0].size == i.arrays[0].size
+            total += min(needs, _read(user, in_place)) if same else needs
+        elif not user.continues and not (user.opcode == "tuple" and (in_place or i.opcode == "parameter")):
+            total += i.arrays[0].size
     return min(total, i.arrays[0].size)
 
 
-def _written(module: hlo.Module, inner: dict, output: hlo.Instruction) -> int:
+def _written(output: hlo.Instruction) -> int:
     """Return how many elements of a fusion's result are new."""
     source = output
     while source.opcode in _SAME:
-        source = inner[source.operands[0]]
+        source = source.operands[0]
     if source.opcode == "fusion" and len(source.arrays) == 1:
-        nested = module.computations[source.called("calls")[0]]
-        return _written(module, nested, next(r for r in nested.values() if r.root))
-    return (inner[source.operands[1]] if source.opcode == "dynamic-update-slice" else output).arrays[0].size
+        return _written(source.calls["calls"][0].root)
+    return (source.operands[1] if source.opcode == "dynamic-update-slice" else output).arrays[0].size
+
+
+ESTIMATES = ("compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu_bound", "bound")
 
 
 def estimate(
@@ -156,7 +138,7 @@ def estimate(
     per_host: int | None = None,
     model_flops: float | None = None,
 ) -> dict:
-    """Return {compute_seconds, memory_seconds, network_seconds, step_seconds, mfu_bound, bound} of a step.
+    """Return the ESTIMATES of a step.
 
     `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device; None leaves a part
     out. The step takes as long as its slowest part, as if the three overlapped perfectly; a real step is slower, and
@@ -164,8 +146,7 @@ def estimate(
     memory or network. Devices on one host stand together in the mesh, `per_host` of them. An unknown chip gives None.
     """
     if chip is None:
-        keys = ("compute_seconds", "memory_seconds", "network_seconds", "step_seconds", "mfu_bound", "bound")
-        return dict.fromkeys(keys)
+        return dict.fromkeys(ESTIMATES)
     seconds = {
         "compute": flops / chip.peak_flops,
         "memory": None if traffic is None else traffic / chip.memory_bandwidth,
@@ -174,8 +155,7 @@ def estimate(
     bound = max(seconds, key=lambda name: seconds[name] or 0.0)
     step = seconds[bound]
     mfu = (flops if model_flops is None else model_flops) / (step * chip.peak_flops) if step else None
-    parts = {f"{name}_seconds": part for name, part in seconds.items()}
-    return parts | {"step_seconds": step, "mfu_bound": mfu, "bound": bound}
+    return dict(zip(ESTIMATES, (*seconds.values(), step, mfu, bound)))
 
 
 def network_seconds(chip: Chip, c: Collective, per_host: int | None = None) -> float:

@@ -1,18 +1,16 @@
 """The layout of a run on its devices: one mesh for the whole run, and the part of each array that a device holds.
 
-The mesh has three axes. A batch's rows are split over `data` and `fsdp`. Weights and optimizer state are split over
-`fsdp`, and each layer's weights are gathered when it runs (ZeRO stage 3, arXiv 1910.02054). Heads and the MLP's width
-are split over `tensor` (Megatron, arXiv 1909.08053). RULES alone decides which dimension of a weight goes where.
-
-The rank of a block's factor is never split. So a latent [B, T, R] is whole on every device of a `tensor` group, and the
-down factors of Q, K and V need nothing from other devices. In attention, the group only sums latents of R numbers per
-token (the output's, and the gradients of the others) instead of a dense model's D.
+A batch's rows are split over `data` and `fsdp`. Weights and optimizer state are split over `fsdp`, and each layer's
+weights are gathered when it runs (ZeRO stage 3, arXiv 1910.02054). Heads and the MLP's width are split over `tensor`
+(Megatron, arXiv 1909.08053). The rank of a block's factor is never split, so a latent [B, T, R] is whole on every
+device of a `tensor` group. In attention, the group only sums latents of R numbers per token (the output's, and the
+gradients of the others) instead of a dense model's D.
 """
 
+import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -74,17 +72,15 @@ def make_mesh(config: RunConfig, stages: Sequence, devices: list[jax.Device]) ->
     """Return the mesh over these devices, real or described; `tensor` groups are the closest neighbours."""
     sizes = shape(config, stages, len(devices))
     if devices[0].platform == "tpu" and len(devices) > 1:  # chips have places in a torus
-        return _mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True))
-    return _mesh(np.asarray(devices).reshape(sizes))
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        placed = np.asarray(devices).reshape(sizes)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def one_device() -> Mesh:
     """Return the mesh of this process's first device alone, whatever a config says."""
-    return _mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1))
-
-
-def _mesh(devices: np.ndarray) -> Mesh:
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -203,17 +199,7 @@ def fetch(x) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-class HostCopy(NamedTuple):
-    """The parts of an array on this process's devices, in host memory."""
-
-    shape: tuple[int, ...]
-    sharding: NamedSharding
-    parts: dict[str, np.ndarray]
-
-
-def to_host(x: jax.Array) -> HostCopy:
-    return HostCopy(x.shape, x.sharding, {str(shard.index): np.array(shard.data) for shard in x.addressable_shards})
-
-
-def from_host(copy: HostCopy) -> jax.Array:
-    return jax.make_array_from_callback(copy.shape, copy.sharding, lambda index: copy.parts[str(index)])
+def to_host(x: jax.Array) -> Callable[[], jax.Array]:
+    """Copy the parts of an array on this process's devices to host memory; return a function that puts them back."""
+    parts = {str(shard.index): np.array(shard.data) for shard in x.addressable_shards}
+    return functools.partial(jax.make_array_from_callback, x.shape, x.sharding, lambda index: parts[str(index)])

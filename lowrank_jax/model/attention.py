@@ -5,10 +5,9 @@ length runs. Shifting all positions changes nothing, so packed documents only ne
 
 The fused kernels of GPUs and TPUs take a bias only as a T x T array. But softmax ignores a term that a whole row
 shares, so m j replaces -m (i - j), and m j is a product of channels that are added to q and k (`_augment`).
-
-Shapes: B batch, T query length, S key length, H heads, K head width, E channels.
 """
 
+import functools
 import math
 
 import jax
@@ -58,10 +57,9 @@ def attend(q_BTHK, k_BTHK, v_BTHK, segments_BT=None, backend: str = "auto") -> j
     T, _, K = q_BTHK.shape[1:]
     platform = PLATFORMS.get(backend) or jax.default_backend()
     kernel, _ = resolve(backend, platform, q_BTHK.dtype, K, T)
-    qkv = q_BTHK, k_BTHK, v_BTHK
-    if kernel in PLATFORMS:
-        return _on_each_device({"cudnn": _cudnn, "splash": _splash, "native": _native}[kernel], *qkv, segments_BT)
-    return {"reference": _reference, "chunked": _chunked}[kernel](*qkv, segments_BT)
+    run = {"reference": _reference, "chunked": _chunked, "cudnn": _cudnn, "splash": _splash, "native": _native}[kernel]
+    run = functools.partial(_on_each_device, run) if kernel in PLATFORMS else run
+    return run(q_BTHK, k_BTHK, v_BTHK, segments_BT)
 
 
 def resolve(backend: str, platform: str, dtype, head_dim: int, seq_len: int) -> tuple[str, str]:
@@ -148,9 +146,7 @@ def _augment(q_BTHK, k_BTHK, slopes_H, scale: float, segments_BT=None) -> tuple[
     """
     B, T, H, _ = q_BTHK.shape
     m_H, j_T = slopes_H / scale, jnp.arange(T)
-    high_H = jax.lax.reduce_precision(
-        m_H, exponent_bits=8, mantissa_bits=7
-    )  # XLA for GPUs drops casts to bf16 and back
+    high_H = jax.lax.reduce_precision(m_H, 8, 7)  # as bf16; XLA for GPUs drops casts to bf16 and back
     low_H = m_H - high_H
     q_HE = jnp.stack([256 * high_H, high_H, 256 * low_H, low_H], axis=-1)
     k_T1E = jnp.stack([j_T // 256, j_T % 256] * 2, axis=-1)[:, None]
@@ -186,11 +182,6 @@ def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
     return jax.vmap(of_row)(*(x.swapaxes(1, 2) for x in qkv), segments_BT).swapaxes(1, 2)
 
 
-@jax.custom_vjp
-def _native(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
-    return _native_forward(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT)[0]
-
-
 def _native_forward(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
     B, T, H, _ = q_BTHK.shape
     segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
@@ -205,6 +196,7 @@ def _native_backward(saved, g_BTHK):
     return *jax.ffi.ffi_call("lowrank_attend_gradient", results)(*saved, g_BTHK), None, None
 
 
+_native = jax.custom_vjp(lambda *arrays: _native_forward(*arrays)[0])
 _native.defvjp(_native_forward, _native_backward)
 
 

@@ -16,14 +16,8 @@ def parameters(m: ModelConfig) -> dict[str, int]:
     per_matrix = m.mlp_rank * (m.d + m.hidden) if m.mlp_rank else m.d * m.hidden
     embedding = m.embed_rank * (m.vocab + m.d) if m.embed_rank else m.vocab * m.d
     counts = {"attention": attention, "mlp": 3 * m.layers * per_matrix, "embedding": embedding}
-    counts["head"] = 0 if m.tied else embedding  # a tied head is the embedding
-    counts["norm"] = (2 * m.layers + 1) * m.d
+    counts |= {"head": 0 if m.tied else embedding, "norm": (2 * m.layers + 1) * m.d}  # a tied head is the embedding
     return counts | {"total": sum(counts.values())}
-
-
-def dense_parameters(m: ModelConfig) -> dict[str, int]:
-    """Return the parameters of the dense twin by component."""
-    return parameters(dense_twin(m))
 
 
 def dense_twin(m: ModelConfig) -> ModelConfig:

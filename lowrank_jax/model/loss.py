@@ -47,7 +47,7 @@ def through_head(table_VE, x_BTE, targets_BT, weights_BT, scale=1.0, smoothing: 
     table_VE = sharding.constrain(table_VE, sharding.TENSOR)
 
     def add(sums, part):
-        logits_BTV = _logits(table_VE, part[0])
+        logits_BTV = jnp.einsum("BTE,VE->BTV", part[0], table_VE, preferred_element_type=jnp.float32)
         objective, nats = objective_sum(logits_BTV, *part[1:], smoothing, z_loss)
         return (sums[0] + scale * objective, sums[1] + nats), None
 
@@ -86,7 +86,8 @@ def _with_gradients(table_VE, x_BTE, targets_BT, weights_BT, scale, smoothing, z
     def add(sums, part):
         x, targets, weights = part
         of_logits = lambda logits_BTV: objective_sum(logits_BTV, targets, weights, smoothing, z_loss)
-        objective, pull, nats = jax.vjp(of_logits, _logits(table_VE, x), has_aux=True)
+        logits_BTV = jnp.einsum("BTE,VE->BTV", x, table_VE, preferred_element_type=jnp.float32)
+        objective, pull, nats = jax.vjp(of_logits, logits_BTV, has_aux=True)
         grad_BTV = pull(scale)[0].astype(x.dtype)
         grad_VE = jnp.einsum("BTV,BTE->VE", grad_BTV, x, preferred_element_type=jnp.float32)
         new = scale * objective, nats, grad_VE
@@ -104,10 +105,6 @@ def _backward(smoothing, z_loss, grads, cotangents):
 
 
 through_head.defvjp(_forward, _backward)
-
-
-def _logits(table_VE, x_BTE):
-    return jnp.einsum("BTE,VE->BTV", x_BTE, table_VE, preferred_element_type=jnp.float32)
 
 
 def _parts(rows: int, *arrays):

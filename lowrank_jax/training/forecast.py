@@ -65,7 +65,7 @@ def describe(
 
     `texts` are the compiled programs' texts by the stage's name.
     """
-    mesh, counts, dense = plan.mesh, costs.parameters(config.model), costs.dense_parameters(config.model)
+    mesh, counts, dense = plan.mesh, costs.parameters(config.model), costs.parameters(costs.dense_twin(config.model))
     device = sharding.a_device(mesh) if mesh else None
     dtype = precision.policy(precision.resolve(config.precision, device and device.platform)).dtype
     fit_of = {fit.stage.name: fit for fit in fits}

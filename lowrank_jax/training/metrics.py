@@ -32,7 +32,8 @@ class Meter:
         self.trackers = track.open_trackers(names, folder, config.to_dict(), done)
         self.step, self._dispatched = done, 0
         self._pending, self._step_seconds, self._switching = None, None, None
-        self._peak = (devices.peak_flops() or 0) * jax.device_count()
+        chip = devices.chip(jax.devices()[0])
+        self._peak = chip and chip.peak_flops * jax.device_count()
         self.restart_clock()
 
     def close(self) -> None:

@@ -262,7 +262,7 @@ def command(argv: list[str]) -> dict:
 
 def print_table(preset: str, width: str, rows: dict) -> None:
     c = config_of(preset).model
-    size, merged = costs.parameters(c)["total"] / 1e6, costs.dense_parameters(c)["total"] / 1e6
+    size, merged = costs.parameters(c)["total"] / 1e6, costs.parameters(costs.dense_twin(c))["total"] / 1e6
     print(
         f"\n{preset}, weights of {width} bits: {size:.1f} million parameters, {merged:.1f} merged; medians", flush=True
     )

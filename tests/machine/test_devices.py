@@ -41,11 +41,12 @@ def python(code: str, **env) -> subprocess.CompletedProcess:
     ],
 )
 def test_peak_flops_are_those_of_the_chip(kind, peak):
-    assert devices.peak_flops(device(kind)) == peak
+    chip = devices.chip(device(kind))
+    assert (chip and chip.peak_flops) == peak
 
 
 def test_this_machines_cpu_has_no_peak():
-    assert devices.peak_flops(devices.topology("cpu")[0]) is None and devices.chip(devices.topology("cpu")[0]) is None
+    assert devices.chip(devices.topology("cpu")[0]) is None
 
 
 @pytest.mark.parametrize("name", sorted(devices.CHIPS))
@@ -195,7 +196,7 @@ def test_an_h100_can_be_described_after_jax_started_without_a_gpu():
         print("now", file=sys.stderr, flush=True)
         from lowrank_jax.machine import devices
         described = devices.topology("h100:1")[0]
-        print(described.device_kind, devices.peak_flops(described), devices.memory_bytes(described))
+        print(described.device_kind, devices.chip(described).peak_flops, devices.memory_bytes(described))
         assert jax.devices() == real and jax.config.jax_platforms is None
         """,
         JAX_PLATFORMS=None,

@@ -169,7 +169,7 @@ def test_groups_are_read_in_every_notation(written, groups):
 
 ENTRY %main (x: bf16[8]) -> bf16[8] {{
   %x = bf16[8]{{0}} parameter(0)
-  ROOT %r = bf16[8]{{0}} {kind}(%x), channel_id=1, {written}, use_global_device_ids=true, to_apply=%add
+  ROOT %r = bf16[8]{{0}} {kind}(%x), channel_id=1, {written}, use_global_device_ids=true
 }}
 """
     assert hlo.collectives(text) == [hlo.Collective(kind, 16, (8,), 1, groups, "bf16", "")]

@@ -224,7 +224,7 @@ def test_a_terminals_ctrl_c_reaches_each_process_once_and_each_has_a_gpu_of_its_
         (tmp_path / "lowrank_jax").mkdir(exist_ok=True)
         (tmp_path / "lowrank_jax" / f"{name}.py").write_text(text)
     (tmp_path / "caller").mkdir()  # paths are the caller's
-    line = f"import sys; from lowrank_jax.machine import launch; launch.ROOT = {str(tmp_path)!r}; "
+    line = f"import sys; from lowrank_jax.machine import __main__ as launch; launch.ROOT = {str(tmp_path)!r}; "
     line += "sys.exit(launch.train_in_processes(['--workdir=.'], processes=2, devices=0))"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", line], cwd=tmp_path / "caller", env=env, process_group=0) as launcher:

@@ -71,7 +71,7 @@ def test_parameters_equal_the_arrays_of_the_model(changes):
 @variants
 def test_parameters_of_the_dense_twin_are_those_of_plain_matrices(changes):
     c = toy(**changes)
-    counts, table = costs.dense_parameters(c), c.vocab * c.d
+    counts, table = costs.parameters(costs.dense_twin(c)), c.vocab * c.d
     assert (counts["attention"], counts["mlp"]) == (c.layers * 4 * c.d**2, c.layers * 3 * c.d * c.hidden)
     assert (counts["embedding"], counts["head"]) == (table, 0 if c.tied else table)
     assert counts["norm"] == costs.parameters(c)["norm"]
@@ -88,7 +88,7 @@ def test_attention_of_the_custom_preset_is_75_percent_smaller_than_dense():
     c = cli.read_config(["--config=configs/custom.py"]).with_vocab(32_000).model
     assert (c.d, c.layers, c.heads, c.rank) == (1024, 20, 32, 128)
     attention = count_under(abstract_params(c), ("blocks", "attention"))
-    assert attention == 20 * 8 * 1024 * 128 == costs.dense_parameters(c)["attention"] // 4
+    assert attention == 20 * 8 * 1024 * 128 == costs.parameters(costs.dense_twin(c))["attention"] // 4
     assert attention == costs.parameters(c)["attention"]
 
 

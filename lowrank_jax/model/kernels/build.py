@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import pathlib
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import jax
 
 from lowrank_jax.machine import startup
 
-SOURCES = os.path.dirname(__file__)
+SOURCES = pathlib.Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=fast", "-shared", "-fPIC")
 LANES = 16  # the most floats in a vector register: the kernels' widths are multiples of it
 TARGETS = {"decode": ("lowrank_read", "lowrank_times"), "attend": ("lowrank_attend", "lowrank_attend_gradient")}
@@ -54,11 +55,8 @@ def _library(source: str) -> str:
     """Return the library's path, compiling it where needed; raises OSError or subprocess.SubprocessError."""
     command = compiler()
     built_with = (*command, *FLAGS, jax.__version__, startup.cpu_features())  # which -march=native reads
-    parts = [part.encode() for part in built_with]
-    files = [os.path.join(SOURCES, name) for name in (f"{source}.cc", "common.h")]
-    for path in files:
-        with open(path, "rb") as f:
-            parts.append(f.read())
+    files = [SOURCES / f"{source}.cc", SOURCES / "common.h"]
+    parts = [*map(str.encode, built_with), *(file.read_bytes() for file in files)]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     folder = os.environ.get("LOWRANK_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "lowrank_jax")
     path = os.path.join(folder, f"{source}-{name}.so")
