@@ -56,12 +56,9 @@ def memory_bytes(device: jax.Device) -> int:
     """Return the bytes that a device can give to training. The number never changes on the same machine."""
     if device.platform == "cpu":
         return host_memory()
-    try:
-        stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a described device reports nothing
-        stats = {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # a described device reports nothing
+        if limit := (device.memory_stats() or {}).get("bytes_limit"):
+            return limit
     known = chip(device)
     if known is None:
         raise UsageError(f"the memory of a {device.device_kind!r} is unknown; set config.memory_gb")
@@ -168,10 +165,7 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
 
 
 def _assume_cudnn() -> None:
-    """Let JAX use cuDNN's attention without cuDNN, as if the version in h100.txtpb were installed.
-
-    JAX asks the library for its version even when it compiles for a described device.
-    """
+    """Give JAX h100.txtpb's version where cuDNN is missing: it asks even when it compiles for a described device."""
     try:
         cudnn.check_cudnn_version()
     except RuntimeError:

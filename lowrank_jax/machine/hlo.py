@@ -266,13 +266,3 @@ def f8_matmuls(text: str) -> int:
     """
     pairs = [[operand.arrays[0].dtype for operand in i.operands[:2]] for i in running(text) if i.is_matmul]
     return sum(all(dtype.startswith("f8") for dtype in pair) for pair in pairs)
-
-
-def attention_kernel(text: str) -> str | None:
-    """Return `cudnn` or `splash` where the program calls such a fused attention, else None."""
-    for i in running(text):
-        if i.target.startswith("__cudnn$fmha"):
-            return "cudnn"
-        if i.target == "tpu_custom_call" and "splash" in i.rest.split("backend_config=")[0]:
-            return "splash"
-    return None
