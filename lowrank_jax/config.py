@@ -199,9 +199,6 @@ class RunConfig:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
 
 
-_LISTS = {tuple[int, ...]: "256,512,1024", tuple[float, ...]: "1,1,3,3", tuple[str, ...]: "tensorboard,wandb"}
-
-
 def _build(cls, values, path: str):
     if not isinstance(values, dict):
         raise UsageError(f"{path} must be a group of keys, not {values!r}")
@@ -225,9 +222,10 @@ def _convert(hint, value, path: str):
         return _read_schedule(value, path)
     if typing.get_origin(hint) is tuple:
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise UsageError(f"{path}={value!r} must be a list, such as {_LISTS[hint]}")
-        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in items if item != "")
+        kind = typing.get_args(hint)[0]
+        example = {int: "256,512,1024", float: "1,1,3,3", str: "tensorboard,wandb"}[kind]
+        _require(isinstance(items, (list, tuple)), f"{path}={value!r} must be a list, such as {example}")
+        return tuple(_convert(kind, item, path) for item in items if item != "")
     if hint in (bool, str) and isinstance(value, hint):
         return value
     if hint in (int, float) and not isinstance(value, bool):

@@ -91,7 +91,6 @@ def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
 
 
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")  # a description for XLA
-H100S = re.compile(r"h100:([1-8])(?:x([1-9]\d{0,3}))?")  # GPUs of a host, and hosts
 TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices['example']}" for name, slices in TPUS.items()), "h100:8"])
 TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
 COMPILERS = {"cuda": ("cuda12", ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")), "tpu": ("tpu", ("libtpu",))}
@@ -136,7 +135,7 @@ def topology(name: str) -> list[jax.Device]:
 
 def _parse(name: str) -> dict:
     """Return the arguments of `get_topology_desc`. A side of 0 is refused because libtpu kills the process for it."""
-    if match := H100S.fullmatch(name):
+    if match := re.fullmatch(r"h100:([1-8])(?:x([1-9]\d{0,3}))?", name):  # GPUs of a host, and hosts
         gpus, hosts = match[1], match[2] or "1"
         return dict(platform="cuda", topology_name="h100", topology=f"1x{hosts}x{gpus}", target_config=H100.read_text())
     prefix, _, grid = name.partition(":")
