@@ -86,12 +86,6 @@ class Collective(NamedTuple):
     sizes: tuple[int, ...]
     times: int
     groups: tuple[tuple[int, ...], ...]
-    dtype: str
-    op_name: str
-
-    @property
-    def group_size(self) -> int:
-        return len(self.groups[0])
 
 
 @contextlib.contextmanager
@@ -220,8 +214,7 @@ def collectives(text: str) -> list[Collective]:
         arrays = [array for operand in i.operands for array in operand.arrays]
         parts = len(groups[0]) if kind == "all-gather" else 1
         size, sizes = sum(array.bytes for array in arrays) * parts, tuple(array.size * parts for array in arrays)
-        op_name = (re.search(r'op_name="([^"]*)"', i.rest) or [None, ""])[1]
-        result.append(Collective(kind, size, sizes, i.home.runs, groups, arrays[0].dtype, op_name))
+        result.append(Collective(kind, size, sizes, i.home.runs, groups))
     return result
 
 

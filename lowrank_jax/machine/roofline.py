@@ -160,7 +160,7 @@ def network_seconds(chip: Chip, c: Collective, per_host: int) -> float:
     torus has only half or a third. A GPUs' group over several hosts is as fast as the network shares of those of its
     members that are on the same host.
     """
-    n = c.group_size
+    n = len(c.groups[0])
     sent = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(c.kind, (n - 1) / n)
     bandwidth = chip.link_bandwidth
     if chip.host_bandwidth and per_host:

@@ -89,7 +89,7 @@ TPU, GPU = Chip(100.0, 1, 10.0, 2.0), Chip(100.0, 1, 10.0, 2.0, 0.5)
 
 
 def collective(kind: str, *groups: tuple, bytes: float = 8.0, times: int = 1) -> Collective:
-    return Collective(kind, bytes, (bytes // 2,), times, groups, "bf16", "")
+    return Collective(kind, bytes, (bytes // 2,), times, groups)
 
 
 @pytest.mark.parametrize(
