@@ -8,11 +8,10 @@ import sys
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
-from lowrank_jax.inference import conversation, quantize
-from lowrank_jax.inference.conversation import Conversation
+from lowrank_jax.inference import quantize
 from lowrank_jax.inference.engine import TOP, Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
-from lowrank_jax.inference.session import CONTEXT, Model
+from lowrank_jax.inference.session import CONTEXT, Conversation, Model, answer
 from lowrank_jax.training.trained import open_run
 
 HELP = {
@@ -88,7 +87,7 @@ def command(argv: list[str]) -> dict:
             raise UsageError("--chat --json got no message on standard input")
         return facts
     show(args.prompt)
-    facts = conversation.answer(model, ask(model.prompt(args.prompt)), args.stop, show)
+    facts = answer(model, ask(model.prompt(args.prompt)), args.stop, show)
     show("\n")
     return {"prompt": args.prompt} | facts
 

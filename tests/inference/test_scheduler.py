@@ -10,9 +10,10 @@ import httpx2
 import openai
 import pytest
 
+from lowrank_jax import serve
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import Piece, Request
-from lowrank_jax.inference.server import listen, routes
+from lowrank_jax.inference.server import routes
 from lowrank_jax.inference.server.api import Problem, Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler, Ticket
@@ -298,13 +299,13 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_after_a_signal_a_short_answer_finishes_and_a_long_one_ends_with_an_error(tok, monkeypatch, number):
-    monkeypatch.setattr(listen, "GRACE", 0.5)
-    listener, url = listen.bind("127.0.0.1", 0)
+    monkeypatch.setattr(serve, "GRACE", 0.5)
+    listener, url = serve.bind("127.0.0.1", 0)
 
     async def run():
         async with scheduling() as (scheduler, *_), asyncio.timeout(30):
             app = routes_over(tok, scheduler)
-            serving = asyncio.create_task(listen.serve(app, listener, url, scheduler))
+            serving = asyncio.create_task(serve.listen(app, listener, url, scheduler))
             client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
             long = await client.completions.create(**ENDLESS, stream=True)
             short = await client.completions.create(**ENDLESS | {"max_tokens": 40}, stream=True)

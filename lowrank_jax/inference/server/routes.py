@@ -24,8 +24,7 @@ from starlette.routing import Route
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.answers import Reply
-from lowrank_jax.inference.server.api import Call, Problem, Settings
+from lowrank_jax.inference.server.api import Call, Problem, Reply, Settings
 from lowrank_jax.inference.server.scheduler import Scheduler
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
