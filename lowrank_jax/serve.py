@@ -86,12 +86,6 @@ def bind(host: str, port: int) -> tuple[socket.socket, str]:
     return listener, f"http://{name}:{listener.getsockname()[1]}"
 
 
-def end_on_signals() -> None:
-    """Let a signal end the process at once, until `listen` has requests to finish."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
-
-
 async def listen(app: Callable, listener: socket.socket, url: str, scheduler: Scheduler) -> int:
     """Serve until a signal arrives, give active requests GRACE seconds, and return the signal's number."""
     config = uvicorn.Config(
@@ -119,14 +113,16 @@ async def listen(app: Callable, listener: socket.socket, url: str, scheduler: Sc
 def command(argv: list[str]) -> dict:
     args = arguments(argv)
     listener, url = bind(args.host, args.port)  # first, so that a port in use is reported at once
-    end_on_signals()
+    for number in (signal.SIGTERM, signal.SIGINT):  # at once, until `listen` has requests to finish
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     server, scheduler = prepare(args)
     scheduler.start()
     number = asyncio.run(listen(server.app(), listener, url, scheduler))
     scheduler.close()
     if args.json:
         print(json.dumps({"url": url, "stopped_by": signal.Signals(number).name}), flush=True)
-    if not scheduler.join(GRACE):  # it is compiling, which nothing can stop
+    scheduler.thread.join(GRACE)
+    if scheduler.thread.is_alive():  # it is compiling, which nothing can stop
         sys.stdout.flush()
         os._exit(128 + number)
     raise SystemExit(128 + number)

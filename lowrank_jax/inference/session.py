@@ -85,9 +85,7 @@ class Model:
         forward = np.take_along_axis(sharding.fetch(forward_TV), np.array(new)[:, None], axis=1)[:, 0]
         return new, float(np.abs(forward - np.array(logprobs)).mean())
 
-    def stream(
-        self, prompt: list[int], max_new: int = 200, logprobs: int = 0, most: int = 8, **sampling
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: list[int], max_new=200, logprobs=0, most=8, **sampling) -> Iterator[Piece]:
         """Yield the continuation of one prompt of ids, up to `most` tokens at a time; the first comes alone."""
         for _, piece in self.pieces([Request(prompt, max_new, Sampling(**sampling), logprobs)], most):
             yield piece

@@ -70,7 +70,8 @@ async def scheduling(slots: int = 2, queue: int = 4, failures: tuple = ()):
         yield scheduler, order, failing
     finally:
         scheduler.close()
-        assert await asyncio.to_thread(scheduler.join, 10)
+        await asyncio.to_thread(scheduler.thread.join, 10)
+        assert not scheduler.thread.is_alive()
 
 
 async def finish(ticket, count: int = 1) -> dict[int, list[int]]:
@@ -150,7 +151,7 @@ def test_a_failure_ends_active_requests_and_a_new_engine_goes_on(capfd):
                 with pytest.raises(Problem, match="the engine failed .*lost"):
                     await finish(ticket)
             assert await finish(tickets[2]) == {0: [3] * 5}
-            assert scheduler.failures == 2 and scheduler.alive
+            assert scheduler.failures == 2 and scheduler.thread.is_alive()
             with pytest.raises(Problem, match="too long"):
                 await finish(scheduler.submit([request(1, length=99)]))
             assert await finish(scheduler.submit([request(4)])) == {0: [4] * 5}
@@ -362,7 +363,7 @@ def test_a_failing_engine_is_a_500_or_the_streams_last_event_and_the_server_live
                 scheduler.close()
                 response = await client.post("/v1/completions", json=body)
                 assert response.status_code == 503 and response.json()["error"]["code"] == "stopping"
-                await asyncio.to_thread(scheduler.join, 10)
+                await asyncio.to_thread(scheduler.thread.join, 10)
                 assert (await client.get("/healthz")).status_code == 503
 
     asyncio.run(run())

@@ -44,7 +44,7 @@ def test_widths_are_multiples_of_every_number_of_lanes():
 
 def test_int4_is_stored_with_the_offset_that_is_subtracted():
     (offset,) = re.findall(r"column \* step\[v\] - (\d+)\.f \* step\[v\]", SOURCES["decode.cc"])
-    assert f".astype(jnp.int8) + {offset}).astype(jnp.uint8)" in inspect.getsource(quantize._in_panels.__wrapped__)
+    assert f".astype(jnp.int8) + {offset}).astype(jnp.uint8)" in inspect.getsource(quantize.in_panels.__wrapped__)
 
 
 @pytest.mark.parametrize("source", build.TARGETS)

@@ -24,7 +24,7 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.engine import TOP, Piece, Request
-from lowrank_jax.inference.sampling import PRESETS, Sampling
+from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
 from lowrank_jax.inference.text_stream import Writer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
@@ -34,7 +34,7 @@ IGNORED |= {"service_tier", "parallel_tool_calls"}
 NEUTRAL = {"tools": ([],), "functions": ([],), "echo": (False,), "suffix": ("",), "best_of": (1,)}
 NEUTRAL |= {"tool_choice": ("none", "auto"), "function_call": ("none", "auto")}
 NEUTRAL |= {"response_format": ({"type": "text"},), "modalities": (["text"],)}
-DRAWN = {f.name for f in dataclasses.fields(Sampling)} - {"logit_bias", "seed"}
+DRAWN = NUMBERS.keys() - {"seed"}
 Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
@@ -174,15 +174,12 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -
         raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (body.top_logprobs if body.logprobs else None) if is_chat else body.logprobs
     sampling, max_new = _sampling(body, drawn, settings), _max_tokens(body, is_chat, settings)
-    seeds = [(sampling.seed + i) % 2**63 for i in range(body.n)]
-    requests = [
-        Request(ids, max_new, dataclasses.replace(sampling, seed=seed), 0 if logprobs is None else max(1, logprobs))
-        for ids in prompts
-        for seed in seeds
-    ]
+    samplings = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n)]
+    alternatives = 0 if logprobs is None else max(1, logprobs)
+    requests = tuple(Request(ids, max_new, drawing, alternatives) for ids in prompts for drawing in samplings)
     usage, length = bool(body.stream_options.include_usage), sum(map(len, prompts))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    return Call(is_chat, tuple(requests), length, stop, logprobs, body.stream, usage)
+    return Call(is_chat, requests, length, stop, logprobs, body.stream, usage)
 
 
 def _json(data: bytes) -> dict:
@@ -222,7 +219,6 @@ def _checked(kind: type[Body], fields: dict) -> Body:
 
 
 def _ids(source: list[Message] | str | list[int], is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> list[int]:
-    """Return the token ids of a conversation or a prompt."""
     name = "messages" if is_chat else "prompt"
     try:
         if is_chat:
