@@ -14,16 +14,13 @@ from lowrank_jax.model import attention
 from lowrank_jax.model.kernels import build
 from lowrank_jax.model.network import rms_norm
 
-LANES = 16  # the C++ reads latents, and tokens of a window, in groups of this size
-
 
 def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """Return the weights in panels, for `read` and for decoder.py, or None where the C++ cannot be used.
 
-    It needs one CPU device, a compiler, and latents whose ranks of keys and values LANES divides. float16 becomes
-    float32.
+    It needs one CPU device, a compiler, and ranks of keys and values that build.LANES divides. float16 becomes float32.
     """
-    has_latents = c.rank and all(rank % LANES == 0 for rank in c.ranks[1:3])
+    has_latents = c.rank and all(rank % build.LANES == 0 for rank in c.ranks[1:3])
     is_cpu = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]
     if not (has_latents and is_cpu and build.load("decode")):
         return None
@@ -42,11 +39,11 @@ def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
 def read(c: ModelConfig, w: decoder.Weights, cache: dict, window: tuple, tokens_BT, place: decoder.Place) -> tuple:
     """Do what decoder.read does; in one call, if the weights are packed and attention is absorbed.
 
-    The window of packed weights must have a multiple of LANES tokens.
+    The window of packed weights must have a multiple of build.LANES tokens.
     """
     if not isinstance(w.table, quantize.Panels) or not decoder.absorbs(c, tokens_BT.shape[1]):
         return decoder.read(c, w, cache, window, tokens_BT, place)
-    assert window[0]["k"].shape[1] % LANES == 0, window[0]["k"].shape
+    assert window[0]["k"].shape[1] % build.LANES == 0, window[0]["k"].shape
     absorbed_query, slopes = w.layers[0].query is not None, jnp.asarray(attention.alibi_slopes(c.heads))
     inputs = [tokens_BT, place.starts_B, jnp.int32(place.offset), jnp.int32(place.row), slopes, cache]
     windows, structure = jax.tree.flatten(window)

@@ -142,9 +142,8 @@ class Engine:
         start = self._read[slot]
         chunk = np.zeros((1, T), np.int32)
         chunk[0, : min(left + 1, T)] = self._ids[slot][start : start + T]
-        self._cache, self._tokens = _read_chunk(
-            self.config, self._weights, self._cache, self._tokens, chunk, np.int32(start), np.int32(slot)
-        )
+        place = np.int32(start), np.int32(slot)
+        self._cache, self._tokens = _read_chunk(self.config, self._weights, self._cache, self._tokens, chunk, *place)
         self._read[slot] += min(left, T)
         return T
 
@@ -234,11 +233,9 @@ def _decode_some(c: ModelConfig, w, cache, tokens_BS, batch: _Batch):
         next_B = sampling.choose(logits_BV, drawn, tokens_BS[:B], lengths_B)
         column_B = jnp.where(live_B, lengths_B, tokens_BS.shape[1])  # beyond the last column nothing is written
         tokens_BS = tokens_BS.at[row_B, column_B].set(next_B, mode="drop")
-        logprobs = jax.lax.cond(
-            with_logprobs,
-            lambda: sampling.logprobs(logits_BV, next_B, most),
-            lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most))),
-        )
+        computed = lambda: sampling.logprobs(logits_BV, next_B, most)
+        zeros = lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most)))
+        logprobs = jax.lax.cond(with_logprobs, computed, zeros)
         put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x[:, None], i, 1)
         out = jax.tree.map(put, out, _Out(jnp.where(live_B, next_B, -1), *logprobs))
         last_B = jnp.where(live_B, next_B, last_B)

@@ -16,6 +16,7 @@ from lowrank_jax.inference.engine import prepare
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
+from lowrank_jax.model.kernels import build
 from lowrank_jax.training import step
 
 Batches, Stop = list[stream.Batch], Callable[[], bool]
@@ -112,7 +113,7 @@ def compare_weights(config: RunConfig, params: dict, batches: Batches, byte_leng
 @functools.partial(jax.jit, static_argnums=0)
 def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, weights_BT) -> jax.Array:
     B, T = tokens_BT.shape
-    chunk = min(-(-T // cpu_decoder.LANES) * cpu_decoder.LANES, decoder.BLOCK)
+    chunk = min(-(-T // build.LANES) * build.LANES, decoder.BLOCK)
     cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, w.norm.dtype)
     in_chunks = lambda x: jnp.pad(x, ((0, 0), (0, -T % chunk))).reshape(B, -1, chunk).swapaxes(0, 1)
 

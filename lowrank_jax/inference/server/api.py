@@ -25,7 +25,7 @@ from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.engine import TOP, Piece, Request
 from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
-from lowrank_jax.inference.text_stream import Writer
+from lowrank_jax.inference.session import Writer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 MOST_STOPS = 4
@@ -37,6 +37,9 @@ NEUTRAL |= {"response_format": ({"type": "text"},), "modalities": (["text"],)}
 DRAWN = NUMBERS.keys() - {"seed"}
 Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Stops = Text | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)]
+Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, fail_fast=True)]
+PROMPTS = "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
 
 
 class Problem(Exception):
@@ -97,9 +100,7 @@ class Body(BaseModel):
     model: str | None = _field(None, "a text")
     max_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
     n: int = _field(1, "an integer, at least 1", ge=1)
-    stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)] = _field(
-        [], f"a text or at most {MOST_STOPS} texts, none of them empty"
-    )
+    stop: Stops = _field([], f"a text or at most {MOST_STOPS} texts, none of them empty")
     stream: bool = _field(False, "true or false")
     stream_options: StreamOptions = _field(StreamOptions(), "an object in which include_usage is true or false")
     preset: Literal[*PRESETS] | None = _field(None, f"one of {', '.join(PRESETS)}")
@@ -121,9 +122,7 @@ class Chat(Body):
 
 
 class Completion(Body):
-    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, fail_fast=True)] = _field(
-        ..., "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
-    )
+    prompt: Prompts = _field(..., PROMPTS)
     logprobs: int | None = _field(None, f"an integer from 0 to {TOP}", ge=0, le=TOP)
 
     def prompts(self) -> list[str | list[int]]:
