@@ -22,8 +22,7 @@ from backports import zstd  # the standard library's of Python 3.14: zstandard d
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, records
-from lowrank_jax.data.blocks import InFiles
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, InFiles
 
 SMALLEST, BLOCKS = 2 << 10, 200  # small corpora get small blocks, so that there are blocks to shuffle
 REMOTE_BLOCK = 4 << 20  # a request to a bucket takes as long as reading a megabyte does
@@ -71,7 +70,7 @@ class _Files(InFiles):
         return itertools.islice(self._whole(path) if self._is_whole(path) else self._part(path, k), start, None)
 
     def _is_whole(self, path: str) -> bool:
-        return _is_compressed(path)
+        return os.path.splitext(path)[1] in COMPRESSED
 
 
 class TextFiles(_Files):
@@ -112,7 +111,8 @@ class JsonFiles(_Files):
     largest = 128 << 10  # about a hundred web pages
 
     def __init__(self, paths: list[str], text_key: str, messages_key: str, chats: bool):
-        self._arrays = {p for p in paths if not _is_compressed(p) and _starts_array(p)}
+        is_compressed = super()._is_whole
+        self._arrays = {p for p in paths if not is_compressed(p) and _starts_array(p)}
         self._keys = (text_key, messages_key, chats)
         self._array = functools.lru_cache(1)(_array)  # readers that share an array share its memory
         super().__init__(paths)
@@ -177,10 +177,6 @@ def size(path: str) -> int:
         system, inner = fsspec.core.url_to_fs(path)
         return system.size(inner)
     return os.path.getsize(path)
-
-
-def _is_compressed(path: str) -> bool:
-    return os.path.splitext(path)[1] in COMPRESSED
 
 
 @contextlib.contextmanager

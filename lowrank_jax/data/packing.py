@@ -8,8 +8,8 @@ import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
+from lowrank_jax.data.blocks import BadRecord, Document
 from lowrank_jax.data.reader import Reader
-from lowrank_jax.data.records import BadRecord, Document
 from lowrank_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -137,9 +137,9 @@ class Lane:
         return row
 
     def _restore_window(self, step: int) -> None:
-        self._window_start, history = self._position(step), self._packed
-        documents = self._draw_window(history[0][0], step)
-        for length, taken in history:
+        self._window_start = self._position(step)
+        documents = self._draw_window(self._packed[0][0], step)
+        for length, taken in self._packed:
             self._rows = self._pack(documents, length)[taken:]
             documents = [document for row in self._rows for document in row]
 
@@ -150,16 +150,13 @@ class Lane:
             self._counts["cut"][self._source] += len(ids) - 1 > length
             if said[1 : length + 1].any():
                 window.append((ids, said))
-                size += min(len(ids) - 1, length)
-                unanswered = 0
+                size, unanswered = size + min(len(ids) - 1, length), 0
                 continue
             self._counts["unanswered"][self._source] += 1  # nothing in it can be learnt in a row of this length
             unanswered += 1
             if unanswered == PATIENCE:
-                raise UsageError(
-                    f"in {PATIENCE:,} conversations in a row the assistant does not speak within the first {length} "
-                    "tokens; raise config.sft.block"
-                )
+                where = f"in {PATIENCE:,} conversations in a row the assistant"
+                raise UsageError(f"{where} does not speak within the first {length} tokens; raise config.sft.block")
         return window
 
     def _pack(self, documents: list[tuple], length: int) -> list[list[tuple]]:

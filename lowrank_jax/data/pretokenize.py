@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
 from lowrank_jax.data import packing, shards, sources, tokenizer
-from lowrank_jax.data.blocks import Source
+from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.reader import ONCE, Limit, Reader
-from lowrank_jax.data.records import BadRecord
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, within these limits
 
@@ -100,7 +99,7 @@ def _start(job: Job, folder: str) -> None:
 
 def _write_shard(shard: int) -> dict:
     """Write one shard, which holds an equal part of every source in turn, and return its counts."""
-    counts, last = {"documents": 0, "tokens": 0, "skipped": 0}, ""
+    counts = {"documents": 0, "tokens": 0, "skipped": 0, "last": ""}
     with contextlib.closing(shards.open_writer(os.path.join(_folder, _file(shard, _job.shards)))) as writer:
         for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
@@ -115,16 +114,15 @@ def _write_shard(shard: int) -> dict:
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)
             counts["skipped"] += limit.skipped
-            last = last or str(limit.last or "")
-    return counts | {"last": last}
+            counts["last"] = counts["last"] or str(limit.last or "")
+    return counts
 
 
 def _open(job: Job) -> list[Source]:
-    all_sources = [sources.open_source(config, job.chats) for config in job.configs]
-    for config, source in zip(job.configs, all_sources):
-        if hasattr(source, "tokenizer_sha256"):
+    for config in job.configs:
+        if config.spec.startswith("arrayrecord:"):
             raise UsageError(f"source {config.spec} is tokenised already")
-    return all_sources
+    return [sources.open_source(config, job.chats) for config in job.configs]
 
 
 def _file(shard: int, count: int) -> str:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data.blocks import Source
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, Source
 from lowrank_jax.machine import faults
 
 WINDOW, HELD_OUT_WINDOW = 1 << 20, 1 << 16  # bytes of documents that are shuffled together
@@ -23,16 +22,13 @@ PLENTY = 4  # blocks for each reader; with fewer, the readers' parts would diffe
 
 Note = Callable[..., None]
 """note("skip" | "retry", **facts) reports something that the reader recovered from."""
-
-
-def ignore(*_, **__) -> None:
-    """Report nothing: a `Note` for whoever needs none."""
+IGNORE: Note = lambda *_, **__: None
 
 
 class Limit:
     """Counts the unusable records of a source, over all its readers, and raises UsageError beyond `most`."""
 
-    def __init__(self, name: str, most: int, note: Note = ignore):
+    def __init__(self, name: str, most: int, note: Note = IGNORE):
         self.name, self.most, self.note = name, most, note
         self.skipped, self.last, self._lock = 0, None, threading.Lock()
 
@@ -119,10 +115,10 @@ class Reader:
             rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
                 for row in rows:
-                    held_out = self._part.period > 0 and (block + place["row"]) % self._part.period == 0
-                    mine = held_out == self._part.held_out and self._owns(place["row"])
+                    number = place["row"]
                     place["row"] += 1
-                    if not mine:
+                    held_out = self._part.period > 0 and (block + number) % self._part.period == 0
+                    if held_out != self._part.held_out or not self._owns(number):
                         continue
                     faults.strike_read()
                     try:

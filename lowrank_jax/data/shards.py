@@ -11,8 +11,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks
-from lowrank_jax.data.blocks import InFiles
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, InFiles
 
 RUN = 64  # records in a block
 READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -96,12 +95,10 @@ class ArrayRecord(InFiles):
         return {"ids": ids, "said": said}
 
     def _count(self, path: str, meta: dict) -> int:
-        count = None
         with contextlib.suppress(RuntimeError, ValueError):
-            count = self._reader(path).num_records()
-        if count is None or count != meta["records"].get(os.path.basename(path)):
-            raise UsageError(f"{path} is damaged, or was not written with its {META}; {WRITE}")
-        return count
+            if (count := self._reader(path).num_records()) == meta["records"].get(os.path.basename(path)):
+                return count
+        raise UsageError(f"{path} is damaged, or was not written with its {META}; {WRITE}")
 
 
 def _read_meta(folder: str) -> dict:

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, files, records
-from lowrank_jax.data.blocks import InFiles, Source, may_pass, one_line
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, InFiles, Source, may_pass, one_line
 
 RUN = 64  # records of TFDS in a block, and rows of Parquet that are decoded together
 PARQUET_BUFFER = 1 << 20  # bytes of a column that are read at once, instead of a whole row group of it
@@ -85,6 +84,16 @@ FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub", "fsspec"}
 
 
+@contextlib.contextmanager
+def _opening(spec: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as e:  # a library and a network may raise anything
+        raise UsageError(f"source {spec}: cannot be opened: {one_line(e)}") from None
+
+
 class HuggingFace:
     """A dataset that the `datasets` library streams: a hub name, a folder, or one file; a block is a shard.
 
@@ -101,7 +110,7 @@ class HuggingFace:
         self._name, self._keys = name, (text_key, messages_key, chats)
         path = os.path.expanduser(name)
         self._local = os.path.exists(path)
-        try:
+        with _opening(f"hf:{name}"):
             builder = _hf_builder(datasets, path if self._local else name, config)
             if hasattr(builder.config, "batch_size"):
                 builder.config.batch_size = RUN  # otherwise Parquet keeps a whole row group in memory
@@ -117,10 +126,6 @@ class HuggingFace:
             self.format = type(builder).__module__.rsplit(".", 1)[-1]
             self.paths = list(map(str, (builder.config.data_files or {}).get(split, [])))
             facts = files.fingerprint(self.paths) if self.paths else builder.hash
-        except UsageError:
-            raise
-        except Exception as e:  # a library and a network may raise anything
-            raise UsageError(f"source hf:{name}: cannot be opened: {one_line(e)}") from None
         self.blocks = self._data.num_shards
         self.fingerprint = blocks.fingerprint([config, split, self.blocks, facts])
 
@@ -157,8 +162,8 @@ def hugging_face(name: str, config: str, split: str, text_key: str, messages_key
 
 def _hf_builder(datasets, path: str, config: str):
     if os.path.isfile(path):
-        stem = path.removesuffix(next((suffix for suffix in files.COMPRESSED if path.endswith(suffix)), ""))
-        suffix = os.path.splitext(stem)[1]
+        stem, suffix = os.path.splitext(path)
+        suffix = os.path.splitext(stem)[1] if suffix in files.COMPRESSED else suffix
         if suffix not in FORMATS:
             raise UsageError(f"source hf:{path}: {suffix or 'no suffix'} is not one of {', '.join(FORMATS)}")
         options = {"sep": "\t"} if suffix == ".tsv" else {}
@@ -178,7 +183,7 @@ class TFDS:
     def __init__(self, name: str, split: str, text_key: str, messages_key: str, chats: bool):
         tfds = blocks.import_package("tensorflow_datasets", "tensorflow-datasets array-record")
         self._name, self._keys = name, (text_key, messages_key, chats)
-        try:
+        with _opening(f"tfds:{name}"):
             with contextlib.redirect_stdout(io.StringIO()):
                 tfds.disable_progress_bar()
                 builder = tfds.builder(name, file_format="array_record")
@@ -187,14 +192,10 @@ class TFDS:
                 splits = ", ".join(builder.info.splits)
                 raise UsageError(f"source tfds:{name}: there is no split {split!r} in it; it has {splits}")
             self._data = builder.as_data_source(split)
-        except UsageError:
-            raise
-        except Exception as e:
-            raise UsageError(f"source tfds:{name}: cannot be opened: {one_line(e)}") from None
         self._count = len(self._data)
         self.blocks = -(-self._count // RUN)
-        facts = [builder.info.full_name, split, self._count, int(builder.info.dataset_size)]
-        self.fingerprint = blocks.fingerprint(facts)
+        info = builder.info
+        self.fingerprint = blocks.fingerprint([info.full_name, split, self._count, int(info.dataset_size)])
 
     def rows(self, block: int, start: int = 0) -> Iterator[int]:
         return iter(range(min(block * RUN + start, self._count), min((block + 1) * RUN, self._count)))
