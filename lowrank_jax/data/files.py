@@ -119,18 +119,16 @@ class JsonFiles(_Files):
 
     def document(self, row: tuple[str, int, object, int]) -> Document:
         path, number, raw, offset = row
-        if number:
-            where, exact = f"{path}, record {number}", None
-        else:  # the number of a line in a large file is worth a scan only if the run ends with it
+        where, exact = f"{path}, record {number}", None
+        if not number:  # the number of a line in a large file is worth a scan only if the run ends with it
             where, exact = f"{path}, byte {offset}", lambda: f"{path}, record {_line_number(path, offset)}"
         if isinstance(raw, bytes) and len(raw) >= LONGEST_LINE:
             raise BadRecord(where, f"longer than {LONGEST_LINE >> 20} MiB", exact)
         try:
             return records.document(json.loads(raw) if isinstance(raw, bytes) else raw, *self._keys, where)
-        except (ValueError, RecursionError) as e:
-            raise BadRecord(where, f"not JSON: {e}", exact) from None
-        except BadRecord as e:
-            raise BadRecord(where, e.reason, exact) from None
+        except (ValueError, RecursionError, BadRecord) as e:
+            reason = e.reason if isinstance(e, BadRecord) else f"not JSON: {e}"
+            raise BadRecord(where, reason, exact) from None
 
     def _is_whole(self, path: str) -> bool:
         return path in self._arrays or super()._is_whole(path)
@@ -162,21 +160,21 @@ class JsonFiles(_Files):
                     yield path, number, line, 0
 
 
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
 def open_file(path: str) -> BinaryIO:
     """Open a file to read, local or in a bucket."""
     return fsspec.open(path, "rb").open() if _is_remote(path) else open(path, "rb")
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def size(path: str) -> int:
     """Return the bytes of a file, local or in a bucket."""
-    if _is_remote(path):
-        system, inner = fsspec.core.url_to_fs(path)
-        return system.size(inner)
-    return os.path.getsize(path)
+    if not _is_remote(path):
+        return os.path.getsize(path)
+    system, inner = fsspec.core.url_to_fs(path)
+    return system.size(inner)
 
 
 @contextlib.contextmanager

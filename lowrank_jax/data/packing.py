@@ -56,8 +56,12 @@ class Lane:
         self._draw_step = start["step"]  # at which the cursor's document was drawn: shares may depend on it
         self._resumed = cursor is not None  # the first document to draw was then drawn before
         self._window_start, self._rows = None, []
-        if self._packed:
-            self._restore_window(start["step"])
+        if self._packed:  # draw the window again, and pack it as often as its length grew
+            self._window_start = self._position(start["step"])
+            documents = self._draw_window(self._packed[0][0], start["step"])
+            for length, taken in self._packed:
+                self._rows = self._pack(documents, length)[taken:]
+                documents = [document for row in self._rows for document in row]
 
     def cursor(self) -> dict:
         """Return where the next row begins, as JSON values."""
@@ -121,8 +125,7 @@ class Lane:
     def _take_row(self, length: int, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the conversations of the next row, or none if the sources are exhausted.
 
-        The cursor of a window of conversations is the place where it was drawn, and `packed`: a list of [length, rows]
-        with the number of rows taken at each length.
+        A window's cursor is where it was drawn, and `packed`: [length, rows taken] for each length that it had.
         """
         if not self._rows:
             self._window_start, self._packed = self._position(step), [[length, 0]]
@@ -135,13 +138,6 @@ class Lane:
         if not self._rows:
             self._packed = []
         return row
-
-    def _restore_window(self, step: int) -> None:
-        self._window_start = self._position(step)
-        documents = self._draw_window(self._packed[0][0], step)
-        for length, taken in self._packed:
-            self._rows = self._pack(documents, length)[taken:]
-            documents = [document for row in self._rows for document in row]
 
     def _draw_window(self, length: int, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         window, size, unanswered = [], 0, 0
@@ -187,11 +183,10 @@ class Lane:
             before = self._position(step)
             able = [share if not r.exhausted else 0.0 for share, r in zip(shares, self._readers)]
             if not any(able):
-                if any(r.endless for r in self._readers):
-                    bad = [r.limit.last for r in self._readers if r.limit.last]
-                    reason = f"; the last unusable record: {bad[-1]}" if bad else ""
-                    raise UsageError(f"a whole epoch of every source has no document to train on{reason}")
-                return None
+                if not any(r.endless for r in self._readers):
+                    return None
+                bad = [f"; the last unusable record: {r.limit.last}" for r in self._readers if r.limit.last]
+                raise UsageError("a whole epoch of every source has no document to train on" + "".join(bad[-1:]))
             source = max((i for i, share in enumerate(able) if share), key=lambda i: self._credit[i] + able[i])
             document = self._readers[source].next()
             if document is None:

@@ -7,10 +7,10 @@ import os
 import pathlib
 import shutil
 import signal
-import tempfile
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -43,8 +43,8 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     blocks = sum(source.blocks for source in _open(job))
     count = job.shards or min(max(blocks // BLOCKS, FEWEST), MOST)
     workers = min(workers or len(os.sched_getaffinity(0)), count)
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=os.path.basename(out) + ".partial-", dir=os.path.dirname(out))
+    folder = f"{out}.partial-{time.time_ns()}"
+    os.makedirs(folder)
     try:
         parts = _run(job._replace(shards=count), folder, workers)
         totals = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "skipped")}
@@ -59,8 +59,6 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
         records = {_file(i, count): part["documents"] for i, part in enumerate(parts)}
         meta = json.dumps(facts | {"records": records}, indent=1) + "\n"
         pathlib.Path(folder, shards.META).write_text(meta, "utf-8")
-        os.umask(mask := os.umask(0))
-        os.chmod(folder, 0o777 & ~mask)  # mkdtemp's folder is for its owner only
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,10 +71,7 @@ def _run(job: Job, folder: str, workers: int) -> list[dict]:
     spawn = multiprocessing.get_context("spawn")  # a fork would not survive the readers' threads
     pool = ProcessPoolExecutor(workers, spawn, _start, (job, folder))
     try:
-        running = [pool.submit(_write_shard, shard) for shard in range(job.shards)]
-        for future in tqdm(as_completed(running), total=job.shards, unit="shard", disable=None):
-            future.result()  # the first error ends the command
-        return [future.result() for future in running]
+        return list(tqdm(pool.map(_write_shard, range(job.shards)), total=job.shards, unit="shard", disable=None))
     except BrokenProcessPool:
         raise RunFailure("a worker process died, perhaps for lack of memory; try fewer --workers") from None
     finally:

@@ -33,13 +33,7 @@ SHARED_FROM = 8  # documents for each reader: a source with fewer is too small t
 
 
 def open_phase(
-    p: PhaseConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    chats: bool,
-    start: tuple[dict | None, str] = (None, ""),
-    share: tuple[int, int] = (0, 1),
-    note: Note = IGNORE,
+    p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, start=(None, ""), share=(0, 1), note: Note = IGNORE
 ) -> "Stream":
     """Open the endless, shuffled stream of a phase's training part; raises UsageError for a cursor of other data.
 
@@ -85,8 +79,8 @@ def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, 
 
 def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream":
     """Open all of some sources, once and in order, with weight on every token."""
-    all_sources = zip(configs, _open(configs, tokenizer, False))
-    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), False)) for c, s in all_sources], tokenizer, False)
+    pairs = zip(configs, _open(configs, tokenizer, False))
+    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), False)) for c, s in pairs], tokenizer, False)
 
 
 def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats: bool) -> "Stream":
@@ -137,7 +131,7 @@ def source_texts(configs: Sequence[SourceConfig], max_bytes: int, max_skipped: i
 
 
 class Stream:
-    """Batches of packed tokens; `open_phase` continues exactly at a `cursor`."""
+    """Batches of packed tokens; `open_phase` continues exactly at a `cursor`. After an error only that is of use."""
 
     def __init__(self, lanes: list[Lane], facts: dict, share: tuple[int, int]):
         self._lanes, self._facts, self._share = lanes, facts, share
@@ -150,10 +144,7 @@ class Stream:
         return self._facts | {"lanes": {str(self._first + i): lane.cursor() for i, lane in enumerate(self._lanes)}}
 
     def next(self, rows: int, length: int, step: int = 0) -> Batch | None:
-        """Return this host's part of the next `rows` at a step of the phase, or None if the stream has ended.
-
-        Raises UsageError for unusable and OSError for unreadable data; then only an earlier cursor is of further use.
-        """
+        """Return this host's part of the next `rows`, or None at the end; raises UsageError or OSError for bad data."""
         host, hosts = self._share
         each, rest = divmod(rows, self._facts["readers"])
         if rest:
@@ -186,10 +177,7 @@ class Feed:
         self._ahead, self._waits = deque(self._submit() for _ in range(AHEAD)), False
 
     def take(self, stop: Callable[[], bool] = lambda: False) -> tuple:
-        """Return the next batch; raises Interrupted if `stop()` is True before it is ready (a read may hang).
-
-        At the end it raises StopIteration, so `iter(feed.take, None)` gives every batch.
-        """
+        """Return the next batch; raises StopIteration at the end, and Interrupted if `stop()` before it is ready."""
         if len(self._ahead) <= AHEAD:
             self._ahead.append(self._submit())
         self._waits = True

@@ -1,10 +1,8 @@
 """Turns text into ids and back into the same text: SentencePiece (learnt or loaded) and Hugging Face tokenizers.
 
-Four rules make text round-trip, and keep user text text:
-- a SentencePiece model has identity normalisation, no dummy prefix and no whitespace removal;
-- a line feed is a piece of its own, so text is encoded line by line: the same ids, faster than as one string;
-- chat tags are control symbols, which no text encodes to: only `special` gives their ids;
-- a literal U+2581, SentencePiece's own mark for a space, is encoded as its three UTF-8 bytes.
+No text encodes to a control symbol, such as a chat tag: only `special` gives their ids. SentencePiece has a piece for a
+line feed, so it encodes line by line: the same ids, faster than as one string. A literal U+2581, its own mark for a
+space, is encoded as three UTF-8 bytes.
 """
 
 import hashlib
