@@ -80,9 +80,9 @@ def _chitchat() -> list[dict]:
         turns = [_tidy(" ".join(m["text"].strip() for m in turn)) for turn in conversation["messages"][:CHITCHAT_TURNS]]
         whole = "\n".join(turns)
         turns = turns[: len(turns) // 2 * 2]
-        if len(turns) < 4 or not all(turns) or not 6 <= len(whole) / len(turns) <= 300 or not whole.isascii():
+        if len(turns) < 4 or not all(turns) or not 6 <= len(whole) / len(turns) <= 300:
             continue
-        if _PRIVATE.search(whole) or _RUDE.search(whole.lower()):
+        if not whole.isascii() or _PRIVATE.search(whole) or _RUDE.search(whole.lower()):
             continue
         while turns and len(turns[1]) < SHORT_REPLY:  # "Hello?" "Hey!"
             turns = turns[2:]

@@ -134,7 +134,6 @@ class JsonFiles(_Files):
         return path in self._arrays or super()._is_whole(path)
 
     def _part(self, path: str, k: int) -> Iterator[tuple]:
-        """Yield the lines whose first byte lies in block k."""
         offset = k * self.size
         with open_file(path) as f:
             if k:  # skip the rest of the line that the byte before the block belongs to

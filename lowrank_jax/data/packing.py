@@ -198,8 +198,7 @@ class Lane:
                 limit = self._readers[source].limit
                 self._counts["refused"][source] += 1
                 limit.skip(BadRecord(f"source {limit.name}", str(e)))
-        for i, share in enumerate(shares):
-            self._credit[i] += share * len(ids)
+        self._credit = [credit + share * len(ids) for credit, share in zip(self._credit, shares)]
         self._credit[source] -= len(ids)
         self._counts["documents"][source] += 1
         self._counts["tokens"][source] += len(ids)

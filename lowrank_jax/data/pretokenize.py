@@ -56,9 +56,8 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
             raise UsageError(f"there is no text in {names}" + (f"; for example, {last}" if last else ""))
         facts = {"format": shards.FORMAT, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size}
         facts |= {"chats": job.chats, **totals, "shards": count}
-        records = {_file(i, count): part["documents"] for i, part in enumerate(parts)}
-        meta = json.dumps(facts | {"records": records}, indent=1) + "\n"
-        pathlib.Path(folder, shards.META).write_text(meta, "utf-8")
+        meta = facts | {"records": {_file(i, count): part["documents"] for i, part in enumerate(parts)}}
+        pathlib.Path(folder, shards.META).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -79,12 +78,10 @@ def _run(job: Job, folder: str, workers: int) -> list[dict]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in children:
             process.terminate()
-        for process in children:
             process.join()
 
 
 def _start(job: Job, folder: str) -> None:
-    """Prepare a worker process: open what all of its shards need."""
     global _job, _folder, _tokenizer, _sources
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers,
     parent = multiprocessing.parent_process()  # and if that is killed they end themselves
@@ -98,8 +95,7 @@ def _write_shard(shard: int) -> dict:
     with contextlib.closing(shards.open_writer(os.path.join(_folder, _file(shard, _job.shards)))) as writer:
         for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
-            reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
-            while (document := reader.next()) is not None:
+            for document in iter(Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards)).next, None):
                 try:
                     ids, said = packing.encode_document(_tokenizer, document, _job.chats)
                 except UsageError as e:  # the chat template does not take it

@@ -109,9 +109,8 @@ class Reader:
         enough = HELD_OUT_WINDOW if self._part.held_out else WINDOW
         counting = place["epoch"] == 0  # later epochs meet the same bad records again
         while place["block"] < self._source.blocks:
-            block = place["block"]
-            if self._part.shuffled:
-                block = _shuffled_block(self._source.blocks, self._seed, place["epoch"], block)
+            order = (self._source.blocks, self._seed, place["epoch"])
+            block = _shuffled_block(*order, place["block"]) if self._part.shuffled else place["block"]
             rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
                 for row in rows:
@@ -159,9 +158,8 @@ class Reader:
     def _shuffled(self, window: list[Document]) -> list[Document]:
         if not self._part.shuffled:
             return window
-        place = [self._start[key] for key in ("epoch", "block", "row")]
-        draw = np.random.default_rng([self._seed, self._index, *place])
-        return [window[i] for i in draw.permutation(len(window))]
+        seed = [self._seed, self._index, *(self._start[key] for key in ("epoch", "block", "row"))]
+        return [window[i] for i in np.random.default_rng(seed).permutation(len(window))]
 
     def _patiently(self, read: Callable):
         """Call `read` again if it fails, each time after twice as long; raises OSError after the last attempt."""

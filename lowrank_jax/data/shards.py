@@ -64,10 +64,9 @@ class ArrayRecord(InFiles):
         if not paths:
             raise UsageError(f"source arrayrecord:{location}: no such file; {WRITE}")
         metas = {folder: _read_meta(folder) for folder in dict.fromkeys(map(os.path.dirname, paths))}
-        kinds = {(m["tokenizer_sha256"], m["chats"]) for m in metas.values()}
-        if len(kinds) > 1:
+        (self.tokenizer_sha256, self.chats), *others = {(m["tokenizer_sha256"], m["chats"]) for m in metas.values()}
+        if others:
             raise UsageError(f"source arrayrecord:{location}: its folders differ in their tokenizer or --chats")
-        ((self.tokenizer_sha256, self.chats),) = kinds
         if os.path.isdir(location) and len(paths) != metas[os.path.dirname(paths[0])]["shards"]:
             raise UsageError(f"source arrayrecord:{location}: shards are missing; write it again")
         self._counts = {path: self._count(path, metas[os.path.dirname(path)]) for path in paths}

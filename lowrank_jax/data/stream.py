@@ -84,7 +84,6 @@ def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream"
 
 
 def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats: bool) -> "Stream":
-    """Return a stream that ends, from one reader for each source."""
     weights = [config.weight[0][1] or 1.0 for config, _ in own]
     shares = tuple(w / sum(weights) for w in weights)
     facts = {"sources": [config.spec for config, _ in own], "fingerprints": [], "readers": 1}
@@ -95,10 +94,9 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
     """Encode the first documents of every source; raises UsageError if there is nothing to learn from."""
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
         limit = Limit(config.spec, p.max_skipped)
-        reader = Reader(source, ONCE, limit, chats)
+        documents = iter(Reader(source, ONCE, limit, chats).next, None)
         count, learnt = 0, False
-        while count < READ and (document := reader.next()) is not None:
-            count += 1
+        for count, document in enumerate(itertools.islice(documents, READ), 1):
             if count <= ENCODED and not learnt:
                 _, said = packing.encode_document(tokenizer, document, chats)
                 learnt = said[1 : p.block + 1].any()
@@ -228,9 +226,8 @@ def summary(cursor: dict) -> list[dict]:
 
 def check_sources(cursor: dict, p: PhaseConfig) -> None:
     """Raise UsageError if a phase now names other sources than its cursor."""
-    names = [s.spec for s in p.sources]
-    if cursor["sources"] != names:
-        before, now = ", ".join(cursor["sources"]), ", ".join(names)
+    before, now = ", ".join(cursor["sources"]), ", ".join(s.spec for s in p.sources)
+    if before != now:
         remedy = "put them back, or use a new --workdir"
         raise UsageError(f"the run is reading {before}, but the config now names {now}; {remedy}")
 

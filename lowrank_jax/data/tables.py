@@ -39,8 +39,7 @@ class Parquet(InFiles):
         return records.document(record, *self._keys, where, self._footer(path).schema.to_arrow_schema().names)
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet
 
         (path, group), first = self.locate(block), 0
         try:
@@ -48,32 +47,32 @@ class Parquet(InFiles):
             columns = [name for name in footer.schema.to_arrow_schema().names if name in self._columns]
             with files.open_file(path) as f:
                 options = {"buffer_size": PARQUET_BUFFER, "pre_buffer": False, "page_checksum_verification": True}
-                table = pq.ParquetFile(f, metadata=footer, **options)
+                table = pyarrow.parquet.ParquetFile(f, metadata=footer, **options)
                 for batch in table.iter_batches(RUN, [group], columns, use_threads=False):
                     for i in range(max(0, start - first), batch.num_rows):
                         yield path, group, first + i, batch, i
                     first += batch.num_rows
-        except (pa.ArrowException, OSError) as e:
+        except (pyarrow.ArrowException, OSError) as e:
             if may_pass(e):
                 raise
             raise BadRecord(f"{path}, row group {group} from row {first}", f"damaged: {one_line(e)}") from None
 
 
 def _parquet_footer(path: str):
-    import pyarrow.parquet as pq
+    import pyarrow.parquet
 
     with files.open_file(path) as f:
-        return pq.read_metadata(f)
+        return pyarrow.parquet.read_metadata(f)
 
 
 def _parquet_facts(path: str) -> tuple[int, int, int]:
     """Return a file's size in bytes, and its numbers of row groups and rows."""
-    import pyarrow as pa
+    import pyarrow
 
     try:
         footer = _parquet_footer(path)
         return files.size(path), footer.num_row_groups, footer.num_rows
-    except (pa.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError) as e:
         if may_pass(e):
             raise
         raise UsageError(f"{path} is not a Parquet file, or damaged: {one_line(e)}") from None
