@@ -10,19 +10,13 @@ from lowrank_jax.export import verify, weights
 from lowrank_jax.training.trained import Trained
 
 MODULE = "modeling_lowrank"
+CLASSES = {"AutoConfig": "LowRankConfig", "AutoModel": "LowRankModel", "AutoModelForCausalLM": "LowRankForCausalLM"}
 
 
 def write(trained: Trained, folder: str) -> str:
     """Write the files into a folder, which is created, and return it."""
-    settings = {
-        "architectures": ["LowRankForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{MODULE}.LowRankConfig",
-            "AutoModel": f"{MODULE}.LowRankModel",
-            "AutoModelForCausalLM": f"{MODULE}.LowRankForCausalLM",
-        },
-        "dtype": "float32",
-    }
+    auto_map = {name: f"{MODULE}.{class_name}" for name, class_name in CLASSES.items()}
+    settings = {"architectures": ["LowRankForCausalLM"], "auto_map": auto_map, "dtype": "float32"}
     texts = {name: folders.packaged(name) for name in (f"{MODULE}.py", "lowrank.py")}
     texts["README.md"] = folders.packaged("cards/hf.md", facts=folders.facts(trained))
     texts["generation_config.json"] = folders.as_json(weights.token_ids(trained.tokenizer))

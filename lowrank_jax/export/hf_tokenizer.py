@@ -18,13 +18,8 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
     control symbol gets that symbol's id, unless `split_special_tokens=True`: the template needs its tags found by name.
     """
     model = _from_pieces(pieces(tokenizer)) if isinstance(tokenizer, SentencePiece) else json.loads(tokenizer.json)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": longest,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        **tokenizer.names,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "padding_side": "left"}
+    config |= {"clean_up_tokenization_spaces": False, **tokenizer.names}
     config.setdefault("pad_token", tokenizer.names["eos_token"])
     described = {JSON_FILE: model | {"post_processor": _bos_in_front(tokenizer)}, CONFIG_FILE: config}
     texts = {name: json.dumps(value, indent=1, ensure_ascii=False) for name, value in described.items()}

@@ -1,9 +1,6 @@
 """A low-rank ALiBi decoder for transformers, loaded with `trust_remote_code=True`. Its layers are those of lowrank.py.
 
-The cache holds latents, never keys or values, as one head: DynamicCache and StaticCache take them as they are. A step
-of one token folds `up` into the query and the output instead of expanding the cache.
-
-Shapes: B batch, T query length, S key length, D model, H heads, K head width, R width of a latent.
+The cache holds latents, never keys or values, as one head: DynamicCache and StaticCache take them as they are.
 """
 
 import torch
@@ -57,6 +54,8 @@ class LowRankConfig(PreTrainedConfig):
 
 
 class LowRankAttention(Attention):
+    """The attention of lowrank.py over a cache of transformers; the suffixes of shapes are the same."""
+
     def __init__(self, config: LowRankConfig, layer: int):
         super().__init__(config)
         self.layer = layer
@@ -101,9 +100,8 @@ class LowRankModel(LowRankPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embed_rank or config.hidden_size)
         if config.embed_rank:
             self.embed_up = nn.Linear(config.embed_rank, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(
-            LowRankBlock(config, LowRankAttention(config, i)) for i in range(config.num_hidden_layers)
-        )
+        blocks = [LowRankBlock(config, LowRankAttention(config, i)) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -112,16 +110,10 @@ class LowRankModel(LowRankPreTrainedModel):
 
         Positions count along the row, padding included: a shift of all positions changes no difference.
         """
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            allow_is_causal_skip=False,  # which would return None
-        )
+        inputs = {"inputs_embeds": x_BTD, "attention_mask": attention_mask, "past_key_values": cache}
+        mask = create_causal_mask(config=self.config, allow_is_causal_skip=False, **inputs)  # a skip would return None
         T, S = mask.shape[-2:]
-        start = 0 if cache is None else cache.get_seq_length()
-        device = x_BTD.device
+        device, start = x_BTD.device, 0 if cache is None else cache.get_seq_length()
         distance_TS = torch.arange(T, device=device)[:, None] + start - torch.arange(S, device=device)
         # Computed in every call: transformers builds models on the meta device, where an unsaved buffer would be lost.
         slopes_H11 = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)[:, None, None]
@@ -152,11 +144,8 @@ class LowRankModel(LowRankPreTrainedModel):
             states.append(x_BTD)
             x_BTD, _ = layer(x_BTD, bias, past_key_values)
         x_BTD = self.norm(x_BTD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BTD,
-            past_key_values=past_key_values,
-            hidden_states=(*states, x_BTD) if output_hidden_states or self.config.output_hidden_states else None,
-        )
+        states = (*states, x_BTD) if output_hidden_states or self.config.output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x_BTD, past_key_values=past_key_values, hidden_states=states)
 
 
 class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
@@ -185,14 +174,12 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
         # 0 keeps all positions.
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = out.last_hidden_state[:, positions]
+        x, past = out.last_hidden_state[:, positions], out.past_key_values
         if self.config.embed_rank:
             x = x @ self.model.embed_up.weight if self.config.tie_word_embeddings else self.lm_head_down(x)
         logits = self.lm_head(x)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past, hidden_states=out.hidden_states)
 
 
 LowRankConfig.register_for_auto_class()  # so that save_pretrained copies the code, too

@@ -16,8 +16,8 @@ import numpy as np
 
 from lowrank_jax.config import ModelConfig
 from lowrank_jax.data import tokenizer
-from lowrank_jax.export import fidelity, verify, weights
 from lowrank_jax.export import folder as folders
+from lowrank_jax.export import verify, weights
 from lowrank_jax.export.torch import state
 from lowrank_jax.training.trained import Trained
 
@@ -153,10 +153,10 @@ def check(trained: Trained, folder: str, quant: str = "f32") -> float:
     return verify.check_cached(trained, read, TOLERANCES[quant])
 
 
-def quality(trained: Trained, folder: str, quant: str = "f32", tokens: int = fidelity.TOKENS) -> dict:
-    """Return what `quant` changes on held-out text, see `fidelity.measure`."""
+def quality(trained: Trained, folder: str, quant: str = "f32", tokens: int = verify.MEASURED) -> dict:
+    """Return what `quant` changes on held-out text, see `verify.measure`."""
     read = _reader(trained, folder)
-    return fidelity.measure(trained, lambda row: read(row, np.arange(len(row)), None)[0], tokens)
+    return verify.measure(trained, lambda row: read(row, np.arange(len(row)), None)[0], tokens)
 
 
 def _reader(trained: Trained, folder: str):
