@@ -1,8 +1,7 @@
 """Compression of BLOOM and MPT in Hugging Face form: projections of attention become products of a rank.
 
-LayerNorm, GELU and biases keep them from becoming runs. The result is a folder of the same class, for every program
-that runs the dense model, and a file of factors. The folder is not smaller; the factors are, and a cache of latents
-would keep `rank` numbers instead of the width.
+LayerNorm, GELU and biases keep them from becoming runs. The result is a folder of the same class and size, for every
+program that runs the dense model, and a file of factors, which is smaller.
 """
 
 import functools

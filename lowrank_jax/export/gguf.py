@@ -93,11 +93,8 @@ def check(trained: Trained, path: str, attn: str = "dense", quant: str = "f32") 
 
 
 def quality(trained: Trained, path: str, attn: str = "dense", quant: str = "f32", tokens: int = 0) -> dict:
-    """Return what `quant` changes on held-out text, see `verify.measure`.
-
-    The default number of tokens falls with the vocabulary: 2,048 probabilities of a token take 15 ms.
-    """
-    vocab = trained.config.model.vocab
+    """Return what `quant` changes on held-out text, see `verify.measure`."""
+    vocab = trained.config.model.vocab  # 2,048 probabilities of a token take 15 ms
     tokens = tokens or min(verify.MEASURED, max(2**21 // vocab, 256))
     with serve(path, vocab, verify.longest(trained.config) + 1) as client:
         return verify.measure(trained, lambda row: client.log_probs(row, np.arange(len(row))), tokens)
@@ -149,19 +146,18 @@ def attention(c: ModelConfig, block: dict, attn: str) -> tuple[np.ndarray, ...]:
     if attn == "dense":
         return q_DX.T, _product(k).T, _product(v).T, o_XD.T
     rank = c.ranks[1]
-    up_k_RHK, up_v_RHK = (_float64(w["up"]).reshape(rank, H, K) for w in (k, v))
+    down_k_DR, down_v_DR = (np.asarray(w["down"], np.float64) for w in (k, v))
+    up_k_RHK, up_v_RHK = (np.asarray(w["up"], np.float64).reshape(rank, H, K) for w in (k, v))
     q_DHR = np.einsum("DHK,RHK->DHR", q_DX.reshape(D, H, K), up_k_RHK, optimize=True) * (rank / K) ** 0.5
     o_HRD = np.einsum("RHK,HKD->HRD", up_v_RHK, o_XD.reshape(H, K, D), optimize=True)
-    return q_DHR.reshape(D, -1).T, _float64(k["down"]).T, _float64(v["down"]).T, o_HRD.reshape(-1, D).T
+    return q_DHR.reshape(D, -1).T, down_k_DR.T, down_v_DR.T, o_HRD.reshape(-1, D).T
 
 
 def _refuse(c: ModelConfig, tokenizer: Tokenizer, attn: str) -> None:
     weights.refuse_unknown(c)
     if c.latent_norm and c.rank:
-        raise UsageError(
-            "--format=gguf cannot hold the norms between the factors that config.model.latent_norm adds; "
-            "train with config.model.latent_norm=False, or use --format=hf"
-        )
+        advice = "train with config.model.latent_norm=False, or use --format=hf"
+        raise UsageError(f"--format=gguf cannot hold the norms on latents of config.model.latent_norm; {advice}")
     if attn == "latent" and not c.rank:
         raise UsageError("--attn=latent needs latents, and config.model.rank=0 has none; use --attn=dense")
     if attn == "latent" and c.ranks[1] != c.ranks[2]:
@@ -194,12 +190,8 @@ def _add_tokenizer(out, tokenizer: SentencePiece, pieces: list) -> None:
 
 def _product(w: dict) -> np.ndarray:
     """Return a projection [in, out] or a table [V, D] in float64, its factors multiplied."""
-    first, *second = [_float64(w[key]) for key in ("kernel", "table", "down", "up") if key in w]
+    first, *second = [np.asarray(w[key], np.float64) for key in ("kernel", "table", "down", "up") if key in w]
     return first @ second[0] if second else first
-
-
-def _float64(w) -> np.ndarray:
-    return np.asarray(w, np.float64)
 
 
 class Llama:
@@ -265,17 +257,14 @@ def quantize(w: np.ndarray, kind: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def serve(path: str, vocab: int, tokens: int) -> Iterator[Llama]:
-    """Serve a GGUF file on this machine, with a context of `tokens` and a cache in f32.
-
-    With a cache in f16, the default, logits of toy models were off by 1e-3, which would hide mistakes. Raises
-    RunFailure where llama.cpp does not load the file.
-    """
+    """Serve a GGUF file with a context of `tokens`; raises RunFailure where llama.cpp does not load it."""
     verify.need("xllamacpp")
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx, params.n_parallel, params.n_gpu_layers = tokens, 1, 0
+    # With a cache in f16, the default, logits of toy models were off by 1e-3, which would hide mistakes.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.verbosity = False, -1

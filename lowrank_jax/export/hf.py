@@ -1,7 +1,4 @@
-"""A folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer, settings and a card.
-
-AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) and AutoTokenizer.from_pretrained(folder) load it.
-"""
+"""A folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer, settings and a card."""
 
 import numpy as np
 
@@ -36,10 +33,8 @@ def check(trained: Trained, folder: str) -> float:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks the user
     verify.check_ids(trained.tokenizer, lambda text: tokenizer(text)["input_ids"][1:])
-    verify.check_chat(
-        trained.tokenizer,
-        lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
-    )
+    options = {"add_generation_prompt": True, "return_dict": False}
+    verify.check_chat(trained.tokenizer, lambda messages: tokenizer.apply_chat_template(messages, **options))
     net = LowRankForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def read(tokens: np.ndarray, positions: np.ndarray, cache):

@@ -44,10 +44,7 @@ def open_export(source: str, tokenizer_path: str = "", base: RunConfig | None = 
 
 
 def write(config: RunConfig, tok: Tokenizer, params: dict, origin: Progress, folder: str) -> str:
-    """Create a run's folder with the parameters as a checkpoint of step 0, and return their SHA-256.
-
-    Its event records the steps and tokens of `origin`, the training that the parameters come from.
-    """
+    """Create a run's folder with parameters that `origin` tells of, as a checkpoint of step 0; return their SHA-256."""
     place = sharding.whole(sharding.one_device())
     state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
     os.makedirs(folder)

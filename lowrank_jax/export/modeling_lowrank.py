@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .lowrank import Attention, Block, Linear, alibi_slopes
+from .lowrank import Attention, Block, alibi
 
 
 class LowRankConfig(PreTrainedConfig):
@@ -67,17 +67,14 @@ class LowRankAttention(Attention):
             k_BSR, v_BSR = (c.squeeze(1) for c in cache.update(k_BSR[:, None], v_BSR[:, None], self.layer))
         v_BSR = k_BSR if self.c.shared_kv else v_BSR
         q_BHTK = self.heads(self.latent(x_BTD, self.q), self.q)
-        if x_BTD.shape[1] == 1 and can_fold(self.k) and can_fold(self.v):
+        # `up` must be a plain matrix: adapters and quantised weights can be called, but not read.
+        can_fold = all(linear.rank > 0 and type(linear.up) is nn.Linear for linear in (self.k, self.v))
+        if x_BTD.shape[1] == 1 and can_fold:
             o_BHTK = self.folded(q_BHTK * self.K**-0.5, k_BSR, v_BSR, bias)
         else:
             k_BHSK, v_BHSK = self.heads(k_BSR, self.k), self.heads(v_BSR, self.v)
             o_BHTK = nn.functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype))
         return self.o(o_BHTK.transpose(1, 2).reshape(x_BTD.shape)), cache
-
-
-def can_fold(linear: Linear) -> bool:
-    """Return whether `up` is a plain matrix: adapters and quantised weights can be called, but not read."""
-    return linear.rank > 0 and type(linear.up) is nn.Linear
 
 
 class LowRankBlock(GradientCheckpointingLayer, Block):
@@ -106,19 +103,16 @@ class LowRankModel(LowRankPreTrainedModel):
         self.post_init()
 
     def alibi_bias(self, x_BTD, attention_mask, cache: Cache | None):
-        """Return -m_h (i - j) as [1 or B, H, T, S], and the lowest number of the type at hidden positions.
-
-        Positions count along the row, padding included: a shift of all positions changes no difference.
-        """
+        """Return the bias [1 or B, H, T, S], with the lowest number of the type at hidden positions."""
         inputs = {"inputs_embeds": x_BTD, "attention_mask": attention_mask, "past_key_values": cache}
         mask = create_causal_mask(config=self.config, allow_is_causal_skip=False, **inputs)  # a skip would return None
         T, S = mask.shape[-2:]
         device, start = x_BTD.device, 0 if cache is None else cache.get_seq_length()
-        distance_TS = torch.arange(T, device=device)[:, None] + start - torch.arange(S, device=device)
         # Computed in every call: transformers builds models on the meta device, where an unsaved buffer would be lost.
-        slopes_H11 = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)[:, None, None]
+        queries_T, keys_S = torch.arange(T, device=device) + start, torch.arange(S, device=device)
+        _, bias = alibi(self.config.num_attention_heads, queries_T, keys_S)
         hidden = ~mask if mask.dtype == torch.bool else mask < 0  # the mask of sdpa is bool, that of eager is added
-        return (-slopes_H11 * distance_TS)[None].masked_fill(hidden, torch.finfo(x_BTD.dtype).min)
+        return bias.masked_fill(hidden, torch.finfo(x_BTD.dtype).min)
 
     @can_return_tuple
     def forward(
