@@ -11,7 +11,7 @@ KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "
 KEEPERS |= {"tensorboardX": "training/track", "wandb": "training/track", "mlflow": "training/track"}
 KEEPERS |= {"qwix": "inference/quantize", "uvicorn": "serve"}
 KEEPERS |= {"starlette": "inference/server/routes", "pydantic": "inference/server/api"}
-KEEPERS |= {"gguf": "export/gguf", "onnx": "export/onnx", "onnxruntime": "export/onnx", "xllamacpp": "export/llama"}
+KEEPERS |= {"gguf": "export/gguf", "onnx": "export/onnx", "onnxruntime": "export/onnx", "xllamacpp": "export/gguf"}
 
 
 def imports(tree: ast.Module) -> set[str]:
