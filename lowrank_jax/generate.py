@@ -8,38 +8,24 @@ import sys
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
-from lowrank_jax.inference import conversation, quantize
-from lowrank_jax.inference.conversation import Conversation
+from lowrank_jax.inference import quantize
 from lowrank_jax.inference.engine import TOP, Request
-from lowrank_jax.inference.sampling import PRESETS, Sampling
-from lowrank_jax.inference.session import CONTEXT, Model
+from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
+from lowrank_jax.inference.session import CONTEXT, Conversation, Model, answer
 from lowrank_jax.training.trained import open_run
-
-HELP = {
-    "temperature": "0 is greedy (default 0.8)",
-    "top_k": "keep the k most likely tokens (0: off)",
-    "top_p": "keep the most likely tokens of this total probability (default 0.95)",
-    "min_p": "keep tokens this likely relative to the most likely one (0: off)",
-    "repetition_penalty": "divides the logits of tokens that occurred (1: off)",
-    "presence_penalty": "is subtracted from the logits of tokens that occurred",
-    "frequency_penalty": "is subtracted from them once per occurrence",
-    "penalty_last_n": "tokens that the penalties look back (0: all)",
-    "no_repeat_ngram": "never generates the same n tokens twice (0: off)",
-    "seed": "the same seed draws the same text",
-}
 
 
 def add_sampling_flags(parser: cli.Parser) -> None:
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from")
-    for name, text in HELP.items():
-        parser.add_argument(f"--{name}", type=type(getattr(Sampling, name)), help=text)
+    parser.add_argument("--preset", choices=PRESETS, help="instead of the default --temperature=0.8 --top_p=0.95")
+    for name, field in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=field.type, help=field.metadata["help"])
     parser.add_argument("--logit_bias", default="", metavar="ID:BIAS,...", help="added to the logits of token ids")
 
 
 def read_sampling(args) -> Sampling:
     """Return the sampling settings of the flags; raises UsageError."""
     values = vars(PRESETS[args.preset] if args.preset else Sampling(top_p=0.95))
-    values = values | {name: getattr(args, name) for name in HELP if getattr(args, name) is not None}
+    values = values | {name: getattr(args, name) for name in NUMBERS if getattr(args, name) is not None}
     try:
         pairs = [part.split(":") for part in args.logit_bias.split(",") if part.strip()]
         values["logit_bias"] = tuple((int(i), float(bias)) for i, bias in pairs)
@@ -88,7 +74,7 @@ def command(argv: list[str]) -> dict:
             raise UsageError("--chat --json got no message on standard input")
         return facts
     show(args.prompt)
-    facts = conversation.answer(model, ask(model.prompt(args.prompt)), args.stop, show)
+    facts = answer(model, ask(model.prompt(args.prompt)), args.stop, show)
     show("\n")
     return {"prompt": args.prompt} | facts
 

@@ -9,28 +9,28 @@ gives active ones a few seconds to finish.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
+
+import uvicorn
 
 from lowrank_jax import cli
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.inference import engine, quantize
-from lowrank_jax.inference.server import listen
 from lowrank_jax.inference.server.api import Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler
+from lowrank_jax.machine import console
 from lowrank_jax.training.trained import open_run
 
-LIMITS = {
-    "port": (0, 65535),
-    "slots": (1, 1024),
-    "queue": (0, 10**6),
-    "context": (16, 2**20),
-    "max_tokens": (1, 10**9),
-}
+GRACE = 3.0  # seconds that active requests have after a signal
+LIMITS = {"port": (0, 65535), "slots": (1, 1024), "queue": (0, 10**6), "context": (16, 2**20), "max_tokens": (1, 10**9)}
 
 
 def arguments(argv: list[str]):
@@ -70,17 +70,59 @@ def prepare(args) -> tuple[Server, Scheduler]:
     return Server(scheduler, run.tokenizer, settings), scheduler
 
 
+def bind(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return a socket that owns the address, and the address as a URL."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as e:
+        raise UsageError(f"--host={host}: {e.strerror or e}") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as e:
+        raise RunFailure(f"cannot listen on {host}, port {port}: {e.strerror}") from None
+    name = f"[{host}]" if ":" in host else host
+    return listener, f"http://{name}:{listener.getsockname()[1]}"
+
+
+async def listen(app: Callable, listener: socket.socket, url: str, scheduler: Scheduler) -> int:
+    """Serve until a signal arrives, give active requests GRACE seconds, and return the signal's number."""
+    config = uvicorn.Config(
+        app, lifespan="off", loop="asyncio", http="h11", ws="none", log_level="warning", access_log=False,
+        server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,
+    )  # fmt: skip
+    server, loop, received = uvicorn.Server(config), asyncio.get_running_loop(), []
+    server.capture_signals = contextlib.nullcontext  # uvicorn would end the process
+
+    def stop(number: int) -> None:
+        if received and number == signal.SIGINT:
+            os._exit(128 + number)
+        received.append(number)
+        server.should_exit = True
+        loop.call_later(GRACE, scheduler.close)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    listener.listen(config.backlog)
+    console.say(f"listening on {url}")
+    await server.serve([listener])
+    return received[0]
+
+
 def command(argv: list[str]) -> dict:
     args = arguments(argv)
-    listener, url = listen.bind(args.host, args.port)  # first, so that a port in use is reported at once
-    listen.end_on_signals()
+    listener, url = bind(args.host, args.port)  # first, so that a port in use is reported at once
+    for number in (signal.SIGTERM, signal.SIGINT):  # at once, until `listen` has requests to finish
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     server, scheduler = prepare(args)
     scheduler.start()
-    number = asyncio.run(listen.serve(server.app(), listener, url, scheduler))
+    number = asyncio.run(listen(server.app(), listener, url, scheduler))
     scheduler.close()
     if args.json:
         print(json.dumps({"url": url, "stopped_by": signal.Signals(number).name}), flush=True)
-    if not scheduler.join(listen.GRACE):  # it is compiling, which nothing can stop
+    scheduler.thread.join(GRACE)
+    if scheduler.thread.is_alive():  # it is compiling, which nothing can stop
         sys.stdout.flush()
         os._exit(128 + number)
     raise SystemExit(128 + number)

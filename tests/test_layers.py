@@ -9,9 +9,9 @@ APART = {("data", "model"), ("data", "jax"), ("data", "flax")}  # a room and wha
 KEEPERS = {"orbax": "training/checkpoint", "flax": "model/network", "ml_collections": "cli"}
 KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "pyarrow": "data/tables"}
 KEEPERS |= {"tensorboardX": "training/track", "wandb": "training/track", "mlflow": "training/track"}
-KEEPERS |= {"qwix": "inference/quantize", "uvicorn": "inference/server/listen"}
+KEEPERS |= {"qwix": "inference/quantize", "uvicorn": "serve"}
 KEEPERS |= {"starlette": "inference/server/routes", "pydantic": "inference/server/api"}
-KEEPERS |= {"gguf": "export/gguf", "onnx": "export/onnx", "onnxruntime": "export/onnx", "xllamacpp": "export/llama"}
+KEEPERS |= {"gguf": "export/gguf", "onnx": "export/onnx", "onnxruntime": "export/onnx", "xllamacpp": "export/gguf"}
 
 
 def imports(tree: ast.Module) -> set[str]:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 
+import lowrank_jax.__main__
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import pretokenize, stream, tokenizer
@@ -65,13 +66,5 @@ def learn_tokenizer(argv: list[str]) -> dict:
     return {"out": args.out, "vocab_size": learnt.vocab_size}
 
 
-def command(argv: list[str]) -> dict:
-    """Run the command that the first argument names."""
-    commands = {"tokenize": tokenize, "learn_tokenizer": learn_tokenizer}
-    if not argv or argv[0] not in commands:
-        raise UsageError(f"name a command: {' or '.join(commands)}; each has --help")
-    return commands[argv[0]](argv[1:])
-
-
 if __name__ == "__main__":
-    cli.main(command)
+    lowrank_jax.__main__.main()

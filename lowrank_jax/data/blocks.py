@@ -6,12 +6,28 @@ import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data.records import Document
+
+Document = dict[str, Any]
+"""{"text": str}, {"messages": [{"role": str, "content": str}]}, or tokens:
+{"ids": int32 array from BOS to EOS, "said": bool array, whether a token carries weight as a target}."""
+
+
+class BadRecord(Exception):
+    """An unusable record; if `rows` raises it, the rest of the block is unusable.
+
+    `where` is cheap; `exact()`, if not None, scans a file to return the file and line, as `str` does.
+    """
+
+    def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
+        self.where, self.reason, self.exact = where, reason, exact
+
+    def __str__(self) -> str:
+        return f"{self.exact() if self.exact else self.where}: {self.reason}"
 
 
 class Source(Protocol):

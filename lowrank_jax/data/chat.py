@@ -16,6 +16,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.data.blocks import one_line
 from lowrank_jax.data.tokenizer import Tokenizer
 
 # Unicode noncharacters are reserved for a program's own use; they are removed from message text.
@@ -80,10 +81,8 @@ def _mark_turns(tokenizer: Tokenizer, messages: list[dict]) -> str:
             continue
         before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
         if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
-            raise UsageError(
-                "the chat template does not begin a conversation with the text of its first turns, so the assistant's "
-                "text cannot be found; put {% generation %} and {% endgeneration %} around it"
-            )
+            reason = "does not begin a conversation with the text of its first turns, which hides the assistant's text"
+            raise UsageError(f"the chat template {reason}; put {{% generation %}} and {{% endgeneration %}} around it")
         *_, end = [m.end() for m in _parts(tuple(tokenizer.specials)).finditer(after, len(before))] or [len(after)]
         stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
         marked += text[done : len(before)] + OPEN + text[len(before) : stop] + CLOSE
@@ -92,14 +91,11 @@ def _mark_turns(tokenizer: Tokenizer, messages: list[dict]) -> str:
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
+    options = {"add_generation_prompt": prompt, "tools": None, "documents": None} | tokenizer.names
     try:
-        return _compile(tokenizer.chat_template).render(
-            messages=messages, add_generation_prompt=prompt, tools=None, documents=None, **tokenizer.names
-        )
-    except UsageError:
-        raise
+        return _compile(tokenizer.chat_template).render(messages=messages, **options)
     except Exception as e:  # a template is a program, which may raise anything
-        raise UsageError(f"the chat template does not take a conversation: {' '.join(str(e).split())[:200]}") from None
+        raise UsageError(f"the chat template refuses a conversation: {one_line(e)}") from None
 
 
 def _guard(text: str, specials: tuple[str, ...]) -> str:
@@ -109,23 +105,20 @@ def _guard(text: str, specials: tuple[str, ...]) -> str:
     """
     names, heads, tails = _guards(specials)
     text = names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
-    longest = max(map(len, specials), default=0)
-    if any(text.rstrip()[-n:] in heads for n in range(1, longest)):
-        body = text.rstrip()
+    if (body := text.rstrip()).endswith(heads):
         text = body + BREAK + text[len(body) :]
-    if any(text.lstrip()[:n] in tails for n in range(1, longest)):
-        body = text.lstrip()
+    if (body := text.lstrip()).startswith(tails):
         text = text[: len(text) - len(body)] + BREAK + body
     return text
 
 
 @functools.lru_cache
-def _guards(specials: tuple[str, ...]) -> tuple[re.Pattern, frozenset, frozenset]:
+def _guards(specials: tuple[str, ...]) -> tuple[re.Pattern, tuple[str, ...], tuple[str, ...]]:
     """A pattern for the first letters of symbols' names, also overlapping ones, and the names' beginnings and ends."""
     names = re.compile(f"(?=(?:{_any_of(specials)})).", re.DOTALL)
-    heads = frozenset(name[:n] for name in specials for n in range(1, len(name)))
-    tails = frozenset(name[n:] for name in specials for n in range(1, len(name)))
-    return names, heads, tails
+    heads = {name[:n] for name in specials for n in range(1, len(name))}
+    tails = {name[n:] for name in specials for n in range(1, len(name))}
+    return names, tuple(heads), tuple(tails)
 
 
 @functools.lru_cache
@@ -155,4 +148,4 @@ def _compile(template: str) -> jinja2.Template:
 
 
 def _refuse(reason: str):
-    raise UsageError(f"the chat template refuses a conversation: {' '.join(str(reason).split())[:200]}")
+    raise jinja2.TemplateError(str(reason))

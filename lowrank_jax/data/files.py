@@ -22,8 +22,7 @@ from backports import zstd  # the standard library's of Python 3.14: zstandard d
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, records
-from lowrank_jax.data.blocks import InFiles
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, InFiles
 
 SMALLEST, BLOCKS = 2 << 10, 200  # small corpora get small blocks, so that there are blocks to shuffle
 REMOTE_BLOCK = 4 << 20  # a request to a bucket takes as long as reading a megabyte does
@@ -71,7 +70,7 @@ class _Files(InFiles):
         return itertools.islice(self._whole(path) if self._is_whole(path) else self._part(path, k), start, None)
 
     def _is_whole(self, path: str) -> bool:
-        return _is_compressed(path)
+        return os.path.splitext(path)[1] in COMPRESSED
 
 
 class TextFiles(_Files):
@@ -112,31 +111,29 @@ class JsonFiles(_Files):
     largest = 128 << 10  # about a hundred web pages
 
     def __init__(self, paths: list[str], text_key: str, messages_key: str, chats: bool):
-        self._arrays = {p for p in paths if not _is_compressed(p) and _starts_array(p)}
+        is_compressed = super()._is_whole
+        self._arrays = {p for p in paths if not is_compressed(p) and _starts_array(p)}
         self._keys = (text_key, messages_key, chats)
         self._array = functools.lru_cache(1)(_array)  # readers that share an array share its memory
         super().__init__(paths)
 
     def document(self, row: tuple[str, int, object, int]) -> Document:
         path, number, raw, offset = row
-        if number:
-            where, exact = f"{path}, record {number}", None
-        else:  # the number of a line in a large file is worth a scan only if the run ends with it
+        where, exact = f"{path}, record {number}", None
+        if not number:  # the number of a line in a large file is worth a scan only if the run ends with it
             where, exact = f"{path}, byte {offset}", lambda: f"{path}, record {_line_number(path, offset)}"
         if isinstance(raw, bytes) and len(raw) >= LONGEST_LINE:
             raise BadRecord(where, f"longer than {LONGEST_LINE >> 20} MiB", exact)
         try:
             return records.document(json.loads(raw) if isinstance(raw, bytes) else raw, *self._keys, where)
-        except (ValueError, RecursionError) as e:
-            raise BadRecord(where, f"not JSON: {e}", exact) from None
-        except BadRecord as e:
-            raise BadRecord(where, e.reason, exact) from None
+        except (ValueError, RecursionError, BadRecord) as e:
+            reason = e.reason if isinstance(e, BadRecord) else f"not JSON: {e}"
+            raise BadRecord(where, reason, exact) from None
 
     def _is_whole(self, path: str) -> bool:
         return path in self._arrays or super()._is_whole(path)
 
     def _part(self, path: str, k: int) -> Iterator[tuple]:
-        """Yield the lines whose first byte lies in block k."""
         offset = k * self.size
         with open_file(path) as f:
             if k:  # skip the rest of the line that the byte before the block belongs to
@@ -162,25 +159,21 @@ class JsonFiles(_Files):
                     yield path, number, line, 0
 
 
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
 def open_file(path: str) -> BinaryIO:
     """Open a file to read, local or in a bucket."""
     return fsspec.open(path, "rb").open() if _is_remote(path) else open(path, "rb")
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def size(path: str) -> int:
     """Return the bytes of a file, local or in a bucket."""
-    if _is_remote(path):
-        system, inner = fsspec.core.url_to_fs(path)
-        return system.size(inner)
-    return os.path.getsize(path)
-
-
-def _is_compressed(path: str) -> bool:
-    return os.path.splitext(path)[1] in COMPRESSED
+    if not _is_remote(path):
+        return os.path.getsize(path)
+    system, inner = fsspec.core.url_to_fs(path)
+    return system.size(inner)
 
 
 @contextlib.contextmanager

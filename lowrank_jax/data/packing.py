@@ -8,8 +8,8 @@ import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
+from lowrank_jax.data.blocks import BadRecord, Document
 from lowrank_jax.data.reader import Reader
-from lowrank_jax.data.records import BadRecord, Document
 from lowrank_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -56,8 +56,12 @@ class Lane:
         self._draw_step = start["step"]  # at which the cursor's document was drawn: shares may depend on it
         self._resumed = cursor is not None  # the first document to draw was then drawn before
         self._window_start, self._rows = None, []
-        if self._packed:
-            self._restore_window(start["step"])
+        if self._packed:  # draw the window again, and pack it as often as its length grew
+            self._window_start = self._position(start["step"])
+            documents = self._draw_window(self._packed[0][0], start["step"])
+            for length, taken in self._packed:
+                self._rows = self._pack(documents, length)[taken:]
+                documents = [document for row in self._rows for document in row]
 
     def cursor(self) -> dict:
         """Return where the next row begins, as JSON values."""
@@ -121,8 +125,7 @@ class Lane:
     def _take_row(self, length: int, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the conversations of the next row, or none if the sources are exhausted.
 
-        The cursor of a window of conversations is the place where it was drawn, and `packed`: a list of [length, rows]
-        with the number of rows taken at each length.
+        A window's cursor is where it was drawn, and `packed`: [length, rows taken] for each length that it had.
         """
         if not self._rows:
             self._window_start, self._packed = self._position(step), [[length, 0]]
@@ -136,13 +139,6 @@ class Lane:
             self._packed = []
         return row
 
-    def _restore_window(self, step: int) -> None:
-        self._window_start, history = self._position(step), self._packed
-        documents = self._draw_window(history[0][0], step)
-        for length, taken in history:
-            self._rows = self._pack(documents, length)[taken:]
-            documents = [document for row in self._rows for document in row]
-
     def _draw_window(self, length: int, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
         window, size, unanswered = [], 0, 0
         while size < WINDOW_ROWS * length and (drawn := self._draw(step)) is not None:
@@ -150,16 +146,13 @@ class Lane:
             self._counts["cut"][self._source] += len(ids) - 1 > length
             if said[1 : length + 1].any():
                 window.append((ids, said))
-                size += min(len(ids) - 1, length)
-                unanswered = 0
+                size, unanswered = size + min(len(ids) - 1, length), 0
                 continue
             self._counts["unanswered"][self._source] += 1  # nothing in it can be learnt in a row of this length
             unanswered += 1
             if unanswered == PATIENCE:
-                raise UsageError(
-                    f"in {PATIENCE:,} conversations in a row the assistant does not speak within the first {length} "
-                    "tokens; raise config.sft.block"
-                )
+                where = f"in {PATIENCE:,} conversations in a row the assistant"
+                raise UsageError(f"{where} does not speak within the first {length} tokens; raise config.sft.block")
         return window
 
     def _pack(self, documents: list[tuple], length: int) -> list[list[tuple]]:
@@ -190,11 +183,10 @@ class Lane:
             before = self._position(step)
             able = [share if not r.exhausted else 0.0 for share, r in zip(shares, self._readers)]
             if not any(able):
-                if any(r.endless for r in self._readers):
-                    bad = [r.limit.last for r in self._readers if r.limit.last]
-                    reason = f"; the last unusable record: {bad[-1]}" if bad else ""
-                    raise UsageError(f"a whole epoch of every source has no document to train on{reason}")
-                return None
+                if not any(r.endless for r in self._readers):
+                    return None
+                bad = [f"; the last unusable record: {r.limit.last}" for r in self._readers if r.limit.last]
+                raise UsageError("a whole epoch of every source has no document to train on" + "".join(bad[-1:]))
             source = max((i for i, share in enumerate(able) if share), key=lambda i: self._credit[i] + able[i])
             document = self._readers[source].next()
             if document is None:
@@ -206,8 +198,7 @@ class Lane:
                 limit = self._readers[source].limit
                 self._counts["refused"][source] += 1
                 limit.skip(BadRecord(f"source {limit.name}", str(e)))
-        for i, share in enumerate(shares):
-            self._credit[i] += share * len(ids)
+        self._credit = [credit + share * len(ids) for credit, share in zip(self._credit, shares)]
         self._credit[source] -= len(ids)
         self._counts["documents"][source] += 1
         self._counts["tokens"][source] += len(ids)

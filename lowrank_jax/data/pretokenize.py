@@ -7,10 +7,10 @@ import os
 import pathlib
 import shutil
 import signal
-import tempfile
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
 from lowrank_jax.data import packing, shards, sources, tokenizer
-from lowrank_jax.data.blocks import Source
+from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.reader import ONCE, Limit, Reader
-from lowrank_jax.data.records import BadRecord
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, within these limits
 
@@ -44,8 +43,8 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     blocks = sum(source.blocks for source in _open(job))
     count = job.shards or min(max(blocks // BLOCKS, FEWEST), MOST)
     workers = min(workers or len(os.sched_getaffinity(0)), count)
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=os.path.basename(out) + ".partial-", dir=os.path.dirname(out))
+    folder = f"{out}.partial-{time.time_ns()}"
+    os.makedirs(folder)
     try:
         parts = _run(job._replace(shards=count), folder, workers)
         totals = {key: sum(part[key] for part in parts) for key in ("documents", "tokens", "skipped")}
@@ -57,11 +56,8 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
             raise UsageError(f"there is no text in {names}" + (f"; for example, {last}" if last else ""))
         facts = {"format": shards.FORMAT, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size}
         facts |= {"chats": job.chats, **totals, "shards": count}
-        records = {_file(i, count): part["documents"] for i, part in enumerate(parts)}
-        meta = json.dumps(facts | {"records": records}, indent=1) + "\n"
-        pathlib.Path(folder, shards.META).write_text(meta, "utf-8")
-        os.umask(mask := os.umask(0))
-        os.chmod(folder, 0o777 & ~mask)  # mkdtemp's folder is for its owner only
+        meta = facts | {"records": {_file(i, count): part["documents"] for i, part in enumerate(parts)}}
+        pathlib.Path(folder, shards.META).write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
         os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,10 +70,7 @@ def _run(job: Job, folder: str, workers: int) -> list[dict]:
     spawn = multiprocessing.get_context("spawn")  # a fork would not survive the readers' threads
     pool = ProcessPoolExecutor(workers, spawn, _start, (job, folder))
     try:
-        running = [pool.submit(_write_shard, shard) for shard in range(job.shards)]
-        for future in tqdm(as_completed(running), total=job.shards, unit="shard", disable=None):
-            future.result()  # the first error ends the command
-        return [future.result() for future in running]
+        return list(tqdm(pool.map(_write_shard, range(job.shards)), total=job.shards, unit="shard", disable=None))
     except BrokenProcessPool:
         raise RunFailure("a worker process died, perhaps for lack of memory; try fewer --workers") from None
     finally:
@@ -85,12 +78,10 @@ def _run(job: Job, folder: str, workers: int) -> list[dict]:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in children:
             process.terminate()
-        for process in children:
             process.join()
 
 
 def _start(job: Job, folder: str) -> None:
-    """Prepare a worker process: open what all of its shards need."""
     global _job, _folder, _tokenizer, _sources
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers,
     parent = multiprocessing.parent_process()  # and if that is killed they end themselves
@@ -100,12 +91,11 @@ def _start(job: Job, folder: str) -> None:
 
 def _write_shard(shard: int) -> dict:
     """Write one shard, which holds an equal part of every source in turn, and return its counts."""
-    counts, last = {"documents": 0, "tokens": 0, "skipped": 0}, ""
+    counts = {"documents": 0, "tokens": 0, "skipped": 0, "last": ""}
     with contextlib.closing(shards.open_writer(os.path.join(_folder, _file(shard, _job.shards)))) as writer:
         for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
-            reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
-            while (document := reader.next()) is not None:
+            for document in iter(Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards)).next, None):
                 try:
                     ids, said = packing.encode_document(_tokenizer, document, _job.chats)
                 except UsageError as e:  # the chat template does not take it
@@ -115,16 +105,15 @@ def _write_shard(shard: int) -> dict:
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)
             counts["skipped"] += limit.skipped
-            last = last or str(limit.last or "")
-    return counts | {"last": last}
+            counts["last"] = counts["last"] or str(limit.last or "")
+    return counts
 
 
 def _open(job: Job) -> list[Source]:
-    all_sources = [sources.open_source(config, job.chats) for config in job.configs]
-    for config, source in zip(job.configs, all_sources):
-        if hasattr(source, "tokenizer_sha256"):
+    for config in job.configs:
+        if config.spec.startswith("arrayrecord:"):
             raise UsageError(f"source {config.spec} is tokenised already")
-    return all_sources
+    return [sources.open_source(config, job.chats) for config in job.configs]
 
 
 def _file(shard: int, count: int) -> str:

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data.blocks import Source
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, Source
 from lowrank_jax.machine import faults
 
 WINDOW, HELD_OUT_WINDOW = 1 << 20, 1 << 16  # bytes of documents that are shuffled together
@@ -23,16 +22,13 @@ PLENTY = 4  # blocks for each reader; with fewer, the readers' parts would diffe
 
 Note = Callable[..., None]
 """note("skip" | "retry", **facts) reports something that the reader recovered from."""
-
-
-def ignore(*_, **__) -> None:
-    """Report nothing: a `Note` for whoever needs none."""
+IGNORE: Note = lambda *_, **__: None
 
 
 class Limit:
     """Counts the unusable records of a source, over all its readers, and raises UsageError beyond `most`."""
 
-    def __init__(self, name: str, most: int, note: Note = ignore):
+    def __init__(self, name: str, most: int, note: Note = IGNORE):
         self.name, self.most, self.note = name, most, note
         self.skipped, self.last, self._lock = 0, None, threading.Lock()
 
@@ -113,16 +109,15 @@ class Reader:
         enough = HELD_OUT_WINDOW if self._part.held_out else WINDOW
         counting = place["epoch"] == 0  # later epochs meet the same bad records again
         while place["block"] < self._source.blocks:
-            block = place["block"]
-            if self._part.shuffled:
-                block = _shuffled_block(self._source.blocks, self._seed, place["epoch"], block)
+            order = (self._source.blocks, self._seed, place["epoch"])
+            block = _shuffled_block(*order, place["block"]) if self._part.shuffled else place["block"]
             rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
                 for row in rows:
-                    held_out = self._part.period > 0 and (block + place["row"]) % self._part.period == 0
-                    mine = held_out == self._part.held_out and self._owns(place["row"])
+                    number = place["row"]
                     place["row"] += 1
-                    if not mine:
+                    held_out = self._part.period > 0 and (block + number) % self._part.period == 0
+                    if held_out != self._part.held_out or not self._owns(number):
                         continue
                     faults.strike_read()
                     try:
@@ -163,9 +158,8 @@ class Reader:
     def _shuffled(self, window: list[Document]) -> list[Document]:
         if not self._part.shuffled:
             return window
-        place = [self._start[key] for key in ("epoch", "block", "row")]
-        draw = np.random.default_rng([self._seed, self._index, *place])
-        return [window[i] for i in draw.permutation(len(window))]
+        seed = [self._seed, self._index, *(self._start[key] for key in ("epoch", "block", "row"))]
+        return [window[i] for i in np.random.default_rng(seed).permutation(len(window))]
 
     def _patiently(self, read: Callable):
         """Call `read` again if it fails, each time after twice as long; raises OSError after the last attempt."""

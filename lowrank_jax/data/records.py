@@ -4,19 +4,12 @@ docs/custom_dataset.md lists the shapes. A text or messages key may be a path, a
 a missing key, because a table has every column in every row.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
-Document = dict[str, Any]
-"""{"text": str}, {"messages": [{"role": str, "content": str}]}, or tokens:
-{"ids": int32 array from BOS to EOS, "said": bool array, whether a token carries weight as a target}."""
+from lowrank_jax.data.blocks import BadRecord, Document
 
-ANSWERS = {
-    "prompt": ("response", "completion"),
-    "instruction": ("output", "response"),
-    "question": ("answer", "response"),
-}
-PAIRS = tuple((prompt, answer) for prompt, answers in ANSWERS.items() for answer in answers)
+PAIRS = [("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response")]
+PAIRS += [("question", "answer"), ("question", "response")]
 SYSTEM, INPUT = ("system", "system_prompt"), ("input", "context")  # optional keys beside a pair
 # Every key that a record may need besides the text key and the messages key
 KEYS = ("conversations", *dict.fromkeys(key for pair in PAIRS for key in pair), *SYSTEM, *INPUT)
@@ -24,22 +17,7 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 SHOWN_KEYS, SHOWN_LETTERS = 8, 30
 
 
-class BadRecord(Exception):
-    """An unusable record; if `rows` raises it, the rest of the block is unusable.
-
-    `where` is cheap; `exact()`, if not None, scans a file to return the file and line, as `str` does.
-    """
-
-    def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
-        self.where, self.reason, self.exact = where, reason, exact
-
-    def __str__(self) -> str:
-        return f"{self.exact() if self.exact else self.where}: {self.reason}"
-
-
-def document(
-    record, text_key: str, messages_key: str, chats: bool, where: str, names: Iterable[str] | None = None
-) -> Document:
+def document(record, text_key: str, messages_key: str, chats: bool, where: str, names: Iterable[str] = ()) -> Document:
     """Return a record's document: with `chats`, prefer a conversation of any shape, and else the text, to a pair.
 
     `names` are the keys of a record of which only some were read. Raises BadRecord.
@@ -47,17 +25,14 @@ def document(
     try:
         if not isinstance(record, dict):
             raise ValueError(f"a record must be an object, not {_kind(record)}")
-        messages = _get(record, messages_key)
-        text = _get(record, text_key)
+        messages, text = _get(record, messages_key), _get(record, text_key)
         if messages is not None:
             return _conversation(_messages(messages, repr(messages_key)), repr(messages_key))
-        if text is not None and not chats:
-            return {"text": _text(text, repr(text_key))}
-        if (conversation := _shape(record)) is not None:
+        if (text is None or chats) and (conversation := _shape(record)) is not None:
             return conversation
-        if text is not None:
-            return {"text": _text(text, repr(text_key))}
-        raise ValueError(f"neither {messages_key!r} nor {text_key!r} in it{_listed(names or record)}")
+        if text is None:
+            raise ValueError(f"neither {messages_key!r} nor {text_key!r} in it{_listed(names or record)}")
+        return {"text": _text(text, repr(text_key))}
     except ValueError as e:
         raise BadRecord(where, str(e)) from None
 
@@ -76,7 +51,7 @@ def _shape(record: dict) -> Document | None:
         if prompt is not None and answer is not None:
             system = next((record[key] for key in SYSTEM if record.get(key)), None)
             turns = [] if system is None else [{"role": "system", "content": _text(system, "'system'")}]
-            if isinstance(prompt, (str, bytes)) and prompt_key == "instruction":
+            if isinstance(prompt, str | bytes) and prompt_key == "instruction":
                 more = [_text(record[key], repr(key)) for key in INPUT if record.get(key)]
                 prompt = "\n\n".join([_text(prompt, repr(prompt_key)), *(text for text in more if text.strip())])
             turns += _side(prompt, "user", repr(prompt_key)) + _side(answer, "assistant", repr(answer_key))
@@ -86,8 +61,7 @@ def _shape(record: dict) -> Document | None:
 
 def _side(value, role: str, key: str) -> list[dict]:
     """Return the messages of half a pair, which is a text or messages."""
-    is_text = isinstance(value, (str, bytes))
-    return [{"role": role, "content": _text(value, key)}] if is_text else _messages(value, key)
+    return [{"role": role, "content": _text(value, key)}] if isinstance(value, str | bytes) else _messages(value, key)
 
 
 def _conversation(messages: list[dict], key: str) -> Document:
@@ -104,10 +78,9 @@ def _messages(value, key: str) -> list[dict]:
             raise ValueError(f"{key} must be a list of messages{_listed(value)}")
         value = [dict(zip(columns, turn)) for turn in zip(*columns.values())]
     turns = _list(value)
-    if turns is None:
-        raise ValueError(f"{key} must be a list of messages, not {_kind(value)}")
     if not turns:
-        raise ValueError(f"{key} is empty")
+        reason = "is empty" if turns == [] else f"must be a list of messages, not {_kind(value)}"
+        raise ValueError(f"{key} {reason}")
     return [_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
 
 
@@ -119,8 +92,7 @@ def _message(turn, key: str) -> dict:
     if role is None or content is None:
         raise ValueError(f"{key} must have a {who!r} and a {what!r}{_listed(k for k in turn if turn[k] is not None)}")
     role = _text(role, f"{key}.{who}")
-    parts = _list(content)
-    if parts is not None:
+    if (parts := _list(content)) is not None:
         content = "".join(_part(part, f"{key}.{what}") for part in parts)
     extra = {k: _text(v, f"{key}.{k}") for k, v in turn.items() if k not in (who, what) and isinstance(v, str)}
     return extra | {"role": ROLES.get(role, role), "content": _text(content, f"{key}.{what}")}
@@ -136,7 +108,7 @@ def _list(value) -> list | None:
     """Return a list, a tuple or an array of at least one dimension as a list, and None for anything else."""
     if hasattr(value, "tolist") and getattr(value, "ndim", 0):
         value = value.tolist()
-    return list(value) if isinstance(value, (list, tuple)) else None
+    return list(value) if isinstance(value, list | tuple) else None
 
 
 def _get(record: dict, key: str):

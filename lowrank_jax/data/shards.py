@@ -11,8 +11,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks
-from lowrank_jax.data.blocks import InFiles
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, InFiles
 
 RUN = 64  # records in a block
 READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -65,10 +64,9 @@ class ArrayRecord(InFiles):
         if not paths:
             raise UsageError(f"source arrayrecord:{location}: no such file; {WRITE}")
         metas = {folder: _read_meta(folder) for folder in dict.fromkeys(map(os.path.dirname, paths))}
-        kinds = {(m["tokenizer_sha256"], m["chats"]) for m in metas.values()}
-        if len(kinds) > 1:
+        (self.tokenizer_sha256, self.chats), *others = {(m["tokenizer_sha256"], m["chats"]) for m in metas.values()}
+        if others:
             raise UsageError(f"source arrayrecord:{location}: its folders differ in their tokenizer or --chats")
-        ((self.tokenizer_sha256, self.chats),) = kinds
         if os.path.isdir(location) and len(paths) != metas[os.path.dirname(paths[0])]["shards"]:
             raise UsageError(f"source arrayrecord:{location}: shards are missing; write it again")
         self._counts = {path: self._count(path, metas[os.path.dirname(path)]) for path in paths}
@@ -96,12 +94,10 @@ class ArrayRecord(InFiles):
         return {"ids": ids, "said": said}
 
     def _count(self, path: str, meta: dict) -> int:
-        count = None
         with contextlib.suppress(RuntimeError, ValueError):
-            count = self._reader(path).num_records()
-        if count is None or count != meta["records"].get(os.path.basename(path)):
-            raise UsageError(f"{path} is damaged, or was not written with its {META}; {WRITE}")
-        return count
+            if (count := self._reader(path).num_records()) == meta["records"].get(os.path.basename(path)):
+                return count
+        raise UsageError(f"{path} is damaged, or was not written with its {META}; {WRITE}")
 
 
 def _read_meta(folder: str) -> dict:

@@ -1,12 +1,8 @@
 """Opens sources, `kind:location`. For a new kind, write a class like `blocks.Source` and add it to `KINDS`."""
 
-import functools
-from collections.abc import Iterator
-
 from lowrank_jax.config import SourceConfig, UsageError
 from lowrank_jax.data import builtin, files, shards, tables
-from lowrank_jax.data.blocks import Source, fingerprint
-from lowrank_jax.data.records import Document
+from lowrank_jax.data.blocks import Source
 
 KINDS = {
     "text": lambda source, location, keys: files.TextFiles(files.find(source.spec, location)),
@@ -15,7 +11,7 @@ KINDS = {
     "hf": lambda source, location, keys: tables.hugging_face(*location.partition(":")[::2], source.split, *keys),
     "tfds": lambda source, location, keys: tables.TFDS(location, source.split, *keys),
     "arrayrecord": lambda source, location, keys: shards.ArrayRecord(location),
-    "builtin": lambda source, location, keys: Builtin(location),
+    "builtin": lambda source, location, keys: builtin.Builtin(location),
 }
 
 
@@ -25,18 +21,3 @@ def open_source(source: SourceConfig, chats: bool = False) -> Source:
     if kind not in KINDS:
         raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
     return KINDS[kind](source, location, (source.text_key, source.messages_key, chats))
-
-
-@functools.cache  # a run opens it four times: tokenizer, first check, training, evaluation
-class Builtin:
-    """A corpus in memory; every document is a block."""
-
-    def __init__(self, name: str):
-        self._documents = builtin.load(name)
-        self.blocks, self.fingerprint = len(self._documents), fingerprint(self._documents)
-
-    def rows(self, block: int, start: int = 0) -> Iterator[int]:
-        return iter(range(block, block + 1 - min(start, 1)))
-
-    def document(self, row: int) -> Document:
-        return self._documents[row]

@@ -6,6 +6,7 @@ readers among themselves, so the batches do not depend on the number of hosts. S
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 from collections import deque
@@ -16,10 +17,9 @@ import numpy as np
 
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
 from lowrank_jax.data import packing, sources
-from lowrank_jax.data.blocks import Source
+from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.packing import Batch, Lane
-from lowrank_jax.data.reader import ONCE, Limit, Note, Part, Reader, ignore
-from lowrank_jax.data.records import BadRecord
+from lowrank_jax.data.reader import IGNORE, ONCE, Limit, Note, Part, Reader
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import interrupt
 from lowrank_jax.machine.console import ABANDONED
@@ -33,25 +33,18 @@ SHARED_FROM = 8  # documents for each reader: a source with fewer is too small t
 
 
 def open_phase(
-    p: PhaseConfig,
-    tokenizer: Tokenizer,
-    seed: int,
-    chats: bool,
-    start: tuple[dict | None, str] = (None, ""),
-    share: tuple[int, int] = (0, 1),
-    note: Note = ignore,
+    p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, start=(None, ""), share=(0, 1), note: Note = IGNORE
 ) -> "Stream":
-    """Open the endless, shuffled stream of a phase's training part.
+    """Open the endless, shuffled stream of a phase's training part; raises UsageError for a cursor of other data.
 
     `start` is (the cursor to go on from, or None, and the hash of all batches before the phase). `share` is (this host,
-    hosts): the stream has this host's rows of every batch. Raises UsageError if the cursor belongs to other data.
+    hosts): the stream has this host's rows of every batch.
     """
     (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
-    count = readers(p)
-    enough = SHARED_FROM * count
-    if any(source.blocks < enough and _count(source, enough) < enough for source in all_sources):
-        count = 1
+    enough = SHARED_FROM * readers(p)
+    is_shared = all(source.blocks >= enough or _has_rows(source, enough) for source in all_sources)
+    count = readers(p) if is_shared else 1
     fingerprints = [source.fingerprint for source in all_sources]
     facts = {"sources": [s.spec for s in p.sources], "fingerprints": fingerprints, "readers": count}
     if cursor is not None:
@@ -61,21 +54,20 @@ def open_phase(
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
     for i, limit in enumerate(limits if cursor else ()):
         limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in cursors.values())
-    periods = [_period(source, p.eval_fraction) for source in all_sources]
+    parts = [Part(_period(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
 
     def lane(index: int) -> Lane:
-        places = cursors[index]["readers"] if cursor else [None] * len(all_sources)
-        own = [
-            Reader(source, Part(period, False, True, endless=True), limit, chats, seed + i, (index, count), place)
-            for i, (source, period, limit, place) in enumerate(zip(all_sources, periods, limits, places))
-        ]
+        own = []
+        for i, (source, part, limit) in enumerate(zip(all_sources, parts, limits)):
+            place = cursor and cursors[index]["readers"][i]
+            own.append(Reader(source, part, limit, chats, seed + i, (index, count), place))
         sha256 = hashlib.sha256(f"{data_so_far} {index}".encode()).hexdigest()
         return Lane(own, tokenizer, chats, lambda step: mixture(p, step), cursors[index], sha256)
 
     return Stream([lane(i) for i in indices], facts, share)
 
 
-def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, note: Note = ignore) -> "Stream":
+def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, note: Note = IGNORE) -> "Stream":
     """Open the held-out part of a phase, once, in the shuffled order of the seed."""
     own = []
     for i, (config, source) in enumerate(zip(p.sources, _open(p.sources, tokenizer, chats))):
@@ -87,12 +79,11 @@ def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, 
 
 def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream":
     """Open all of some sources, once and in order, with weight on every token."""
-    all_sources = zip(configs, _open(configs, tokenizer, False))
-    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), False)) for c, s in all_sources], tokenizer, False)
+    pairs = zip(configs, _open(configs, tokenizer, False))
+    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), False)) for c, s in pairs], tokenizer, False)
 
 
 def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats: bool) -> "Stream":
-    """Return a stream that ends, from one reader for each source."""
     weights = [config.weight[0][1] or 1.0 for config, _ in own]
     shares = tuple(w / sum(weights) for w in weights)
     facts = {"sources": [config.spec for config, _ in own], "fingerprints": [], "readers": 1}
@@ -103,10 +94,9 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
     """Encode the first documents of every source; raises UsageError if there is nothing to learn from."""
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
         limit = Limit(config.spec, p.max_skipped)
-        reader = Reader(source, ONCE, limit, chats)
+        documents = iter(Reader(source, ONCE, limit, chats).next, None)
         count, learnt = 0, False
-        while count < READ and (document := reader.next()) is not None:
-            count += 1
+        for count, document in enumerate(itertools.islice(documents, READ), 1):
             if count <= ENCODED and not learnt:
                 _, said = packing.encode_document(tokenizer, document, chats)
                 learnt = said[1 : p.block + 1].any()
@@ -114,10 +104,8 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
             reason = f"; the last unusable record: {limit.last}" if limit.last else ""
             raise UsageError(f"source {config.spec}: there is no text in it{reason}")
         if not learnt:
-            raise UsageError(
-                f"source {config.spec}: in none of its first {min(count, ENCODED)} conversations does the assistant "
-                f"speak within the first {p.block} tokens; raise config.sft.block"
-            )
+            reason = f"the assistant never speaks within the first {p.block} tokens; raise config.sft.block"
+            raise UsageError(f"source {config.spec}: in its first {min(count, ENCODED)} conversations {reason}")
 
 
 def texts(phases: Sequence[PhaseConfig], max_bytes: int) -> Iterator[str]:
@@ -126,13 +114,11 @@ def texts(phases: Sequence[PhaseConfig], max_bytes: int) -> Iterator[str]:
         yield from source_texts(p.sources, max_bytes // len(phases), p.max_skipped, p.eval_fraction)
 
 
-def source_texts(
-    configs: Sequence[SourceConfig], max_bytes: int, max_skipped: int, eval_fraction: float = 0.0
-) -> Iterator[str]:
-    """Yield texts of the sources for a tokenizer to learn from, without their held-out part."""
+def source_texts(configs: Sequence[SourceConfig], max_bytes: int, max_skipped: int, held_out=0.0) -> Iterator[str]:
+    """Yield texts of the sources for a tokenizer to learn from, without the share that is held out."""
     for config in configs:
         source, left = sources.open_source(config), max_bytes // len(configs)
-        part = Part(_period(source, eval_fraction), held_out=False, shuffled=True, endless=False)
+        part = Part(_period(source, held_out), held_out=False, shuffled=True, endless=False)
         reader = Reader(source, part, Limit(config.spec, max_skipped), chats=False)
         while left > 0 and (document := reader.next()) is not None:
             if "ids" in document:
@@ -143,7 +129,7 @@ def source_texts(
 
 
 class Stream:
-    """Batches of packed tokens; `open_phase` continues exactly at a `cursor`."""
+    """Batches of packed tokens; `open_phase` continues exactly at a `cursor`. After an error only that is of use."""
 
     def __init__(self, lanes: list[Lane], facts: dict, share: tuple[int, int]):
         self._lanes, self._facts, self._share = lanes, facts, share
@@ -156,18 +142,14 @@ class Stream:
         return self._facts | {"lanes": {str(self._first + i): lane.cursor() for i, lane in enumerate(self._lanes)}}
 
     def next(self, rows: int, length: int, step: int = 0) -> Batch | None:
-        """Return this host's part of the next `rows` at a step of the phase, or None if the stream has ended.
-
-        Raises UsageError for unusable data and OSError for unreadable data. The stream is then of no further use, but
-        an earlier cursor still is.
-        """
+        """Return this host's part of the next `rows`, or None at the end; raises UsageError or OSError for bad data."""
         host, hosts = self._share
         each, rest = divmod(rows, self._facts["readers"])
         if rest:
             raise ValueError(f"{rows} rows cannot be shared by {self._facts['readers']} readers")
         run = self._workers.map if self._workers else map
         parts = list(run(lambda lane: lane.next(each, length, step), self._lanes))
-        if any(part is None for part in parts):
+        if None in parts:
             return None
         first = host * rows // hosts - self._first * each
         own = slice(first, first + (host + 1) * rows // hosts - host * rows // hosts)
@@ -187,15 +169,13 @@ class Feed:
     def __init__(self, stream: Stream, steps: range, shape_at: Callable, place: Callable):
         self._stream = stream
         # An error ends this generator, so nothing is read after it.
-        self._batches = ((place(step, stream.next(*shape_at(step))), stream.cursor()) for step in steps)
+        batches = ((place(step, stream.next(*shape_at(step))), stream.cursor()) for step in steps)
         self._thread = ThreadPoolExecutor(1, ABANDONED)  # a read that hangs must not hold up the exit
+        self._submit = lambda: self._thread.submit(next, batches)
         self._ahead, self._waits = deque(self._submit() for _ in range(AHEAD)), False
 
     def take(self, stop: Callable[[], bool] = lambda: False) -> tuple:
-        """Return the next batch; raises Interrupted if `stop()` is True before it is ready (a read may hang).
-
-        At the end it raises StopIteration, so `iter(feed.take, None)` gives every batch.
-        """
+        """Return the next batch; raises StopIteration at the end, and Interrupted if `stop()` before it is ready."""
         if len(self._ahead) <= AHEAD:
             self._ahead.append(self._submit())
         self._waits = True
@@ -208,9 +188,6 @@ class Feed:
         hangs = self._waits and not self._ahead[0].done()
         self._thread.shutdown(wait=not hangs, cancel_futures=True)
         self._stream.close()
-
-    def _submit(self):
-        return self._thread.submit(next, self._batches)
 
 
 def readers(p: PhaseConfig) -> int:
@@ -238,68 +215,56 @@ def data_sha256(cursor: dict) -> str:
 
 def summary(cursor: dict) -> list[dict]:
     """Return the counts of everything that a phase has read of each source."""
-    lanes = cursor["lanes"].values()
-
-    def of_source(i: int) -> dict:
+    lanes, rows = cursor["lanes"].values(), []
+    for i, name in enumerate(cursor["sources"]):
         counted = {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in packing.COUNTS}
         cursors = [lane["readers"][i] for lane in lanes]
         met = {key: sum(r[key] + r["met"][k] for r in cursors) for k, key in enumerate(("skipped", "empty"))}
-        return counted | met | {"epochs": min(r["epoch"] for r in cursors)}
-
-    return [{"source": name} | of_source(i) for i, name in enumerate(cursor["sources"])]
+        rows.append({"source": name} | counted | met | {"epochs": min(r["epoch"] for r in cursors)})
+    return rows
 
 
 def check_sources(cursor: dict, p: PhaseConfig) -> None:
     """Raise UsageError if a phase now names other sources than its cursor."""
-    names = [s.spec for s in p.sources]
-    if cursor["sources"] != names:
-        before, now = ", ".join(cursor["sources"]), ", ".join(names)
-        raise UsageError(
-            f"the run is reading {before}, but the config now names {now}; put them back, or use a new --workdir"
-        )
+    before, now = ", ".join(cursor["sources"]), ", ".join(s.spec for s in p.sources)
+    if before != now:
+        remedy = "put them back, or use a new --workdir"
+        raise UsageError(f"the run is reading {before}, but the config now names {now}; {remedy}")
 
 
 def _check_cursor(cursor: dict, facts: dict, p: PhaseConfig) -> None:
     check_sources(cursor, p)
     for name, before, now in zip(facts["sources"], cursor["fingerprints"], facts["fingerprints"]):
         if before != now:
-            raise UsageError(
-                f"source {name} has changed since the run stopped (its files' names or sizes), so the run cannot "
-                "resume in the middle of it; put it back, or use a new --workdir"
-            )
-    if cursor["readers"] != facts["readers"]:
-        raise UsageError(
-            f"the run began with readers={cursor['readers']} and the config now gives {facts['readers']}; "
-            f"set readers={cursor['readers']} to resume it"
-        )
+            what = "has changed since the run stopped (its files' names or sizes)"
+            raise UsageError(f"source {name} {what}; put it back, or use a new --workdir")
+    if cursor["readers"] != (count := facts["readers"]):
+        remedy = f"set readers={cursor['readers']} to resume it"
+        raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")
 
 
 def _open(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool) -> list[Source]:
     all_sources = [sources.open_source(config, chats) for config in configs]
     for config, source in zip(configs, all_sources):
         if getattr(source, "tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-            raise UsageError(
-                f"source {config.spec} was written with another tokenizer; name that one as tokenizer.path, or run "
-                "`tokenize` again with this one"
-            )
+            remedy = "name that one as tokenizer.path, or run `tokenize` again with this one"
+            raise UsageError(f"source {config.spec} was written with another tokenizer; {remedy}")
         if getattr(source, "chats", chats) != chats:
-            flag = "with --chats" if chats else "without --chats"
-            raise UsageError(f"source {config.spec} must be written by `tokenize` {flag} to be used in this phase")
+            flag = "with" if chats else "without"
+            raise UsageError(f"source {config.spec} must be written by `tokenize` {flag} --chats for this phase")
     return all_sources
 
 
-def _count(source: Source, most: int) -> int:
-    """Count the rows of a source, up to `most`."""
-    count = 0
+def _rows(source: Source) -> Iterator:
     for block in range(source.blocks):
         with contextlib.suppress(BadRecord):
-            for _ in source.rows(block):
-                count += 1
-                if count >= most:
-                    return count
-    return count
+            yield from source.rows(block)
+
+
+def _has_rows(source: Source, count: int) -> bool:
+    return len(list(itertools.islice(_rows(source), count))) == count
 
 
 def _period(source: Source, fraction: float) -> int:
     """Return n if every n-th row is held out, and 0 if none is; the first row is, so a source needs two."""
-    return round(1 / fraction) if fraction and _count(source, 2) > 1 else 0
+    return round(1 / fraction) if fraction and _has_rows(source, 2) else 0

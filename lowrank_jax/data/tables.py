@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, files, records
-from lowrank_jax.data.blocks import InFiles, Source, may_pass, one_line
-from lowrank_jax.data.records import BadRecord, Document
+from lowrank_jax.data.blocks import BadRecord, Document, InFiles, Source, may_pass, one_line
 
 RUN = 64  # records of TFDS in a block, and rows of Parquet that are decoded together
 PARQUET_BUFFER = 1 << 20  # bytes of a column that are read at once, instead of a whole row group of it
@@ -40,8 +39,7 @@ class Parquet(InFiles):
         return records.document(record, *self._keys, where, self._footer(path).schema.to_arrow_schema().names)
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow.parquet
 
         (path, group), first = self.locate(block), 0
         try:
@@ -49,32 +47,32 @@ class Parquet(InFiles):
             columns = [name for name in footer.schema.to_arrow_schema().names if name in self._columns]
             with files.open_file(path) as f:
                 options = {"buffer_size": PARQUET_BUFFER, "pre_buffer": False, "page_checksum_verification": True}
-                table = pq.ParquetFile(f, metadata=footer, **options)
+                table = pyarrow.parquet.ParquetFile(f, metadata=footer, **options)
                 for batch in table.iter_batches(RUN, [group], columns, use_threads=False):
                     for i in range(max(0, start - first), batch.num_rows):
                         yield path, group, first + i, batch, i
                     first += batch.num_rows
-        except (pa.ArrowException, OSError) as e:
+        except (pyarrow.ArrowException, OSError) as e:
             if may_pass(e):
                 raise
             raise BadRecord(f"{path}, row group {group} from row {first}", f"damaged: {one_line(e)}") from None
 
 
 def _parquet_footer(path: str):
-    import pyarrow.parquet as pq
+    import pyarrow.parquet
 
     with files.open_file(path) as f:
-        return pq.read_metadata(f)
+        return pyarrow.parquet.read_metadata(f)
 
 
 def _parquet_facts(path: str) -> tuple[int, int, int]:
     """Return a file's size in bytes, and its numbers of row groups and rows."""
-    import pyarrow as pa
+    import pyarrow
 
     try:
         footer = _parquet_footer(path)
         return files.size(path), footer.num_row_groups, footer.num_rows
-    except (pa.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError) as e:
         if may_pass(e):
             raise
         raise UsageError(f"{path} is not a Parquet file, or damaged: {one_line(e)}") from None
@@ -83,6 +81,16 @@ def _parquet_facts(path: str) -> tuple[int, int, int]:
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}  # builders of `datasets`
 FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub", "fsspec"}
+
+
+@contextlib.contextmanager
+def _opening(spec: str) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as e:  # a library and a network may raise anything
+        raise UsageError(f"source {spec}: cannot be opened: {one_line(e)}") from None
 
 
 class HuggingFace:
@@ -101,7 +109,7 @@ class HuggingFace:
         self._name, self._keys = name, (text_key, messages_key, chats)
         path = os.path.expanduser(name)
         self._local = os.path.exists(path)
-        try:
+        with _opening(f"hf:{name}"):
             builder = _hf_builder(datasets, path if self._local else name, config)
             if hasattr(builder.config, "batch_size"):
                 builder.config.batch_size = RUN  # otherwise Parquet keeps a whole row group in memory
@@ -117,10 +125,6 @@ class HuggingFace:
             self.format = type(builder).__module__.rsplit(".", 1)[-1]
             self.paths = list(map(str, (builder.config.data_files or {}).get(split, [])))
             facts = files.fingerprint(self.paths) if self.paths else builder.hash
-        except UsageError:
-            raise
-        except Exception as e:  # a library and a network may raise anything
-            raise UsageError(f"source hf:{name}: cannot be opened: {one_line(e)}") from None
         self.blocks = self._data.num_shards
         self.fingerprint = blocks.fingerprint([config, split, self.blocks, facts])
 
@@ -157,8 +161,8 @@ def hugging_face(name: str, config: str, split: str, text_key: str, messages_key
 
 def _hf_builder(datasets, path: str, config: str):
     if os.path.isfile(path):
-        stem = path.removesuffix(next((suffix for suffix in files.COMPRESSED if path.endswith(suffix)), ""))
-        suffix = os.path.splitext(stem)[1]
+        stem, suffix = os.path.splitext(path)
+        suffix = os.path.splitext(stem)[1] if suffix in files.COMPRESSED else suffix
         if suffix not in FORMATS:
             raise UsageError(f"source hf:{path}: {suffix or 'no suffix'} is not one of {', '.join(FORMATS)}")
         options = {"sep": "\t"} if suffix == ".tsv" else {}
@@ -178,7 +182,7 @@ class TFDS:
     def __init__(self, name: str, split: str, text_key: str, messages_key: str, chats: bool):
         tfds = blocks.import_package("tensorflow_datasets", "tensorflow-datasets array-record")
         self._name, self._keys = name, (text_key, messages_key, chats)
-        try:
+        with _opening(f"tfds:{name}"):
             with contextlib.redirect_stdout(io.StringIO()):
                 tfds.disable_progress_bar()
                 builder = tfds.builder(name, file_format="array_record")
@@ -187,14 +191,10 @@ class TFDS:
                 splits = ", ".join(builder.info.splits)
                 raise UsageError(f"source tfds:{name}: there is no split {split!r} in it; it has {splits}")
             self._data = builder.as_data_source(split)
-        except UsageError:
-            raise
-        except Exception as e:
-            raise UsageError(f"source tfds:{name}: cannot be opened: {one_line(e)}") from None
         self._count = len(self._data)
         self.blocks = -(-self._count // RUN)
-        facts = [builder.info.full_name, split, self._count, int(builder.info.dataset_size)]
-        self.fingerprint = blocks.fingerprint(facts)
+        info = builder.info
+        self.fingerprint = blocks.fingerprint([info.full_name, split, self._count, int(info.dataset_size)])
 
     def rows(self, block: int, start: int = 0) -> Iterator[int]:
         return iter(range(min(block * RUN + start, self._count), min((block + 1) * RUN, self._count)))

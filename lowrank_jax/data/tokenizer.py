@@ -1,10 +1,8 @@
 """Turns text into ids and back into the same text: SentencePiece (learnt or loaded) and Hugging Face tokenizers.
 
-Four rules make text round-trip, and keep user text text:
-- a SentencePiece model has identity normalisation, no dummy prefix and no whitespace removal;
-- a line feed is a piece of its own, so text is encoded line by line: the same ids, faster than as one string;
-- chat tags are control symbols, which no text encodes to: only `special` gives their ids;
-- a literal U+2581, SentencePiece's own mark for a space, is encoded as its three UTF-8 bytes.
+No text encodes to a control symbol, such as a chat tag: only `special` gives their ids. SentencePiece has a piece for a
+line feed, so it encodes line by line: the same ids, faster than as one string. A literal U+2581, its own mark for a
+space, is encoded as three UTF-8 bytes.
 """
 
 import hashlib
@@ -32,7 +30,7 @@ JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", 
 # ChatML, the chat template of every new tokenizer. The text inside {% generation %} carries weight: the answer and the
 # tag that ends it. Jinja trims the first line feed after a block tag, so a blank line ends the turn.
 CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
-LEARNING = pathlib.Path(__file__).with_name("sentencepiece.toml")
+LEARNING = tomllib.loads(pathlib.Path(__file__).with_name("sentencepiece.toml").read_text("utf-8"))
 PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
@@ -49,6 +47,7 @@ class Tokenizer:
     specials: dict[str, int]  # id of every control symbol by its name
     chat_template: str
     sha256: str  # differs between tokenizers that differ
+    files: dict[str, bytes]  # by name, what `load` needs to return the same tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` without BOS, EOS or any control symbol; a lone surrogate is read as a ?."""
@@ -60,7 +59,9 @@ class Tokenizer:
         """Return [V] UTF-8 bytes of each id, 0 for control symbols: the denominator of bits per byte."""
 
     def save(self, folder: str) -> None:
-        """Write everything that `load` needs to return the same tokenizer."""
+        os.makedirs(folder, exist_ok=True)
+        for name, content in self.files.items():
+            pathlib.Path(folder, name).write_bytes(content)
 
     def special(self, piece: str) -> int:
         """Return the id of a control symbol; raises UsageError if the tokenizer has none of that name."""
@@ -82,24 +83,18 @@ class SentencePiece(Tokenizer):
         self.bos, self.eos = self.special(BOS), self.special(EOS)
         self.names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
         self.sha256 = hashlib.sha256(model).hexdigest()
+        self.files = {MODEL_FILE: model, TEMPLATE_FILE: chat_template.encode()}
         self._line_feed = self._sp.piece_to_id("\n")
         self._space_mark = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
 
     def encode(self, text: str) -> list[int]:
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        first, *rest = text.split(SPACE_MARK)
-        ids = self._encode_lines(first)
-        for part in rest:
-            ids += self._space_mark + self._encode_lines(part)
-        return ids
-
-    def _encode_lines(self, text: str) -> list[int]:
         ids = []
-        # One thread: starting more takes 0.1 ms, as long as encoding a page, and readers have threads of their own.
-        for line in self._sp.encode(text.split("\n"), num_threads=1):
-            ids += line
-            ids.append(self._line_feed)
-        return ids[:-1]
+        for part in text.encode("utf-8", "replace").decode("utf-8").split(SPACE_MARK):
+            # One thread: starting more takes 0.1 ms, as long as encoding a page, and readers have threads of their own.
+            for line in self._sp.encode(part.split("\n"), num_threads=1):
+                ids += [*line, self._line_feed]
+            ids[-1:] = self._space_mark  # in place of the last line feed
+        return ids[: -len(self._space_mark)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._sp.decode([int(i) for i in ids])
@@ -111,9 +106,6 @@ class SentencePiece(Tokenizer):
                 piece = self._sp.id_to_piece(i).replace(SPACE_MARK, " ")
                 lengths[i] = 1 if self._sp.is_byte(i) else len(piece.encode())
         return lengths
-
-    def save(self, folder: str) -> None:
-        _write(folder, {MODEL_FILE: self.model, TEMPLATE_FILE: self.chat_template.encode()})
 
     def proto(self):
         """Return the model as a message `ModelProto` of sentencepiece_model.proto: pieces and settings."""
@@ -148,6 +140,8 @@ class HuggingFace(Tokenizer):
         self.names.setdefault("bos_token", self.names["eos_token"])  # GPT-2 and Qwen put it between documents
         self.bos, self.eos = self.special(self.names["bos_token"]), self.special(self.names["eos_token"])
         self.json = self._tok.to_str()
+        self.files = {JSON_FILE: self.json.encode(), TEMPLATE_FILE: self.chat_template.encode()}
+        self.files[CONFIG_FILE] = json.dumps(self.names, indent=2).encode()
         self._tok.encode_special_tokens = True  # text that looks like a special token is text
         self.sha256 = hashlib.sha256(f"{self.json} {self.bos} {self.eos}".encode()).hexdigest()
         names = "|".join(map(re.escape, filter(None, self.specials)))
@@ -178,10 +172,6 @@ class HuggingFace(Tokenizer):
         lengths[list(self.specials.values())] = 0
         return lengths
 
-    def save(self, folder: str) -> None:
-        names = json.dumps(self.names, indent=2).encode()
-        _write(folder, {JSON_FILE: self.json.encode(), CONFIG_FILE: names, TEMPLATE_FILE: self.chat_template.encode()})
-
 
 def load(path: str) -> Tokenizer:
     """Load a folder that `save` wrote, a SentencePiece model, a tokenizer.json or its folder, or a name on the hub.
@@ -206,10 +196,9 @@ def _load(path: str) -> Tokenizer:
     if named and not os.path.exists(path):
         path = _download(path)
     is_folder, is_json = os.path.isdir(path), _is_json(path)
-    folder = pathlib.Path(path if is_folder else os.path.dirname(path))
-    file = folder / (JSON_FILE if is_json else MODEL_FILE) if is_folder else pathlib.Path(path)
+    file = pathlib.Path(path, JSON_FILE if is_json else MODEL_FILE) if is_folder else pathlib.Path(path)
     content = file.read_bytes()
-    beside = (folder / name for name in (TEMPLATE_FILE, NAMES_FILE, CONFIG_FILE))
+    beside = (file.with_name(name) for name in (TEMPLATE_FILE, NAMES_FILE, CONFIG_FILE))
     texts = {other.name: other.read_text("utf-8") for other in beside if other.is_file()}
     template = texts.get(TEMPLATE_FILE)
     if not is_json:
@@ -244,20 +233,12 @@ def _download(name: str) -> str:
     return folder
 
 
-def _write(folder: str, files: dict[str, bytes]) -> None:
-    os.makedirs(folder, exist_ok=True)
-    for name, content in files.items():
-        pathlib.Path(folder, name).write_bytes(content)
-
-
 def _lines(texts: Iterable[str], mistakes: list[Exception]):
     try:
         for text in texts:
             for line in text.replace("\0", " ").split("\n"):
-                for start in range(0, len(line), LONGEST_LINE):
-                    part = line[start : start + LONGEST_LINE]
-                    if part.strip():
-                        yield part
+                parts = (line[start : start + LONGEST_LINE] for start in range(0, len(line), LONGEST_LINE))
+                yield from filter(str.strip, parts)
     except UsageError as e:
         mistakes.append(e)
         raise
@@ -267,8 +248,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` BPE pieces from the lines of `texts`; raises UsageError if the texts do not give as many."""
     if vocab_size <= FIXED_PIECES:
         raise UsageError(f"tokenizer.vocab_size={vocab_size} must exceed {FIXED_PIECES} (bytes, ASCII and specials)")
-    model = io.BytesIO()
-    mistakes = []  # SentencePiece would hide an error in the texts behind one of its own
+    model, mistakes = io.BytesIO(), []  # SentencePiece would hide an error in the texts behind one of its own
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts, mistakes),
@@ -277,7 +257,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             required_chars=ASCII,
             max_sentence_length=4 * LONGEST_LINE,  # bytes; longer lines would be dropped silently
             control_symbols=[TURN_START, TURN_END],
-            **tomllib.loads(LEARNING.read_text("utf-8")),
+            **LEARNING,
         )
     except RuntimeError as e:
         if mistakes:

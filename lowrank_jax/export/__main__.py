@@ -1,9 +1,7 @@
 """Export of a trained model for other programs. Each export is verified: its logits are compared with the model's.
 
     python -m lowrank_jax.export --workdir=runs/quickstart --format=hf --out=exports/hf
-    python -m lowrank_jax.export --workdir=runs/quickstart --format=torch --out=exports/torch
-    python -m lowrank_jax.export --workdir=runs/quickstart --format=onnx --out=exports/onnx [--quant=int8]
-    python -m lowrank_jax.export --workdir=runs/quickstart --format=gguf --out=exports/gguf [--attn=latent]
+    python -m lowrank_jax.export --workdir=runs/quickstart --format=onnx --out=exports/onnx --quant=int8
 
 hf     a folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer and chat template
 torch  a folder for plain PyTorch: low-rank weights, one module, tokenizer and an example
@@ -16,7 +14,7 @@ To continue training from hf or torch, import it: python -m lowrank_jax.importer
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
-from lowrank_jax.export import fidelity, gguf, hf, onnx, torch, verify
+from lowrank_jax.export import gguf, hf, onnx, torch, verify
 from lowrank_jax.export.folder import unused, whole_folder
 from lowrank_jax.machine import console
 from lowrank_jax.training import run_folder
@@ -50,10 +48,8 @@ def command(argv: list[str]) -> dict:
     out, trained, difference, change = unused(args.out, "--out"), open_run(args.workdir), None, {}
     step = trained.progress.step
     if not args.unfinished and run_folder.finished_step(args.workdir) != step:
-        raise UsageError(
-            f"--workdir={args.workdir} is not finished (its newest checkpoint is of step {step}); "
-            "finish it with lowrank_jax.main, or export it as it is with --unfinished"
-        )
+        advice = "finish it with lowrank_jax.main, or export it as it is with --unfinished"
+        raise UsageError(f"--workdir={args.workdir} is not finished: its newest checkpoint is of step {step}; {advice}")
     with whole_folder(out) as folder:
         path = format.write(trained, folder, **options)
         try:
@@ -61,7 +57,7 @@ def command(argv: list[str]) -> dict:
             outcome = f"verified: logits differ by at most {difference:.1e}"
             if options.get("quant", "f32") != "f32":
                 change = format.quality(trained, path, **options)
-                outcome = f"{options['quant']}, {fidelity.describe(change)}"
+                outcome = f"{options['quant']}, {verify.describe(change)}"
         except verify.NotInstalled as e:
             outcome = f"not verified: {e}"
     console.say(f"{args.out}: {args.format}, {outcome}")

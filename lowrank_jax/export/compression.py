@@ -1,4 +1,9 @@
-"""Compression of a dense run to low rank: calibration on text, factors per matrix, and what they cost."""
+"""Compression of a dense run to low rank: calibration on text, factors per matrix, and what they cost.
+
+A matrix becomes the product of two thin ones that is best for real inputs. For inputs x with second moments L L^T, the
+best product for x @ W follows from the SVD of L^T W (SVD-LLM, arXiv 2403.07378). Where a metric B B^T weighs errors of
+the output, as the keys weigh those of a query, it is L^T W B.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,7 +15,7 @@ import scipy.linalg
 
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
-from lowrank_jax.export import factorize, import_weights
+from lowrank_jax.export import import_weights
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import network
 from lowrank_jax.training import evaluation, run_folder
@@ -19,6 +24,7 @@ from lowrank_jax.training.trained import Trained, open_run
 TOKENS = 32_768  # to calibrate on
 BATCH_TOKENS = 8192  # that go through a layer at once
 FALLBACK = "builtin:quickstart"  # calibrates models that were trained elsewhere
+DAMPING = 1e-6  # of the mean variance: directions without input must not be divided by 0
 HELD_OUT = 0.1  # of the text in --data, to measure on
 MATRICES = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "out")}
 NAMES = [(group, name) for group, names in MATRICES.items() for name in names]
@@ -34,7 +40,7 @@ def compress(trained: Trained, rank: int, split: tuple[float, ...], mlp_rank: in
         for group, name in NAMES:
             if ranks[name]:
                 w_IO, metric_OO = block[group][name]["kernel"], _metric(block, name, moments)
-                down, up = factorize.factors(w_IO, moments[name], ranks[name], metric_OO)
+                down, up = factors(w_IO, moments[name], ranks[name], metric_OO)
                 low[group][name] = {"down": down, "up": up}
         layers.append(low)
     return config, trained.params | {"blocks": jax.tree.map(lambda *ws: np.stack(ws), *layers)}
@@ -108,33 +114,33 @@ def errors(c: ModelConfig, dense: dict, params: dict, batches: list[stream.Batch
     for i, (block, moments) in enumerate(activations(c, dense, batches)):
         row = {}
         for group, name in NAMES:
-            factors = params["blocks"][group][name]
-            if "up" in factors and name in moments:
-                product = np.asarray(factors["down"][i], np.float64) @ np.asarray(factors["up"][i], np.float64)
-                row[name] = factorize.error(block[group][name]["kernel"], product, moments[name])
+            low = params["blocks"][group][name]
+            if "up" in low and name in moments:
+                product = np.asarray(low["down"][i], np.float64) @ np.asarray(low["up"][i], np.float64)
+                row[name] = error(block[group][name]["kernel"], product, moments[name])
         rows.append(row)
     return rows
 
 
 def measure(dense: Trained, config: RunConfig, params: dict, held_out: list[stream.Batch]) -> dict:
     """Print and return errors per layer, and bits per byte and parameters before and after."""
-    rows = errors(dense.config.model, dense.params, params, held_out)
-    print_errors(list(rows[0]), rows)
     lengths, bits, sizes = dense.tokenizer.byte_lengths(), [], []
+    rows = errors(dense.config.model, dense.params, params, held_out)
     params = jax.device_put(params, sharding.whole(sharding.one_device()))
     for run_config, weights in ((dense.config, dense.params), (config, params)):
         bits.append(evaluation.evaluate(run_config, weights, held_out, lengths)["bits_per_byte"])
         sizes.append(sum(w.size for w in jax.tree.leaves(weights)))
-    print(f"bits per byte {bits[0]:.4f} -> {bits[1]:.4f}, parameters {sizes[0]:,} -> {sizes[1]:,}", flush=True)
-    both = lambda name, pair: {f"{name}_before": pair[0], f"{name}_after": pair[1]}
-    return {"errors": rows} | both("bits_per_byte", bits) | both("parameters", sizes)
+    facts = report(rows, *bits, f", parameters {sizes[0]:,} -> {sizes[1]:,}")
+    return facts | {"parameters_before": sizes[0], "parameters_after": sizes[1]}
 
 
-def print_errors(names: list[str], rows: list[dict]) -> None:
-    """Print a table of relative errors with a row per layer."""
-    print("layer " + "".join(f"{name:>8}" for name in names))
+def report(rows: list[dict], before: float, after: float, ending: str = "") -> dict:
+    """Print and return relative errors, with a row per layer, and bits per byte."""
+    print("layer " + "".join(f"{name:>8}" for name in rows[0]))
     for i, row in enumerate(rows):
-        print(f"{i:5d} " + "".join(f"{row[name]:8.3f}" for name in names), flush=True)
+        print(f"{i:5d} " + "".join(f"{value:8.3f}" for value in row.values()))
+    print(f"bits per byte {before:.4f} -> {after:.4f}{ending}", flush=True)
+    return {"errors": rows, "bits_per_byte_before": before, "bits_per_byte_after": after}
 
 
 def open_dense(source: str) -> Trained:
@@ -169,3 +175,39 @@ def read_split(text: str) -> tuple[float, ...]:
     if len(split) != 4 or min(split) <= 0:
         raise UsageError(f"--rank_split={text} must be four shares above 0 for q,k,v,o, such as 1,1,3,3")
     return split
+
+
+def factors(w_IO: np.ndarray, inputs_II: np.ndarray, rank: int, metric_OO: np.ndarray | None = None):
+    """Return (down [I, R], up [R, O]) in fp32 with the least error for inputs with second moments `inputs_II`.
+
+    At full rank the product is `w_IO`. Both factors have the same scale, as training wants them.
+    """
+    w_IO = np.asarray(w_IO, np.float64)
+    left_II = _root(inputs_II)
+    right_OO = np.eye(w_IO.shape[1]) if metric_OO is None else _root(metric_OO)
+    p_IR, s_R, q_RO = np.linalg.svd(left_II.T @ w_IO @ right_OO, full_matrices=False)
+    down_IR = np.linalg.solve(left_II.T, p_IR[:, :rank] * s_R[:rank])
+    up_RO = np.linalg.solve(right_OO.T, q_RO[:rank].T).T
+    return _balanced(down_IR, up_RO)
+
+
+def error(w_IO: np.ndarray, product_IO: np.ndarray, inputs_II: np.ndarray) -> float:
+    """Return the RMS of x @ (W - product) relative to that of x @ W, for second moments `inputs_II` of x."""
+    size = lambda m_IO: np.einsum("IO,IJ,JO->", m_IO, inputs_II, m_IO, optimize=True)
+    w_IO = np.asarray(w_IO, np.float64)
+    return float((max(size(w_IO - product_IO), 0) / max(size(w_IO), 1e-300)) ** 0.5)
+
+
+def _root(c: np.ndarray) -> np.ndarray:
+    """Return a lower triangular L with L L^T = C, up to a little more on the diagonal."""
+    c = np.asarray(c, np.float64)
+    return np.linalg.cholesky(c + max(DAMPING * np.trace(c) / len(c), 1e-30) * np.eye(len(c)))
+
+
+def _balanced(down_IR: np.ndarray, up_RO: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors of the same product with equal singular values: fp32 loses nothing, no factor learns slower."""
+    q_IR, r_RR = np.linalg.qr(down_IR)
+    t_OR, u_RR = np.linalg.qr(up_RO.T)
+    p_RR, s_R, v_RR = np.linalg.svd(r_RR @ u_RR.T)
+    root_R = s_R**0.5
+    return (q_IR @ p_RR * root_R).astype(np.float32), (root_R[:, None] * (v_RR @ t_OR.T)).astype(np.float32)

@@ -41,10 +41,7 @@ def whole_folder(out: str) -> Iterator[str]:
 
 
 def write(trained: Trained, folder: str, texts: dict[str, str], settings: dict | None = None) -> None:
-    """Write config.json with `settings` besides the model's sizes, the tokenizer, and `texts` by file name.
-
-    Raises UsageError for a tokenizer that cannot be described.
-    """
+    """Write config.json, the tokenizer and `texts`; raises UsageError for a tokenizer that cannot be described."""
     length = verify.longest(trained.config)
     config = weights.settings(trained.config.model, trained.tokenizer, length) | (settings or {})
     texts = texts | hf_tokenizer.files(trained.tokenizer, length) | {"config.json": as_json(config)}

@@ -1,10 +1,10 @@
 """Compression of BLOOM and MPT in Hugging Face form: projections of attention become products of a rank.
 
-LayerNorm, GELU and biases keep them from becoming runs. The result is a folder of the same class, for every program
-that runs the dense model, and a file of factors. The folder is not smaller; the factors are, and a cache of latents
-would keep `rank` numbers instead of the width.
+LayerNorm, GELU and biases keep them from becoming runs. The result is a folder of the same class and size, for every
+program that runs the dense model, and a file of factors, which is smaller.
 """
 
+import functools
 import json
 import math
 import os
@@ -13,7 +13,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import sources
-from lowrank_jax.export import compression, factorize, verify
+from lowrank_jax.export import compression, verify
 from lowrank_jax.machine import console
 
 # Per family: the fused Q, K and V; whether its rows alternate between the three, head by head; O.
@@ -47,7 +47,9 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
     transformers.utils.logging.disable_progress_bar()
     net = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
     tok = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
-    ranks = _ranks(rank, split, net.config.hidden_size)
+    ranks = {part: max(1, round(4 * rank * share / sum(split))) for part, share in zip("qkvo", split)}
+    if (largest := max(ranks.values())) > (width := net.config.hidden_size):
+        raise UsageError(f"--rank={rank} gives a largest rank of {largest}, more than the width of {width}")
     text, held_out = (torch.tensor(rows).split(BATCH) for rows in _rows(tok, data, tokens))
     with torch.no_grad():
         moments, new_moments = _moments(net, text), _moments(net, held_out)
@@ -57,33 +59,19 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
             row = errors.setdefault(next(word for word in name.split(".") if word.isdigit()), {})
             for part, view in _split(net, name, linear.weight.detach().numpy()).items():
                 w_IO = view.reshape(-1, view.shape[-1]).T.astype(np.float64)
-                down, up = factorize.factors(w_IO, moments[name], ranks[part])
+                down, up = compression.factors(w_IO, moments[name], ranks[part])
                 factors |= {f"{name}.{part}.down": down, f"{name}.{part}.up": up}
                 product = down.astype(np.float64) @ up
-                row[part] = factorize.error(w_IO, product, new_moments[name])
+                row[part] = compression.error(w_IO, product, new_moments[name])
                 view[...] = product.T.reshape(view.shape)
         after = _bits_per_byte(net, tok, held_out)
     net.save_pretrained(folder)
     tok.save_pretrained(folder)
     save_file(factors, os.path.join(folder, FACTORS))
-    rows = list(errors.values())
-    compression.print_errors(list(ranks), rows)
-    print(f"bits per byte {before:.4f} -> {after:.4f}", flush=True)
+    facts = {"ranks": list(ranks.values()), "calibration_tokens": sum(ids.numel() for ids in text)}
+    facts |= compression.report(list(errors.values()), before, after)
     console.say(f"saved as {type(net).__name__}, with products of rank {rank} on average; {FACTORS} has the factors")
-    return {
-        "ranks": list(ranks.values()),
-        "calibration_tokens": sum(ids.numel() for ids in text),
-        "errors": rows,
-        "bits_per_byte_before": before,
-        "bits_per_byte_after": after,
-    }
-
-
-def _ranks(rank: int, split: tuple[float, ...], width: int) -> dict[str, int]:
-    ranks = {part: max(1, round(4 * rank * share / sum(split))) for part, share in zip("qkvo", split)}
-    if max(ranks.values()) > width:
-        raise UsageError(f"--rank={rank} gives a largest rank of {max(ranks.values())}, more than the width of {width}")
-    return ranks
+    return facts
 
 
 def _rows(tok, data: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,14 +110,11 @@ def _moments(net, batches: list) -> dict[str, np.ndarray]:
     """Return second moments [I, I] of the inputs to each matrix, by its name."""
     sums = {}
 
-    def record(name: str):
-        def hook(module, args):
-            x = args[0].flatten(0, -2).double()
-            sums[name] = sums.get(name, 0) + x.T @ x
+    def record(name: str, module, args) -> None:
+        x = args[0].flatten(0, -2).double()
+        sums[name] = sums.get(name, 0) + x.T @ x
 
-        return hook
-
-    hooks = [linear.register_forward_pre_hook(record(name)) for name, linear in _matrices(net)]
+    hooks = [linear.register_forward_pre_hook(functools.partial(record, name)) for name, linear in _matrices(net)]
     for ids in batches:
         net(ids, use_cache=False)
     for hook in hooks:

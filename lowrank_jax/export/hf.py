@@ -1,7 +1,4 @@
-"""A folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer, settings and a card.
-
-AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) and AutoTokenizer.from_pretrained(folder) load it.
-"""
+"""A folder for Hugging Face transformers: low-rank weights, the model's code, tokenizer, settings and a card."""
 
 import numpy as np
 
@@ -10,19 +7,13 @@ from lowrank_jax.export import verify, weights
 from lowrank_jax.training.trained import Trained
 
 MODULE = "modeling_lowrank"
+CLASSES = {"AutoConfig": "LowRankConfig", "AutoModel": "LowRankModel", "AutoModelForCausalLM": "LowRankForCausalLM"}
 
 
 def write(trained: Trained, folder: str) -> str:
     """Write the files into a folder, which is created, and return it."""
-    settings = {
-        "architectures": ["LowRankForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{MODULE}.LowRankConfig",
-            "AutoModel": f"{MODULE}.LowRankModel",
-            "AutoModelForCausalLM": f"{MODULE}.LowRankForCausalLM",
-        },
-        "dtype": "float32",
-    }
+    auto_map = {name: f"{MODULE}.{class_name}" for name, class_name in CLASSES.items()}
+    settings = {"architectures": ["LowRankForCausalLM"], "auto_map": auto_map, "dtype": "float32"}
     texts = {name: folders.packaged(name) for name in (f"{MODULE}.py", "lowrank.py")}
     texts["README.md"] = folders.packaged("cards/hf.md", facts=folders.facts(trained))
     texts["generation_config.json"] = folders.as_json(weights.token_ids(trained.tokenizer))
@@ -42,10 +33,8 @@ def check(trained: Trained, folder: str) -> float:
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks the user
     verify.check_ids(trained.tokenizer, lambda text: tokenizer(text)["input_ids"][1:])
-    verify.check_chat(
-        trained.tokenizer,
-        lambda messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),
-    )
+    options = {"add_generation_prompt": True, "return_dict": False}
+    verify.check_chat(trained.tokenizer, lambda messages: tokenizer.apply_chat_template(messages, **options))
     net = LowRankForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def read(tokens: np.ndarray, positions: np.ndarray, cache):

@@ -18,13 +18,8 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
     control symbol gets that symbol's id, unless `split_special_tokens=True`: the template needs its tags found by name.
     """
     model = _from_pieces(pieces(tokenizer)) if isinstance(tokenizer, SentencePiece) else json.loads(tokenizer.json)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": longest,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        **tokenizer.names,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "padding_side": "left"}
+    config |= {"clean_up_tokenization_spaces": False, **tokenizer.names}
     config.setdefault("pad_token", tokenizer.names["eos_token"])
     described = {JSON_FILE: model | {"post_processor": _bos_in_front(tokenizer)}, CONFIG_FILE: config}
     texts = {name: json.dumps(value, indent=1, ensure_ascii=False) for name, value in described.items()}
@@ -42,18 +37,12 @@ def template(tokenizer: Tokenizer) -> str:
 
 
 def without_generation(template: str) -> str:
-    """Return the template without `{% generation %}`, which few engines know.
-
-    `{% if true %}` takes its place, so that the white space around it stays the same.
-    """
+    """Return the template with `{% if true %}` for `{% generation %}`, which few engines know; white space stays."""
     return re.sub(r"(\{%[-+]?\s*)(end)?generation\b", lambda m: m[1] + ("endif" if m[2] else "if true"), template)
 
 
 def pieces(tokenizer: SentencePiece) -> list:
-    """Return the pieces by id, each with `piece`, `score` and `type`.
-
-    Raises UsageError unless the model is BPE and leaves the text as it is, like those that data/tokenizer.py trains.
-    """
+    """Return the pieces by id; raises UsageError unless the model is BPE and leaves the text as it is."""
     model = tokenizer.proto()
     rules = model.normalizer_spec
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
@@ -75,11 +64,8 @@ def _bos_in_front(tokenizer: Tokenizer) -> dict:
 
 
 def _from_pieces(pieces: list) -> dict:
-    """Return a tokenizer.json that gives the ids of these SentencePiece pieces.
-
-    Usually the spaces in a text become marks. The marks in the pieces become spaces instead, so that a mark in a text
-    stays what it is: three bytes.
-    """
+    """Return a tokenizer.json that gives the ids of these SentencePiece pieces."""
+    # Marks in the pieces become spaces, not spaces in a text marks: so a mark in a text stays three bytes.
     texts = [p.piece.replace(SPACE_MARK, " ") if p.type in (p.NORMAL, p.USER_DEFINED) else p.piece for p in pieces]
     exact = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     described = json.loads(BPE.read_text(encoding="utf-8"))
@@ -97,10 +83,7 @@ def _from_pieces(pieces: list) -> dict:
 
 
 def _merges(ranks: dict[str, float]) -> list[tuple[str, str]]:
-    """Return the pairs of pieces that merge, in order of their ranks.
-
-    SentencePiece merges any two neighbours that form a piece, so every cut of a piece into two pieces is a pair.
-    """
+    """Return the pairs that merge, by rank: every cut of a piece into two, as SentencePiece merges any neighbours."""
     pairs = [
         (rank, cut, whole[:cut], whole[cut:])
         for whole, rank in ranks.items()

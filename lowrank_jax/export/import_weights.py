@@ -31,7 +31,10 @@ def open_export(source: str, tokenizer_path: str = "", base: RunConfig | None = 
     folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
     values, origin = _read_json(folder, "config.json"), _read_json(folder, ORIGIN, {"config": {}, "progress": {}})
     keys = weights.model_keys(values)
-    tok = tokenizer.load(tokenizer_path or _tokenizer_in(folder))
+    own = os.path.join(folder, TOKENIZER)
+    if not (tokenizer_path or os.path.isdir(own) or os.path.isfile(os.path.join(folder, tokenizer.JSON_FILE))):
+        raise UsageError(f"{folder} has no tokenizer; name one with --tokenizer=PATH")
+    tok = tokenizer.load(tokenizer_path or (own if os.path.isdir(own) else folder))
     if tok.vocab_size != keys["vocab"]:
         raise UsageError(f"the weights have {keys['vocab']} pieces, but the tokenizer has {tok.vocab_size}")
     config = _config(base, origin["config"], values, keys)
@@ -41,10 +44,7 @@ def open_export(source: str, tokenizer_path: str = "", base: RunConfig | None = 
 
 
 def write(config: RunConfig, tok: Tokenizer, params: dict, origin: Progress, folder: str) -> str:
-    """Create a run's folder with the parameters as a checkpoint of step 0, and return their SHA-256.
-
-    Its event records the steps and tokens of `origin`, the training that the parameters come from.
-    """
+    """Create a run's folder with parameters that `origin` tells of, as a checkpoint of step 0; return their SHA-256."""
     place = sharding.whole(sharding.one_device())
     state = step.first_state(config, jax.tree.map(lambda w: sharding.put(w, place), params))
     os.makedirs(folder)
@@ -61,9 +61,7 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, origin: Progress, fol
 def _config(base: RunConfig | None, origin: dict, values: dict, keys: dict) -> RunConfig:
     """Return `base`, or the exported run's config, with the sizes in config.json, `values`."""
     if not base and not origin:
-        raise UsageError(
-            f"the weights have no {ORIGIN} in their folder; name the settings to train with: --config=FILE"
-        )
+        raise UsageError(f"the weights have no {ORIGIN} beside them; name the settings to train with: --config=FILE")
     settings = (base or RunConfig.from_dict(origin)).to_dict()
     settings["model"] |= {"vocab": keys["vocab"]}
     config = RunConfig.from_dict(settings)
@@ -111,14 +109,6 @@ def _pickled(path: str) -> dict[str, np.ndarray]:
     if not isinstance(state, dict) or not all(isinstance(w, torch.Tensor) for w in state.values()):
         raise UsageError(f"{path} is no state dict; save one with torch.save(net.state_dict(), path)")
     return {name: w.float().numpy() for name, w in state.items()}
-
-
-def _tokenizer_in(folder: str) -> str:
-    """Return the path of the run's own tokenizer in an export, or else of its tokenizer.json."""
-    own = os.path.join(folder, TOKENIZER)
-    if not os.path.isdir(own) and not os.path.isfile(os.path.join(folder, tokenizer.JSON_FILE)):
-        raise UsageError(f"{folder} has no tokenizer; name one with --tokenizer=PATH")
-    return own if os.path.isdir(own) else folder
 
 
 def _read_json(folder: str, name: str, default: dict | None = None) -> dict:

@@ -22,10 +22,16 @@ from torch.nn import functional as F
 Past = list[list[torch.Tensor]]  # per layer [k, v], or [k] where they share a latent; each is [B, 1, S, R]
 
 
-def alibi_slopes(heads: int) -> list[float]:
-    """2^(-8(h+1)/n) for the n heads up to a power of two, then every second slope of 2n (arXiv 2108.12409)."""
+def alibi(heads: int, queries_T: torch.Tensor, keys_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the distances i - j [T, S] of positions, and the bias -m_h (i - j) [1, H, T, S].
+
+    m_h is 2^(-8(h+1)/n) for the n heads up to a power of two, then every second slope of 2n (arXiv 2108.12409).
+    Positions count along the row, padding included: a shift of all positions changes no difference.
+    """
     n = 1 << (heads.bit_length() - 1)
-    return [2 ** (-8 * (h + 1) / n) for h in range(n)] + [2 ** (-4 * (2 * h + 1) / n) for h in range(heads - n)]
+    slopes = [2 ** (-8 * (h + 1) / n) for h in range(n)] + [2 ** (-4 * (2 * h + 1) / n) for h in range(heads - n)]
+    distance_TS = queries_T[:, None] - keys_S
+    return distance_TS, (-torch.tensor(slopes, device=keys_S.device)[:, None, None] * distance_TS)[None]
 
 
 class Linear(nn.Module):
@@ -155,17 +161,13 @@ class LowRank(nn.Module):
         return self.logits(self.norm(x_BTD)), present
 
     def bias(self, T, before, mask_BS, device):
-        """Return -m_h (i - j) as [1 or B, H, T, S], and -1e30 at hidden positions.
-
-        Positions count along the row, padding included: a shift of all positions changes no difference.
-        """
+        """Return the bias [1 or B, H, T, S], with -1e30 at hidden positions."""
         query_T, key_S = torch.arange(T, device=device) + before, torch.arange(T + before, device=device)
-        distance_TS = query_T[:, None] - key_S
-        slopes_H11 = torch.tensor(alibi_slopes(self.c.num_attention_heads), device=device)[:, None, None]
+        distance_TS, bias = alibi(self.c.num_attention_heads, query_T, key_S)
         hidden = (distance_TS < 0)[None, None]
         if mask_BS is not None:
             hidden = hidden | (mask_BS == 0)[:, None, None]
-        return (-slopes_H11 * distance_TS)[None].masked_fill(hidden, -1e30)
+        return bias.masked_fill(hidden, -1e30)
 
     def logits(self, x):
         if self.c.tie_word_embeddings:

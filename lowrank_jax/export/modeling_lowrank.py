@@ -1,9 +1,6 @@
 """A low-rank ALiBi decoder for transformers, loaded with `trust_remote_code=True`. Its layers are those of lowrank.py.
 
-The cache holds latents, never keys or values, as one head: DynamicCache and StaticCache take them as they are. A step
-of one token folds `up` into the query and the output instead of expanding the cache.
-
-Shapes: B batch, T query length, S key length, D model, H heads, K head width, R width of a latent.
+The cache holds latents, never keys or values, as one head: DynamicCache and StaticCache take them as they are.
 """
 
 import torch
@@ -16,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .lowrank import Attention, Block, Linear, alibi_slopes
+from .lowrank import Attention, Block, alibi
 
 
 class LowRankConfig(PreTrainedConfig):
@@ -57,6 +54,8 @@ class LowRankConfig(PreTrainedConfig):
 
 
 class LowRankAttention(Attention):
+    """The attention of lowrank.py over a cache of transformers; the suffixes of shapes are the same."""
+
     def __init__(self, config: LowRankConfig, layer: int):
         super().__init__(config)
         self.layer = layer
@@ -68,17 +67,14 @@ class LowRankAttention(Attention):
             k_BSR, v_BSR = (c.squeeze(1) for c in cache.update(k_BSR[:, None], v_BSR[:, None], self.layer))
         v_BSR = k_BSR if self.c.shared_kv else v_BSR
         q_BHTK = self.heads(self.latent(x_BTD, self.q), self.q)
-        if x_BTD.shape[1] == 1 and can_fold(self.k) and can_fold(self.v):
+        # `up` must be a plain matrix: adapters and quantised weights can be called, but not read.
+        can_fold = all(linear.rank > 0 and type(linear.up) is nn.Linear for linear in (self.k, self.v))
+        if x_BTD.shape[1] == 1 and can_fold:
             o_BHTK = self.folded(q_BHTK * self.K**-0.5, k_BSR, v_BSR, bias)
         else:
             k_BHSK, v_BHSK = self.heads(k_BSR, self.k), self.heads(v_BSR, self.v)
             o_BHTK = nn.functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias.to(q_BHTK.dtype))
         return self.o(o_BHTK.transpose(1, 2).reshape(x_BTD.shape)), cache
-
-
-def can_fold(linear: Linear) -> bool:
-    """Return whether `up` is a plain matrix: adapters and quantised weights can be called, but not read."""
-    return linear.rank > 0 and type(linear.up) is nn.Linear
 
 
 class LowRankBlock(GradientCheckpointingLayer, Block):
@@ -101,32 +97,22 @@ class LowRankModel(LowRankPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embed_rank or config.hidden_size)
         if config.embed_rank:
             self.embed_up = nn.Linear(config.embed_rank, config.hidden_size, bias=False)
-        self.layers = nn.ModuleList(
-            LowRankBlock(config, LowRankAttention(config, i)) for i in range(config.num_hidden_layers)
-        )
+        blocks = [LowRankBlock(config, LowRankAttention(config, i)) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     def alibi_bias(self, x_BTD, attention_mask, cache: Cache | None):
-        """Return -m_h (i - j) as [1 or B, H, T, S], and the lowest number of the type at hidden positions.
-
-        Positions count along the row, padding included: a shift of all positions changes no difference.
-        """
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            allow_is_causal_skip=False,  # which would return None
-        )
+        """Return the bias [1 or B, H, T, S], with the lowest number of the type at hidden positions."""
+        inputs = {"inputs_embeds": x_BTD, "attention_mask": attention_mask, "past_key_values": cache}
+        mask = create_causal_mask(config=self.config, allow_is_causal_skip=False, **inputs)  # a skip would return None
         T, S = mask.shape[-2:]
-        start = 0 if cache is None else cache.get_seq_length()
-        device = x_BTD.device
-        distance_TS = torch.arange(T, device=device)[:, None] + start - torch.arange(S, device=device)
+        device, start = x_BTD.device, 0 if cache is None else cache.get_seq_length()
         # Computed in every call: transformers builds models on the meta device, where an unsaved buffer would be lost.
-        slopes_H11 = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)[:, None, None]
+        queries_T, keys_S = torch.arange(T, device=device) + start, torch.arange(S, device=device)
+        _, bias = alibi(self.config.num_attention_heads, queries_T, keys_S)
         hidden = ~mask if mask.dtype == torch.bool else mask < 0  # the mask of sdpa is bool, that of eager is added
-        return (-slopes_H11 * distance_TS)[None].masked_fill(hidden, torch.finfo(x_BTD.dtype).min)
+        return bias.masked_fill(hidden, torch.finfo(x_BTD.dtype).min)
 
     @can_return_tuple
     def forward(
@@ -152,11 +138,8 @@ class LowRankModel(LowRankPreTrainedModel):
             states.append(x_BTD)
             x_BTD, _ = layer(x_BTD, bias, past_key_values)
         x_BTD = self.norm(x_BTD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x_BTD,
-            past_key_values=past_key_values,
-            hidden_states=(*states, x_BTD) if output_hidden_states or self.config.output_hidden_states else None,
-        )
+        states = (*states, x_BTD) if output_hidden_states or self.config.output_hidden_states else None
+        return BaseModelOutputWithPast(last_hidden_state=x_BTD, past_key_values=past_key_values, hidden_states=states)
 
 
 class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
@@ -185,14 +168,12 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
         out = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
         # 0 keeps all positions.
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        x = out.last_hidden_state[:, positions]
+        x, past = out.last_hidden_state[:, positions], out.past_key_values
         if self.config.embed_rank:
             x = x @ self.model.embed_up.weight if self.config.tie_word_embeddings else self.lm_head_down(x)
         logits = self.lm_head(x)
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past, hidden_states=out.hidden_states)
 
 
 LowRankConfig.register_for_auto_class()  # so that save_pretrained copies the code, too

@@ -16,8 +16,8 @@ import numpy as np
 
 from lowrank_jax.config import ModelConfig
 from lowrank_jax.data import tokenizer
-from lowrank_jax.export import fidelity, verify, weights
 from lowrank_jax.export import folder as folders
+from lowrank_jax.export import verify, weights
 from lowrank_jax.export.torch import state
 from lowrank_jax.training.trained import Trained
 
@@ -31,18 +31,22 @@ TOLERANCES = {"f32": verify.TOLERANCE, "int8": 8.0}
 def write(trained: Trained, folder: str, quant: str = "f32") -> str:
     """Write the files into a folder, which is created, and return it."""
     verify.need("torch", "onnx", "onnxscript", *(["onnxruntime"] if quant == "int8" else []))
+    import onnx
+
     c, path = trained.config.model, os.path.join(folder, FILE)
     shapes = f"[rows, 1, tokens, {c.ranks[1] if c.rank else c.d}]"
     card = folders.packaged("cards/onnx.md", facts=folders.facts(trained), shapes=shapes)
     folders.write(trained, folder, {"README.md": card})
-    if quant == "f32":
-        _graph(trained, past_names(c), path)
-    else:
-        with tempfile.TemporaryDirectory(dir=folder) as hidden:
-            exact = os.path.join(hidden, FILE)
-            _graph(trained, past_names(c), exact)
+    with tempfile.TemporaryDirectory(dir=folder) as hidden:
+        exact = path if quant == "f32" else os.path.join(hidden, FILE)
+        _graph(trained, past_names(c), exact)
+        if quant == "int8":
             _quantize(exact, path)
-    _strip(path)
+    model = onnx.load(path, load_external_data=False)
+    # The origin of each node takes half of a small file, and has paths of this machine.
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        del part.metadata_props[:]
+    onnx.save(model, path)
     return folder
 
 
@@ -57,12 +61,11 @@ def _graph(trained: Trained, names: list[str], path: str) -> None:
 
     from lowrank_jax.export.lowrank import LowRank
 
-    c, tensors = trained.config.model, state(trained.params)
-
     class Graph(LowRank):
         def forward(self, input_ids, attention_mask, past):
             return super().forward(input_ids, past, attention_mask)
 
+    c, tensors = trained.config.model, state(trained.params)
     with torch.device("meta"):
         net = Graph(weights.settings(c, trained.tokenizer, verify.longest(trained.config)))
     net.load_state_dict({name: torch.tensor(w) for name, w in tensors.items()}, assign=True)
@@ -87,22 +90,8 @@ def _graph(trained: Trained, names: list[str], path: str) -> None:
         )
 
 
-def _strip(path: str) -> None:
-    """Remove the origin of each node from the file: half of a small file, and it has paths of this machine."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    for part in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
-        del part.metadata_props[:]
-    onnx.save(model, path)
-
-
 def _quantize(exact: str, path: str) -> None:
-    """Write the int8 form of a file.
-
-    ONNX Runtime quantises matrices alone. The factor that is folded into the heads is one matrix per head, and stays
-    in fp32.
-    """
+    """Write the int8 form of a file, but for the factor folded into the heads: ONNX Runtime takes matrices alone."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -153,10 +142,10 @@ def check(trained: Trained, folder: str, quant: str = "f32") -> float:
     return verify.check_cached(trained, read, TOLERANCES[quant])
 
 
-def quality(trained: Trained, folder: str, quant: str = "f32", tokens: int = fidelity.TOKENS) -> dict:
-    """Return what `quant` changes on held-out text, see `fidelity.measure`."""
+def quality(trained: Trained, folder: str, quant: str = "f32", tokens: int = verify.MEASURED) -> dict:
+    """Return what `quant` changes on held-out text, see `verify.measure`."""
     read = _reader(trained, folder)
-    return fidelity.measure(trained, lambda row: read(row, np.arange(len(row)), None)[0], tokens)
+    return verify.measure(trained, lambda row: read(row, np.arange(len(row)), None)[0], tokens)
 
 
 def _reader(trained: Trained, folder: str):

@@ -1,7 +1,4 @@
-"""A folder for plain PyTorch: low-rank weights, the module that runs them, tokenizer, sizes and an example.
-
-Its lowrank.py needs torch and safetensors alone.
-"""
+"""A folder for plain PyTorch: low-rank weights, the module that runs them, tokenizer, sizes and an example."""
 
 import numpy as np
 

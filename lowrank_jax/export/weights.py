@@ -55,10 +55,7 @@ def tensors(params: dict) -> dict[str, np.ndarray]:
 
 
 def params(c: ModelConfig, state: dict[str, np.ndarray]) -> dict:
-    """Return the parameters whose `tensors` are `state`, its names with or without PREFIX.
-
-    Raises UsageError where the state does not fit `c`.
-    """
+    """Return the parameters whose `tensors` are `state`, PREFIX or not; raises UsageError where it does not fit `c`."""
     left = {name if name.startswith((PREFIX, "lm_head")) else PREFIX + name: w for name, w in state.items()}
 
     def leaf(path, x) -> np.ndarray:
@@ -108,10 +105,7 @@ def token_ids(tokenizer: Tokenizer) -> dict:
 
 
 def model_keys(values: dict) -> dict:
-    """Return the keys of config.model for the sizes in a config.json; raises UsageError for another architecture.
-
-    Ranks come back as shares of their sum in lowest terms, which give the same ranks.
-    """
+    """Return the keys of config.model for the sizes in a config.json; raises UsageError for another architecture."""
     if values.get("model_type") != TYPE:
         raise UsageError(f"config.json has model_type={values.get('model_type')!r}; only {TYPE} can be imported")
     values = {"tie_word_embeddings": True} | values  # transformers does not save this default
@@ -131,5 +125,5 @@ def model_keys(values: dict) -> dict:
         raise UsageError(f"config.json has ranks {ranks} of Q, K, V and O; their mean must be a whole number")
     if not any(ranks):
         return keys | {"rank": 0}
-    divisor = math.gcd(*ranks)
+    divisor = math.gcd(*ranks)  # shares in lowest terms give the same ranks
     return keys | {"rank": sum(ranks) // 4, "rank_split": [float(rank // divisor) for rank in ranks]}

@@ -14,16 +14,13 @@ from lowrank_jax.model import attention
 from lowrank_jax.model.kernels import build
 from lowrank_jax.model.network import rms_norm
 
-LANES = 16  # the C++ reads latents, and tokens of a window, in groups of this size
-
 
 def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """Return the weights in panels, for `read` and for decoder.py, or None where the C++ cannot be used.
 
-    It needs one CPU device, a compiler, and latents whose ranks of keys and values LANES divides. float16 becomes
-    float32.
+    It needs one CPU device, a compiler, and ranks of keys and values that build.LANES divides. float16 becomes float32.
     """
-    has_latents = c.rank and all(rank % LANES == 0 for rank in c.ranks[1:3])
+    has_latents = c.rank and all(rank % build.LANES == 0 for rank in c.ranks[1:3])
     is_cpu = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]
     if not (has_latents and is_cpu and build.load("decode")):
         return None
@@ -39,16 +36,14 @@ def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     return decoder.Weights(table, quantize.in_panels(w.table_up), head, tuple(layers), w.norm.astype(jnp.float32))
 
 
-def read(
-    c: ModelConfig, w: decoder.Weights, cache: dict, window: tuple, tokens_BT, place: decoder.Place
-) -> tuple[jax.Array, tuple]:
+def read(c: ModelConfig, w: decoder.Weights, cache: dict, window: tuple, tokens_BT, place: decoder.Place) -> tuple:
     """Do what decoder.read does; in one call, if the weights are packed and attention is absorbed.
 
-    The window of packed weights must have a multiple of LANES tokens.
+    The window of packed weights must have a multiple of build.LANES tokens.
     """
     if not isinstance(w.table, quantize.Panels) or not decoder.absorbs(c, tokens_BT.shape[1]):
         return decoder.read(c, w, cache, window, tokens_BT, place)
-    assert window[0]["k"].shape[1] % LANES == 0, window[0]["k"].shape
+    assert window[0]["k"].shape[1] % build.LANES == 0, window[0]["k"].shape
     absorbed_query, slopes = w.layers[0].query is not None, jnp.asarray(attention.alibi_slopes(c.heads))
     inputs = [tokens_BT, place.starts_B, jnp.int32(place.offset), jnp.int32(place.row), slopes, cache]
     windows, structure = jax.tree.flatten(window)
@@ -57,22 +52,13 @@ def read(
         matrices += [l.latents, l.query or l.q_up, None if absorbed_query else l.k_heads, l.v_heads, l.o_down, l.o_up]
         matrices += [l.mlp_in, l.gate_up, l.mlp_out]
     first = len(jax.tree.leaves(inputs))
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in windows]
-    call = jax.ffi.ffi_call(
-        "lowrank_read",
-        [jax.ShapeDtypeStruct((*tokens_BT.shape, c.d), jnp.float32), *results],
-        input_output_aliases={first + i: 1 + i for i in range(len(windows))},
-    )
-    x_BTD, *windows = call(
-        *jax.tree.leaves((inputs, windows, matrices)),
-        layers=np.int64(c.layers),
-        heads=np.int64(c.heads),
-        head_dim=np.int64(c.head_dim),
-        rank_q=np.int64(c.ranks[0]),
-        absorbed_query=absorbed_query,
-        latent_norm=c.latent_norm,
-        shared=c.shared_kv,
-        embed_factors=w.table_up is not None,
-        mlp_factors=w.layers[0].gate_up is not None,
-    )
+    results = [jax.ShapeDtypeStruct((*tokens_BT.shape, c.d), jnp.float32)]
+    results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in windows]
+    aliases = {first + i: 1 + i for i in range(len(windows))}
+    call = jax.ffi.ffi_call("lowrank_read", results, input_output_aliases=aliases)
+    sizes = dict(layers=c.layers, heads=c.heads, head_dim=c.head_dim, rank_q=c.ranks[0])
+    forms = dict(absorbed_query=absorbed_query, latent_norm=c.latent_norm, shared=c.shared_kv)
+    forms |= dict(embed_factors=w.table_up is not None, mlp_factors=w.layers[0].gate_up is not None)
+    arrays = jax.tree.leaves((inputs, windows, matrices))
+    x_BTD, *windows = call(*arrays, **jax.tree.map(np.int64, sizes), **forms)
     return rms_norm(x_BTD) * w.norm, jax.tree.unflatten(structure, windows)

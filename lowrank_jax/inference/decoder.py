@@ -51,7 +51,7 @@ class Weights(NamedTuple):
     table_up: jax.Array | None  # [E, D]
     head: tuple | None  # the head's own table and `up`, unless it is tied
     layers: tuple[Layer, ...]
-    norm: jax.Array  # [D]
+    norm: jax.Array  # [D], in the type that `read` computes in and the cache is kept in
 
 
 class Place(NamedTuple):
@@ -114,11 +114,6 @@ def _layer(c: ModelConfig, block: dict) -> Layer:
     return Layer(latents, q_up, k_up, v_up, query, k_heads, v_heads, o_down, o_up, mlp_in, gate_up, mlp_out)
 
 
-def dtype(w: Weights):
-    """Return the type that `read` computes in and the cache is kept in."""
-    return w.norm.dtype
-
-
 def _by_head(c: ModelConfig, x):
     return x.reshape(*x.shape[:-1], c.heads, -1)
 
@@ -141,7 +136,7 @@ def read(c: ModelConfig, w: Weights, cache: dict, window: tuple, tokens_BT, plac
 
     The cache is only read: XLA would copy all of it at every step of a loop that also writes to it.
     """
-    x_BTD, windows = quantize.rows(w.table, tokens_BT, dtype(w)), []
+    x_BTD, windows = quantize.rows(w.table, tokens_BT, w.norm.dtype), []
     x_BTD = x_BTD if w.table_up is None else times(x_BTD, w.table_up)
     for n, layer in enumerate(w.layers):
         out_BTD, latents = _attention(c, layer, rms_norm(x_BTD), cache, n, window[n], place)
@@ -176,9 +171,7 @@ def logits(w: Weights, x_BD: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(table @ x_BD.T).T
 
 
-def _attention(
-    c: ModelConfig, layer: Layer, x_BTD, cache: dict, n: int, window: dict, place: Place
-) -> tuple[jax.Array, dict]:
+def _attention(c: ModelConfig, layer: Layer, x_BTD, cache: dict, n: int, window: dict, place: Place) -> tuple:
     """Return layer n's contribution to the residual stream, and its window with the new tokens' latents."""
     (B, T, _), (starts_B, offset, row) = x_BTD.shape, place
     absorbed = absorbs(c, T)

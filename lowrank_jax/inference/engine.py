@@ -18,6 +18,7 @@ import numpy as np
 
 from lowrank_jax.config import ModelConfig, RunConfig, UsageError
 from lowrank_jax.inference import cpu_decoder, decoder, quantize, sampling
+from lowrank_jax.inference.decoder import Weights
 from lowrank_jax.inference.sampling import Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import precision
@@ -62,7 +63,7 @@ class Piece(NamedTuple):
     finish: str | None
 
 
-def prepare(config: RunConfig, params: dict, kind: str) -> decoder.Weights:
+def prepare(config: RunConfig, params: dict, kind: str) -> Weights:
     """Return the parameters as an Engine takes them, in one of quantize.KINDS, or `auto` for the run's precision."""
     if kind not in ("auto", *quantize.KINDS):
         raise UsageError(f"weights must be one of auto, {', '.join(quantize.KINDS)}, not {kind!r}")
@@ -74,15 +75,13 @@ def prepare(config: RunConfig, params: dict, kind: str) -> decoder.Weights:
 class Engine:
     """The slots of one model. Not safe for use by several threads."""
 
-    def __init__(
-        self, config: ModelConfig, weights: decoder.Weights, stop_ids: Sequence[int], slots: int, context: int
-    ):
+    def __init__(self, config: ModelConfig, weights: Weights, stop_ids: Sequence[int], slots: int, context: int):
         self.config, self.slots, self.context = config, slots, context
         self.stop_ids = tuple(stop_ids)
         self.fresh = True  # nothing has been compiled for it
         self._weights = weights
         size = -(-(context + CHUNKS[0]) // decoder.BLOCK) * decoder.BLOCK  # a chunk is written whole
-        cache = lambda: decoder.empty_cache(config, slots, size, decoder.dtype(weights))
+        cache = lambda: decoder.empty_cache(config, slots, size, weights.norm.dtype)
         empty = lambda: (cache(), jnp.zeros((slots, size), jnp.int32))
         self._cache, self._tokens = jax.jit(empty, out_shardings=sharding.whole(weights.norm.sharding.mesh))()
         self._requests: dict[int, Request] = {}  # by slot, in the order in which they came
@@ -143,9 +142,8 @@ class Engine:
         start = self._read[slot]
         chunk = np.zeros((1, T), np.int32)
         chunk[0, : min(left + 1, T)] = self._ids[slot][start : start + T]
-        self._cache, self._tokens = _read_chunk(
-            self.config, self._weights, self._cache, self._tokens, chunk, np.int32(start), np.int32(slot)
-        )
+        place = np.int32(start), np.int32(slot)
+        self._cache, self._tokens = _read_chunk(self.config, self._weights, self._cache, self._tokens, chunk, *place)
         self._read[slot] += min(left, T)
         return T
 
@@ -166,7 +164,6 @@ class Engine:
         return {slot: self._piece(slot, _Out(*(x[slot] for x in out))) for slot in live}
 
     def _left(self, slot: int) -> int:
-        """Return how many tokens a request may still get."""
         request = self._requests[slot]
         return len(request.ids) + request.max_new - len(self._ids[slot])
 
@@ -236,11 +233,9 @@ def _decode_some(c: ModelConfig, w, cache, tokens_BS, batch: _Batch):
         next_B = sampling.choose(logits_BV, drawn, tokens_BS[:B], lengths_B)
         column_B = jnp.where(live_B, lengths_B, tokens_BS.shape[1])  # beyond the last column nothing is written
         tokens_BS = tokens_BS.at[row_B, column_B].set(next_B, mode="drop")
-        logprobs = jax.lax.cond(
-            with_logprobs,
-            lambda: sampling.logprobs(logits_BV, next_B, most),
-            lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most))),
-        )
+        computed = lambda: sampling.logprobs(logits_BV, next_B, most)
+        zeros = lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most)))
+        logprobs = jax.lax.cond(with_logprobs, computed, zeros)
         put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x[:, None], i, 1)
         out = jax.tree.map(put, out, _Out(jnp.where(live_B, next_B, -1), *logprobs))
         last_B = jnp.where(live_B, next_B, last_B)

@@ -39,32 +39,30 @@ def pack(w: jax.Array, kind: str, outputs: int = 1) -> qwix.QArray:
     return qwix.quantize(w, jnp.int4, channelwise_axes=(outputs,), tiled_axes={inputs: group})
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def in_panels(weights, outputs: int = 1, parts: int = 1):
     """Return a weight matrix, a stack of them [count, inputs, outputs], or a tree of both, in panels.
 
     A matrix whose outputs are `parts` concatenated matrices becomes a stack of them.
     """
 
-    pack = lambda w: _in_panels(w, outputs, parts)
-    return jax.tree.map(pack, weights, is_leaf=lambda w: isinstance(w, qwix.QArray))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _in_panels(w: jax.Array | qwix.QArray, outputs: int, parts: int) -> Panels:
     def cut(x):
         x = x if outputs else x.T
         x = x if x.ndim == 3 else jnp.stack(jnp.split(x, parts, axis=1))
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % COLUMNS)))
         return x.reshape(*x.shape[:2], -1, COLUMNS).swapaxes(1, 2)
 
-    w, scales = (w.qvalue, cut(w.scale.astype(jnp.float32))) if isinstance(w, qwix.QArray) else (w, None)
-    panels = cut(w)
-    if w.dtype == jnp.bfloat16:  # two to a word, so that one load fills two vectors
-        panels = panels.reshape(*panels.shape[:3], 2, -1).swapaxes(3, 4).reshape(panels.shape)
-    elif w.dtype == jnp.int4:
-        low, high = jnp.split((panels.astype(jnp.int8) + 8).astype(jnp.uint8), 2, axis=-1)
-        panels = low | high << 4
-    return Panels(panels, scales, w.shape[-1 if outputs else 0] // parts)
+    def pack(w: jax.Array | qwix.QArray) -> Panels:
+        w, scales = (w.qvalue, cut(w.scale.astype(jnp.float32))) if isinstance(w, qwix.QArray) else (w, None)
+        panels = cut(w)
+        if w.dtype == jnp.bfloat16:  # two to a word, so that one load fills two vectors
+            panels = panels.reshape(*panels.shape[:3], 2, -1).swapaxes(3, 4).reshape(panels.shape)
+        elif w.dtype == jnp.int4:
+            low, high = jnp.split((panels.astype(jnp.int8) + 8).astype(jnp.uint8), 2, axis=-1)
+            panels = low | high << 4
+        return Panels(panels, scales, w.shape[-1 if outputs else 0] // parts)
+
+    return jax.tree.map(pack, weights, is_leaf=lambda w: isinstance(w, qwix.QArray))
 
 
 def times(x: jax.Array, w, outputs: int = 1) -> jax.Array:

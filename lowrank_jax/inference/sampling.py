@@ -8,12 +8,12 @@ behind a `lax.cond`, and these are nested, because a GPU's host reads each condi
 Shapes: B rows, V vocabulary, S context, M biased tokens, N blocks of the vocabulary, K tokens of a block.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ BLOCK = 128  # tokens per block of the two-stage draw: 2 x 128 random numbers in
 UNITS = 2**30  # integer units of probability, whose sum does not depend on the order of summation
 
 
-def _from(low, high, default):
-    return dataclasses.field(default=default, metadata={"range": (low, high)})
+def _number(low, high, default, text: str):
+    return dataclasses.field(default=default, metadata={"range": (low, high), "help": text})
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,27 @@ class Sampling:
     Penalties look at the last `penalty_last_n` tokens of the context, prompt included, or at all of it. Repetition
     (CTRL, arXiv 1909.05858) divides positive and multiplies negative logits of tokens that occur; presence is
     subtracted from them once, frequency once per occurrence. `no_repeat_ngram` n bans what would repeat n tokens of
-    the context. `logit_bias` has pairs (token id, bias); ids outside of the vocabulary do nothing.
+    the context; each n costs a pass over it. `logit_bias` has pairs (token id, bias); unknown ids do nothing.
     """
 
-    temperature: float = _from(0, 100, 0.8)  # 0 is greedy
-    top_k: int = _from(0, MOST, 0)  # 0 is off
-    top_p: float = _from(0, 1, 1.0)  # 1 is off; 0 keeps the most likely token
-    min_p: float = _from(0, 1, 0.0)  # 0 is off
-    repetition_penalty: float = _from(0.01, 100, 1.0)  # 1 is off
-    presence_penalty: float = _from(-2, 2, 0.0)  # OpenAI's range
-    frequency_penalty: float = _from(-2, 2, 0.0)  # OpenAI's range
-    penalty_last_n: int = _from(0, MOST, 0)  # 0 is all
-    no_repeat_ngram: int = _from(0, 64, 0)  # 0 is off; each n costs a pass over the context
+    temperature: float = _number(0, 100, 0.8, "0 is greedy")
+    top_k: int = _number(0, MOST, 0, "keep the k most likely tokens (0: off)")
+    top_p: float = _number(0, 1, 1.0, "keep the most likely tokens of this total probability, at least one (1: off)")
+    min_p: float = _number(0, 1, 0.0, "keep tokens this likely relative to the most likely one (0: off)")
+    repetition_penalty: float = _number(0.01, 100, 1.0, "divides the logits of tokens that occurred (1: off)")
+    presence_penalty: float = _number(-2, 2, 0.0, "is subtracted from the logits of tokens that occurred")
+    frequency_penalty: float = _number(-2, 2, 0.0, "is subtracted from them once per occurrence")
+    penalty_last_n: int = _number(0, MOST, 0, "tokens that the penalties look back (0: all)")
+    no_repeat_ngram: int = _number(0, 64, 0, "never generates the same n tokens twice (0: off)")
     logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int = _from(0, 2**63 - 1, 0)
+    seed: int = _number(0, 2**63 - 1, 0, "the same seed draws the same text")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if "range" in field.metadata:
-                value, (low, high) = getattr(self, field.name), field.metadata["range"]
-                if not _is_number(value, field.type, low, high):
-                    kind = "a whole number" if field.type is int else "a number"
-                    raise UsageError(f"{field.name}={_short(value)} must be {kind} from {low} to {high}")
+        for name, field in NUMBERS.items():
+            value, (low, high) = getattr(self, name), field.metadata["range"]
+            if not _is_number(value, field.type, low, high):
+                kind = "a whole number" if field.type is int else "a number"
+                raise UsageError(f"{name}={_short(value)} must be {kind} from {low} to {high}")
         pairs = self.logit_bias
         if not isinstance(pairs, tuple) or len(pairs) > MOST_BIASED:
             raise UsageError(f"logit_bias must be a tuple of at most {MOST_BIASED} pairs of a token id and a bias")
@@ -73,6 +72,9 @@ class Sampling:
                 raise UsageError(f"logit_bias has {_short(pair)}, which must be (token id, number from -100 to 100)")
         if len({token for token, _ in pairs}) < len(pairs):
             raise UsageError("logit_bias must name each token id once")
+
+
+NUMBERS = {field.name: field for field in dataclasses.fields(Sampling) if field.metadata}  # all but `logit_bias`
 
 
 def _is_number(value, kind: type, low, high) -> bool:
@@ -95,32 +97,21 @@ PRESETS = {
 }
 
 
-class Rows(NamedTuple):
-    """The Sampling of B rows as arrays for a compiled function; [B] unless noted."""
-
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    repetition_penalty: np.ndarray
-    presence_penalty: np.ndarray
-    frequency_penalty: np.ndarray
-    penalty_last_n: np.ndarray
-    no_repeat_ngram: np.ndarray
-    bias_ids: np.ndarray  # [B, M], padded with a bias of 0; M is a power of two, at least 8: few shapes are compiled
-    bias_values: np.ndarray  # [B, M]
-    key: np.ndarray  # [B, 2] uint32: the threefry key of jax.random.key(seed), with all 63 bits of the seed
+# The Sampling of B rows as arrays for a compiled function: its numbers [B]; `bias_ids` and `bias_values` [B, M], padded
+# with 0, where M is a power of two, at least 8: few shapes are compiled; `key` [B, 2], the threefry key of
+# jax.random.key(seed), with all 63 bits of the seed.
+Rows = collections.namedtuple("Rows", [*(n for n in NUMBERS if n != "seed"), "bias_ids", "bias_values", "key"])
 
 
 def rows(samplings: Sequence[Sampling]) -> Rows:
     """Return NumPy arrays. Greedy rows have their filters off, so that no batch pays for them."""
     changes = lambda s: {"temperature": max(s.temperature, COLDEST)} if s.temperature > 0 else UNFILTERED
     values = [vars(s) | changes(s) for s in samplings]
-    dtypes = {f.name: np.int32 if f.type is int else np.float32 for f in dataclasses.fields(Sampling)}
+    dtypes = {n: np.int32 if field.type is int else np.float32 for n, field in NUMBERS.items() if n in Rows._fields}
     M = 1 << (max([8, *(len(s.logit_bias) for s in samplings)]) - 1).bit_length()
     bias = [(*s.logit_bias, *[(0, 0.0)] * (M - len(s.logit_bias))) for s in samplings]
     return Rows(
-        **{name: np.asarray([v[name] for v in values], dtypes[name]) for name in Rows._fields if name in dtypes},
+        **{name: np.asarray([v[name] for v in values], dtype) for name, dtype in dtypes.items()},
         bias_ids=np.asarray([[token for token, _ in row] for row in bias], np.int32),
         bias_values=np.asarray([[value for _, value in row] for row in bias], np.float32),
         key=np.asarray([[int(s.seed) >> 32, int(s.seed) & 0xFFFFFFFF] for s in samplings], np.uint32),
@@ -212,8 +203,8 @@ def filtered(x_BV, rows: Rows) -> jax.Array:
     temperature_B1 = jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
     x_BV = jnp.where(x_BV > MASKED, x_BV / temperature_B1, MASKED)
 
-    def top_k(x_BV):
-        return above(x_BV, jnp.where(top_k_B > 0, _floor(x_BV, 1, top_k_B), -jnp.inf))
+    top_k = lambda x_BV: above(x_BV, jnp.where(top_k_B > 0, _floor(x_BV, 1, top_k_B), -jnp.inf))
+    min_p = lambda x_BV: above(x_BV, jnp.max(x_BV, axis=-1) + jnp.log(rows.min_p))  # p >= min_p x the likeliest's
 
     def top_p(x_BV):
         # In fp32 a sum of 16,384 probabilities depends on its order; in int32 only each rounding by 2^-31 remains.
@@ -221,9 +212,6 @@ def filtered(x_BV, rows: Rows) -> jax.Array:
         total_B = jnp.sum(units_BV, axis=-1)
         mass_B = jnp.clip(jnp.ceil(top_p_B * total_B).astype(jnp.int32), 1, total_B)
         return above(x_BV, jnp.where(top_p_B < 1, _floor(x_BV, units_BV, mass_B), -jnp.inf))
-
-    def min_p(x_BV):
-        return above(x_BV, jnp.max(x_BV, axis=-1) + jnp.log(rows.min_p))  # p >= min_p x the likeliest's; log 0 is off
 
     return _apply([(top_k_B > 0, top_k), (top_p_B < 1, top_p), (rows.min_p > 0, min_p)], x_BV)
 

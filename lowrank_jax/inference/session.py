@@ -1,17 +1,21 @@
-"""A trained model in memory, for Python: logits, generation in batches, and one streamed answer."""
+"""A trained model in memory, for Python and the terminal, and the text of its token ids as they arrive."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.config import RunConfig
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.engine import WINDOW, Engine, Piece, Request, prepare
 from lowrank_jax.inference.sampling import Sampling
-from lowrank_jax.machine import sharding
+from lowrank_jax.machine import console, sharding
 from lowrank_jax.model import network, precision
 
 CONTEXT = 4096  # tokens per slot, unless a request needs more
@@ -21,6 +25,8 @@ CONTEXT = 4096  # tokens per slot, unless a request needs more
 # 1.5 after 90 and 60 steps of training with the gate.
 DECODE_TOLERANCE = 0.2
 PADDED = 128  # the forward pass is compiled for multiples of this length, so for few lengths
+HELP = "Type a message. /system TEXT sets the tone, /reset starts over, Ctrl-C stops an answer, Ctrl-D ends.\n"
+UNFINISHED = "\ufffd"  # a decoder's output for a character without its last bytes
 SLOTS = 32  # most prompts that are continued at the same time
 
 
@@ -66,10 +72,7 @@ class Model:
         return new
 
     def checked_sample(self, prompt: list[int], max_new: int, **sampling) -> tuple[list[int], float]:
-        """Return (new ids after one prompt, mean difference of their log-probabilities from the forward pass in nats).
-
-        The difference is near 0 where cached decoding computes what the network computes.
-        """
+        """Return (new ids, mean difference in nats of their log-probabilities from those of the full forward pass)."""
         new, logprobs = [], []
         for piece in self.stream(prompt, max_new, logprobs=1, **sampling):
             new, logprobs = new + piece.ids, logprobs + [logprob for logprob, _ in piece.logprobs]
@@ -79,9 +82,7 @@ class Model:
         forward = np.take_along_axis(sharding.fetch(forward_TV), np.array(new)[:, None], axis=1)[:, 0]
         return new, float(np.abs(forward - np.array(logprobs)).mean())
 
-    def stream(
-        self, prompt: list[int], max_new: int = 200, logprobs: int = 0, most: int = 8, **sampling
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: list[int], max_new=200, logprobs=0, most=8, **sampling) -> Iterator[Piece]:
         """Yield the continuation of one prompt of ids, up to `most` tokens at a time; the first comes alone."""
         for _, piece in self.pieces([Request(prompt, max_new, Sampling(**sampling), logprobs)], most):
             yield piece
@@ -108,3 +109,144 @@ class Model:
             return [self.tokenizer.bos, *self.tokenizer.encode(text)]
         messages = [*history, {"role": "user", "content": text}]
         return [self.tokenizer.bos, *chat.encode(self.tokenizer, messages, prompt=True)[0]]
+
+
+class Writer:
+    """Writes text as ids arrive: the pieces of `add` and `end`, joined, are the text of all ids.
+
+    It holds back text that may change: a character without all its bytes, or the beginning of a stop string. Once a
+    stop string is complete, neither it nor later text is written, and `stopped` is true.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
+        self._ids: list[int] = []
+        self._from = 0  # ids before this one no longer affect the text to come
+        self._done = ""  # the decoded text of the ids from `_from` on
+        self._pending = ""  # decoded, but it may begin a stop string
+        self.decoded = 0  # characters that are decoded, whether they are written or held back
+        self.stopped = False
+
+    def add(self, ids: Sequence[int]) -> str:
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids[self._from :])
+        if text.endswith(UNFINISHED) and len(self._ids) - self._from < 64:
+            return ""
+        new, self._done = text[len(self._done) :], text
+        if len(self._ids) - self._from > 32:  # some ids stay, because the text of an id may depend on ids before it
+            self._from = len(self._ids) - 8
+            self._done = self._tokenizer.decode(self._ids[self._from :])
+        return self._release(new)
+
+    def end(self) -> str:
+        """Return the rest of the text, when no more ids follow."""
+        new = self._release(self._tokenizer.decode(self._ids[self._from :])[len(self._done) :])
+        return new if self.stopped else new + self._pending
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        self.decoded += len(new)
+        text, self._pending = self._pending + new, ""
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+        if ends:  # the stop string that is complete first counts, however the ids are cut into pieces
+            self.stopped = True
+            return text[: min(ends)[1]]
+        longest = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._pending = text[len(text) - longest :]
+        return text[: len(text) - longest]
+
+
+def answer(model: Model, request: Request, stop: Sequence[str], show: Callable[[str], None]) -> dict:
+    """Answer one request, pass each new text to `show`, and return the text, its tokens and their timing."""
+    writer, text, ids, logprobs, finish = Writer(model.tokenizer, stop), "", [], [], "stop"
+    if model.engine(1, len(request.ids) + request.max_new).fresh:  # compile first, so that the model alone is timed
+        for _ in model.pieces([dataclasses.replace(request, ids=[model.tokenizer.bos] * len(request.ids))], most=1):
+            break
+    started = first = time.monotonic()
+    with contextlib.closing(model.pieces([request])) as pieces:
+        for _, piece in pieces:
+            first = first if ids else time.monotonic()
+            ids, logprobs, finish = ids + piece.ids, logprobs + piece.logprobs, piece.finish or finish
+            show(new := writer.add(piece.ids))
+            text += new
+            if writer.stopped:
+                finish = "stop"
+                break
+    show(rest := writer.end())
+    seconds = time.monotonic() - first
+    facts = {"text": text + rest, "tokens": ids, "finish_reason": finish, "prefill_seconds": first - started}
+    facts["tokens_per_s"] = (len(ids) - 1) / seconds if len(ids) > 1 else 0.0
+    if request.logprobs:
+        alternative = lambda i, logprob: {"id": i, "text": model.tokenizer.decode([i]), "logprob": logprob}
+        entry = lambda i, logprob, top: {"id": i, "logprob": logprob, "top": [alternative(*other) for other in top]}
+        facts["logprobs"] = [entry(i, *logprob) for i, logprob in zip(ids, logprobs)]
+    return facts
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A conversation of at most `context` tokens; `ask` turns ids into a request, and `show` gets every text."""
+
+    model: Model
+    ask: Callable[[list[int]], Request]
+    stop: Sequence[str]
+    context: int
+    system: str  # the system message; empty: none
+    show: Callable[[str], None]
+    turns: list[dict] = dataclasses.field(default_factory=list)
+
+    def hold(self, first: str | None, reads: bool) -> dict:
+        """Answer `first`, if any, and then every line of standard input if `reads`; return the last facts."""
+        is_terminal, facts = sys.stdin.isatty(), {}
+        if reads and is_terminal:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - line editing and history for input()
+            self.show(HELP)
+        if first is not None:
+            facts = self._turn(first) or facts
+        while reads:
+            try:
+                line = input("> " if is_terminal else "").strip()
+            except EOFError:
+                self.show("\n" if is_terminal else "")
+                break
+            facts = self._turn(line) or facts
+        return facts
+
+    def _turn(self, line: str) -> dict | None:
+        """Answer the user's next message and return the facts of the answer, or obey a command."""
+        command, _, rest = line.partition(" ")
+        if command in ("/reset", "/system"):
+            self.system = rest.strip() if command == "/system" else self.system
+            self.turns = []
+        elif command.startswith("/") and command[1:].isalpha():
+            self.show(f"unknown command {command}; use /system TEXT or /reset\n")
+        elif line:
+            return {"prompt": line} | self._reply(line)
+
+    def _reply(self, text: str) -> dict:
+        """Answer a message. If the context is full, the oldest turns are forgotten, but never the system message."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        read = lambda: self.ask(self.model.prompt(text, system + self.turns, is_chat=True))
+        while len((request := read()).ids) + request.max_new > self.context:
+            if not self.turns:
+                raise UsageError(f"a message of {len(request.ids)} tokens does not fit in --context={self.context}")
+            self.turns = self.turns[2:]
+            console.say("(the conversation no longer fits in the context: its oldest turn is forgotten)")
+        shown = []
+
+        def show(piece: str) -> None:
+            shown.append(piece)
+            self.show(piece)
+
+        try:
+            facts = answer(self.model, request, self.stop, show)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            self.model.reset()
+            facts = {"text": "".join(shown), "finish_reason": "stop"}
+        self.show("\n")
+        self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": facts["text"].strip()}]
+        return facts

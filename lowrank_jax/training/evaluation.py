@@ -16,6 +16,7 @@ from lowrank_jax.inference.engine import prepare
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
+from lowrank_jax.model.kernels import build
 from lowrank_jax.training import step
 
 Batches, Stop = list[stream.Batch], Callable[[], bool]
@@ -112,14 +113,14 @@ def compare_weights(config: RunConfig, params: dict, batches: Batches, byte_leng
 @functools.partial(jax.jit, static_argnums=0)
 def _cached_loss_sum(c: ModelConfig, w: decoder.Weights, tokens_BT, targets_BT, weights_BT) -> jax.Array:
     B, T = tokens_BT.shape
-    chunk = min(-(-T // cpu_decoder.LANES) * cpu_decoder.LANES, decoder.BLOCK)
-    cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, decoder.dtype(w))
+    chunk = min(-(-T // build.LANES) * build.LANES, decoder.BLOCK)
+    cache = decoder.empty_cache(c, B, -(-T // decoder.BLOCK) * decoder.BLOCK, w.norm.dtype)
     in_chunks = lambda x: jnp.pad(x, ((0, 0), (0, -T % chunk))).reshape(B, -1, chunk).swapaxes(0, 1)
 
     def score(cache, numbered_chunk):
         i, tokens, targets, weights = numbered_chunk
         starts_B = jnp.full(B, i * chunk)
-        window = decoder.empty_window(c, B, chunk, decoder.dtype(w))
+        window = decoder.empty_window(c, B, chunk, w.norm.dtype)
         x_BTD, window = cpu_decoder.read(c, w, cache, window, tokens, decoder.Place(starts_B))
         logits_NV = decoder.logits(w, x_BTD.reshape(B * chunk, -1))
         nats = loss.objective_sum(logits_NV[None], targets.reshape(1, -1), weights.reshape(1, -1))[1]

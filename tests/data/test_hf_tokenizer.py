@@ -364,8 +364,8 @@ def test_a_template_that_forgets_earlier_turns_is_refused(tok):
 BAD = {"{{ raise_exception('roles must alternate') }}": "refuses a conversation: roles must alternate"}
 BAD |= {"{{ raise_exception('one\n\ntwo') }}": "refuses a conversation: one two"}
 BAD |= {"{{ '{0.__class__.__mro__}'.format('') }}": "is unsafe", "{{ strftime_now.__self__.now() }}": "is unsafe"}
-BAD |= {"{% for %}": "does not take", "{{ a.b.c }}": "'a' is undefined", "{{ messages[99].content }}": "does not take"}
-BAD |= {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "does not take", "{{ messages.append(1) }}": "does not take"}
+BAD |= {"{% for %}": "refuses", "{{ a.b.c }}": "'a' is undefined", "{{ messages[99].content }}": "refuses"}
+BAD |= {"{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses", "{{ messages.append(1) }}": "refuses"}
 
 
 @pytest.mark.parametrize("template", BAD)

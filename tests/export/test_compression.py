@@ -10,7 +10,7 @@ import runs
 import scipy.linalg
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.export import compression, factorize
+from lowrank_jax.export import compression
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import network
 from lowrank_jax.training import run_folder
@@ -31,7 +31,7 @@ def correlated(rows: int, width: int, seed: int = 1) -> np.ndarray:
 def test_at_full_rank_the_product_is_the_matrix():
     w, x, y = random(24, 16), correlated(200, 24), correlated(200, 16, 2)
     for metric in (None, y.T @ y):
-        down, up = factorize.factors(w, x.T @ x, 16, metric)
+        down, up = compression.factors(w, x.T @ x, 16, metric)
         np.testing.assert_allclose(down.astype(float) @ up, w, atol=2e-6)
     np.testing.assert_allclose(np.sum(down.astype(float) ** 2, 0), np.sum(up.astype(float) ** 2, 1), rtol=1e-4)
 
@@ -43,20 +43,20 @@ def test_no_other_product_has_less_error(rank):
     through = lambda product: np.linalg.norm(x @ (w - product) @ y.T)
     plain = np.linalg.svd(w, full_matrices=False)
     plain = (plain[0][:, :rank] * plain[1][:rank]) @ plain[2][:rank]
-    best = np.matmul(*factorize.factors(w, x.T @ x, rank))
-    best_through = np.matmul(*factorize.factors(w, x.T @ x, rank, y.T @ y))
+    best = np.matmul(*compression.factors(w, x.T @ x, rank))
+    best_through = np.matmul(*compression.factors(w, x.T @ x, rank, y.T @ y))
     expected = np.linalg.svd(x @ w, compute_uv=False)[rank:]  # Eckart and Young: no rank does better
     assert cost(best) == pytest.approx(np.sum(expected**2) ** 0.5, rel=1e-3)
     expected = np.linalg.svd(x @ w @ y.T, compute_uv=False)[rank:16]
     assert through(best_through) == pytest.approx(np.sum(expected**2) ** 0.5, rel=1e-3)
     assert cost(best) < 0.95 * cost(plain) and through(best_through) < 0.95 * through(best)
-    assert factorize.error(w, best, x.T @ x) == pytest.approx(cost(best) / np.linalg.norm(x @ w))
+    assert compression.error(w, best, x.T @ x) == pytest.approx(cost(best) / np.linalg.norm(x @ w))
 
 
 def test_directions_without_input_are_no_obstacle():
     x = np.pad(random(50, 6), ((0, 0), (0, 6)))
-    down, up = factorize.factors(random(12, 8), x.T @ x, 6)
-    assert np.isfinite(down).all() and factorize.error(random(12, 8), down @ up, x.T @ x) < 1e-3
+    down, up = compression.factors(random(12, 8), x.T @ x, 6)
+    assert np.isfinite(down).all() and compression.error(random(12, 8), down @ up, x.T @ x) < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_moments_are_those_of_an_explicit_forward_pass(dense):
         metrics["v"] = o @ o.T
         for group, name in ((group, name) for group, names in compression.MATRICES.items() for name in names):
             w, factors = params["blocks"][group][name]["kernel"][i], low["blocks"][group][name]
-            best = np.matmul(*factorize.factors(w, moments[name], 16, metrics.get(name)))
+            best = np.matmul(*compression.factors(w, moments[name], 16, metrics.get(name)))
             np.testing.assert_allclose(factors["down"][i] @ factors["up"][i], best, atol=1e-3 * np.abs(w).max())
             share = np.linalg.norm(inputs[name] @ (w - best)) / np.linalg.norm(inputs[name] @ w)
             assert errors[i][name] == pytest.approx(share, rel=1e-3)

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from lowrank_jax.data import builtin, chat, tokenizer
-from lowrank_jax.export import gguf, hf_tokenizer, llama
+from lowrank_jax.export import gguf, hf_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def test_1200_strings_have_the_same_ids_everywhere(make, learnt, strings, tmp_pa
     exported = tokenizers.Tokenizer.from_str(hf_tokenizer.files(learnt, 64)["tokenizer.json"])
     exported.encode_special_tokens = True  # text that looks like a special token stays text
     assert len(set(strings)) >= 1200
-    with llama.serve(path, learnt.vocab_size, 100) as run:
+    with gguf.serve(path, learnt.vocab_size, 100) as run:
         for text in strings:
             ids = learnt.encode(text)
             assert learnt.decode(ids) == text and not set(ids) & set(learnt.specials.values())
@@ -93,7 +93,7 @@ def test_conversations_render_to_the_text_and_ids_of_training(make, learnt, stri
         (tmp_path / "hf" / name).write_text(text, encoding="utf-8", newline="")
     exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
     said = [text for text in strings if not any(name in text for name in (*learnt.specials, "<unk>"))]
-    with llama.serve(path, learnt.vocab_size, 100) as run:
+    with gguf.serve(path, learnt.vocab_size, 100) as run:
         for i in range(40):
             roles = ["system"] * (i % 2) + ["user", "assistant", "user"]
             messages = [{"role": role, "content": said[5 * i + j]} for j, role in enumerate(roles)]

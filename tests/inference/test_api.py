@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from lowrank_jax.inference.engine import Piece, Request
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.answers import Reply
-from lowrank_jax.inference.server.api import Call, Problem, Settings
+from lowrank_jax.inference.server.api import Call, Problem, Reply, Settings
 
 SETTINGS = Settings("m", 521, context=100, max_tokens=50, answers=8)
 

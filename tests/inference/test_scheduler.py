@@ -10,9 +10,10 @@ import httpx2
 import openai
 import pytest
 
+from lowrank_jax import serve
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import Piece, Request
-from lowrank_jax.inference.server import listen, routes
+from lowrank_jax.inference.server import routes
 from lowrank_jax.inference.server.api import Problem, Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler, Ticket
@@ -69,7 +70,8 @@ async def scheduling(slots: int = 2, queue: int = 4, failures: tuple = ()):
         yield scheduler, order, failing
     finally:
         scheduler.close()
-        assert await asyncio.to_thread(scheduler.join, 10)
+        await asyncio.to_thread(scheduler.thread.join, 10)
+        assert not scheduler.thread.is_alive()
 
 
 async def finish(ticket, count: int = 1) -> dict[int, list[int]]:
@@ -149,7 +151,7 @@ def test_a_failure_ends_active_requests_and_a_new_engine_goes_on(capfd):
                 with pytest.raises(Problem, match="the engine failed .*lost"):
                     await finish(ticket)
             assert await finish(tickets[2]) == {0: [3] * 5}
-            assert scheduler.failures == 2 and scheduler.alive
+            assert scheduler.failures == 2 and scheduler.thread.is_alive()
             with pytest.raises(Problem, match="too long"):
                 await finish(scheduler.submit([request(1, length=99)]))
             assert await finish(scheduler.submit([request(4)])) == {0: [4] * 5}
@@ -298,13 +300,13 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_after_a_signal_a_short_answer_finishes_and_a_long_one_ends_with_an_error(tok, monkeypatch, number):
-    monkeypatch.setattr(listen, "GRACE", 0.5)
-    listener, url = listen.bind("127.0.0.1", 0)
+    monkeypatch.setattr(serve, "GRACE", 0.5)
+    listener, url = serve.bind("127.0.0.1", 0)
 
     async def run():
         async with scheduling() as (scheduler, *_), asyncio.timeout(30):
             app = routes_over(tok, scheduler)
-            serving = asyncio.create_task(listen.serve(app, listener, url, scheduler))
+            serving = asyncio.create_task(serve.listen(app, listener, url, scheduler))
             client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
             long = await client.completions.create(**ENDLESS, stream=True)
             short = await client.completions.create(**ENDLESS | {"max_tokens": 40}, stream=True)
@@ -361,7 +363,7 @@ def test_a_failing_engine_is_a_500_or_the_streams_last_event_and_the_server_live
                 scheduler.close()
                 response = await client.post("/v1/completions", json=body)
                 assert response.status_code == 503 and response.json()["error"]["code"] == "stopping"
-                await asyncio.to_thread(scheduler.join, 10)
+                await asyncio.to_thread(scheduler.thread.join, 10)
                 assert (await client.get("/healthz")).status_code == 503
 
     asyncio.run(run())

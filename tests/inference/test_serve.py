@@ -323,7 +323,8 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
         server, scheduler = serve.prepare(serve.arguments(["--workdir=/runs/mine/", *flags]))
         scheduler.start()
         scheduler.close()
-        assert scheduler.join(10)
+        scheduler.thread.join(10)
+        assert not scheduler.thread.is_alive()
         return server.settings, scheduler.room
 
     expected = Settings("mine", 400, 4096, 4096, answers=72, timeout=600.0, key="of the environment")

@@ -18,12 +18,10 @@ from lowrank_jax import cli, evaluate, generate
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
-from lowrank_jax.inference import conversation, quantize, session
-from lowrank_jax.inference.conversation import Conversation
+from lowrank_jax.inference import quantize, session
 from lowrank_jax.inference.engine import Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
-from lowrank_jax.inference.session import Model
-from lowrank_jax.inference.text_stream import Writer
+from lowrank_jax.inference.session import Conversation, Model, Writer
 
 IMPORT = """
 import sys
@@ -194,7 +192,7 @@ def talk(
         return [word for m in messages for word in m["content"].split()]
 
     model = types.SimpleNamespace(prompt=prompt)
-    monkeypatch.setattr(conversation, "answer", answer)
+    monkeypatch.setattr(session, "answer", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
     chat = Conversation(model, lambda ids: Request(ids, 4), (), context, system, shown.append)
     result = chat.hold(first, first is None)

@@ -37,14 +37,14 @@ def test_constants_are_those_of_python(file, name, value):
 def test_widths_are_multiples_of_every_number_of_lanes():
     """Heads of attend.cc, ranks and windows of decode.cc, and panels fill whole vectors on every processor."""
     lanes = constants("common.h", "LANES")
-    assert lanes == {4, 8, 16} and build.LANES == cpu_decoder.LANES == max(lanes)
+    assert lanes == {4, 8, 16} and build.LANES == max(lanes)
     assert quantize.COLUMNS % (2 * max(lanes)) == 0  # a word of bfloat16 or int4 holds columns of both halves
     assert decoder.BLOCK % max(lanes) == 0
 
 
 def test_int4_is_stored_with_the_offset_that_is_subtracted():
     (offset,) = re.findall(r"column \* step\[v\] - (\d+)\.f \* step\[v\]", SOURCES["decode.cc"])
-    assert f".astype(jnp.int8) + {offset}).astype(jnp.uint8)" in inspect.getsource(quantize._in_panels.__wrapped__)
+    assert f".astype(jnp.int8) + {offset}).astype(jnp.uint8)" in inspect.getsource(quantize.in_panels.__wrapped__)
 
 
 @pytest.mark.parametrize("source", build.TARGETS)

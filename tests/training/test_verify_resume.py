@@ -1,19 +1,22 @@
 """verify_resume passes a run that is killed, and names the difference where runs differ."""
 
 import json
+import math
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import runs
 
+from lowrank_jax.config import RunFailure
 from lowrank_jax.training import verify_resume
 
-pytestmark = pytest.mark.slow
-
+slow = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = """model.d=16 model.layers=1 model.heads=2 model.rank=2 pretrain.steps=8 pretrain.tokens_per_step=256
 pretrain.block=16 pretrain.eval_tokens=256 sft.steps=0 every.log=1 every.eval=4 every.save=2 track="""
@@ -48,20 +51,101 @@ def copies(study, tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
     return tmp_path / "alone", tmp_path / "killed1"
 
 
+def rows_of(path: pathlib.Path) -> list[dict]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
 def edit(path: pathlib.Path, edits) -> None:
-    rows = [json.loads(text) for text in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in edits(rows)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in edits(rows_of(path))))
 
 
+def event(name: str, step: int = 3) -> str:
+    """Return the shell command that adds an event to the run's ledger, in the workdir of the last argument."""
+    row = json.dumps({"event": name, "step": step, "time": time.time() + 100})
+    return f"home=${{@: -1}}; home=${{home#--workdir=}}; mkdir -p $home; echo '{row}' >> $home/events.jsonl; "
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Train with a shell script in place of the trainer, which is signalled after `pause` seconds."""
+
+    def train(script: str, pause: float = math.inf, fault: str = "", struck: str = "SIGKILL") -> dict:
+        (tmp_path / "trainer").write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "trainer").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "trainer"))
+        monkeypatch.setattr(verify_resume, "PATIENCE", 1.0)
+        (tmp_path / "arm").mkdir()
+        draw = random.Random(0)
+        draw.uniform = lambda low, high: pause
+        wanted = 2 if pause < math.inf else 1
+        arm = verify_resume.Arm(tmp_path / "arm", [], wanted, draw, training=0.001, struck=[{"signal": struck}])
+        arm.faults = {fault: 0} if fault else {}
+        return verify_resume.train(arm, tmp_path / "arm" / "killed1")
+
+    return train
+
+
+def test_a_process_that_hangs_is_a_failure(train):
+    with pytest.raises(RunFailure, match="the process has not ended after 1 s\n    last words"):
+        train("echo last words >&2; exec sleep 60")
+
+
+DEATHS = {
+    "SIGKILL": ("kill -9 $$", "exit status -9, expected 0"),
+    "SIGTERM": ("kill -15 $$", "exit status -15, expected 0"),
+    "143": ("exit 143", "exit status 143, expected 0"),
+    "nothing": ("exit 0", "exit status 0, expected 0; last event: .*none"),
+    "no finish": (event("save") + "exit 0", "exit status 0, expected 0; last event: .*save"),
+}
+
+
+@pytest.mark.parametrize(("script", "match"), DEATHS.values(), ids=DEATHS)
+def test_a_process_that_dies_by_itself_is_a_failure(train, script, match):
+    with pytest.raises(RunFailure, match=match):
+        train(script)
+
+
+def test_a_process_that_finishes_was_not_killed(train):
+    assert train(event("finish") + "exit 0", pause=30) == {}
+
+
+def test_sigterm_before_its_handler_is_a_kill(train):
+    assert train("exec sleep 60", 0.5) == {"signal": "SIGTERM", "where": "start-up", "by": "chance", "step": 0}
+
+
+def test_sigkill_while_training_is_a_kill(train):
+    facts = train(event("stage") + "exec sleep 60", 0.5, struck="SIGTERM")
+    assert facts == {"signal": "SIGKILL", "where": "training", "by": "chance", "step": 0}
+
+
+def test_sigterm_that_the_training_does_not_survive_is_a_failure(train):
+    with pytest.raises(RunFailure, match=r"exit status -15, expected \[143\]"):
+        train(event("start") + "exec sleep 60", 0.5)
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_sigterm_must_leave_a_checkpoint(train, is_saved):
+    save = "mkdir -p $home/checkpoints/3" if is_saved else ":"
+    script = event("preempt") + f"{save}; exit 143"
+    if is_saved:
+        assert train(script, fault="term@step=3")["by"] == "term@step=3"
+    else:
+        with pytest.raises(RunFailure, match=r"exit status 143, expected \[143\]; last event: .*, saved: False"):
+            train(script, fault="term@step=3")
+
+
+@slow
 def test_a_run_that_is_killed_passes(study):
     folder, _, result = study
     (arm,) = result["arms"]
     assert result["equal"] and result["kills"] == 2 and arm["arm"] == "fp32-adamw"
     assert arm["struck"][0].items() >= {"signal": "SIGKILL", "where": "save", "by": "kill@save=1", "step": 2}.items()
-    assert arm["struck"][1]["by"] == "chance" and arm["repeated"] >= 2
-    assert (folder / "fp32-adamw" / "killed1" / "events.jsonl").is_file()
+    assert arm["struck"][1].items() >= {"signal": "SIGTERM", "by": "chance"}.items()
+    starts = [row for row in rows_of(folder / "fp32-adamw" / "killed1" / "events.jsonl") if row["event"] == "start"]
+    assert len(starts) >= 2 and starts[1]["step"] == 0  # the first save was killed, and all was trained again
 
 
+@slow
 def test_an_arm_that_differs_is_named_and_not_trained_again(study):
     folder, source, result = study
     arm = result["arms"][0] | {"equal": False, "why": "row 3 of metrics.jsonl is none"}
@@ -73,12 +157,14 @@ def test_an_arm_that_differs_is_named_and_not_trained_again(study):
     assert "error: not equal: fp32-adamw; " in output and "row 3 of metrics.jsonl" in output
 
 
+@slow
 def test_a_process_that_fails_is_shown_with_its_error(study):
     result, output = verify(study[0].parent, "failing", "text:/nowhere/*.txt", 1)
     assert result["arms"][0]["why"].startswith("left alone: exit status 2, expected 0")
     assert "error: not equal: fp32-adamw; " in output and "/nowhere/*.txt: no such file" in output
 
 
+@slow
 @pytest.mark.parametrize("key", ["step", "tokens", "data_sha256", "params_sha256"])
 def test_another_finish_event_is_a_difference(study, tmp_path, key):
     alone, killed = copies(study, tmp_path)
@@ -95,6 +181,7 @@ METRICS = {
 }
 
 
+@slow
 @pytest.mark.parametrize("edits", METRICS.values(), ids=METRICS)
 def test_another_row_is_a_difference(study, tmp_path, edits):
     alone, killed = copies(study, tmp_path)
@@ -102,6 +189,7 @@ def test_another_row_is_a_difference(study, tmp_path, edits):
     assert "of metrics.jsonl is " in verify_resume.difference(alone, killed)
 
 
+@slow
 def test_speed_is_not_compared_and_the_finish_event_is_needed(study, tmp_path):
     alone, killed = copies(study, tmp_path)
     edit(killed / "metrics.jsonl", lambda rows: [row | {"tokens_per_s": 1.0, "mfu": 0.5} for row in rows])
@@ -110,4 +198,4 @@ def test_speed_is_not_compared_and_the_finish_event_is_needed(study, tmp_path):
     assert "params_sha256 is None" in verify_resume.difference(alone, killed)
     with open(alone / "metrics.jsonl", "a") as f:
         f.write('{"step": 9')
-    assert "of metrics.jsonl is null" in verify_resume.difference(alone, killed)
+    assert "of metrics.jsonl is None" in verify_resume.difference(alone, killed)

@@ -24,8 +24,7 @@ from starlette.routing import Route
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.answers import Reply
-from lowrank_jax.inference.server.api import Call, Problem, Settings
+from lowrank_jax.inference.server.api import Call, Problem, Reply, Settings
 from lowrank_jax.inference.server.scheduler import Scheduler
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
@@ -50,12 +49,10 @@ class Metrics:
         latency = lambda name, what: prometheus.Histogram(name, what, buckets=SECONDS, **own)
         self.first = latency("lowrank_time_to_first_token_seconds", "From a request to each answer's first token")
         self.each = latency("lowrank_time_per_token_seconds", "Mean of each answer, after its first token")
-        for name, what, value in (
-            ("lowrank_queue_length", "Answers that wait for a slot", lambda: len(scheduler.waiting)),
-            ("lowrank_active_rows", "Answers that have a slot", lambda: len(scheduler.active)),
-            ("lowrank_engine_failures", "Times that the engine failed and was replaced", lambda: scheduler.failures),
-        ):
-            prometheus.Gauge(name, what, **own).set_function(value)
+        gauge = lambda name, what, value: prometheus.Gauge(name, what, **own).set_function(value)
+        gauge("lowrank_queue_length", "Answers that wait for a slot", lambda: len(scheduler.waiting))
+        gauge("lowrank_active_rows", "Answers that have a slot", lambda: len(scheduler.active))
+        gauge("lowrank_engine_failures", "Times that the engine failed and was replaced", lambda: scheduler.failures)
 
 
 class Server:
@@ -65,15 +62,10 @@ class Server:
         self.scheduler, self.tokenizer, self.settings = scheduler, tokenizer, settings
         self.metrics = Metrics(scheduler)
         self._page = PAGE.read_text(encoding="utf-8")
-        self._model = {
-            "id": settings.model,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "lowrank_jax",
-            "context": settings.context,
-            "max_tokens": min(settings.max_tokens, settings.context),
-            "presets": {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()},
-        }
+        openai = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "lowrank_jax"}
+        limits = {"context": settings.context, "max_tokens": min(settings.max_tokens, settings.context)}
+        presets = {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()}
+        self._model = {**openai, **limits, "presets": presets}
 
     def app(self) -> Callable:
         """Return the ASGI application: the routes, behind the check of the key and the count of requests."""
@@ -126,7 +118,7 @@ class Server:
         return HTMLResponse(self._page, headers=headers | {"Cache-Control": "no-cache", "X-Frame-Options": "DENY"})
 
     async def health(self, request: Request) -> Response:
-        alive = self.scheduler.alive
+        alive = self.scheduler.thread.is_alive()
         return _json({"status": "ok" if alive else "the engine's thread has ended"}, 200 if alive else 503)
 
     async def show_metrics(self, request: Request) -> Response:
@@ -276,7 +268,6 @@ def _refusal(problem: Problem, headers: dict | None = None) -> Response:
 
 
 async def _respond_to(request: Request, e: Exception) -> Response:
-    """Return the response to an exception of a route."""
     if isinstance(e, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(e, HTTPException):

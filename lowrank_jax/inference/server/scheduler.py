@@ -59,13 +59,18 @@ class Scheduler:
         self._changed, self._stopping = threading.Condition(), False
         self.waiting: collections.deque[tuple[Ticket, int]] = collections.deque()  # (ticket, number of the request)
         self.active: dict[int, tuple[Ticket, int]] = {}  # by slot
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Make the engine, compile its programs, and start the thread."""
-        self._engine = self._make()
-        _warm_up(self._engine)
-        self._thread.start()
+        """Make the engine, fill all slots and read chunks of every size, so that no request waits for a compilation."""
+        engine = self._engine = self._make()
+        slots = engine.free
+        for lengths in ([2] * slots, [min(CHUNKS[0], engine.context - 2)]):
+            for length in lengths:
+                engine.add(Request([0] * length, 2))
+            while engine.free < slots:
+                engine.step()
+        self.thread.start()
 
     def submit(self, requests: Sequence[Request]) -> Ticket:
         """Queue all of the requests, or none of them and raise Problem."""
@@ -84,15 +89,6 @@ class Scheduler:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-
-    def join(self, seconds: float) -> bool:
-        """Wait for the thread; return True if it has ended."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -156,13 +152,3 @@ class Scheduler:
                 self.waiting.clear()
         for ticket, i in ended:
             ticket.put(i, reason)
-
-
-def _warm_up(engine: Engine) -> None:
-    """Fill all slots and read a chunk of every size, so that no request waits for a compilation."""
-    slots = engine.free
-    for lengths in ([2] * slots, [min(CHUNKS[0], engine.context - 2)]):
-        for length in lengths:
-            engine.add(Request([0] * length, 2))
-        while engine.free < slots:
-            engine.step()
