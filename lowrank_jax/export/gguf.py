@@ -4,8 +4,8 @@ That architecture has dense projections. `attn=dense` merges the factors, and th
 `attn=latent` writes the down-projections of K and V as one key and value head that all query heads share, and folds
 the up-projections into Q and O. The function is the same, and the cache holds latents.
 
-The package xllamacpp verifies and quantises. It has no call for logits, but the answers of its server carry the
-log-probability of every token. It has no call that quantises either, but its library exports the functions of ggml.
+The package xllamacpp verifies and quantises, without calls for either: the answers of its server carry the
+log-probability of every token, and its library exports the functions of ggml.
 """
 
 import contextlib
