@@ -14,8 +14,7 @@ from lowrank_jax.machine.console import say
 from lowrank_jax.model import costs
 from lowrank_jax.training import run_folder, track
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import FittedStage, Stage
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import FittedStage, Progress, Stage
 
 TRACE_AFTER = 10  # steps of a process: later ones take their usual time
 MOST_IN_A_ROW = 20  # refused updates: a run does not recover from more by itself

@@ -14,9 +14,8 @@ from lowrank_jax.inference import session
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import evaluation, run_folder
-from lowrank_jax.training.plan import Plan, Stage, last_stage, stage_at
-from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.run import Run
+from lowrank_jax.training.plan import Plan, Progress, Stage, last_stage, stage_at
+from lowrank_jax.training.start import Run
 
 SAMPLE_TOKENS = 120
 SHOWN_TOKENS = 300  # of the first row of SFT
