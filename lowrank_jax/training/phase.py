@@ -89,8 +89,7 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
 def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
     """End a phase: show a sample of the model's text, and log what the phase has read."""
     log = functools.partial(run_folder.log_event, r.folder, step=progress.step, phase=stage.phase)
-    prompt = getattr(r.config, stage.phase).sample
-    if prompt:
+    if prompt := getattr(r.config, stage.phase).sample:
         model = session.Model(r.config, r.tokenizer, params)
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
         with jax.set_mesh(r.plan.mesh):
