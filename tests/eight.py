@@ -15,8 +15,7 @@ from lowrank_jax.machine import hlo, sharding
 from lowrank_jax.model import costs
 from lowrank_jax.training import step
 from lowrank_jax.training.checkpoint import Checkpoints, _checksum
-from lowrank_jax.training.plan import make, stages_of, unchanged
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress, make, stages_of, unchanged
 
 STEPS = 3
 COMMON = dict(model__layers=2, pretrain__steps=STEPS, pretrain__lr=1e-2, precision="fp32")

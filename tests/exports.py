@@ -12,7 +12,7 @@ import numpy as np
 from lowrank_jax import cli
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.model import network
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 from lowrank_jax.training.trained import Trained
 
 # Set before transformers is imported. It copies a model's code to this folder, and asks the hub for updates.

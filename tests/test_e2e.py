@@ -280,7 +280,7 @@ def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data
     from lowrank_jax import cli, main
     from lowrank_jax.data import reader, stream
     from lowrank_jax.training import loop as training
-    from lowrank_jax.training.progress import Progress
+    from lowrank_jax.training.plan import Progress
 
     monkeypatch.chdir(ROOT)
     for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9)):

@@ -13,7 +13,7 @@ import runs
 
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.model import attention, costs, network
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 from scripts.bench import dense_twin
 from scripts.studies import arms, experiment, lengths, starts, tables
 

@@ -29,7 +29,7 @@ from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs, network
 from lowrank_jax.training import run_folder, step, trained
 from lowrank_jax.training.checkpoint import Checkpoints
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 
 PAGE = 'CONTRIBUTING.md ("How to add a model option") lists the places'
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]

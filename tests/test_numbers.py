@@ -10,8 +10,7 @@ import pytest
 from lowrank_jax.training import metrics as meter
 from lowrank_jax.training import optim
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import FittedStage, stages_of, unchanged
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import FittedStage, Progress, stages_of, unchanged
 
 # --------------------------------------------------------------------------------------------------------- the meter
 

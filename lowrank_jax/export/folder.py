@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 from lowrank_jax.training.trained import Trained
 
 ORIGIN, TOKENIZER = "lowrank_jax.json", "tokenizer"  # what an import needs beside weights and config.json

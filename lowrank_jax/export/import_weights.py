@@ -14,7 +14,7 @@ from lowrank_jax.export import verify, weights
 from lowrank_jax.export.folder import ORIGIN, TOKENIZER
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import checkpoint, run_folder, step
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 from lowrank_jax.training.trained import Trained
 
 PICKLED = (".pt", ".pth", ".bin")

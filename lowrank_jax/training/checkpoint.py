@@ -21,7 +21,7 @@ from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import run_folder
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 
 # Orbax logs every folder that it opens, and through asyncio each failed part of a write; we report those in one line.
 absl.logging.set_verbosity(absl.logging.FATAL)
@@ -30,8 +30,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 def tree_sha256(tree) -> str:
     """Return the SHA-256 of the bytes of all arrays, in the order of their paths."""
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    digest, leaves = hashlib.sha256(), jax.tree_util.tree_leaves_with_path(tree)
     for _, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
         digest.update(sharding.fetch(leaf).tobytes())
     return digest.hexdigest()
@@ -39,8 +38,8 @@ def tree_sha256(tree) -> str:
 
 def _checksum(state, progress: dict) -> str:
     """Return a checksum of all values; it is computed on the devices, and the same for every layout of the arrays."""
-    sums = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(_sums(state))}
-    named = {name: sharding.fetch(x).tolist() for name, x in sorted(sums.items())}
+    leaves = jax.tree_util.tree_leaves_with_path(_sums(state))
+    named = {jax.tree_util.keystr(path): sharding.fetch(x).tolist() for path, x in leaves}
     return hashlib.sha256(json.dumps([named, progress], sort_keys=True).encode()).hexdigest()
 
 
@@ -70,7 +69,6 @@ def _sums(state):
 
 
 def _lacks_memory(e: BaseException | None) -> bool:
-    """Return True where an error, or one that Orbax wrapped in it, is a lack of memory."""
     lacks = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
     return lacks or (e is not None and _lacks_memory(e.__cause__ or e.__context__))
 

@@ -79,8 +79,7 @@ def compile_for(config: RunConfig, mesh: Mesh, rows: int, length: int) -> None:
 def _measures(nats: float, batches: Batches, byte_lengths: np.ndarray) -> dict:
     tokens = sum(float(batch["weights"].sum()) for batch in batches)
     size = sum(float((byte_lengths[batch["targets"]] * batch["weights"]).sum()) for batch in batches)
-    mean = nats / max(tokens, 1)
-    bits_per_byte = nats / math.log(2) / max(size, 1)
+    mean, bits_per_byte = nats / max(tokens, 1), nats / math.log(2) / max(size, 1)
     perplexity = math.exp(mean) if mean < 700 else math.inf
     return {"loss": mean, "perplexity": perplexity, "bits_per_byte": bits_per_byte, "tokens": int(tokens)}
 

@@ -1,10 +1,7 @@
-"""A config's plan in numbers before it is trained: stages, parameters, cache size, memory, collectives, times.
-
-See lowrank_jax/plan.py, the command.
-"""
+"""A config's plan in numbers before it is trained: stages, parameters, cache size, memory, collectives, times."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -55,11 +52,7 @@ def for_topology(config: RunConfig, topology: str) -> dict:
 
 
 def describe(
-    config: RunConfig,
-    plan: Plan,
-    fits: Sequence[Fit] = (),
-    topology: str | None = None,
-    texts: Mapping[str, str] | None = None,
+    config: RunConfig, plan: Plan, fits: Sequence[Fit] = (), topology: str | None = None, texts: dict | None = None
 ) -> dict:
     """Return the plan as JSON values; COMPILED facts are None for stages without a fit.
 
@@ -95,17 +88,16 @@ def _stage(config: RunConfig, s: Stage, fit: Fit | None, mesh: Mesh | None, text
 
 def _compiled(config: RunConfig, fit: Fit, mesh: Mesh, text: str | None) -> dict:
     """Return the COMPILED facts of a stage; `device_bytes` is the memory that a step may use."""
+    state = step.abstract_state(config, mesh)
     facts = {"remat": fit.fitted.remat, "peak_bytes_per_device": fit.peak_bytes, "device_bytes": fit.limit_bytes}
     facts |= {"fits": fit.fits, "compile_seconds": round(fit.seconds, 2), "note": fit.note, "is_bound": fit.is_bound}
-    state = step.abstract_state(config, mesh)
     facts["param_bytes_per_device"] = _bytes(state.params)
     facts["optimizer_bytes_per_device"] = _bytes(state) - _bytes(state.params)
-    if text is None:
-        return facts
-    facts["activation_bytes_per_device"] = fit.program.memory_analysis().temp_size_in_bytes
-    facts |= {"f8_matmuls": hlo.f8_matmuls(text), "collective_bytes": hlo.collective_bytes(text)}
-    facts["gathered_bytes"] = _gathered_bytes(config, mesh, text)
-    return facts | _estimate(config, fit.fitted, mesh, text)
+    if text:
+        facts["activation_bytes_per_device"] = fit.program.memory_analysis().temp_size_in_bytes
+        facts |= {"f8_matmuls": hlo.f8_matmuls(text), "collective_bytes": hlo.collective_bytes(text)}
+        facts |= {"gathered_bytes": _gathered_bytes(config, mesh, text)} | _estimate(config, fit.fitted, mesh, text)
+    return facts
 
 
 def _bytes(tree) -> int:

@@ -14,17 +14,16 @@ import jax
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream
-from lowrank_jax.machine import agreement, faults, processes
+from lowrank_jax.machine import agreement, faults, processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.training import forecast, memory, phase, plan_table, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
-from lowrank_jax.training.plan import Stage, make, milestones, stage_at
+from lowrank_jax.training.plan import Progress, Stage, make, milestones, stage_at
 from lowrank_jax.training.programs import Programs
-from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.run import Recovery, Run
+from lowrank_jax.training.start import Run
 from lowrank_jax.training.step import TrainState
 
 
@@ -43,17 +42,16 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if old is None:  # a new run starts with an evaluation, which reports a failure of this
             background.submit(phase.compile_measure, config, plan)
         background.shutdown(wait=False)
-        signals, recover = Signals(received), Recovery()
+        signals, first, fits = Signals(received), None, []
         data_failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
         stop = lambda: signals.agreed > 0 or bool(data_failed())
         ledger, newest = run_folder.read_rows(folder, "events.jsonl"), run_folder.newest_checkpoint(folder)
         programs = stack.enter_context(contextlib.closing(Programs(config, plan, ledger, stop)))
-        fits = []
         with contextlib.suppress(Interrupted):  # after a signal the loop stops before its first step
             fits = programs.fit_all(newest or 0)
         if newest is None:
             params = start.first_params(config, plan.mesh, reading.result)
-            recover.start = step.first_state(config, params, 0, plan.mesh), Progress()
+            first = step.first_state(config, params, 0, plan.mesh), Progress()
         table, tok = plan_table.text(forecast.describe(config, plan, fits)), reading.result()
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
@@ -62,7 +60,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
-        r = Run(config, tok, folder, plan, programs, checkpoints, signals, recover)
+        r = Run(config, tok, folder, plan, programs, checkpoints, signals, first)
         state, progress = start.restore(r)
         run_folder.write_config(folder, config)  # only now is it certain that the run can go on with it
         changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or config, config)]
@@ -117,7 +115,11 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
         while True:
             if r.stopping:  # checked after everything that takes long
                 _save(r, meter, state, progress)
-                _leave(r, progress.step)
+                r.checkpoints.wait()
+                run_folder.log_event(r.folder, "preempt", progress.step, signal=r.signals.agreed)
+                name = signal.Signals(r.signals.agreed).name
+                say(f"{name}: saved at step {progress.step}; run the same command again to go on")
+                sys.exit(128 + r.signals.agreed)
             stage = stage_at(r.plan.stages, progress.step)
             if stage.phase != phase_name and progress.step < r.plan.end:
                 feeds.close()
@@ -148,9 +150,9 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             faults.run_out_of_memory(progress.step, state)
             state, metrics = r.programs.running.program(state, batch)  # `step.train_step`, compiled
             meter.add(r.programs.running.fitted, progress, metrics)
-            if r.recovery.start:  # that was the program's first step
+            if r.start:  # that was the program's first step
                 meter.end_switch(r.programs.running)
-                r.recovery.start = None
+                r.start = None
                 r.programs.first_step_done()
             if _is_time_to_save(r, stage, progress, last_save, metrics):
                 progress = _save(r, meter, state, progress)
@@ -191,7 +193,7 @@ def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress,
     meter.begin_switch()
     if r.programs.switch_to(stage):
         _log_compile(r, r.programs.running)
-    r.recovery.hold(state, progress)
+    r.start = jax.tree.map(sharding.to_host, state), progress
     meter.restart_clock()
 
 
@@ -216,12 +218,3 @@ def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progre
         run_folder.log_event(r.folder, "save", progress.step, **facts)
     meter.restart_clock()
     return progress
-
-
-def _leave(r: Run, at_step: int) -> None:
-    """End the process after a signal, once its state is on disk."""
-    r.checkpoints.wait()
-    number = r.signals.agreed
-    run_folder.log_event(r.folder, "preempt", at_step, signal=number)
-    say(f"{signal.Signals(number).name}: saved at step {at_step}; run the same command again to go on")
-    sys.exit(128 + number)

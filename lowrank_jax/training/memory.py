@@ -61,9 +61,7 @@ def limit_bytes(config: RunConfig, mesh: Mesh) -> int:
     return int(config.memory_gb * 2**30) or int(ROOM * devices.memory_bytes(device)) // sharers
 
 
-def fit(
-    config: RunConfig, fitted: FittedStage, mesh: Mesh, limit: int, cap: Cap = NO_CAP, options: dict | None = None
-) -> Fit:
+def fit(config: RunConfig, fitted: FittedStage, mesh: Mesh, limit: int, cap=NO_CAP, options: dict | None = None) -> Fit:
     """Compile a stage with as many rows at once as fit, up to its microbatch; rematerialise if not one row fits.
 
     Where `model.attention` is `auto` and the platform's kernel refuses the stage, attention is `chunked`.
@@ -157,7 +155,6 @@ def is_out_of_memory(e: Exception) -> bool:
 
 
 def refusal(fit: Fit) -> str:
-    """Return one line for a stage that does not fit."""
     need = f"{fit.peak_bytes / 2**30:.2f} GiB" if fit.peak_bytes else "more than the compiler could place"
     return (
         f"stage {fit.stage.name} needs {need} per device for one row of {fit.stage.seq_len} tokens, rematerialised, "
@@ -173,10 +170,8 @@ def cap_from_ledger(events: list[dict], mesh: Mesh) -> Cap:
     return lowest(Cap(e["microbatch_tokens"], e["remat"]) for e in ooms)
 
 
-def fits_from_ledger(
-    events: list[dict], config: RunConfig, stages: Iterable[Stage], mesh: Mesh, limit: int
-) -> dict[Stage, Fit]:
-    """Return the fits that a run's ledger holds for this config and these devices, restricted by its cap."""
+def fits_from_ledger(events: list, config: RunConfig, stages: Iterable[Stage], mesh: Mesh, limit: int) -> dict:
+    """Return {stage: fit} of a run's ledger for this config and these devices, restricted by its cap."""
     cap, fits, conditions = cap_from_ledger(events, mesh), {}, fit_conditions(config, mesh, limit)
     compiles = {e["stage"]: e for e in events if e["event"] == "compile" and conditions.items() <= e.items()}
     for stage in (stage for stage in stages if stage.name in compiles):

@@ -14,8 +14,7 @@ from lowrank_jax.machine.console import say
 from lowrank_jax.model import costs
 from lowrank_jax.training import run_folder, track
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import FittedStage, Stage
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import FittedStage, Progress, Stage
 
 TRACE_AFTER = 10  # steps of a process: later ones take their usual time
 MOST_IN_A_ROW = 20  # refused updates: a run does not recover from more by itself
@@ -87,8 +86,8 @@ class Meter:
 
     def _log_refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
         facts = {name: _finite(values[name]) for name in ("loss", "grad_norm")}
-        reason = "not finite" if None in facts.values() else "spike"
-        facts |= {"reason": reason, "in_a_row": int(values["in_a_row"])}
+        facts["reason"] = "not finite" if None in facts.values() else "spike"
+        facts["in_a_row"] = int(values["in_a_row"])
         run_folder.log_event(self.folder, "skip", progress.step, **facts)
         say(f"step {progress.step}: skipped an update (loss {values['loss']:.3f}, gradient {values['grad_norm']:.3g})")
         # If fp8 is the cause, the next comparison with bf16 notices it.

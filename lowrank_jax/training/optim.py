@@ -28,6 +28,7 @@ def make(c: OptimConfig) -> optax.GradientTransformation:
     Either Muon for the blocks' matrices and AdamW (with Nesterov momentum) for embedding and norms, or AdamW for all.
     Weight decay acts only on the blocks' matrices.
     """
+    is_matrix = lambda path, x: path[0].key == "blocks" and x.ndim == 3  # a stack [layer, in, out]
     adamw = lambda decay, **more: optax.adamw(1.0, b1=c.beta1, b2=c.beta2, weight_decay=decay, **more)
     if c.name == "muon":
         axes = lambda matrices: jax.tree.map(lambda _: MATRICES, matrices)
@@ -37,10 +38,11 @@ def make(c: OptimConfig) -> optax.GradientTransformation:
             optax.add_decayed_weights(c.weight_decay),
             optax.scale(-1.0),
         )
-        kinds = lambda params: jax.tree.map(lambda is_matrix: "muon" if is_matrix else "adam", _is_matrix(params))
+        kind = lambda path, x: "muon" if is_matrix(path, x) else "adam"
+        kinds = functools.partial(jax.tree_util.tree_map_with_path, kind)
         rule = optax.partition({"muon": matrices, "adam": adamw(0.0, nesterov=True)}, kinds)
     else:
-        rule = adamw(c.weight_decay, mask=_is_matrix)
+        rule = adamw(c.weight_decay, mask=functools.partial(jax.tree_util.tree_map_with_path, is_matrix))
     return optax.chain(optax.clip_by_global_norm(c.clip) if c.clip else optax.identity(), rule)
 
 
@@ -124,8 +126,3 @@ def rates(p: PhaseConfig, params: dict) -> dict:
     if all(frozen):
         raise UsageError(f"freeze={p.freeze!r} matches every weight: nothing would be trained")
     return by_path
-
-
-def _is_matrix(params: dict) -> dict:
-    """Return True for each stacked matrix [layer, in, out] of the blocks, and False for all other parameters."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: path[0].key == "blocks" and x.ndim == 3, params)

@@ -14,9 +14,8 @@ from lowrank_jax.inference import session
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import evaluation, run_folder
-from lowrank_jax.training.plan import Plan, Stage, last_stage, stage_at
-from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.run import Run
+from lowrank_jax.training.plan import Plan, Progress, Stage, last_stage, stage_at
+from lowrank_jax.training.start import Run
 
 SAMPLE_TOKENS = 120
 SHOWN_TOKENS = 300  # of the first row of SFT
@@ -90,8 +89,7 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
 def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
     """End a phase: show a sample of the model's text, and log what the phase has read."""
     log = functools.partial(run_folder.log_event, r.folder, step=progress.step, phase=stage.phase)
-    prompt = getattr(r.config, stage.phase).sample
-    if prompt:
+    if prompt := getattr(r.config, stage.phase).sample:
         model = session.Model(r.config, r.tokenizer, params)
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
         with jax.set_mesh(r.plan.mesh):

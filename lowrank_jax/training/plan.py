@@ -1,11 +1,11 @@
-"""The training plan as data: the stage, phase, sequence length and batch shape of every step, counted from 0.
+"""The plan of a run as data, with the stage and batch shape of every step from 0, and the progress through it.
 
 The plan follows from the config and the devices and is never stored, so a resumed run cannot disagree with another.
 """
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh
@@ -79,6 +79,27 @@ class Plan:
     def end(self) -> int:
         """Number of steps of the whole run."""
         return self.stages[-1].end
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Updates and tokens done, the phase of the last update, and the position in the data, as JSON values.
+
+    `cursor` is that of data/stream.py, None before a phase's first batch. `data_sha256` is chained over every global
+    batch. `precision` is what the run has fallen back to, or empty for the config's.
+    """
+
+    step: int = 0
+    phase: str = "pretrain"
+    tokens: int = 0
+    data_sha256: str = ""
+    cursor: dict | None = None
+    precision: str = ""
+
+    def after(self, stage: Stage, cursor: dict) -> "Progress":
+        """Return the progress after one more update of `stage`, whose batch ended at `cursor`."""
+        tokens = self.tokens + stage.tokens_per_step
+        return replace(self, step=self.step + 1, phase=stage.phase, tokens=tokens, cursor=cursor)
 
 
 def make(config: RunConfig, devices: Sequence[jax.Device] = ()) -> Plan:

@@ -7,7 +7,7 @@ from lowrank_jax.machine import agreement, faults, processes, sharding
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import memory, run_folder
 from lowrank_jax.training.metrics import Meter
-from lowrank_jax.training.run import Run
+from lowrank_jax.training.start import Run
 
 ALONE_SECONDS = 60  # a process that ran out of memory waits so long for the others to do the same
 # Largest relative differences of a microbatch's loss and gradient from bf16's. In 500 healthy steps of the quickstart's

@@ -39,16 +39,18 @@ def write(folder: str) -> dict:
         _figure(rows, events, described["stages"]).savefig(picture)
     image = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
     samples = "".join(_sample(event) for event in events if event["event"] == "sample")
-    trouble = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
-    trouble.sort(key=lambda event: event["time"])
+    latest = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
+    trouble = sorted(latest, key=lambda event: event["time"])
     others = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
+    last = {event["event"]: event["step"] for event in events}
+    kinds = collections.Counter(event["event"] for event in events).most_common()
     sections = [
         ("Training", f'<div class="wide"><img alt="curves by tokens" src="data:image/png;base64,{image}"></div>'),
         ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
         ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
         ("Plan", f'<pre class="wide">{html.escape(plan_table.text(described))}</pre>'),
-        ("Events", _table(_counts(events))),
+        ("Events", _table({"event": kind, "count": n, "last at step": last[kind]} for kind, n in kinds)),
         (f"Out of the ordinary: the last {EACH} of each kind", _table(map(_flat, trouble))),
         ("Latest events", _table(map(_flat, others[-LATEST:]))),
     ]
@@ -78,7 +80,13 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     if refused:
         x, low = _tokens(train, refused), {"transform": loss.get_xaxis_transform()}
         loss.plot(x, [0.02] * len(x), "|", color="#b00020", label="skipped update", **low)
-    _mark_stages(panels, train, stages)
+    names = {row["stage"] for row in train}
+    style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 7.5}
+    for i, stage in enumerate(stage for stage in stages if stage["name"] in names):
+        x, offset = _tokens(train, stage["start"]), (0, -10 * (i % 3))  # three heights: short stages are close together
+        for axes in panels:
+            axes.axvline(x, color="#aaaaaa", lw=0.7, ls=":")
+        loss.annotate(f" {stage['name']}", (x, 1), offset, color="#555555", **style)
     length.set_yscale("log", base=2)
     length.set_yticks(sorted({row["seq_len"] for row in train}), minor=False)
     length.yaxis.set_major_formatter("{x:.0f}")
@@ -103,24 +111,13 @@ def _line(axes, rows: list[dict], key: str, color: str, label: str | None = None
 
 
 def _split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Return the rows of training, and those of evaluations."""
-    return [row for row in rows if "split" not in row], [row for row in rows if "split" in row]
+    return [row for row in rows if "split" not in row], [row for row in rows if "split" in row]  # of evaluations
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and values of the rows that have a value (the loss of a skipped update may be null)."""
     some = [row for row in rows if row.get(key) is not None]
     return np.array([row["tokens"] for row in some]), np.array([row[key] for row in some])
-
-
-def _mark_stages(panels, train: list[dict], stages: list[dict]) -> None:
-    seen = {row["stage"] for row in train}
-    for i, stage in enumerate(stage for stage in stages if stage["name"] in seen):
-        x, offset = _tokens(train, stage["start"]), (0, -10 * (i % 3))  # three heights: short stages are close together
-        for axes in panels:
-            axes.axvline(x, color="#aaaaaa", lw=0.7, ls=":")
-        style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top", "fontsize": 7.5}
-        panels[0].annotate(f" {stage['name']}", (x, 1), offset, color="#555555", **style)
 
 
 def _tokens(train: list[dict], steps):
@@ -145,21 +142,20 @@ def _eval_summary(evals: list[dict]) -> list[dict]:
     for split in dict.fromkeys(row["split"] for row in evals):
         bits = [row["bits_per_byte"] for row in evals if row["split"] == split]
         shown = {name: f"{value:.3f}" for name, value in (("first", bits[0]), ("best", min(bits)), ("last", bits[-1]))}
-        shown["fell by"] = f"{1 - bits[-1] / bits[0]:.1%}" if bits[0] else "–"
-        summary.append({"bits per byte of": split, "evaluations": len(bits)} | shown)
+        fall = f"{1 - bits[-1] / bits[0]:.1%}" if bits[0] else "–"
+        summary.append({"bits per byte of": split, "evaluations": len(bits)} | shown | {"fell by": fall})
     return summary
 
 
 def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
     lengths, table = {stage["name"]: stage["seq_len"] for stage in stages}, []
-    compiles = {event.get("stage"): event for event in events if event["event"] == "compile"}
+    peaks = {event.get("stage"): event.get("peak_bytes") for event in events if event["event"] == "compile"}
     for event in (event for event in events if event["event"] == "stage"):
         name = event["stage"]
         row = {"step": event["step"], "stage": name, "length": event.get("seq_len") or lengths.get(name)}
         row |= {"compile, s": event.get("compile_seconds"), "stall, s": event.get("stall_seconds")}
         row |= {"stall, ordinary steps": event.get("stall_steps")}
-        row |= {"peak memory": _fact("peak_bytes", compiles[name].get("peak_bytes"))} if name in compiles else {}
-        table.append(row)
+        table.append(row | ({"peak memory": _fact("peak_bytes", peaks[name])} if name in peaks else {}))
     return table
 
 
@@ -171,12 +167,6 @@ def _saving(rows: list[dict], events: list[dict]) -> str:
     trained = np.diff([0, *(row["tokens"] for row in train)]) @ [1 / row["tokens_per_s"] for row in train]
     share = f", {sum(blocked) / trained:.2%} of the {_show(trained)} s that its steps took" if trained else ""
     return f"<p>{_show(len(blocked))} saves held up training for {_show(sum(blocked))} s in all{share}.</p>"
-
-
-def _counts(events: list[dict]) -> list[dict]:
-    kinds = collections.Counter(event["event"] for event in events)
-    last = {event["event"]: event["step"] for event in events}
-    return [{"event": kind, "count": count, "last at step": last[kind]} for kind, count in kinds.most_common()]
 
 
 def _flat(event: dict) -> dict:

@@ -60,10 +60,9 @@ def read_config(folder: str) -> RunConfig:
     """Return the config of the run in `folder`; raises UsageError where there is no run."""
     if not holds_run(folder):
         raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
-    path = os.path.join(folder, "config.json")
+    path = pathlib.Path(folder, "config.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            values = json.load(f)
+        values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"] = LATER | values["model"]
         return RunConfig.from_dict(values)
@@ -79,12 +78,11 @@ def write_text(path: str, text: str) -> None:
     """Replace a file in one move, so that a kill leaves the old or the new one."""
     if not processes.is_first():
         return
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
+    os.replace(f"{path}.tmp", path)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, object, object]]:
@@ -97,10 +95,8 @@ def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:
     """Raise UsageError where `new` describes another model, or other data, than the run in `folder`."""
     for key, was, now in differences(old, new):
         if key in IDENTITY:
-            raise UsageError(
-                f"{folder} holds a different run: its config.{key} is {was}, not {now}; "
-                "use another --workdir, or the config of that run"
-            )
+            conflict = f"its config.{key} is {was}, not {now}; use another --workdir, or the config of that run"
+            raise UsageError(f"{folder} holds a different run: {conflict}")
 
 
 def append(folder: str, name: str, row: dict, everyone: bool = False) -> None:

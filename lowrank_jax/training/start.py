@@ -1,6 +1,7 @@
-"""The start or resume of a run: the resolved config, the tokenizer, the first weights, and the newest state."""
+"""The start or resume of a run: its parts, the resolved config, the first weights, and the newest state."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 from jax.sharding import Mesh
@@ -9,11 +10,33 @@ from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import sharding
+from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import optim, run_folder, step, track, trained, warmstart
-from lowrank_jax.training.plan import stage_at
-from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.run import Run
+from lowrank_jax.training.checkpoint import Checkpoints
+from lowrank_jax.training.plan import Plan, Progress, stage_at
+from lowrank_jax.training.programs import Programs
+
+
+@dataclass
+class Run:
+    """The parts of a run while a process trains."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    folder: str
+    plan: Plan
+    programs: Programs
+    checkpoints: Checkpoints
+    signals: Signals
+    # The (state, progress) to go back to until a program's first step is done, and None after it: only that step shows
+    # a program's true need of memory, and a failed step has consumed the state. A later failure goes back to the newest
+    # checkpoint. The state is in host memory; a new run's first one is on the devices.
+    start: tuple | None = None
+
+    @property
+    def stopping(self) -> bool:
+        return self.signals.agreed > 0
 
 
 def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
@@ -34,9 +57,8 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
         old, path = None, t.path or (config.init_from and run_folder.tokenizer_folder(config.init_from))
         tok = tokenizer.load(path) if path else None
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
-    shapes = step.abstract_state(config).params
     for p in phases:
-        optim.rates(p, shapes)  # raises for a `freeze` that matches nothing
+        optim.rates(p, step.abstract_state(config).params)  # raises for a `freeze` that matches nothing
 
     def read_data() -> Tokenizer:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
@@ -67,16 +89,18 @@ def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Toke
 def restore(r: Run) -> tuple[step.TrainState, Progress]:
     """Return the newest state and its progress, and drop the metrics of later steps and the signals sent after them.
 
-    The state is the one that `r.recovery` holds, or else the newest checkpoint, or else a new run's first state. Raises
-    UsageError where the config contradicts steps that are done.
+    The state is `r.start`, or else the newest checkpoint, or else a new run's first state. Raises UsageError where the
+    config contradicts steps that are done.
     """
     r.signals.forget()
-    mesh, from_memory = r.plan.mesh, r.recovery.take()
-    restored = from_memory or r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True)
-    if restored is None:
+    mesh, from_memory, r.start = r.plan.mesh, r.start, None
+    if from_memory:
+        state, progress = jax.tree.map(lambda x: x() if callable(x) else x, from_memory)
+    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True):
+        state, progress = restored
+    else:
         params = first_params(r.config, mesh, lambda: r.tokenizer)
-        restored = step.first_state(r.config, params, 0, mesh), Progress()
-    state, progress = restored
+        state, progress = step.first_state(r.config, params, 0, mesh), Progress()
     _check_done(r, progress)
     run_folder.rewind_metrics(r.folder, progress.step)
     if not (from_memory and progress.step == 0):

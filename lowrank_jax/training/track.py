@@ -47,6 +47,11 @@ def check(names: tuple[str, ...]) -> None:
             raise UsageError(f"config.track: {name} needs packages that are missing: pip install {' '.join(missing)}")
 
 
+def _installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a mere folder of that name, such as ./wandb, has no origin
+
+
 def values(row: dict) -> dict[str, float]:
     """Return the finite numbers of a row of metrics.jsonl under the names that trackers show, such as train/loss."""
     group = f"eval_{row['split']}" if "split" in row else "train"
@@ -157,14 +162,6 @@ def _mlflow(folder: str, settings: dict, step: int) -> Iterator[Write]:
         for start in range(0, len(params), SETTINGS_AT_ONCE):
             client.log_batch(run, params=params[start : start + SETTINGS_AT_ONCE])
 
-    def write(step: int, values: dict[str, float]) -> None:
-        now = int(time.time() * 1000)
-        client.log_batch(run, metrics=[Metric(key, value, now, step) for key, value in values.items()])
-
-    yield write
+    metric = lambda item, step: Metric(*item, int(time.time() * 1000), step)
+    yield lambda step, values: client.log_batch(run, metrics=[metric(item, step) for item in values.items()])
     client.set_terminated(run)
-
-
-def _installed(module: str) -> bool:
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None  # a mere folder of that name, such as ./wandb, has no origin

@@ -1,4 +1,4 @@
-"""First weights of a new run from another run: every array whose shape agrees, also into a deeper model.
+"""First weights of a new run from another run: every array whose shape agrees.
 
 A deeper model is filled by block expansion (LLaMA Pro, arXiv 2401.02415, section 3). A layer is followed by a copy with
 last factors into the residual stream of zero, as in `network.init`: it starts as the identity, and learns at once.
@@ -29,11 +29,9 @@ class Taken(NamedTuple):
 def take(params: dict, source: dict, same_tokens: bool) -> Taken:
     """Return `params` of `network.init` with every array that `source` has under the same name and shape.
 
-    A source with fewer layers is spread by `layer_map`, and added layers start as the identity, also where other arrays
-    of the blocks do not fit; from a deeper source no block is taken. An untied head starts as a tied source's
-    embedding. Without `same_tokens` the tables of embedding and head stay new, as their rows belong to other tokens.
-    Arrays get the dtype of those they replace, and share no memory with them or with `source`. Raises UsageError where
-    nothing fits.
+    A source with fewer layers is spread by `layer_map`; from a deeper one no block is taken. An untied head starts as a
+    tied source's embedding. Without `same_tokens` the tables of embedding and head stay new. Arrays get the dtype of
+    those they replace, and share no memory with them or with `source`. Raises UsageError where nothing fits.
     """
     if "head" in params and "head" not in source and "embed" in source:
         source = source | {"head": source["embed"]}
@@ -96,7 +94,6 @@ def _fill(name: str, old: jax.Array, new: jax.Array) -> np.ndarray:
 
 
 def _note(new: dict, old: dict, reasons: dict[str, str]) -> str:
-    """Return how layers were added or left out, where the two models have different numbers of them."""
     blocks = [name for name in reasons if name.startswith(BLOCKS)]
     fitting = [name for name in blocks if not reasons[name]]
     common = [name for name in blocks if name in new and name in old]

@@ -95,7 +95,7 @@ def random_model(preset: str):
     from lowrank_jax.data import stream, tokenizer
     from lowrank_jax.machine import sharding
     from lowrank_jax.model import network
-    from lowrank_jax.training.progress import Progress
+    from lowrank_jax.training.plan import Progress
     from lowrank_jax.training.trained import Trained
 
     config, rng, vocab = config_of(preset), np.random.default_rng(0), PRESETS[preset]

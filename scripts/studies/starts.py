@@ -11,7 +11,7 @@ from lowrank_jax.config import ModelConfig, RunConfig
 from lowrank_jax.data import tokenizer
 from lowrank_jax.training import run_folder, step
 from lowrank_jax.training.checkpoint import Checkpoints
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 
 
 def fan_in(c: ModelConfig, factors: dict, key: jax.Array) -> dict:

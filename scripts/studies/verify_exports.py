@@ -43,7 +43,7 @@ def toy(changes: dict, tok):
     import jax
 
     from lowrank_jax.model import network
-    from lowrank_jax.training.progress import Progress
+    from lowrank_jax.training.plan import Progress
     from lowrank_jax.training.trained import Trained
 
     path = os.path.join(sys.path[0], "configs", "default.py")

@@ -16,7 +16,7 @@ import pytest
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.training import checkpoint, run_folder, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress
 
 # Orbax leaves coroutines behind where it fails to read.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

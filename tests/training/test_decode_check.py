@@ -9,9 +9,8 @@ from test_network import make as random_params
 from lowrank_jax.inference import engine, session
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import phase, run_folder
-from lowrank_jax.training.plan import Plan, stages_of
-from lowrank_jax.training.progress import Progress
-from lowrank_jax.training.run import Run
+from lowrank_jax.training.plan import Plan, Progress, stages_of
+from lowrank_jax.training.start import Run
 
 WIDTHS = {"model__d": 96, "model__heads": 6, "model__rank": 32, "model__mlp": 40, "model__latent_norm": False}
 

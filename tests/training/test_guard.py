@@ -10,8 +10,7 @@ import pytest
 from lowrank_jax.config import RunFailure
 from lowrank_jax.training import guard, run_folder
 from lowrank_jax.training.metrics import MOST_IN_A_ROW, Meter
-from lowrank_jax.training.plan import stages_of, unchanged
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import Progress, stages_of, unchanged
 
 judge = functools.partial(jax.jit, static_argnums=(3, 4))(guard.judge)
 

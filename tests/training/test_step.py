@@ -15,8 +15,7 @@ from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.model import network
 from lowrank_jax.training import optim, run_folder, step
 from lowrank_jax.training.metrics import Meter
-from lowrank_jax.training.plan import FittedStage, stages_of, unchanged
-from lowrank_jax.training.progress import Progress
+from lowrank_jax.training.plan import FittedStage, Progress, stages_of, unchanged
 
 ROWS, LENGTH = 8, 16
 TOY = {"vocab": 31, "d": 32, "layers": 2, "heads": 4, "rank": 8, "latent_norm": True, "mlp": 24}
