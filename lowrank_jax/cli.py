@@ -37,8 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
-        example = "a config, such as configs/custom.py or configs/preset.py:base"
-        self.add_argument("--config", metavar="FILE", help=example)
+        self.add_argument("--config", metavar="FILE", help="such as configs/custom.py or configs/preset.py:base")
         self.epilog = "any key of the config can be set with --config.group.key=value; configs/default.py lists them"
         args, rest = self.parse_known_args(argv)
         if args.config is None:

@@ -178,11 +178,10 @@ class RunConfig:
         """Build and check a config from plain nested values; raises UsageError in one line."""
         config = _build(cls, values, "config")
         _check_values(config, "config")
-        for name in ("mesh", "optim", "tokenizer", "every"):
+        for name in ("model", "mesh", "optim", "tokenizer", "every"):
             _check_values(getattr(config, name), f"config.{name}")
-        if not config.tokenizer.path:
-            size = config.tokenizer.vocab_size
-            _require(size >= 1, f"config.tokenizer.vocab_size={size} must be at least 1")
+        path, size = config.tokenizer.path, config.tokenizer.vocab_size
+        _require(path or size >= 1, f"config.tokenizer.vocab_size={size} must be at least 1")
         _check_model(config.model)
         _check_phase(config.pretrain, "config.pretrain")
         if config.sft.steps != 0:
@@ -198,9 +197,6 @@ class RunConfig:
         if self.model.vocab not in (0, vocab):
             raise UsageError(f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
-
-
-_LISTS = {tuple[int, ...]: "256,512,1024", tuple[float, ...]: "1,1,3,3", tuple[str, ...]: "tensorboard,wandb"}
 
 
 def _build(cls, values, path: str):
@@ -226,9 +222,10 @@ def _convert(hint, value, path: str):
         return _read_schedule(value, path)
     if typing.get_origin(hint) is tuple:
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            raise UsageError(f"{path}={value!r} must be a list, such as {_LISTS[hint]}")
-        return tuple(_convert(typing.get_args(hint)[0], item, path) for item in items if item != "")
+        kind = typing.get_args(hint)[0]
+        example = {int: "256,512,1024", float: "1,1,3,3", str: "tensorboard,wandb"}[kind]
+        _require(isinstance(items, (list, tuple)), f"{path}={value!r} must be a list, such as {example}")
+        return tuple(_convert(kind, item, path) for item in items if item != "")
     if hint in (bool, str) and isinstance(value, hint):
         return value
     if hint in (int, float) and not isinstance(value, bool):
@@ -285,7 +282,7 @@ def _read_schedule(value, path: str) -> Schedule:
     return schedule
 
 
-def _require(ok: bool, message: str) -> None:
+def _require(ok, message: str) -> None:
     if not ok:
         raise UsageError(message)
 
@@ -302,7 +299,6 @@ def _check_values(group, path: str) -> None:
 
 def _check_model(m: ModelConfig) -> None:
     path = "config.model"
-    _check_values(m, path)
     near = min((h for h in range(1, m.d + 1) if m.d % h == 0), key=lambda h: abs(h - m.heads))
     _require(near == m.heads, f"{path}.heads={m.heads} does not divide {path}.d={m.d}; use {near}")
     _require(m.rank <= m.d, f"{path}.rank={m.rank} must not exceed {path}.d={m.d}")
@@ -326,7 +322,12 @@ def _check_phase(p: PhaseConfig, path: str) -> None:
     except re.error as e:
         raise UsageError(f"{path}.freeze={p.freeze!r} is not a regular expression: {e}") from None
     if p.auto_grow:
-        _check_growth(p, path)
+        _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
+        shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
+        _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
+        advice = "lower the block, or start the plan with it"
+        _require(p.block <= p.grow_plan[0], f"{shown} starts below {path}.block={p.block}; {advice}")
+        _require(p.grow_every_steps >= 1, f"{path}.grow_every_steps={p.grow_every_steps} must be at least 1")
     for length in p.lengths:
         rows, rest = divmod(p.tokens_per_step, length)
         multiple = f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}"
@@ -334,12 +335,3 @@ def _check_phase(p: PhaseConfig, path: str) -> None:
         _require(rest == 0, f"{multiple}; {advice}")
         divides = not p.readers or rows % p.readers == 0
         _require(divides, f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step")
-
-
-def _check_growth(p: PhaseConfig, path: str) -> None:
-    _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
-    shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
-    _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
-    advice = "lower the block, or start the plan with it"
-    _require(p.block <= p.grow_plan[0], f"{shown} starts below {path}.block={p.block}; {advice}")
-    _require(p.grow_every_steps >= 1, f"{path}.grow_every_steps={p.grow_every_steps} must be at least 1")

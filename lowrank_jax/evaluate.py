@@ -34,19 +34,15 @@ def command(argv: list[str]) -> dict:
     for length, batches in _batches(run, args.data, lengths, args.tokens or run.config.pretrain.eval_tokens).items():
         result = evaluation.evaluate(run.config, run.params, batches, byte_lengths)
         results.append({"length": length} | result)
-        print(
-            f"length {length:6d}  loss {result['loss']:.4f}  perplexity {result['perplexity']:8.2f}  "
-            f"bits per byte {result['bits_per_byte']:.4f}  ({result['tokens']} tokens)",
-            flush=True,
-        )
+        shown = f"length {length:6d}  loss {result['loss']:.4f}  perplexity {result['perplexity']:8.2f}"
+        bits, tokens = result["bits_per_byte"], result["tokens"]
+        print(f"{shown}  bits per byte {bits:.4f}  ({tokens} tokens)", flush=True)
         if args.weights:
             change = evaluation.compare_weights(run.config, run.params, batches, byte_lengths, args.weights)
             results[-1]["with"] = change
-            print(
-                f"  {args.weights} weights: {change['weight_bytes'] / 1e6:.1f} MB instead of "
-                f"{change['weight_bytes_before'] / 1e6:.1f} MB, bits per byte {change['change']:+.4f}",
-                flush=True,
-            )
+            before, after = change["weight_bytes_before"] / 1e6, change["weight_bytes"] / 1e6
+            shown = f"  {args.weights} weights: {after:.1f} MB instead of {before:.1f} MB"
+            print(f"{shown}, bits per byte {change['change']:+.4f}", flush=True)
     return {"workdir": args.workdir, "step": run.progress.step, "results": results}
 
 

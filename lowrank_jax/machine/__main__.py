@@ -45,9 +45,8 @@ def train_in_processes(main_args: list[str], processes: int, devices: int) -> in
         signal.signal(number, note)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    line = [sys.executable, "-m", "lowrank_jax.main", *main_args]
-    line += [f"--coordinator={address}", f"--processes={processes}"]
+        coordinator = f"--coordinator=127.0.0.1:{s.getsockname()[1]}"
+    line = [sys.executable, "-m", "lowrank_jax.main", *main_args, coordinator, f"--processes={processes}"]
     running: list[subprocess.Popen] = []
     try:
         for i in range(processes):

@@ -56,12 +56,9 @@ def memory_bytes(device: jax.Device) -> int:
     """Return the bytes that a device can give to training. The number never changes on the same machine."""
     if device.platform == "cpu":
         return host_memory()
-    try:
-        stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a described device reports nothing
-        stats = {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # a described device reports nothing
+        if limit := (device.memory_stats() or {}).get("bytes_limit"):
+            return limit
     known = chip(device)
     if known is None:
         raise UsageError(f"the memory of a {device.device_kind!r} is unknown; set config.memory_gb")
@@ -94,7 +91,6 @@ def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
 
 
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")  # a description for XLA
-H100S = re.compile(r"h100:([1-8])(?:x([1-9]\d{0,3}))?")  # GPUs of a host, and hosts
 TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices['example']}" for name, slices in TPUS.items()), "h100:8"])
 TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
 COMPILERS = {"cuda": ("cuda12", ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")), "tpu": ("tpu", ("libtpu",))}
@@ -139,7 +135,7 @@ def topology(name: str) -> list[jax.Device]:
 
 def _parse(name: str) -> dict:
     """Return the arguments of `get_topology_desc`. A side of 0 is refused because libtpu kills the process for it."""
-    if match := H100S.fullmatch(name):
+    if match := re.fullmatch(r"h100:([1-8])(?:x([1-9]\d{0,3}))?", name):  # GPUs of a host, and hosts
         gpus, hosts = match[1], match[2] or "1"
         return dict(platform="cuda", topology_name="h100", topology=f"1x{hosts}x{gpus}", target_config=H100.read_text())
     prefix, _, grid = name.partition(":")
@@ -168,10 +164,7 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
 
 
 def _assume_cudnn() -> None:
-    """Let JAX use cuDNN's attention without cuDNN, as if the version in h100.txtpb were installed.
-
-    JAX asks the library for its version even when it compiles for a described device.
-    """
+    """Give JAX h100.txtpb's version where cuDNN is missing: it asks even when it compiles for a described device."""
     try:
         cudnn.check_cudnn_version()
     except RuntimeError:

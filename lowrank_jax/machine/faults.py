@@ -37,10 +37,9 @@ def due(fault: str, place: str, count: int) -> bool:
 
 def strike(place: str, count: int) -> None:
     """Send this process the signal that is due at this place, if any."""
-    if due("kill", place, count):
-        os.kill(os.getpid(), signal.SIGKILL)
-    if due("term", place, count):
-        os.kill(os.getpid(), signal.SIGTERM)
+    for fault, number in (("kill", signal.SIGKILL), ("term", signal.SIGTERM)):
+        if due(fault, place, count):
+            os.kill(os.getpid(), number)
 
 
 def strike_evaluation() -> None:

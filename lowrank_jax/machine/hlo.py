@@ -86,12 +86,6 @@ class Collective(NamedTuple):
     sizes: tuple[int, ...]
     times: int
     groups: tuple[tuple[int, ...], ...]
-    dtype: str
-    op_name: str
-
-    @property
-    def group_size(self) -> int:
-        return len(self.groups[0])
 
 
 @contextlib.contextmanager
@@ -220,8 +214,7 @@ def collectives(text: str) -> list[Collective]:
         arrays = [array for operand in i.operands for array in operand.arrays]
         parts = len(groups[0]) if kind == "all-gather" else 1
         size, sizes = sum(array.bytes for array in arrays) * parts, tuple(array.size * parts for array in arrays)
-        op_name = (re.search(r'op_name="([^"]*)"', i.rest) or [None, ""])[1]
-        result.append(Collective(kind, size, sizes, i.home.runs, groups, arrays[0].dtype, op_name))
+        result.append(Collective(kind, size, sizes, i.home.runs, groups))
     return result
 
 
@@ -266,13 +259,3 @@ def f8_matmuls(text: str) -> int:
     """
     pairs = [[operand.arrays[0].dtype for operand in i.operands[:2]] for i in running(text) if i.is_matmul]
     return sum(all(dtype.startswith("f8") for dtype in pair) for pair in pairs)
-
-
-def attention_kernel(text: str) -> str | None:
-    """Return `cudnn` or `splash` where the program calls such a fused attention, else None."""
-    for i in running(text):
-        if i.target.startswith("__cudnn$fmha"):
-            return "cudnn"
-        if i.target == "tpu_custom_call" and "splash" in i.rest.split("backend_config=")[0]:
-            return "splash"
-    return None

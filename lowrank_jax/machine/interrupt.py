@@ -7,14 +7,12 @@ from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 
-POLL_SECONDS = 0.1  # between two checks for a signal
-
 
 class Interrupted(Exception):
     """A signal arrived during long work: the work is abandoned, and the loop saves and ends."""
 
 
-def wait(future: Future, stop: Callable[[], bool], poll_seconds: float = POLL_SECONDS):
+def wait(future: Future, stop: Callable[[], bool], poll_seconds: float = 0.1):
     """Return the future's result; raises Interrupted once `stop()` is true, checked every `poll_seconds`."""
     while not futures.wait([future], poll_seconds).done:
         if stop():
@@ -32,15 +30,14 @@ def signals():
     received: list[int] = []
 
     def note(number, _):
-        name = signal.Signals(number).name
-        if signal.SIGINT in received and number == signal.SIGINT:
-            os._exit(128 + number)
-        again = "; once more to quit at once" if number == signal.SIGINT else ""
-        is_new = number not in received
-        received.append(number)
-        if is_new:
+        name, is_interrupt = signal.Signals(number).name, number == signal.SIGINT
+        if number not in received:
+            received.append(number)
+            again = "; once more to quit at once" if is_interrupt else ""
             with contextlib.suppress(OSError):  # nobody reads stderr any more
                 os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
+        elif is_interrupt:
+            os._exit(128 + number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -5,7 +5,6 @@ All counts come from the program's text (`hlo`), with the number of times that e
 
 import math
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -131,34 +130,29 @@ ESTIMATES = ("compute_seconds", "memory_seconds", "network_seconds", "step_secon
 
 
 def estimate(
-    chip: Chip | None,
-    flops: float,
-    traffic: float | None,
-    collectives: Sequence[Collective] | None,
-    per_host: int | None = None,
-    model_flops: float | None = None,
+    chip: Chip | None, flops: float, traffic: float, collectives: list[Collective], per_host: int, model_flops: float
 ) -> dict:
     """Return the ESTIMATES of a step.
 
-    `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device; None leaves a part
-    out. The step takes as long as its slowest part, as if the three overlapped perfectly; a real step is slower, and
-    its MFU below `mfu_bound` = `model_flops` (else `flops`) / (step x peak). `bound` names the slowest part: compute,
-    memory or network. Devices on one host stand together in the mesh, `per_host` of them. An unknown chip gives None.
+    `flops` (recomputation included), `traffic` (bytes of HBM) and `collectives` are of one device. The step takes as
+    long as its slowest part, as if the three overlapped perfectly; a real step is slower, and its MFU below `mfu_bound`
+    = `model_flops` / (step x peak). `bound` names the slowest part: compute, memory or network. Devices on one host
+    stand together in the mesh, `per_host` of them, or 0 where that is unknown. An unknown chip gives None.
     """
     if chip is None:
         return dict.fromkeys(ESTIMATES)
     seconds = {
         "compute": flops / chip.peak_flops,
-        "memory": None if traffic is None else traffic / chip.memory_bandwidth,
-        "network": None if collectives is None else math.fsum(network_seconds(chip, c, per_host) for c in collectives),
+        "memory": traffic / chip.memory_bandwidth,
+        "network": math.fsum(network_seconds(chip, c, per_host) for c in collectives),
     }
-    bound = max(seconds, key=lambda name: seconds[name] or 0.0)
+    bound = max(seconds, key=seconds.get)
     step = seconds[bound]
-    mfu = (flops if model_flops is None else model_flops) / (step * chip.peak_flops) if step else None
+    mfu = model_flops / (step * chip.peak_flops) if step else None
     return dict(zip(ESTIMATES, (*seconds.values(), step, mfu, bound)))
 
 
-def network_seconds(chip: Chip, c: Collective, per_host: int | None = None) -> float:
+def network_seconds(chip: Chip, c: Collective, per_host: int) -> float:
     """Return the seconds of all runs of a collective at the links' peak, in a ring of n devices, without latency.
 
     Of B bytes each device sends B (n - 1) / n for an all-gather, a reduce-scatter or an all-to-all, twice that for an
@@ -166,7 +160,7 @@ def network_seconds(chip: Chip, c: Collective, per_host: int | None = None) -> f
     torus has only half or a third. A GPUs' group over several hosts is as fast as the network shares of those of its
     members that are on the same host.
     """
-    n = c.group_size
+    n = len(c.groups[0])
     sent = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(c.kind, (n - 1) / n)
     bandwidth = chip.link_bandwidth
     if chip.host_bandwidth and per_host:

@@ -3,8 +3,7 @@
 A batch's rows are split over `data` and `fsdp`. Weights and optimizer state are split over `fsdp`, and each layer's
 weights are gathered when it runs (ZeRO stage 3, arXiv 1910.02054). Heads and the MLP's width are split over `tensor`
 (Megatron, arXiv 1909.08053). The rank of a block's factor is never split, so a latent [B, T, R] is whole on every
-device of a `tensor` group. In attention, the group only sums latents of R numbers per token (the output's, and the
-gradients of the others) instead of a dense model's D.
+device of a `tensor` group, which sums R numbers per token in attention instead of a dense model's D.
 """
 
 import functools

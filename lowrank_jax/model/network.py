@@ -3,9 +3,6 @@
 Only this file uses Flax NNX. Outside, parameters are a plain nested dict whose block weights are stacked over layers,
 and the model is three pure functions: `init`, `features`, `logits`. inference/decoder.py adds the cache.
 
-A new option in ModelConfig changes the modules below, `costs.parameters`, the rules in machine/sharding.py, the
-decoder and the exports alike: they describe the same arrays.
-
 Shape legend, used by every file: B batch, T query length, S key length, D model, H heads, K head width (D/H), R rank,
 F mlp, V vocabulary, N layers. A name ends in its shape: `x_BTD`. Weights are [in, out], so `x @ w`.
 """
@@ -131,8 +128,7 @@ class Attention(nnx.Module):
     def _latent(self, x: jax.Array, linear: Linear) -> jax.Array:
         """Return the latent, normalised with `latent_norm`. The norm has no gain: `up` would absorb it."""
         c = linear.reduce(x)
-        c = rms_norm(c) if self.c.latent_norm and self.c.rank else c
-        return constrain(c, ROWS)
+        return constrain(rms_norm(c) if self.c.latent_norm and self.c.rank else c, ROWS)
 
     def _heads(self, c: jax.Array, linear: Linear) -> jax.Array:
         return linear.expand(c).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
@@ -192,7 +188,7 @@ def features(
     c: ModelConfig, params: dict, tokens_BT, segments_BT=None, dtype=jnp.float32, matmul: Callable = jnp.matmul
 ) -> jax.Array:
     """Return the normalised last hidden states [B, T, D] in `dtype`; `matmul` multiplies by the blocks' weights."""
-    params = _cast(params, dtype)
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
     over_layer = lambda x_BTD, weights: (block(c, weights, x_BTD, segments_BT, matmul), None)
     x_BTD = constrain(embed(c, params, tokens_BT), ROWS)
     # With `scan` one compiled body serves all layers; without it each layer has its own.
@@ -213,7 +209,8 @@ def block(c: ModelConfig, weights: dict, x_BTD, segments_BT=None, matmul: Callab
 
 def head(c: ModelConfig, params: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return (table [V, E], hidden states [..., E]) whose product is the logits of the final hidden states [..., D]."""
-    return _embedding(c, _cast(params["embed" if c.tied else "head"], x.dtype)).head(x)
+    weights = jax.tree.map(lambda w: w.astype(x.dtype), params["embed" if c.tied else "head"])
+    return _embedding(c, weights).head(x)
 
 
 def logits(c: ModelConfig, params: dict, x: jax.Array) -> jax.Array:
@@ -231,7 +228,3 @@ def _bind(make: Callable, weights: dict) -> nnx.Module:
 
 def _embedding(c: ModelConfig, weights: dict) -> Embedding:
     return _bind(lambda: Embedding(c, nnx.Rngs(0)), weights)
-
-
-def _cast(params: dict, dtype) -> dict:
-    return jax.tree.map(lambda w: w.astype(dtype), params)

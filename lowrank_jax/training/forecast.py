@@ -137,9 +137,9 @@ def _estimate(config: RunConfig, fitted: FittedStage, mesh: Mesh, text: str) -> 
     if fitted.attention in ("cudnn", "splash"):  # 2 matmuls forward, 5 backward, 2 again with remat; half of each
         matmuls = 9 if fitted.remat else 7
         flops += matmuls * m.layers * stage.seq_len * m.d * stage.tokens_per_step / count
-    per_host = sum(d.process_index == 0 for d in mesh.devices.flat) or None
+    per_host = sum(d.process_index == 0 for d in mesh.devices.flat)
     traffic, collectives = roofline.traffic_bytes(text), hlo.collectives(text)
-    seconds = roofline.estimate(chip, flops, traffic, collectives, per_host, model_flops=model_flops)
+    seconds = roofline.estimate(chip, flops, traffic, collectives, per_host, model_flops)
     renamed = {"step_seconds": "est_step_seconds", "mfu_bound": "est_mfu_bound", "bound": "est_bound"}
     facts = {renamed.get(name, name): value for name, value in seconds.items()}
     return facts | {"est_stage_seconds": seconds["step_seconds"] and seconds["step_seconds"] * stage.steps}

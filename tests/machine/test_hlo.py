@@ -123,8 +123,8 @@ def test_a_batch_dimension_adds_no_work(texts):
 def test_sharded_weights_are_gathered_twice_a_layer_and_their_gradients_summed_once(texts):
     """Forward and backward each need them. A TPU gathers the bf16 that it multiplies; a CPU sums on every device."""
     *layers, loss = sorted(hlo.collectives(texts["train"]), key=lambda c: -c.times)
-    assert [(c.times, c.group_size) for c in layers] == 3 * [(LAYERS, 8)]
-    assert [c.bytes / WIDTH**2 / {"f32": 4, "bf16": 2}[c.dtype] for c in layers] == 3 * [1]
+    assert [(c.times, len(c.groups[0])) for c in layers] == 3 * [(LAYERS, 8)]
+    assert all(c.sizes == (WIDTH**2,) and c.bytes / WIDTH**2 in (2, 4) for c in layers)
     kinds = sorted(c.kind for c in layers)
     assert kinds[:2] == 2 * ["all-gather"] and kinds[2] in ("reduce-scatter", "all-reduce")
     assert (loss.kind, loss.bytes, loss.times) == ("all-reduce", 4, 1)
@@ -172,7 +172,7 @@ ENTRY %main (x: bf16[8]) -> bf16[8] {{
   ROOT %r = bf16[8]{{0}} {kind}(%x), channel_id=1, {written}, use_global_device_ids=true
 }}
 """
-    assert hlo.collectives(text) == [hlo.Collective(kind, 16, (8,), 1, groups, "bf16", "")]
+    assert hlo.collectives(text) == [hlo.Collective(kind, 16, (8,), 1, groups)]
 
 
 def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once():
@@ -192,6 +192,16 @@ def test_a_program_that_jax_cannot_print_is_written_by_its_compiler():
     assert len(gathers) == 2 and {c.times for c in gathers} == {LAYERS}
 
 
+def attention_kernel(text: str) -> str | None:
+    """Return `cudnn` or `splash` where the program calls such a fused attention, else None."""
+    for i in hlo.running(text):
+        if i.target.startswith("__cudnn$fmha"):
+            return "cudnn"
+        if i.target == "tpu_custom_call" and "splash" in i.rest.split("backend_config=")[0]:
+            return "splash"
+    return None
+
+
 def test_splash_attention_is_named_and_other_kernels_are_not(texts):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -200,8 +210,8 @@ def test_splash_attention_is_named_and_other_kernels_are_not(texts):
     kernel = splash_attention_kernel.make_splash_mha_single_device(mask)
     q = jax.ShapeDtypeStruct((2, 256, 128), jnp.bfloat16, sharding=one)
     loss = lambda q: kernel(q, q, q).astype(jnp.float32).sum()
-    assert hlo.attention_kernel(jax.jit(jax.grad(loss)).lower(q).compile().as_text()) == "splash"
-    assert all(hlo.attention_kernel(text) is None for text in texts.values())
+    assert attention_kernel(jax.jit(jax.grad(loss)).lower(q).compile().as_text()) == "splash"
+    assert all(attention_kernel(text) is None for text in texts.values())
 
 
 def test_cudnn_attention_is_named(monkeypatch):
@@ -212,7 +222,7 @@ def test_cudnn_attention_is_named(monkeypatch):
     q = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16, sharding=one)
     attend = lambda q: jax.nn.dot_product_attention(q, q, q, implementation="cudnn", is_causal=True)
     text = jax.jit(attend).lower(q).compile().as_text()
-    assert hlo.attention_kernel(text) == "cudnn"
+    assert attention_kernel(text) == "cudnn"
 
 
 def test_dots_of_two_f8_operands_are_counted_wherever_they_are():

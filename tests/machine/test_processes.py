@@ -102,7 +102,7 @@ def test_one_process_out_of_memory_ends_the_run_in_one_line_and_the_next_uses_le
     folder, status, err = alone
     lines = [line for line in err.splitlines() if line.startswith("process 1: error: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in err, err
-    assert lines[0].startswith("process 1: error: out of memory at step 5, here alone"), err
+    assert lines[0].startswith("process 1: error: out of memory at step 5, only in this process"), err
     (oom,) = events(folder, "oom")
     assert (oom["step"], oom["microbatch_tokens"]) == (4, 32)
     again = runs.rows(folder, "events.jsonl").index(events(folder, "start")[1])

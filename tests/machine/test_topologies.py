@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import described, run_config
+from test_hlo import attention_kernel
 
 from lowrank_jax.machine import devices, hlo, sharding
 from lowrank_jax.training import forecast, memory, plan_table, step
@@ -135,7 +136,7 @@ def test_a_square_of_scores_is_found_and_chunks_are_not():
 
 def test_no_step_has_an_array_of_length_by_length(planned):
     for length, text in zip(LENGTHS, planned.texts, strict=True):
-        assert hlo.attention_kernel(text) == KERNELS[planned.name]
+        assert attention_kernel(text) == KERNELS[planned.name]
         assert squares(text, length) == []
 
 
@@ -147,7 +148,7 @@ def test_a_step_on_a_single_v6e_has_no_array_of_length_by_length():
     with hlo.written() as (options, read):
         fit = memory.fit(config, unchanged(stages[-1]), mesh, memory.limit_bytes(config, mesh), options=options)
         text = read()
-    assert fit.fits and fit.fitted.attention == "splash" == hlo.attention_kernel(text)
+    assert fit.fits and fit.fitted.attention == "splash" == attention_kernel(text)
     assert squares(text, length) == []
 
 

@@ -34,8 +34,7 @@ def load(source: str) -> bool:
         library = ctypes.CDLL(_library(source))
     except (OSError, ValueError, subprocess.SubprocessError) as e:  # ValueError: an unclosed quotation mark in $CXX
         output = (getattr(e, "stderr", None) or b"").decode(errors="replace").strip() or str(e)
-        reason = output.splitlines()[-1]
-        warnings.warn(f"this CPU will be slow, as {source}.cc is not compiled: {reason}", stacklevel=2)
+        warnings.warn(f"this CPU will be slow, as {source}.cc is not compiled: {output.splitlines()[-1]}", stacklevel=2)
         return False
     for name in TARGETS[source]:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
