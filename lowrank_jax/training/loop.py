@@ -18,7 +18,7 @@ from lowrank_jax.machine import agreement, faults, processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import forecast, memory, phase, plan_table, recovery, run_folder, start, step
+from lowrank_jax.training import forecast, memory, phase, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Progress, Stage, make, milestones, stage_at
@@ -52,7 +52,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if newest is None:
             params = start.first_params(config, plan.mesh, reading.result)
             first = step.first_state(config, params, 0, plan.mesh), Progress()
-        table, tok = plan_table.text(forecast.describe(config, plan, fits)), reading.result()
+        table, tok = forecast.table(forecast.describe(config, plan, fits)), reading.result()
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():

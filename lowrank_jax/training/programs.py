@@ -52,9 +52,7 @@ class Programs:
                 self._prepare(stage)
         fits = [(known.get(stage) or self._get(stage))._replace(program=None, check=None) for stage in stages]
         if len({str(facts) for facts in agreement.gather([memory.fit_facts(fit) for fit in fits])}) > 1:
-            raise RunFailure(
-                "the processes' compilers disagree on what fits; use the same devices and packages for all"
-            )
+            raise RunFailure("the processes' compilers disagree on what fits; use equal devices and packages for all")
         for fit in fits:
             if not fit.fits:
                 raise UsageError(memory.refusal(fit))

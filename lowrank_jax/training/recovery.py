@@ -36,9 +36,8 @@ def lower_cap(r: Run, step: int, error: jax.errors.JaxRuntimeError) -> None:
 
     if not agreement.meet(f"out of memory after step {step}", ALONE_SECONDS):
         log(everyone=True)
-        raise RunFailure(
-            f"out of memory at step {step + 1}, only in this process; run the same command again: it will use less"
-        )
+        alone = f"out of memory at step {step + 1}, only in this process"
+        raise RunFailure(f"{alone}; run the same command again: it will use less")
     cap = memory.lowest(each and memory.Cap(*each) for each in agreement.gather(cap))
     r.programs.lower(cap)
     log()

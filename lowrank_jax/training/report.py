@@ -16,7 +16,7 @@ import matplotlib.style
 import numpy as np
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.training import forecast, plan_table, run_folder
+from lowrank_jax.training import forecast, run_folder
 from lowrank_jax.training.plan import make
 
 PAGE, STYLE = (pathlib.Path(__file__).with_name(name) for name in ("report.html", "report.mplstyle"))
@@ -49,7 +49,7 @@ def write(folder: str) -> dict:
         ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
         ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
-        ("Plan", f'<pre class="wide">{html.escape(plan_table.text(described))}</pre>'),
+        ("Plan", f'<pre class="wide">{html.escape(forecast.table(described))}</pre>'),
         ("Events", _table({"event": kind, "count": n, "last at step": last[kind]} for kind, n in kinds)),
         (f"Out of the ordinary: the last {EACH} of each kind", _table(map(_flat, trouble))),
         ("Latest events", _table(map(_flat, others[-LATEST:]))),

@@ -114,10 +114,8 @@ def _check_done(r: Run, progress: Progress) -> None:
     done, stages = progress.step, r.plan.stages
     phase = stage_at(stages, max(done - 1, 0)).phase if done <= r.plan.end else "already ended"
     if phase != progress.phase:
-        raise UsageError(
-            f"{r.folder} was saved at step {done} in {progress.phase}, where this config has {phase}; "
-            "steps that are done cannot be changed"
-        )
+        saved = f"{r.folder} was saved at step {done} in {progress.phase}, where this config has {phase}"
+        raise UsageError(f"{saved}; steps that are done cannot be changed")
     next_stage = stage_at(stages, done)
     if done > next_stage.phase_start:
         stream.check_sources(progress.cursor, getattr(r.config, next_stage.phase))

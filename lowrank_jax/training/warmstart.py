@@ -40,10 +40,8 @@ def take(params: dict, source: dict, same_tokens: bool) -> Taken:
     left = tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
     taken = tuple(name for name, reason in reasons.items() if not reason)
     if not taken:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise UsageError(
-            f"config.init_from: none of that run's weights fits this model ({left[0]}{more}); use its config.model"
-        )
+        why = left[0] + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+        raise UsageError(f"config.init_from: none of that run's weights fits this model ({why}); use its config.model")
     fill = lambda path, x: x if reasons[path_name(path)] else _fill(path_name(path), old[path_name(path)], x)
     return Taken(jax.tree_util.tree_map_with_path(fill, params), taken, left, _note(new, old, reasons))
 

@@ -12,7 +12,7 @@ from conftest import described, run_config
 from test_hlo import attention_kernel
 
 from lowrank_jax.machine import devices, hlo, sharding
-from lowrank_jax.training import forecast, memory, plan_table, step
+from lowrank_jax.training import forecast, memory, step
 from lowrank_jax.training.plan import stages_of, unchanged
 
 pytestmark = pytest.mark.slow
@@ -112,7 +112,7 @@ def test_the_estimate_is_a_roofline_of_the_chip(planned):
 
 def test_the_table_shows_the_plan(planned):
     name, described, _ = planned
-    shown = plan_table.text(described)
+    shown = forecast.table(described)
     for word in ("fsdp 8", KERNELS[name], "all-gather", "estimate", "dense", "waits for"):
         assert word in shown
 

@@ -8,7 +8,7 @@ import pytest
 
 from lowrank_jax import report as command
 from lowrank_jax.config import UsageError
-from lowrank_jax.training import forecast, plan_table, report, run_folder
+from lowrank_jax.training import forecast, report, run_folder
 from lowrank_jax.training.plan import make
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_the_page_summarises_the_run(folder):
     assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
     config = run_folder.read_config(str(folder))
     described = forecast.describe(config, make(config))
-    assert plan_table.text(described).splitlines()[0].split()[0] in section(page, "Plan")
+    assert forecast.table(described).splitlines()[0].split()[0] in section(page, "Plan")
     assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
     assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
 
