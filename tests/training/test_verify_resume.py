@@ -67,7 +67,7 @@ def event(name: str, step: int = 3) -> str:
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Train with a shell script in place of the trainer, which is signalled after `pause` seconds; at a `chance` of 0 also in start-up."""
+    """Train with a shell script as the trainer, signalled after `pause` seconds; in start-up too at a `chance` of 0."""
 
     def train(script: str, pause: float = math.inf, fault: str = "", struck: str = "SIGKILL", chance=0.0) -> dict:
         (tmp_path / "trainer").write_text(f"#!/bin/bash\n{script}\n")
@@ -143,7 +143,7 @@ def test_a_run_that_is_killed_passes(study):
     assert arm["struck"][0].items() >= {"signal": "SIGKILL", "where": "save", "by": "kill@save=1", "step": 2}.items()
     assert arm["struck"][1].items() >= {"signal": "SIGTERM", "by": "chance"}.items()
     starts = [row for row in rows_of(folder / "fp32-adamw" / "killed1" / "events.jsonl") if row["event"] == "start"]
-    assert len(starts) >= 2 and starts[1]["step"] == 0  # the first save was killed, and all was trained again
+    assert [row["step"] for row in starts[:2]] in ([0, 0], [0, 2])  # rarely, the killed save was done already
 
 
 @slow
