@@ -9,7 +9,7 @@ import sys
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference import quantize
-from lowrank_jax.inference.engine import TOP, Request
+from lowrank_jax.inference.engine import MOST_ALTERNATIVES, Request
 from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
 from lowrank_jax.inference.session import CONTEXT, Conversation, Model, answer
 from lowrank_jax.training.trained import open_run
@@ -43,15 +43,16 @@ def arguments(argv: list[str]):
     add("--system", default="", help="system message of the conversation")
     add("--max_tokens", type=int, default=200, help="most new tokens (default 200)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    add("--logprobs", type=int, default=0, help=f"with --json: alternatives per token, at most {TOP}")
+    add("--logprobs", type=int, default=0, help=f"with --json: alternatives per token, at most {MOST_ALTERNATIVES}")
     add("--context", type=int, default=CONTEXT, help=f"with --chat: tokens remembered ({CONTEXT})")
     add("--weights", default="auto", help=f"auto (default), {', '.join(quantize.KINDS)}")
     add_sampling_flags(parser)
     args = parser.parse_args(argv)
     if args.prompt is None and not args.chat:
         raise UsageError("--prompt=TEXT or --chat is missing")
-    if not 1 <= args.max_tokens <= 1_000_000 or not 0 <= args.logprobs <= TOP:
-        raise UsageError(f"--max_tokens must be between 1 and 1,000,000 and --logprobs between 0 and {TOP}")
+    if not 1 <= args.max_tokens <= 1_000_000 or not 0 <= args.logprobs <= MOST_ALTERNATIVES:
+        limits = f"--max_tokens must be between 1 and 1,000,000 and --logprobs between 0 and {MOST_ALTERNATIVES}"
+        raise UsageError(limits)
     if args.chat and args.prompt is not None and not args.prompt.strip():
         raise UsageError("--prompt is empty: give --chat a prompt with text, or none to read messages from stdin")
     if args.chat and args.max_tokens >= args.context:

@@ -283,7 +283,7 @@ def test_data_that_goes_bad_in_the_middle_ends_the_run_with_its_state_saved(data
     from lowrank_jax.training.plan import Progress
 
     monkeypatch.chdir(ROOT)
-    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "READ", 9)):
+    for module, name, value in ((reader, "WINDOW", 1 << 10), (stream, "CHECK_READ", 9)):
         monkeypatch.setattr(module, name, value)  # so that the mistake lies beyond what is read ahead
     clock, after = itertools.count(60, 60), Progress.after
     now = types.SimpleNamespace(monotonic=lambda: now.seconds, seconds=0)

@@ -1,7 +1,8 @@
 """Turns documents into batches: mixes the sources, packs, and gives a cursor that resumes at the exact token.
 
-Several readers make a batch, each an equal part of its rows, from its own mix of the sources. The hosts divide the
-readers among themselves, so the batches do not depend on the number of hosts. See docs/data.md.
+A lane makes an equal part of each batch's rows, with one Reader per source and its own mix of the sources. The setting
+`readers` is the number of lanes. Hosts divide the lanes among themselves, so the batches do not depend on the number of
+hosts. With more hosts than lanes, several hosts read the same lane and take their own rows of it. See docs/data.md.
 """
 
 import contextlib
@@ -24,12 +25,11 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import interrupt
 from lowrank_jax.machine.console import ABANDONED
 
-# Up to this many hosts read their own parts. Each reader keeps about a megabyte of documents of every source.
-MOST_READERS = 8
-READ, ENCODED = 2000, 200  # documents of each source that `check` reads and encodes
-PATIENCE = 5.0  # seconds that a batch may take before a signal is looked for
+MOST_READERS = 8  # most lanes by default; each keeps about 1 MB of documents of every source in memory
+CHECK_READ, CHECK_ENCODED = 2000, 200  # documents of each source that `check` reads and encodes
+SIGNAL_POLL_SECONDS = 5.0  # between checks for a signal while a batch is awaited
 AHEAD = 2  # batches that are placed on the device before they are used
-SHARED_FROM = 8  # documents for each reader: a source with fewer is too small to be shared
+MIN_ROWS_PER_LANE = 8  # of every source; if one has fewer, a single lane makes the whole batch
 
 
 def open_phase(
@@ -42,7 +42,7 @@ def open_phase(
     """
     (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
-    enough = SHARED_FROM * readers(p)
+    enough = MIN_ROWS_PER_LANE * readers(p)
     is_shared = all(source.blocks >= enough or _has_rows(source, enough) for source in all_sources)
     count = readers(p) if is_shared else 1
     fingerprints = [source.fingerprint for source in all_sources]
@@ -54,7 +54,7 @@ def open_phase(
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
     for i, limit in enumerate(limits if cursor else ()):
         limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in cursors.values())
-    parts = [Part(_period(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
+    parts = [Part(_held_out_every(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
 
     def lane(index: int) -> Lane:
         own = []
@@ -71,7 +71,7 @@ def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, 
     """Open the held-out part of a phase, once, in the shuffled order of the seed."""
     own = []
     for i, (config, source) in enumerate(zip(p.sources, _open(p.sources, tokenizer, chats))):
-        if period := _period(source, p.eval_fraction):
+        if period := _held_out_every(source, p.eval_fraction):
             part = Part(period, held_out=True, shuffled=True, endless=False)
             own.append((config, Reader(source, part, Limit(config.spec, p.max_skipped, note), chats, seed + i)))
     return _finite(own, tokenizer, chats)
@@ -96,8 +96,8 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
         limit = Limit(config.spec, p.max_skipped)
         documents = iter(Reader(source, ONCE, limit, chats).next, None)
         count, learnt = 0, False
-        for count, document in enumerate(itertools.islice(documents, READ), 1):
-            if count <= ENCODED and not learnt:
+        for count, document in enumerate(itertools.islice(documents, CHECK_READ), 1):
+            if count <= CHECK_ENCODED and not learnt:
                 _, said = packing.encode_document(tokenizer, document, chats)
                 learnt = said[1 : p.block + 1].any()
         if not count:
@@ -105,7 +105,7 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
             raise UsageError(f"source {config.spec}: there is no text in it{reason}")
         if not learnt:
             reason = f"the assistant never speaks within the first {p.block} tokens; raise config.sft.block"
-            raise UsageError(f"source {config.spec}: in its first {min(count, ENCODED)} conversations {reason}")
+            raise UsageError(f"source {config.spec}: in its first {min(count, CHECK_ENCODED)} conversations {reason}")
 
 
 def texts(phases: Sequence[PhaseConfig], max_bytes: int) -> Iterator[str]:
@@ -118,7 +118,7 @@ def source_texts(configs: Sequence[SourceConfig], max_bytes: int, max_skipped: i
     """Yield texts of the sources for a tokenizer to learn from, without the share that is held out."""
     for config in configs:
         source, left = sources.open_source(config), max_bytes // len(configs)
-        part = Part(_period(source, held_out), held_out=False, shuffled=True, endless=False)
+        part = Part(_held_out_every(source, held_out), held_out=False, shuffled=True, endless=False)
         reader = Reader(source, part, Limit(config.spec, max_skipped), chats=False)
         while left > 0 and (document := reader.next()) is not None:
             if "ids" in document:
@@ -129,7 +129,10 @@ def source_texts(configs: Sequence[SourceConfig], max_bytes: int, max_skipped: i
 
 
 class Stream:
-    """Batches of packed tokens; `open_phase` continues exactly at a `cursor`. After an error only that is of use."""
+    """Batches of packed tokens; `open_phase` continues exactly at a `cursor`.
+
+    After an error a Stream cannot continue: reopen it at the last cursor.
+    """
 
     def __init__(self, lanes: list[Lane], facts: dict, share: tuple[int, int]):
         self._lanes, self._facts, self._share = lanes, facts, share
@@ -179,7 +182,7 @@ class Feed:
         if len(self._ahead) <= AHEAD:
             self._ahead.append(self._submit())
         self._waits = True
-        prepared = interrupt.wait(self._ahead[0], stop, PATIENCE)
+        prepared = interrupt.wait(self._ahead[0], stop, SIGNAL_POLL_SECONDS)
         self._waits = False
         self._ahead.popleft()
         return prepared
@@ -217,8 +220,10 @@ def summary(cursor: dict) -> list[dict]:
     """Return the counts of everything that a phase has read of each source."""
     lanes, rows = cursor["lanes"].values(), []
     for i, name in enumerate(cursor["sources"]):
+        # With packed conversations, a lane's own counts are those at the window's start; "drawn" has the newest.
         counted = {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in packing.COUNTS}
         cursors = [lane["readers"][i] for lane in lanes]
+        # A reader's "skipped" and "empty" leave out the records of its newest window; "met" counts those.
         met = {key: sum(r[key] + r["met"][k] for r in cursors) for k, key in enumerate(("skipped", "empty"))}
         rows.append({"source": name} | counted | met | {"epochs": min(r["epoch"] for r in cursors)})
     return rows
@@ -265,6 +270,9 @@ def _has_rows(source: Source, count: int) -> bool:
     return len(list(itertools.islice(_rows(source), count))) == count
 
 
-def _period(source: Source, fraction: float) -> int:
-    """Return n if every n-th row is held out, and 0 if none is; the first row is, so a source needs two."""
+def _held_out_every(source: Source, fraction: float) -> int:
+    """Return n if every n-th row is held out, or 0 if none is.
+
+    Row 0 would be held out first, so a source of one row holds out none.
+    """
     return round(1 / fraction) if fraction and _has_rows(source, 2) else 0

@@ -1,9 +1,12 @@
 """Continuous batching: requests join and leave a compiled decoding loop whenever it returns to the host.
 
 An Engine has a fixed number of slots, each with room for `context` tokens in one cache of latents. A request takes a
-slot and its prompt is read in chunks. Then one loop on the device adds tokens to all rows, until WINDOW of them are out
-or all rows have ended. The compiled programs depend on slots and context alone: chunks have a few fixed sizes, and a
-row is read as far as it is filled. A request's output never depends on other requests in the batch.
+slot, and its prompt is read in chunks. Then one loop on the device adds up to MOST_DECODED tokens to every row. The
+latents of a call's tokens are collected in a window, which the call's end writes to the cache: XLA would copy the whole
+cache at every step of a loop that also writes to it. A request's output never depends on other requests in the batch.
+
+The compiled programs depend on slots, context and a few fixed sizes: the chunk sizes, and the numbers of rows and of
+logit biases, rounded up to powers of two. Attention reads only the filled part of a row.
 """
 
 import dataclasses
@@ -23,10 +26,10 @@ from lowrank_jax.inference.sampling import Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import precision
 
-CHUNKS = (256, 32, 8)  # tokens of a prompt per call; the last only in C++, which is fast with few tokens
-AT_ONCE = 256  # tokens of prompts that are read before other rows get their next tokens
-WINDOW = 16  # most tokens decoded per call
-TOP = 20  # most alternatives per token with log-probabilities, as in OpenAI's API
+CHUNKS = (256, 32, 8)  # prompt tokens read per call; 8 only with packed weights, which the C++ decoder reads
+AT_ONCE = 256  # prompt tokens read per step before the running rows decode
+MOST_DECODED = 16  # most tokens decoded per row and call
+MOST_ALTERNATIVES = 20  # most alternatives per token with log-probabilities, as in OpenAI's API
 REUSED = 32  # tokens that a new prompt must share with an old one before the old latents are reused
 
 
@@ -48,8 +51,8 @@ class Request:
             raise UsageError("every prompt needs at least one token")
         if self.max_new < 1:
             raise UsageError(f"max_new must be at least 1, not {self.max_new}")
-        if not 0 <= self.logprobs <= TOP:
-            raise UsageError(f"logprobs must be between 0 and {TOP}, not {self.logprobs}")
+        if not 0 <= self.logprobs <= MOST_ALTERNATIVES:
+            raise UsageError(f"logprobs must be between 0 and {MOST_ALTERNATIVES}, not {self.logprobs}")
 
 
 class Piece(NamedTuple):
@@ -78,9 +81,9 @@ class Engine:
     def __init__(self, config: ModelConfig, weights: Weights, stop_ids: Sequence[int], slots: int, context: int):
         self.config, self.slots, self.context = config, slots, context
         self.stop_ids = tuple(stop_ids)
-        self.fresh = True  # nothing has been compiled for it
+        self.has_run = False  # its first step compiles
         self._weights = weights
-        size = -(-(context + CHUNKS[0]) // decoder.BLOCK) * decoder.BLOCK  # a chunk is written whole
+        size = -(-(context + CHUNKS[0]) // decoder.BLOCK) * decoder.BLOCK  # room for a padded last chunk
         cache = lambda: decoder.empty_cache(config, slots, size, weights.norm.dtype)
         empty = lambda: (cache(), jnp.zeros((slots, size), jnp.int32))
         self._cache, self._tokens = jax.jit(empty, out_shardings=sharding.whole(weights.norm.sharding.mesh))()
@@ -94,7 +97,7 @@ class Engine:
         return self.slots - len(self._requests)
 
     def add(self, request: Request) -> int:
-        """Give a request a slot, and return the slot. The context ends its answer too.
+        """Give a request a slot, and return the slot. Its answer also ends when the context is full.
 
         The slot is the free one that has read most of the prompt's beginning, or else the first free one.
         Raises UsageError if the prompt is too long or not of this vocabulary, or if no slot is free.
@@ -118,12 +121,13 @@ class Engine:
         """End the request in `slot`, if there is one."""
         self._requests.pop(slot, None)
 
-    def step(self, most: int = WINDOW) -> dict[int, Piece]:
-        """Read up to AT_ONCE tokens of prompts, then add up to `most` tokens to every row whose prompt is read.
+    def step(self, most: int = MOST_DECODED) -> dict[int, Piece]:
+        """Read chunks of prompts until AT_ONCE tokens or more are read, then decode all rows whose prompts are read.
 
-        Returns the pieces by slot. A row's first token comes alone. A slot whose piece has a finish is free again.
+        Each row gets up to `most` tokens, but only one while any of them waits for its first. Returns the pieces by
+        slot. A slot whose piece has a finish is free again.
         """
-        self.fresh = False
+        self.has_run = True
         budget = AT_ONCE
         unread = lambda slot: len(self._ids[slot]) - 1 - self._read[slot]
         for slot in self._requests:
@@ -133,7 +137,7 @@ class Engine:
         if not live:
             return {}
         is_first = any(len(self._ids[slot]) == len(self._requests[slot].ids) for slot in live)
-        return self._decode(live, 1 if is_first else max(1, min(most, WINDOW)))
+        return self._decode(live, 1 if is_first else max(1, min(most, MOST_DECODED)))
 
     def _prefill(self, slot: int, left: int) -> int:
         """Read a chunk of a prompt of which `left` tokens are unread, and return its size."""
@@ -153,7 +157,7 @@ class Engine:
         batch = _Batch(
             read_B=np.asarray(self._read[:B], np.int32),
             last_B=np.asarray([self._ids[slot][-1] if slot in live else 0 for slot in range(B)], np.int32),
-            left_B=np.asarray([self._left(slot) if slot in live else 0 for slot in range(B)], np.int32),
+            left_B=np.asarray([self._tokens_left(slot) if slot in live else 0 for slot in range(B)], np.int32),
             stop_ids=np.asarray(self.stop_ids or [-1], np.int32),
             sampling=sampling.rows([r.sampling if r else sampling.PRESETS["det"] for r in requests]),
             with_logprobs=np.asarray(any(self._requests[slot].logprobs for slot in live)),
@@ -163,7 +167,7 @@ class Engine:
         out = jax.tree.map(sharding.fetch, out)
         return {slot: self._piece(slot, _Out(*(x[slot] for x in out))) for slot in live}
 
-    def _left(self, slot: int) -> int:
+    def _tokens_left(self, slot: int) -> int:
         request = self._requests[slot]
         return len(request.ids) + request.max_new - len(self._ids[slot])
 
@@ -174,9 +178,9 @@ class Engine:
         self._read[slot] += count  # all but the newest token's latents are in the cache
         logprobs = []
         if request.logprobs:
-            tops = [list(zip(i.tolist(), p.tolist())) for i, p in zip(out.top_ids[:count], out.top[:count])]
+            tops = [list(zip(i.tolist(), p.tolist())) for i, p in zip(out.top_ids[:count], out.top_logprobs[:count])]
             logprobs = [(p, top[: request.logprobs]) for p, top in zip(out.logprobs[:count].tolist(), tops)]
-        finish = "stop" if ids[-1] in self.stop_ids else None if self._left(slot) else "length"
+        finish = "stop" if ids[-1] in self.stop_ids else None if self._tokens_left(slot) else "length"
         if finish:
             del self._requests[slot]
         return Piece(ids, logprobs, finish)
@@ -201,17 +205,17 @@ class _Batch(NamedTuple):
 
 
 class _Out(NamedTuple):
-    tokens: jax.Array  # [B, WINDOW], -1 behind the last
-    logprobs: jax.Array  # [B, WINDOW]
-    top_ids: jax.Array  # [B, WINDOW, TOP]
-    top: jax.Array  # [B, WINDOW, TOP]
+    tokens: jax.Array  # [B, MOST_DECODED], -1 behind the last
+    logprobs: jax.Array  # [B, MOST_DECODED]
+    top_ids: jax.Array  # [B, MOST_DECODED, MOST_ALTERNATIVES]
+    top_logprobs: jax.Array  # [B, MOST_DECODED, MOST_ALTERNATIVES]
 
 
 @functools.partial(jax.jit, static_argnames="c", donate_argnames=("cache", "tokens_BS"))
 def _read_chunk(c: ModelConfig, w, cache, tokens_BS, chunk_1T, start, row):
     """Return the cache and the tokens with a chunk of a prompt at `start` of `row`."""
     T = chunk_1T.shape[1]
-    window = decoder.empty_window(c, 1, max(T, WINDOW), cache["k"].dtype)
+    window = decoder.empty_window(c, 1, max(T, MOST_DECODED), cache["k"].dtype)
     _, window = cpu_decoder.read(c, w, cache, window, chunk_1T, decoder.Place(start[None], 0, row))
     tokens_BS = jax.lax.dynamic_update_slice(tokens_BS, chunk_1T, (row, start))
     return decoder.keep(cache, window, start[None], row), tokens_BS
@@ -220,9 +224,9 @@ def _read_chunk(c: ModelConfig, w, cache, tokens_BS, chunk_1T, start, row):
 @functools.partial(jax.jit, static_argnames="c", donate_argnames=("cache", "tokens_BS"))
 def _decode_some(c: ModelConfig, w, cache, tokens_BS, batch: _Batch):
     """Add tokens to the rows of `batch` until all have ended or `steps` are done; return cache, tokens and output."""
-    read_B, last_B, left_B, stop_ids, drawn, with_logprobs, steps = batch
-    B, most = len(read_B), min(TOP, c.vocab)
-    starts_B = jnp.where(left_B > 0, read_B, 0)  # others need not be read
+    read_B, last_B, left_B, stop_ids, sampling_rows, with_logprobs, steps = batch
+    B, alternatives = len(read_B), min(MOST_ALTERNATIVES, c.vocab)
+    starts_B = jnp.where(left_B > 0, read_B, 0)  # idle rows attend to nothing in the cache
     row_B = jnp.arange(B)
 
     def body(state: tuple) -> tuple:
@@ -230,11 +234,11 @@ def _decode_some(c: ModelConfig, w, cache, tokens_BS, batch: _Batch):
         x_B1D, window = cpu_decoder.read(c, w, cache, window, last_B[:, None], decoder.Place(starts_B, i))
         logits_BV = decoder.logits(w, x_B1D[:, 0])
         lengths_B = starts_B + i + 1
-        next_B = sampling.choose(logits_BV, drawn, tokens_BS[:B], lengths_B)
+        next_B = sampling.choose(logits_BV, sampling_rows, tokens_BS[:B], lengths_B)
         column_B = jnp.where(live_B, lengths_B, tokens_BS.shape[1])  # beyond the last column nothing is written
         tokens_BS = tokens_BS.at[row_B, column_B].set(next_B, mode="drop")
-        computed = lambda: sampling.logprobs(logits_BV, next_B, most)
-        zeros = lambda: (jnp.zeros(B), jnp.zeros((B, most), jnp.int32), jnp.zeros((B, most)))
+        computed = lambda: sampling.logprobs(logits_BV, next_B, alternatives)
+        zeros = lambda: (jnp.zeros(B), jnp.zeros((B, alternatives), jnp.int32), jnp.zeros((B, alternatives)))
         logprobs = jax.lax.cond(with_logprobs, computed, zeros)
         put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x[:, None], i, 1)
         out = jax.tree.map(put, out, _Out(jnp.where(live_B, next_B, -1), *logprobs))
@@ -242,11 +246,14 @@ def _decode_some(c: ModelConfig, w, cache, tokens_BS, batch: _Batch):
         live_B &= ~jnp.isin(next_B, stop_ids) & (i + 1 < left_B)
         return window, tokens_BS, last_B, live_B, out, i + 1
 
+    def goes_on(state: tuple) -> jax.Array:
+        _, _, _, live_B, _, i = state
+        return (i < steps) & live_B.any()
+
     tokens_BS = tokens_BS.at[row_B, jnp.where(left_B > 0, read_B, tokens_BS.shape[1])].set(last_B, mode="drop")
-    tops = jnp.zeros((B, WINDOW, most))
-    out = _Out(jnp.full((B, WINDOW), -1), jnp.zeros((B, WINDOW)), tops.astype(jnp.int32), tops)
-    window = decoder.empty_window(c, B, WINDOW, cache["k"].dtype)
-    goes_on = lambda state: (state[5] < steps) & state[3].any()  # steps are left and rows are live
+    tops = jnp.zeros((B, MOST_DECODED, alternatives))
+    out = _Out(jnp.full((B, MOST_DECODED), -1), jnp.zeros((B, MOST_DECODED)), tops.astype(jnp.int32), tops)
+    window = decoder.empty_window(c, B, MOST_DECODED, cache["k"].dtype)
     state = window, tokens_BS, last_B, left_B > 0, out, jnp.asarray(0)
     window, tokens_BS, _, _, out, _ = jax.lax.while_loop(goes_on, body, state)
     return decoder.keep(cache, window, read_B), tokens_BS, out

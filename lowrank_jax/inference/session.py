@@ -13,7 +13,7 @@ import numpy as np
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.inference.engine import WINDOW, Engine, Piece, Request, prepare
+from lowrank_jax.inference.engine import MOST_DECODED, Engine, Piece, Request, prepare
 from lowrank_jax.inference.sampling import Sampling
 from lowrank_jax.machine import console, sharding
 from lowrank_jax.model import network, precision
@@ -67,7 +67,7 @@ class Model:
         """
         requests = [Request(ids, max_new, Sampling(**sampling, seed=seed + i)) for i, ids in enumerate(prompts)]
         new = [[] for _ in prompts]
-        for i, piece in self.pieces(requests, WINDOW):
+        for i, piece in self.pieces(requests, MOST_DECODED):
             new[i] += piece.ids
         return new
 
@@ -160,7 +160,8 @@ class Writer:
 def answer(model: Model, request: Request, stop: Sequence[str], show: Callable[[str], None]) -> dict:
     """Answer one request, pass each new text to `show`, and return the text, its tokens and their timing."""
     writer, text, ids, logprobs, finish = Writer(model.tokenizer, stop), "", [], [], "stop"
-    if model.engine(1, len(request.ids) + request.max_new).fresh:  # compile first, so that the model alone is timed
+    engine = model.engine(1, len(request.ids) + request.max_new)
+    if not engine.has_run:  # compile first, so that the model alone is timed
         for _ in model.pieces([dataclasses.replace(request, ids=[model.tokenizer.bos] * len(request.ids))], most=1):
             break
     started = first = time.monotonic()

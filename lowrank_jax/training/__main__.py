@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from itertools import product
 
 from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
@@ -41,7 +40,7 @@ def command(argv: list[str]) -> dict:
         raise UsageError("--config=FILE is missing; only a clone of the repository has the made-up run's defaults")
     folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="verify_resume_")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    arms, pairs = [], list(product(args.precisions.split(","), args.optimizers.split(",")))
+    arms, pairs = [], [(p, o) for p in args.precisions.split(",") for o in args.optimizers.split(",")]
     for precision, optimizer in pairs:
         name, kills = f"{precision}-{optimizer}", math.ceil(args.kills / len(pairs))
         settings = [] if args.config else verify_resume.tiny_settings(folder, precision)

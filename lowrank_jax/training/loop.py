@@ -14,7 +14,7 @@ import jax
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream
-from lowrank_jax.machine import agreement, faults, processes, sharding
+from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say
 from lowrank_jax.machine.interrupt import Interrupted
@@ -39,19 +39,20 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
         reading = background.submit(read_data)
-        if old is None:  # a new run starts with an evaluation, which reports a failure of this
+        if old is None:  # a new run evaluates first, and that raises what fails in here
             background.submit(phase.compile_measure, config, plan)
         background.shutdown(wait=False)
-        signals, first, fits = Signals(received), None, []
-        data_failed = lambda: processes.count() == 1 and reading.done() and reading.exception()  # else the others wait
-        stop = lambda: signals.agreed > 0 or bool(data_failed())
-        ledger, newest = run_folder.read_rows(folder, "events.jsonl"), run_folder.newest_checkpoint(folder)
-        programs = stack.enter_context(contextlib.closing(Programs(config, plan, ledger, stop)))
+        signals, go_back, fits = Signals(received), start.Recovery(), []
+        # With several processes, one that stopped alone would leave the others waiting.
+        data_failed = lambda: processes.count() == 1 and reading.done() and reading.exception()
+        should_stop = lambda: signals.agreed > 0 or bool(data_failed())
+        events, newest = run_folder.read_rows(folder, "events.jsonl"), run_folder.newest_checkpoint(folder)
+        programs = stack.enter_context(contextlib.closing(Programs(config, plan, events, should_stop)))
         with contextlib.suppress(Interrupted):  # after a signal the loop stops before its first step
             fits = programs.fit_all(newest or 0)
         if newest is None:
             params = start.first_params(config, plan.mesh, reading.result)
-            first = step.first_state(config, params, 0, plan.mesh), Progress()
+            go_back.start = step.first_state(config, params, 0, plan.mesh), Progress()
         table, tok = forecast.table(forecast.describe(config, plan, fits)), reading.result()
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
@@ -60,14 +61,14 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
-        r = Run(config, tok, folder, plan, programs, checkpoints, signals, first)
+        r = Run(config, tok, folder, plan, programs, checkpoints, signals, go_back)
         state, progress = start.restore(r)
-        run_folder.write_config(folder, config)  # only now is it certain that the run can go on with it
+        run_folder.write_config(folder, config)  # everything that can refuse the config has passed
         changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or config, config)]
         on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(plan.mesh.shape)}
         run_folder.log_event(folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
         for fit in fits:
-            if fit.seconds:  # it is not from the ledger
+            if fit.seconds:  # compiled now, not read from events.jsonl
                 _log_compile(r, fit)
         finish = _train(r, state, progress)
         if processes.is_first():
@@ -82,16 +83,16 @@ def _log_compile(r: Run, fit: memory.Fit) -> None:
     facts |= memory.fit_conditions(r.config, r.plan.mesh, fit.limit_bytes)
     run_folder.log_event(r.folder, "compile", fit.stage.start, **facts)
     if fit.note:
-        say(f"{fit.stage.name}: chunked attention, as {fit.note}")
+        say(f"{fit.stage.name}: attention falls back to chunked, because {fit.note}")
 
 
 def _train(r: Run, state: TrainState, progress: Progress) -> dict:
-    """Train to the end and return the finish event; after a lack of memory, go on with fewer rows at once."""
+    """Train to the end and return the finish event; after running out of memory, go on with a smaller microbatch."""
     recovers = False
     while True:
         with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step)) as meter:
             if recovers:
-                _save(r, meter, state, progress)  # a kill from now on still resumes with fewer rows
+                _save(r, meter, state, progress)  # a kill from now on resumes with the smaller microbatch
             try:
                 state, progress = _loop(r, meter, state, progress)
                 break
@@ -109,11 +110,11 @@ def _train(r: Run, state: TrainState, progress: Progress) -> dict:
 
 def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[TrainState, Progress]:
     """Train step by step to the end of the plan. Everything due follows from the progress and the run's files."""
-    phase_name, last_save, measure_of = None, time.monotonic(), functools.cache(lambda name: phase.measure(r, name))
+    phase_name, last_save, evaluator_of = None, time.monotonic(), functools.cache(lambda name: phase.measure(r, name))
     done = {tuple(m) for m in agreement.on_first(lambda: sorted(run_folder.milestones(r.folder)))}
     with contextlib.ExitStack() as feeds:
         while True:
-            if r.stopping:  # checked after everything that takes long
+            if r.stopping:  # every branch that takes long comes back to this line
                 _save(r, meter, state, progress)
                 r.checkpoints.wait()
                 run_folder.log_event(r.folder, "preempt", progress.step, signal=r.signals.agreed)
@@ -123,12 +124,14 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             stage = stage_at(r.plan.stages, progress.step)
             if stage.phase != phase_name and progress.step < r.plan.end:
                 feeds.close()
-                state, batches = _enter_phase(r, stage, state, progress, meter)  # reads ahead during the evaluation
+                state, batches = _enter_phase(
+                    r, stage, state, progress, meter
+                )  # before the evaluation, which reads no batches
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
             if due := [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]:
                 done.add(due[0])
-                _reach(r, due[0], state, progress, meter, measure_of)
+                _reach(r, due[0], state, progress, meter, evaluator_of)
                 continue
             if progress.step == r.plan.end:
                 return state, progress
@@ -150,9 +153,9 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             faults.run_out_of_memory(progress.step, state)
             state, metrics = r.programs.running.program(state, batch)  # `step.train_step`, compiled
             meter.add(r.programs.running.fitted, progress, metrics)
-            if r.start:  # that was the program's first step
+            if r.recovery.start:  # that was the program's first step
                 meter.end_switch(r.programs.running)
-                r.start = None
+                r.recovery.start = None
                 r.programs.first_step_done()
             if _is_time_to_save(r, stage, progress, last_save, metrics):
                 progress = _save(r, meter, state, progress)
@@ -160,9 +163,9 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
 
 
 def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter):
-    """Return (state, feed of batches) for the stage's phase; a phase starts with an optimizer without memory."""
+    """Return (state, feed of batches) for the stage's phase; a phase starts with a fresh optimizer state."""
     if progress.step == stage.phase_start:
-        if progress.step:  # the run's first state has no memory yet
+        if progress.step:  # the run's first state is fresh
             state, old = step.first_state(r.config, state.weights, progress.step, r.plan.mesh), state
             jax.tree.map(lambda x: x.delete(), old)  # callers still refer to it
         run_folder.log_event(r.folder, "phase", progress.step, phase=stage.phase)
@@ -171,16 +174,16 @@ def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, me
     return state, phase.feed(r, stage, progress, lambda: meter.step)
 
 
-def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, meter: Meter, measure_of) -> None:
+def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, meter: Meter, evaluator_of) -> None:
     """Evaluate, or end a phase. An evaluation that a signal interrupts is repeated after the resume."""
     kind, name, at_step = milestone
     meter.flush()
     stage = stage_at([s for s in r.plan.stages if s.phase == name], at_step)
     if kind == "end":
         phase.end(r, stage, state.weights, progress)
-    elif measure := measure_of(name):
+    elif evaluate := evaluator_of(name):
         with contextlib.suppress(Interrupted):
-            meter.log_eval(stage, at_step, measure(state.weights, stop=lambda: r.stopping))
+            meter.log_eval(stage, at_step, evaluate(state.weights, stop=lambda: r.stopping))
     meter.restart_clock()
 
 
@@ -193,22 +196,22 @@ def _switch_program(r: Run, stage: Stage, state: TrainState, progress: Progress,
     meter.begin_switch()
     if r.programs.switch_to(stage):
         _log_compile(r, r.programs.running)
-    r.start = jax.tree.map(sharding.to_host, state), progress
+    r.recovery.hold(state, progress)
     meter.restart_clock()
 
 
 def _is_time_to_save(r: Run, stage: Stage, progress: Progress, last_save: float, metrics: dict) -> bool:
     """Return True every so many steps or minutes and at the end of a phase; all processes decide alike."""
     every = r.config.every
-    is_late = bool(every.save_minutes) and (time.monotonic() - last_save) / 60 >= every.save_minutes
-    is_late = r.signals.exchange(is_late, metrics["loss"])
+    is_due = bool(every.save_minutes) and (time.monotonic() - last_save) / 60 >= every.save_minutes
+    is_due = r.signals.exchange(is_due, metrics["loss"])
     ends_phase = progress.step == stage.phase_start + stage.phase_steps
-    return is_late or ends_phase or progress.step % every.save == 0
+    return is_due or ends_phase or progress.step % every.save == 0
 
 
 def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progress:
     """Start writing a checkpoint; return the progress that it holds, of all processes."""
-    meter.flush()  # every loss up to this step is known
+    meter.flush()  # a loss that ends the run must end it before its step is saved
     started = time.monotonic()
     if progress.cursor:  # each process knows only its own part of the data
         cursor = stream.merge(agreement.gather(progress.cursor))

@@ -1,4 +1,7 @@
-"""Recovery of a run: with fewer rows at once after a lack of memory, and in bf16 where fp8 is off."""
+"""Recovery of a run: with a smaller microbatch after running out of memory, and in bf16 where fp8 is off.
+
+The state to go back to is that of `start.Recovery`.
+"""
 
 import jax
 
@@ -16,7 +19,7 @@ LOSS_LIMIT, GRADIENT_LIMIT = 0.01, 0.25
 
 
 def lower_cap(r: Run, step: int, error: jax.errors.JaxRuntimeError) -> None:
-    """Halve the rows at once, after the step that follows `step` ran out of memory, and log it.
+    """Halve the microbatch, after the step that follows `step` ran out of memory, and log it.
 
     All processes agree on the lowest cap first. Raises RunFailure where nothing can be made smaller, where the other
     processes did not run out of memory and wait in the step, or where the error is of another kind.

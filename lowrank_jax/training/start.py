@@ -18,9 +18,30 @@ from lowrank_jax.training.plan import Plan, Progress, stage_at
 from lowrank_jax.training.programs import Programs
 
 
-@dataclass
+class Recovery:
+    """The (state, progress) to go back to until a program's first step is done; None after it.
+
+    Only that step shows a program's true need of memory, and a failed step has consumed the state. A later failure goes
+    back to the newest checkpoint.
+    """
+
+    start: tuple | None = None
+
+    def hold(self, state: step.TrainState, progress: Progress) -> None:
+        """Copy the state to host memory."""
+        self.start = jax.tree.map(sharding.to_host, state), progress
+
+    def take(self) -> tuple[step.TrainState, Progress] | None:
+        """Return (state on the devices, progress), and forget both."""
+        start, self.start = self.start, None
+        return start and jax.tree.map(
+            lambda x: x() if callable(x) else x, start
+        )  # a first state never left the devices
+
+
+@dataclass(frozen=True)
 class Run:
-    """The parts of a run while a process trains."""
+    """The parts of a run, which stay the same while a process trains."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -29,10 +50,7 @@ class Run:
     programs: Programs
     checkpoints: Checkpoints
     signals: Signals
-    # The (state, progress) to go back to until a program's first step is done, and None after it: only that step shows
-    # a program's true need of memory, and a failed step has consumed the state. A later failure goes back to the newest
-    # checkpoint. The state is in host memory; a new run's first one is on the devices.
-    start: tuple | None = None
+    recovery: Recovery
 
     @property
     def stopping(self) -> bool:
@@ -89,13 +107,13 @@ def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Toke
 def restore(r: Run) -> tuple[step.TrainState, Progress]:
     """Return the newest state and its progress, and drop the metrics of later steps and the signals sent after them.
 
-    The state is `r.start`, or else the newest checkpoint, or else a new run's first state. Raises UsageError where the
-    config contradicts steps that are done.
+    The state is that of `r.recovery`, or else the newest checkpoint, or else a new run's first state. Raises UsageError
+    where the config contradicts steps that are done.
     """
     r.signals.forget()
-    mesh, from_memory, r.start = r.plan.mesh, r.start, None
+    mesh, from_memory = r.plan.mesh, r.recovery.take()
     if from_memory:
-        state, progress = jax.tree.map(lambda x: x() if callable(x) else x, from_memory)
+        state, progress = from_memory
     elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True):
         state, progress = restored
     else:

@@ -55,8 +55,7 @@ def verify_arms(folder: pathlib.Path, arms: list[Arm], seed: int) -> list[dict]:
             row = identity | verify(arm)
             run_folder.append(str(folder), "results.jsonl", row)
         rows.append(row)
-        lines = (table_row(row["arm"], [row]), ", ".join(row["notes"][:5]), row["why"])
-        print("\n  ".join(filter(None, lines)), flush=True)
+        print(table_row(row["arm"], [row]), *row["notes"][:5], *row["why"].splitlines(), sep="\n  ", flush=True)
     print(table_row("all", rows), flush=True)
     return rows
 
@@ -97,18 +96,16 @@ def verify(arm: Arm) -> dict:
                 shutil.rmtree(home / "checkpoints")
     except RunFailure as e:
         why = f"run {runs}: {e}" if runs else f"left alone: {e}"
-    weakening = (e for e in events_of(reference) if e["event"] in ("fallback", "oom", "skip"))
-    notes = [f"{event['event']} at step {event['step']}" for event in weakening]
+    events = [event for event in events_of(reference) if event["event"] in ("fallback", "oom", "skip")]
+    notes = [f"{event['event']} at step {event['step']}" for event in events]
     return {"equal": not why, "why": why, "notes": notes, "runs": runs, "resumed": resumed, "struck": arm.struck}
 
 
 def due_faults(reference: pathlib.Path, kills: int) -> dict[str, int]:
-    """Return the injected kills, at most half of all, in the order of the steps that are done before they strike."""
-    stages = stages_of(run_folder.read_config(str(reference)))
-    due, names = [("kill@save=1", 0)], itertools.cycle(("term", "kill"))
-    for stage in sorted(stages[1:], key=lambda stage: stage.start != stage.phase_start):  # SFT is first
-        due.append((f"{next(names)}@step={stage.start + 1}", stage.start))
-    return dict(sorted(due[: (kills + 1) // 2], key=lambda fault: fault[1]))
+    """Return the injected kills, at most half of all and SFT's first, by the steps that are done before them."""
+    stages = sorted(stages_of(run_folder.read_config(str(reference)))[1:], key=lambda s: s.start != s.phase_start)
+    later = [(f"{kind}@step={s.start + 1}", s.start) for s, kind in zip(stages, itertools.cycle(("term", "kill")))]
+    return dict(sorted([("kill@save=1", 0), *later][: (kills + 1) // 2], key=lambda fault: fault[1]))
 
 
 def train(arm: Arm, home: pathlib.Path) -> dict:
@@ -129,7 +126,7 @@ def train(arm: Arm, home: pathlib.Path) -> dict:
     with open(stderr, "w") as f, subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=f) as process:
         try:
             if limit and arm.wanted - len(arm.struck) > len(arm.faults):
-                kills |= strike(arm, process, events)
+                kills |= strike(arm, process, events, launched + limit)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit)
             status = process.returncode
@@ -141,19 +138,23 @@ def train(arm: Arm, home: pathlib.Path) -> dict:
     if status == 0 and last["event"] == "finish":
         return {}
     if status in kills and (status < 0 or is_saved):
-        steps = [row["step"] for row in run_folder.read_rows(str(home), "metrics.jsonl")]
-        return kills[status] | {"step": max(steps, default=0)}
+        rows = run_folder.read_rows(str(home), "metrics.jsonl")
+        return kills[status] | {"step": max((row["step"] for row in rows), default=0)}
     why = f"exit status {status}, expected {sorted(kills) or 0}; last event: {last}, saved: {is_saved}"
     why = f"the process has not ended after {limit:.0f} s" if status is None else why
     raise RunFailure("\n    ".join([why, *stderr.read_text(errors="replace").splitlines()[-12:]]))
 
 
-def strike(arm: Arm, process: subprocess.Popen, events) -> dict[int, dict]:
+def strike(arm: Arm, process: subprocess.Popen, events, deadline: float) -> dict[int, dict]:
     """Send the rarer signal at a random moment; return the exit statuses that may follow, with the kill's facts."""
     sent = [kill["signal"] for kill in arm.struck]
     number = min(signal.SIGKILL, signal.SIGTERM, key=lambda number: (sent.count(number.name), arm.draw.random()))
-    in_training = arm.start_up + arm.draw.uniform(0, 2 * arm.training / (arm.wanted + 1))
-    pause = in_training if arm.draw.random() < 0.8 else arm.draw.uniform(0, arm.start_up)
+    is_early = arm.draw.random() < 0.2  # the others come once training goes on
+    pause = arm.draw.uniform(0, arm.start_up if is_early else 2 * arm.training / (arm.wanted + 1))
+    while not (is_early or any(event["event"] == "stage" for event in events())):
+        if process.poll() is not None or time.time() > deadline:
+            return {}
+        time.sleep(0.05)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(pause)
         return {}

@@ -109,9 +109,9 @@ def table(mutations: list[dict], outcomes: dict[str, dict]) -> str:
     return f"""# Mutations
 
 Do the tests fail when the code is wrong? `python scripts/studies/mutate.py` breaks the code in {len(rows)} ways, each a
-change that a user would notice, and runs the tests that should fail. Most were written with these tests. The 72
-of the area `blind` were written from the code alone, by somebody who had not read the tests: 57 were noticed at first,
-and the others have tests since.
+change that a user would notice, and runs the tests that should fail. In the area `blind`,
+72 mutations were chosen without reading the tests. 57 of them were caught at first, and the other 15 have tests since.
+Most mutations of the other areas were written together with the tests.
 
 **{counts[True]} of {len(rows)} mutations fail at least one test.**
 

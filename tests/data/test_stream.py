@@ -429,7 +429,7 @@ def test_a_mistake_in_the_data_reaches_the_reader_of_the_batch(make, tmp_path, o
 
 
 def test_a_read_that_hangs_can_be_left(monkeypatch):
-    monkeypatch.setattr(stream, "PATIENCE", 0.01)
+    monkeypatch.setattr(stream, "SIGNAL_POLL_SECONDS", 0.01)
     over = threading.Event()
     hanging = types.SimpleNamespace(next=lambda *_: over.wait(60), cursor=dict, close=lambda: None)
     batches = stream.Feed(hanging, range(9), lambda step: (), lambda step, batch: batch)

@@ -12,7 +12,7 @@ from test_network import full, jit, make, toy
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference import engine, quantize
-from lowrank_jax.inference.engine import CHUNKS, REUSED, WINDOW, Engine, Request
+from lowrank_jax.inference.engine import CHUNKS, MOST_DECODED, REUSED, Engine, Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs
@@ -86,7 +86,7 @@ def together() -> Engine:
 def test_a_greedy_answer_is_the_argmax_of_the_full_forward_pass(alone):
     c, params, _ = weights()
     ids = prompt(CHUNKS[0] + 40)
-    (new,) = answers(alone, [(ids, 3 * WINDOW, GREEDY)])
+    (new,) = answers(alone, [(ids, 3 * MOST_DECODED, GREEDY)])
     logits = np.asarray(full(c, params, np.asarray([ids + new])))[0]
     assert new == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
@@ -95,14 +95,14 @@ def test_repeats_are_found_up_to_the_newest_token_and_in_a_reused_beginning(alon
     c, params, _ = weights()
     ids = prompt(CHUNKS[0] + 40)
     answers(alone, [([*ids, *prompt(200)], 1, GREEDY)])
-    (new,) = answers(alone, [(ids, 3 * WINDOW, Sampling(temperature=0.0, no_repeat_ngram=2))])
+    (new,) = answers(alone, [(ids, 3 * MOST_DECODED, Sampling(temperature=0.0, no_repeat_ngram=2))])
     logits = np.asarray(full(c, params, np.asarray([ids + new])))[0].copy()
     expected = []
     for at in range(len(ids), len(ids + new)):
         context = (ids + new)[:at]
         logits[at - 1, [b for a, b in zip(context, context[1:]) if a == context[-1]]] = -np.inf
         expected.append(logits[at - 1].argmax())
-    assert new == expected and len(new) == 3 * WINDOW
+    assert new == expected and len(new) == 3 * MOST_DECODED
 
 
 @settings(max_examples=8)

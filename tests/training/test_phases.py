@@ -74,7 +74,7 @@ def begin(config_of, tok, tmp_path):
         def run_and_meter(config: RunConfig | None = None, folder: str = str(tmp_path), **parts) -> tuple[Run, Meter]:
             config = config or config_of()
             saved, plan = stack.enter_context(Checkpoints(folder)), Plan(stages_of(config), sharding.one_device())
-            r = dataclasses.replace(Run(config, tok, folder, plan, None, saved, Signals([])), **parts)
+            r = dataclasses.replace(Run(config, tok, folder, plan, None, saved, Signals([]), start.Recovery()), **parts)
             return r, stack.enter_context(contextlib.closing(Meter(config, folder, END, SWITCH)))
 
         yield run_and_meter
@@ -194,11 +194,11 @@ def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run,
         cursor = {"sources": [source.spec for source in r.config.pretrain.sources]}
         expected_progress = dataclasses.replace(AT_SWITCH, step=in_memory, precision="bf16", cursor=cursor)
         expected = random_state(r.config, in_memory, seed=1)
-        r.start = jax.tree.map(sharding.to_host, expected), expected_progress
+        r.recovery.hold(expected, expected_progress)
     for at_step in range(1, END + 1):
         run_folder.append(folder, "metrics.jsonl", {"step": at_step})
     state, progress = start.restore(r)
-    assert bits(state) == bits(expected) and progress == expected_progress and r.start is None
+    assert bits(state) == bits(expected) and progress == expected_progress and r.recovery.start is None
     assert [x.sharding for x in jax.tree.leaves(state)] == [x.sharding for x in jax.tree.leaves(expected)]
     steps = [row["step"] for row in run_folder.read_rows(folder, "metrics.jsonl")]
     assert steps and max(steps) == progress.step

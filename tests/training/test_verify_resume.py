@@ -67,16 +67,16 @@ def event(name: str, step: int = 3) -> str:
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Train with a shell script in place of the trainer, which is signalled after `pause` seconds."""
+    """Train with a shell script as the trainer, signalled after `pause` seconds; in start-up too at a `chance` of 0."""
 
-    def train(script: str, pause: float = math.inf, fault: str = "", struck: str = "SIGKILL") -> dict:
+    def train(script: str, pause: float = math.inf, fault: str = "", struck: str = "SIGKILL", chance=0.0) -> dict:
         (tmp_path / "trainer").write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / "trainer").chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(tmp_path / "trainer"))
         monkeypatch.setattr(verify_resume, "PATIENCE", 1.0)
         (tmp_path / "arm").mkdir()
         draw = random.Random(0)
-        draw.uniform = lambda low, high: pause
+        draw.random, draw.uniform = lambda: chance, lambda low, high: pause
         wanted = 2 if pause < math.inf else 1
         arm = verify_resume.Arm(tmp_path / "arm", [], wanted, draw, training=0.001, struck=[{"signal": struck}])
         arm.faults = {fault: 0} if fault else {}
@@ -85,9 +85,10 @@ def train(tmp_path, monkeypatch):
     return train
 
 
-def test_a_process_that_hangs_is_a_failure(train):
+@pytest.mark.parametrize("pause", [math.inf, 0.1], ids=["without a signal", "before its signal"])
+def test_a_process_that_hangs_is_a_failure(train, pause):
     with pytest.raises(RunFailure, match="the process has not ended after 1 s\n    last words"):
-        train("echo last words >&2; exec sleep 60")
+        train("echo last words >&2; exec sleep 60", pause, chance=1.0)
 
 
 DEATHS = {
@@ -114,7 +115,7 @@ def test_sigterm_before_its_handler_is_a_kill(train):
 
 
 def test_sigkill_while_training_is_a_kill(train):
-    facts = train(event("stage") + "exec sleep 60", 0.5, struck="SIGTERM")
+    facts = train(event("stage") + "exec sleep 60", 0.5, struck="SIGTERM", chance=1.0)
     assert facts == {"signal": "SIGKILL", "where": "training", "by": "chance", "step": 0}
 
 
@@ -142,7 +143,7 @@ def test_a_run_that_is_killed_passes(study):
     assert arm["struck"][0].items() >= {"signal": "SIGKILL", "where": "save", "by": "kill@save=1", "step": 2}.items()
     assert arm["struck"][1].items() >= {"signal": "SIGTERM", "by": "chance"}.items()
     starts = [row for row in rows_of(folder / "fp32-adamw" / "killed1" / "events.jsonl") if row["event"] == "start"]
-    assert len(starts) >= 2 and starts[1]["step"] == 0  # the first save was killed, and all was trained again
+    assert [row["step"] for row in starts[:2]] in ([0, 0], [0, 2])  # rarely, the killed save was done already
 
 
 @slow

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.inference.engine import TOP, Piece, Request
+from lowrank_jax.inference.engine import MOST_ALTERNATIVES, Piece, Request
 from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
 from lowrank_jax.inference.session import Writer
 
@@ -118,12 +118,12 @@ class Chat(Body):
     messages: list[Message] = _field(..., "a list of messages, at least one", min_length=1, fail_fast=True)
     max_completion_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
     logprobs: bool = _field(False, "true or false")
-    top_logprobs: int = _field(0, f"an integer from 0 to {TOP}", ge=0, le=TOP)
+    top_logprobs: int = _field(0, f"an integer from 0 to {MOST_ALTERNATIVES}", ge=0, le=MOST_ALTERNATIVES)
 
 
 class Completion(Body):
     prompt: Prompts = _field(..., PROMPTS)
-    logprobs: int | None = _field(None, f"an integer from 0 to {TOP}", ge=0, le=TOP)
+    logprobs: int | None = _field(None, f"an integer from 0 to {MOST_ALTERNATIVES}", ge=0, le=MOST_ALTERNATIVES)
 
     def prompts(self) -> list[str | list[int]]:
         return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
