@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -95,7 +96,7 @@ def test_tokens_per_second_are_those_since_the_row_before_without_what_was_not_t
 
 
 def test_mfu_is_the_models_flops_over_what_all_devices_could_have_done(start, clock, tmp_path, monkeypatch):
-    monkeypatch.setattr(meter.devices, "peak_flops", lambda: 1e6)
+    monkeypatch.setattr(meter.devices, "chip", lambda device: types.SimpleNamespace(peak_flops=1e6))
     monkeypatch.setattr(meter.jax, "device_count", lambda: 4)
     monkeypatch.setattr(meter.costs, "train_flops_per_token", lambda model, length: 100.0 * length)
     m, (short, long) = start(log=1)
