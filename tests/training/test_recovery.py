@@ -26,8 +26,7 @@ def events(folder, *kinds: str) -> list[dict]:
 
 
 def finish(folder) -> dict:
-    (event,) = events(folder, "finish")
-    return event
+    return events(folder, "finish")[-1]
 
 
 def losses(folder) -> list[tuple]:
