@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 
@@ -94,8 +95,8 @@ def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
         with jax.set_mesh(r.plan.mesh):
             new, difference = model.checked_sample(ids, SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
-        if difference > session.DECODE_TOLERANCE:
-            log("decode_differs", difference=difference)
+        if not difference <= session.DECODE_TOLERANCE:  # also where it is NaN, which JSON does not have
+            log("decode_differs", difference=difference if math.isfinite(difference) else None)
             say(
                 f"warning: decoding with the cache differs from the forward pass by {difference:.2g} nats per token; "
                 "generated text is not the model's. Does inference/decoder.py know every option of config.model?"

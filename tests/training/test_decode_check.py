@@ -54,3 +54,10 @@ def test_a_decoder_that_ignores_a_part_of_the_network_gets_one_warning_and_an_ev
     assert (event["step"], event["phase"]) == (3, "pretrain") and event["difference"] > session.DECODE_TOLERANCE
     assert f"differs from the forward pass by {event['difference']:.2g} nats per token" in warning
     assert "sample" in events and lines.index(warning) < lines.index("step 3: a sample after pretrain")
+
+
+def test_a_decoder_that_gives_no_numbers_gets_the_warning_too(end_phase, monkeypatch):
+    broken = lambda params: jax.tree.map(lambda w: w * jnp.nan, params)
+    monkeypatch.setattr(session, "prepare", lambda c, params, kind: engine.prepare(c, broken(params), kind))
+    lines, events = end_phase("fp32")
+    assert "forward pass by nan nats per token" in " ".join(lines) and events["decode_differs"]["difference"] is None

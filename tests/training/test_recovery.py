@@ -26,7 +26,8 @@ def events(folder, *kinds: str) -> list[dict]:
 
 
 def finish(folder) -> dict:
-    return events(folder, "finish")[-1]
+    (event,) = events(folder, "finish")
+    return event
 
 
 def losses(folder) -> list[tuple]:

@@ -142,7 +142,9 @@ def test_a_run_that_is_killed_passes(study):
     assert result["equal"] and result["kills"] == 2 and arm["arm"] == "fp32-adamw"
     kills = {kill["by"]: kill for kill in arm["struck"]}  # a slow start may meet chance first
     assert kills["kill@save=1"].items() >= {"signal": "SIGKILL", "where": "save", "step": 2}.items()
-    assert set(kills) == {"kill@save=1", "chance"} and kills["chance"]["signal"] in ("SIGKILL", "SIGTERM")
+    assert set(kills) == {"kill@save=1", "chance"}
+    if arm["struck"][0]["by"] == "kill@save=1":  # chance takes the rarer signal
+        assert kills["chance"]["signal"] == "SIGTERM"
     starts = [row for row in rows_of(folder / "fp32-adamw" / "killed1" / "events.jsonl") if row["event"] == "start"]
     assert [row["step"] for row in starts[:2]] in ([0, 0], [0, 2])  # rarely, the killed save is done already
 
