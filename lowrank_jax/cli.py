@@ -20,7 +20,7 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from lowrank_jax.config import RunConfig, RunFailure, UsageError
+from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
 from lowrank_jax.machine import processes, startup
 from lowrank_jax.machine.console import ABANDONED
 
@@ -35,9 +35,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
 
+    def add_path(self, flag: str, **options):
+        """Add a flag that takes a local path, with its `~` expanded."""
+        self.add_argument(flag, type=lambda text: local_path(text, flag), **options)
+
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
-        self.add_argument("--config", metavar="FILE", help="such as configs/custom.py or configs/preset.py:base")
+        self.add_path("--config", metavar="FILE", help="such as configs/custom.py or configs/preset.py:base")
         self.epilog = "any key of the config can be set with --config.group.key=value; configs/default.py lists them"
         args, rest = self.parse_known_args(argv)
         if args.config is None:
@@ -47,12 +51,15 @@ class Parser(argparse.ArgumentParser):
 
 def read_config(config_args: list[str]) -> RunConfig:
     """Return the checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line."""
-    path = config_args[0].removeprefix("--config=")
+    path = local_path(config_args[0].removeprefix("--config="), "--config")
     if not os.path.isfile(path.split(":")[0]):
         raise UsageError(f"--config={path}: no such file")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
-    argv, sys.argv = sys.argv, ["lowrank_jax", *config_args]  # config_flags looks for overrides in sys.argv
+    argv, sys.argv = (
+        sys.argv,
+        ["lowrank_jax", f"--config={path}", *config_args[1:]],
+    )  # config_flags looks for overrides in sys.argv
     try:
         unused = values(sys.argv)[1:]
         config = values["config"].value.to_dict()

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass
@@ -180,13 +181,16 @@ class RunConfig:
         _check_values(config, "config")
         for name in ("model", "mesh", "optim", "tokenizer", "every"):
             _check_values(getattr(config, name), f"config.{name}")
-        path, size = config.tokenizer.path, config.tokenizer.vocab_size
+        path, size = local_path(config.tokenizer.path, "config.tokenizer.path"), config.tokenizer.vocab_size
         _require(path or size >= 1, f"config.tokenizer.vocab_size={size} must be at least 1")
         _check_model(config.model)
         _check_phase(config.pretrain, "config.pretrain")
         if config.sft.steps != 0:
             _check_phase(config.sft, "config.sft")
-        return config
+        init_from = local_path(config.init_from, "config.init_from")
+        return dataclasses.replace(
+            config, init_from=init_from, tokenizer=dataclasses.replace(config.tokenizer, path=path)
+        )
 
     def to_dict(self) -> dict:
         """Return plain nested values that `from_dict` takes back."""
@@ -197,6 +201,19 @@ class RunConfig:
         if self.model.vocab not in (0, vocab):
             raise UsageError(f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
+
+
+def local_path(text: str | os.PathLike, what: str) -> str:
+    """Return a path with its `~` or `~user` expanded; raises UsageError for anything but a local path."""
+    text = os.fspath(text)
+    if re.match(r"\s*[A-Za-z][\w+.-]*:/", text):
+        raise UsageError(f"{what}={text:.200} is no local path, and only local paths are supported; copy or mount it")
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UsageError(f"{what}={text:.200} names no home folder; write ./{text:.200} for a folder of that name")
+    if "\0" in path:
+        raise UsageError(f"{what}={text[:200]!r} has a NUL character, which no path can have")
+    return path
 
 
 def _build(cls, values, path: str):

@@ -16,7 +16,7 @@ from lowrank_jax.training.trained import Trained, open_run
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_path("--workdir", required=True, help="the run")
     parser.add_argument("--lengths", default="", help="sequence lengths: 256,512,1024 (default: the longest trained)")
     parser.add_argument("--data", default="", help="a source to use instead of the held-out part of pretraining")
     parser.add_argument("--tokens", type=int, default=0, help="number of tokens (default: the config's eval_tokens)")

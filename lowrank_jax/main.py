@@ -14,7 +14,7 @@ from lowrank_jax.training import loop  # noqa: E402, which import JAX
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run's folder; a run in it is resumed")
+    parser.add_path("--workdir", required=True, help="the run's folder; a run in it is resumed")
     many = parser.add_argument_group("many processes", "the same command on each host, in a folder that all see")
     many.add_argument("--coordinator", default="", metavar="HOST:PORT", help="the first process's host and a free port")
     many.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")

@@ -3,13 +3,14 @@
 import copy
 import json
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.config import RunConfig, UsageError, local_path
 
 DEFAULTS = default.get_config().to_dict()
 GROW = {"pretrain.auto_grow": True, "pretrain.block": 256, "pretrain.tokens_per_step": 49_152}
@@ -295,6 +296,36 @@ def test_the_tokenizers_size_fills_a_vocab_of_0_and_must_equal_any_other():
     assert built(vocab=257).with_vocab(257).model.vocab == 257
     with pytest.raises(UsageError, match=r"config\.model\.vocab=300"):
         built(vocab=300).with_vocab(257)
+
+
+SCHEMES = [
+    "s3://bucket/x",
+    "gs://b",
+    "memory://x",
+    "file:///tmp/x",
+    "hf://o/n",
+    "HTTPS://host/x",
+    "s3:/bucket/x",
+    " gs://b",
+]
+
+
+@pytest.mark.parametrize("text", [*SCHEMES, "~nobody-of-that-name/x", "a\0b"])
+def test_only_local_paths_are_taken(text):
+    with pytest.raises(UsageError, match="^--flag=[^\n]+$"):
+        local_path(text, "--flag")
+    for key in ("init_from", "tokenizer.path"):
+        assert rejection({key: text}).startswith(f"config.{key}=")
+
+
+def test_a_home_folder_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [local_path(text, "x") for text in ("~", "~/a b", "/a/~", "./~/x", "org/name", "")] == [
+        "/home/me", "/home/me/a b", "/a/~", "./~/x", "org/name", "",
+    ]  # fmt: skip
+    assert local_path("~root/x", "x") == os.path.expanduser("~root/x") != "~root/x"
+    config = RunConfig.from_dict(changed({"init_from": "~/runs/a", "tokenizer.path": "~/t"}))
+    assert (config.init_from, config.tokenizer.path) == ("/home/me/runs/a", "/home/me/t")
 
 
 junk = st.one_of(

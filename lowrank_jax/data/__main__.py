@@ -22,9 +22,9 @@ def tokenize(argv: list[str]) -> dict:
     """
     parser = cli.Parser(tokenize.__doc__)
     flag = parser.add_argument
-    flag("--tokenizer", required=True, help="a run's tokenizer folder, a SentencePiece model, a tokenizer.json")
+    parser.add_path("--tokenizer", required=True, help="a run's folder of it, a SentencePiece model, a tokenizer.json")
     flag("--sources", required=True, help="what to read, such as text:my/*.txt,json:more.jsonl")
-    flag("--out", required=True, help="a folder to create")
+    parser.add_path("--out", required=True, help="a folder to create")
     flag("--chats", action="store_true", help="for SFT: only what the assistant says carries weight")
     flag("--shards", type=int, default=0, help="files to write (default: by the size of the sources)")
     flag("--workers", type=int, default=0, help="processes (default: one per core); the shards do not depend on it")
@@ -55,7 +55,7 @@ def learn_tokenizer(argv: list[str]) -> dict:
     parser.add_argument("--sources", required=True, help="what to learn from, such as text:my/*.txt,json:more.jsonl")
     parser.add_argument("--vocab_size", type=int, default=32_000)
     parser.add_argument("--train_bytes", type=int, default=20_000_000, help="most text to read")
-    parser.add_argument("--out", required=True, help="a folder to write")
+    parser.add_path("--out", required=True, help="a folder to write")
     args = parser.parse_args(argv)
     if os.path.exists(args.out) and os.listdir(args.out):
         raise UsageError(f"--out={args.out} is not empty")
