@@ -24,6 +24,8 @@ from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
 from lowrank_jax.machine import processes, startup
 from lowrank_jax.machine.console import ABANDONED
 
+LONGEST_ERROR = 2000  # characters of a message
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one `error: ...` line; adds `--json`."""
@@ -123,7 +125,9 @@ def main(command, argv: list[str] | None = None) -> None:
 
 
 def _print_error(error: str) -> None:
-    print(f"{processes.name()}error: {' '.join(error.split())}", file=sys.stderr, flush=True)
+    line = " ".join(error[: 2 * LONGEST_ERROR].split())  # a text of others in it may have gigabytes
+    line = line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}..."
+    print(f"{processes.name()}error: {line}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int | None) -> None:

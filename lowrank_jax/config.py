@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import typing
 from dataclasses import dataclass
 from typing import Annotated
@@ -31,6 +32,9 @@ _LIMITS = {
     "between 0 and 1": lambda number: 0 <= number <= 1,
     "at least 0 and below 1": lambda number: 0 <= number < 1,
 }
+JSON_BYTES = 1 << 24  # at most, in a file of settings; the index of a model of 176 billion weights has 14,000
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 Count, Size, Amount = Annotated[int, "at least 0"], Annotated[int, "at least 1"], Annotated[float, "at least 0"]
 Share, Decay = Annotated[float, "between 0 and 1"], Annotated[float, "at least 0 and below 1"]
 
@@ -216,14 +220,44 @@ def local_path(text: str | os.PathLike, what: str) -> str:
     return path
 
 
+def read_json(path: str) -> dict:
+    """Return the object in a JSON file that anyone may have written; raises UsageError for any other content."""
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
+    try:
+        with open(path, "rb") as f:
+            content = f.read(JSON_BYTES + 1)
+        if len(content) > JSON_BYTES:
+            raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
+        values = json.loads(content.decode("utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object of keys, not {shown(values)}")
+    except RecursionError:
+        raise UsageError(f"{path} is damaged: its brackets are nested too deeply") from None
+    except ValueError as e:
+        raise UsageError(f"{path} is damaged: {' '.join(str(e).split())}") from None
+    return values
+
+
+def shown(value) -> str:
+    """Return a value as a message shows it: its repr, cut without building a longer one."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        text = f"a number of {value.bit_length():,} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def _build(cls, values, path: str):
     if not isinstance(values, dict):
-        raise UsageError(f"{path} must be a group of keys, not {values!r}")
+        raise UsageError(f"{path} must be a group of keys, not {shown(values)}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            raise UsageError(f"unknown config key {path}.{key}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(str(key)[:100], hints, 1)
+            raise UsageError(
+                f"unknown config key {path}.{str(key)[:100]}" + (f"; did you mean {near[0]}?" if near else "")
+            )
     missing = [key for key in hints if key not in values]
     if missing:
         raise UsageError(f"config key {path}.{missing[0]} is missing; see configs/default.py")
@@ -241,7 +275,7 @@ def _convert(hint, value, path: str):
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
         kind = typing.get_args(hint)[0]
         example = {int: "256,512,1024", float: "1,1,3,3", str: "tensorboard,wandb"}[kind]
-        _require(isinstance(items, (list, tuple)), f"{path}={value!r} must be a list, such as {example}")
+        _require(isinstance(items, (list, tuple)), f"{path}={shown(value)} must be a list, such as {example}")
         return tuple(_convert(kind, item, path) for item in items if item != "")
     if hint in (bool, str) and isinstance(value, hint):
         return value
@@ -253,7 +287,7 @@ def _convert(hint, value, path: str):
         except (ValueError, OverflowError):
             pass
     kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
-    raise UsageError(f"{path}={value!r} must be {kind}")
+    raise UsageError(f"{path}={shown(value)} must be {kind}")
 
 
 def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
@@ -262,12 +296,12 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             items = json.loads(value)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UsageError(f"{path} is not a JSON list: {e}") from None
     elif isinstance(value, str):
         items = [s.strip() for s in re.split(r"[,\n]", value) if s.strip()]
     if not isinstance(items, (list, tuple)):
-        raise UsageError(f"{path}={value!r} must be text such as text:my/*.txt, or a list of sources")
+        raise UsageError(f"{path}={shown(value)} must be text such as text:my/*.txt, or a list of sources")
     defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages", "split": "train"}
     sources = []
     for i, item in enumerate(items):
@@ -275,10 +309,10 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
             spec, weight = re.fullmatch(r"(.*?)(?:@(\d[\d.:/]*))?", item, re.DOTALL).groups()
             item = {"spec": spec} | ({"weight": weight} if weight else {})
         if not isinstance(item, dict):
-            raise UsageError(f"{path}[{i}]={item!r} must be text or a group of keys")
+            raise UsageError(f"{path}[{i}]={shown(item)} must be text or a group of keys")
         source = _build(SourceConfig, defaults | item, f"{path}[{i}]")
         if not re.match(r"\w+:.", source.spec):
-            raise UsageError(f"{path}[{i}]={source.spec!r} must be kind:location, such as text:my/*.txt")
+            raise UsageError(f"{path}[{i}]={shown(source.spec)} must be kind:location, such as text:my/*.txt")
         sources.append(source)
     return tuple(sources)
 
@@ -291,11 +325,11 @@ def _read_schedule(value, path: str) -> Schedule:
     try:
         schedule = tuple((_convert(int, step, path), _convert(float, number, path)) for step, number in pairs)
     except (TypeError, ValueError):
-        raise UsageError(f"{path}={value!r} must be a number, or pairs of a step and a number") from None
+        raise UsageError(f"{path}={shown(value)} must be a number, or pairs of a step and a number") from None
     steps = [step for step, _ in schedule]
-    _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {value!r} must rise from 0")
-    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must be at least 0")
-    _require(max(number for _, number in schedule) > 0, f"{path}={value!r} must be above 0 at some step")
+    _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {shown(value)} must rise from 0")
+    _require(min(number for _, number in schedule) >= 0, f"{path}={shown(value)} must be at least 0")
+    _require(max(number for _, number in schedule) > 0, f"{path}={shown(value)} must be above 0 at some step")
     return schedule
 
 
@@ -308,10 +342,10 @@ def _check_values(group, path: str) -> None:
     for key, hint in typing.get_type_hints(type(group), include_extras=True).items():
         value, limit = getattr(group, key), getattr(hint, "__metadata__", [None])[0]
         if isinstance(limit, str):
-            _require(_LIMITS[limit](value), f"{path}.{key}={value} must be {limit}")
+            _require(_LIMITS[limit](value), f"{path}.{key}={shown(value)} must be {limit}")
         elif limit:
             for word in value if isinstance(value, tuple) else [value]:
-                _require(word in limit, f"{path}.{key}={word!r} must be one of {', '.join(limit)}")
+                _require(word in limit, f"{path}.{key}={shown(word)} must be one of {', '.join(limit)}")
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -337,13 +371,13 @@ def _check_phase(p: PhaseConfig, path: str) -> None:
     try:
         re.compile(p.freeze)
     except re.error as e:
-        raise UsageError(f"{path}.freeze={p.freeze!r} is not a regular expression: {e}") from None
+        raise UsageError(f"{path}.freeze={shown(p.freeze)} is not a regular expression: {e}") from None
     if p.auto_grow:
         _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
-        shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
-        _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
+        text = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
+        _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{text} must rise from length to length")
         advice = "lower the block, or start the plan with it"
-        _require(p.block <= p.grow_plan[0], f"{shown} starts below {path}.block={p.block}; {advice}")
+        _require(p.block <= p.grow_plan[0], f"{text} starts below {path}.block={p.block}; {advice}")
         _require(p.grow_every_steps >= 1, f"{path}.grow_every_steps={p.grow_every_steps} must be at least 1")
     for length in p.lengths:
         rows, rest = divmod(p.tokens_per_step, length)

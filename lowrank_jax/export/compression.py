@@ -74,7 +74,15 @@ def activations(c: ModelConfig, params: dict, batches: list[stream.Batch]) -> It
         block, sums = jax.tree.map(lambda w, i=i: np.asarray(w[i]), params["blocks"]), {}
         matmul = _recording(c, block, sums)
         xs = [network.block(c, block, x, batch["segments"], matmul) for x, batch in zip(xs, batches)]
+        require_finite({f"{name} in layer {i}": moments for name, moments in sums.items()})
         yield block, sums
+
+
+def require_finite(moments: dict[str, np.ndarray]) -> None:
+    """Raise UsageError where a matrix gets inputs, of these second moments by its name, that fp32 cannot hold."""
+    for name, moments_II in moments.items():
+        if not np.isfinite(moments_II).all():
+            raise UsageError(f"--from: the inputs of {name} are not finite; its weights are damaged or too large")
 
 
 def _recording(c: ModelConfig, block: dict, sums: dict) -> Callable:

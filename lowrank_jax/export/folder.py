@@ -19,20 +19,33 @@ PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose locations are names
 
 
 def unused(path: str, flag: str) -> str:
-    """Return the absolute path of a new or empty folder; raises UsageError for any other."""
+    """Return the absolute path of a new or empty folder that can be created; raises UsageError for any other."""
     out = os.path.realpath(path)
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    try:
+        is_new, reason = not os.listdir(out), ""
+    except FileNotFoundError:
+        is_new, reason = True, ""
+    except OSError as e:  # a file, a path below a file, a name that is too long
+        is_new, reason = not os.path.lexists(out), e.strerror
+    if not is_new:
         raise UsageError(f"{flag}={path} exists already; name a folder that is new or empty")
+    if not os.access(parent := _existing_parent(out), os.W_OK | os.X_OK):
+        reason = f"{parent} does not let you write"
+    if reason:
+        raise UsageError(f"{flag}={path} cannot be created: {reason}")
     return out
+
+
+def _existing_parent(path: str) -> str:
+    while not os.path.isdir(path := os.path.dirname(path)):
+        pass
+    return path
 
 
 @contextlib.contextmanager
 def whole_folder(out: str) -> Iterator[str]:
     """Yield a path beside `out` that is renamed to `out` at the end; an exception leaves nothing behind."""
-    parent = os.path.dirname(out)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as hidden:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=_existing_parent(out)) as hidden:
         yield (folder := os.path.join(hidden, "export"))
         os.makedirs(os.path.dirname(out), exist_ok=True)
         if os.path.isdir(out):  # it is empty: os.rename replaces an empty folder on POSIX alone

@@ -4,53 +4,50 @@ LayerNorm, GELU and biases keep them from becoming runs. The result is a folder 
 program that runs the dense model, and a file of factors, which is smaller.
 """
 
+import contextlib
 import functools
-import json
 import math
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
-from lowrank_jax.config import UsageError, read_sources
-from lowrank_jax.data import sources
-from lowrank_jax.export import compression, verify
+from lowrank_jax.config import UsageError, read_json, read_sources, shown
+from lowrank_jax.data import blocks, sources
+from lowrank_jax.export import checked, compression, verify
 from lowrank_jax.machine import console
+from lowrank_jax.training import run_folder
 
 # Per family: the fused Q, K and V; whether its rows alternate between the three, head by head; O.
 FAMILIES = {
     "bloom": ("self_attention.query_key_value", True, "self_attention.dense"),
     "mpt": ("attn.Wqkv", False, "attn.out_proj"),
 }
+CLASSES = {"bloom": "Bloom", "mpt": "Mpt"}  # how the names of their classes in transformers begin
 FACTORS = "factors.safetensors"
 LENGTH, BATCH = 256, 8  # tokens per row, rows per batch
+LONGEST = 1 << 20  # context of a config that is believed
 PARTS = 10  # of the text, with one held out
 
 
 def family(folder: str) -> str:
     """Return the family of a Hugging Face folder, or an empty text for any other folder."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            name = json.load(f)["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return name if name in FAMILIES else ""
+    path = os.path.join(folder, "config.json")
+    name = read_json(path).get("model_type") if os.path.lexists(path) else None
+    return name if isinstance(name, str) and name in FAMILIES else ""
 
 
 def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data: str, tokens: int) -> dict:
     """Write the compressed model into `folder`; print and return errors per layer and bits per byte."""
     verify.need("torch", "transformers", "safetensors")
     import torch
-    import transformers
     from safetensors.numpy import save_file
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    net = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
-    tok = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
+    net, tok = _open(source)
     ranks = {part: max(1, round(4 * rank * share / sum(split))) for part, share in zip("qkvo", split)}
     if (largest := max(ranks.values())) > (width := net.config.hidden_size):
         raise UsageError(f"--rank={rank} gives a largest rank of {largest}, more than the width of {width}")
-    text, held_out = (torch.tensor(rows).split(BATCH) for rows in _rows(tok, data, tokens))
+    text, held_out = (torch.tensor(rows).split(BATCH) for rows in _rows(tok, net.config.vocab_size, data, tokens))
     with torch.no_grad():
         moments, new_moments = _moments(net, text), _moments(net, held_out)
         before = _bits_per_byte(net, tok, held_out)
@@ -65,8 +62,9 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
                 row[part] = compression.error(w_IO, product, new_moments[name])
                 view[...] = product.T.reshape(view.shape)
         after = _bits_per_byte(net, tok, held_out)
-    net.save_pretrained(folder)
-    tok.save_pretrained(folder)
+    with _one_line(source):
+        net.save_pretrained(folder)
+        tok.save_pretrained(folder)
     save_file(factors, os.path.join(folder, FACTORS))
     facts = {"ranks": list(ranks.values()), "calibration_tokens": sum(ids.numel() for ids in text)}
     facts |= compression.report(list(errors.values()), before, after)
@@ -74,7 +72,67 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
     return facts
 
 
-def _rows(tok, data: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _open(source: str) -> tuple:
+    """Return (model, tokenizer) of a folder; no code in it runs, and its config must describe its weights."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path, files = os.path.join(source, "config.json"), checked.weight_files(source)
+    values = read_json(path)
+    if "quantization_config" in values:
+        raise UsageError(f"{path} has a quantization_config; only models that are not quantised can be compressed")
+    for key, value in run_folder.flatten(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{path} has {shown(key)}={value}")
+    config_class, model_class = (
+        getattr(transformers, CLASSES[values["model_type"]] + kind) for kind in ("Config", "ForCausalLM")
+    )
+    with _one_line(path):
+        config = config_class.from_dict(values)
+    _check_sizes(path, config, files)
+    state = {name: torch.tensor(w) for name, w in checked.arrays(files).items()}
+    with _one_line(source):
+        options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        net, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
+        tok = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    for name, stored, wanted in info["mismatched_keys"]:
+        raise UsageError(f"{source}: {shown(name)} is {list(stored)}, but config.json asks for {list(wanted)}")
+    for fault, names in (("have no", info["missing_keys"]), ("have an unknown", info["unexpected_keys"])):
+        if names:  # of a missing embedding and the head that is tied to it, the last in order is the embedding
+            raise UsageError(f"{source}: the weights {fault} {shown(max(names))}")
+    return net.eval(), tok
+
+
+def _check_sizes(path: str, config, files: list[str]) -> None:
+    """Raise UsageError for a config whose sizes cannot be, or ask for more than the files have."""
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    vocab, width, layers, heads = sizes = [getattr(config, key) for key in keys]
+    for key, size in zip(keys, sizes):
+        if type(size) is not int or size < 1:
+            raise UsageError(f"{path} has {key}={shown(size)}; expected a whole number above 0")
+    if width % heads:
+        raise UsageError(f"{path} has num_attention_heads={heads}, which does not divide hidden_size={width}")
+    context = getattr(config, "max_seq_len", LENGTH)  # MPT makes a bias of this length for each head
+    if not LENGTH <= context <= LONGEST:
+        raise UsageError(f"{path} has max_seq_len={shown(context)}; expected {LENGTH} to {LONGEST:,}")
+    with checked.named(path):
+        checked.refuse_larger(files, vocab * width + 12 * layers * width**2, dict(zip(keys, sizes)))
+
+
+@contextlib.contextmanager
+def _one_line(path: str) -> Iterator[None]:
+    """Turn what a library raises for the content of a folder into a UsageError of one line."""
+    try:
+        yield
+    except BaseException as e:  # a panic of the package tokenizers is no Exception
+        if isinstance(e, (KeyboardInterrupt, SystemExit)) or (isinstance(e, OSError) and e.errno):
+            raise
+        raise UsageError(f"{path} cannot be used: {blocks.one_line(e)}") from None
+
+
+def _rows(tok, vocab: int, data: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids [N, LENGTH] of the text to calibrate with, and of the part that is held out."""
     ids, readers = [], [sources.open_source(config) for config in read_sources(data, "--data")]
     documents = (s.document(row) for s in readers for block in range(s.blocks) for row in s.rows(block))
@@ -88,6 +146,8 @@ def _rows(tok, data: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.array(ids[: min(len(ids), wanted) // LENGTH * LENGTH]).reshape(-1, LENGTH)
     if len(rows) < PARTS:
         raise UsageError(f"--data={data} has {len(ids)} tokens; at least {PARTS * LENGTH} are needed")
+    if (largest := rows.max()) >= vocab:
+        raise UsageError(f"--from: the tokenizer gives the id {largest}, but the model has {vocab} pieces")
     is_held_out = np.arange(len(rows)) % PARTS == PARTS - 1
     return rows[~is_held_out], rows[is_held_out]
 
@@ -119,7 +179,9 @@ def _moments(net, batches: list) -> dict[str, np.ndarray]:
         net(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return {name: x.numpy() for name, x in sums.items()}
+    moments = {name: x.numpy() for name, x in sums.items()}
+    compression.require_finite(moments)
+    return moments
 
 
 def _bits_per_byte(net, tok, batches: list) -> float:
