@@ -16,7 +16,7 @@ from lowrank_jax.export import verify
 SAFE, PICKLED = ".safetensors", (".pt", ".pth", ".bin")
 # What a folder may hold, the first of these that exists: a file or an index, else every file of the kind.
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16")
 SLACK = 10**8
 ADVICE = "save one with torch.save(net.state_dict(), path)"
 
@@ -98,7 +98,7 @@ def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
             for name in f.keys():
                 kind = f.get_slice(name).get_dtype()
                 if kind not in FLOATS:
-                    raise UsageError(f"{path}: {shown(name)} is {kind}; weights must be floating-point numbers")
+                    raise UsageError(f"{path}: {shown(name)} is {kind}; weights must be {', '.join(FLOATS)}")
                 yield name, np.asarray(f.get_tensor(name), np.float32)
     except SafetensorError as e:
         raise UsageError(f"{path} is damaged: {blocks.one_line(e)}") from None
@@ -117,14 +117,14 @@ def _pickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
         raise UsageError(f"{path} is no state dict: {reason or type(e).__name__}") from None
     if not isinstance(state, dict):
         raise UsageError(f"{path} is no state dict but a {type(state).__name__}; {ADVICE}")
-    size = os.path.getsize(path)
+    size, floats = os.path.getsize(path), (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     for name, w in state.items():
         if not isinstance(name, str) or not isinstance(w, torch.Tensor):
             raise UsageError(f"{path} is no state dict: {shown(name)} is a {type(w).__name__}, not a tensor; {ADVICE}")
         facts = {"sparse": w.layout != torch.strided, "quantised": w.is_quantized, "without data": w.is_meta}
-        facts |= {str(w.dtype).removeprefix("torch."): not w.is_floating_point(), "nested": w.is_nested}
+        facts |= {str(w.dtype).removeprefix("torch."): w.dtype not in floats, "nested": w.is_nested}
         if unusable := [fact for fact, is_so in facts.items() if is_so]:
-            raise UsageError(f"{path}: {shown(name)} is {unusable[0]}; weights must be dense floating-point tensors")
+            raise UsageError(f"{path}: {shown(name)} is {unusable[0]}; weights must be dense, of {', '.join(FLOATS)}")
         if w.numel() > size:
             shape = f"{list(w.shape)} is a view of fewer numbers, larger than the file"
             raise UsageError(f"{path}: {shown(name)} {shape}; save its contiguous() copy")

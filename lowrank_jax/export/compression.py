@@ -144,6 +144,8 @@ def measure(dense: Trained, config: RunConfig, params: dict, held_out: list[stre
 
 def report(rows: list[dict], before: float, after: float, ending: str = "") -> dict:
     """Print and return relative errors, with a row per layer, and bits per byte."""
+    if not np.isfinite([before, after]).all():
+        raise UsageError("--from: the loss on the text is not finite; the weights are damaged or too large")
     print("layer " + "".join(f"{name:>8}" for name in rows[0]))
     for i, row in enumerate(rows):
         print(f"{i:5d} " + "".join(f"{value:8.3f}" for value in row.values()))

@@ -14,7 +14,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError, read_json, read_sources, shown
 from lowrank_jax.data import blocks, sources
-from lowrank_jax.export import checked, compression, verify
+from lowrank_jax.export import checked, compression, verify, weights
 from lowrank_jax.machine import console
 from lowrank_jax.training import run_folder
 
@@ -23,7 +23,16 @@ FAMILIES = {
     "bloom": ("self_attention.query_key_value", True, "self_attention.dense"),
     "mpt": ("attn.Wqkv", False, "attn.out_proj"),
 }
-CLASSES = {"bloom": "Bloom", "mpt": "Mpt"}  # how the names of their classes in transformers begin
+CLASSES = {  # in transformers
+    "bloom": ("BloomConfig", "BloomForCausalLM"),
+    "mpt": ("MptConfig", "MptForCausalLM"),
+}
+SIZES = (  # keys of config.json, each with its other names
+    ("vocab_size",),
+    ("hidden_size", "n_embed", "d_model"),
+    ("num_hidden_layers", "n_layer", "n_layers"),
+    ("num_attention_heads", "n_head", "n_heads"),
+)
 FACTORS = "factors.safetensors"
 LENGTH, BATCH = 256, 8  # tokens per row, rows per batch
 LONGEST = 1 << 20  # context of a config that is believed
@@ -40,14 +49,16 @@ def family(folder: str) -> str:
 def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data: str, tokens: int) -> dict:
     """Write the compressed model into `folder`; print and return errors per layer and bits per byte."""
     verify.need("torch", "transformers", "safetensors")
+    net, tok = _open(source)
     import torch
     from safetensors.numpy import save_file
 
-    net, tok = _open(source)
     ranks = {part: max(1, round(4 * rank * share / sum(split))) for part, share in zip("qkvo", split)}
     if (largest := max(ranks.values())) > (width := net.config.hidden_size):
         raise UsageError(f"--rank={rank} gives a largest rank of {largest}, more than the width of {width}")
-    text, held_out = (torch.tensor(rows).split(BATCH) for rows in _rows(tok, net.config.vocab_size, data, tokens))
+    with _one_line(f"the tokenizer of {source}"):
+        rows = _rows(tok, net.config.vocab_size, data, tokens)
+    text, held_out = (torch.tensor(part).split(BATCH) for part in rows)
     with torch.no_grad():
         moments, new_moments = _moments(net, text), _moments(net, held_out)
         before = _bits_per_byte(net, tok, held_out)
@@ -74,51 +85,62 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
 
 def _open(source: str) -> tuple:
     """Return (model, tokenizer) of a folder; no code in it runs, and its config must describe its weights."""
+    files = checked.weight_files(source)
+    path, values = _settings(source, files)
+    arrays = checked.arrays(files)
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    path, files = os.path.join(source, "config.json"), checked.weight_files(source)
-    values = read_json(path)
-    if "quantization_config" in values:
-        raise UsageError(f"{path} has a quantization_config; only models that are not quantised can be compressed")
-    for key, value in run_folder.flatten(values).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{path} has {shown(key)}={value}")
-    config_class, model_class = (
-        getattr(transformers, CLASSES[values["model_type"]] + kind) for kind in ("Config", "ForCausalLM")
-    )
+    config_class, model_class = (getattr(transformers, name) for name in CLASSES[values["model_type"]])
     with _one_line(path):
         config = config_class.from_dict(values)
-    _check_sizes(path, config, files)
-    state = {name: torch.tensor(w) for name, w in checked.arrays(files).items()}
+    state = {name: torch.tensor(w) for name, w in arrays.items()}
     with _one_line(source):
         options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         net, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
+    with _one_line(f"the tokenizer of {source}"):
         tok = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     for name, stored, wanted in info["mismatched_keys"]:
         raise UsageError(f"{source}: {shown(name)} is {list(stored)}, but config.json asks for {list(wanted)}")
     for fault, names in (("have no", info["missing_keys"]), ("have an unknown", info["unexpected_keys"])):
         if names:  # of a missing embedding and the head that is tied to it, the last in order is the embedding
             raise UsageError(f"{source}: the weights {fault} {shown(max(names))}")
-    return net.eval(), tok
+    with _one_line(path), torch.no_grad():
+        net.eval()(torch.zeros((1, 2), dtype=torch.long), use_cache=False)  # settings that the class does not check
+    return net, tok
 
 
-def _check_sizes(path: str, config, files: list[str]) -> None:
-    """Raise UsageError for a config whose sizes cannot be, or ask for more than the files have."""
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    vocab, width, layers, heads = sizes = [getattr(config, key) for key in keys]
-    for key, size in zip(keys, sizes):
-        if type(size) is not int or size < 1:
-            raise UsageError(f"{path} has {key}={shown(size)}; expected a whole number above 0")
+def _settings(source: str, files: list[str]) -> tuple[str, dict]:
+    """Return config.json's path and values; raises UsageError for sizes that cannot be, or that the files do not hold.
+
+    This needs no library, as they take seconds to import.
+    """
+    path = os.path.join(source, "config.json")
+    values, sizes = read_json(path), []
+    if "quantization_config" in values:
+        raise UsageError(f"{path} has a quantization_config; only models that are not quantised can be compressed")
+    for key, value in run_folder.flatten(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{path} has {shown(key)}={value}")
+    for names in SIZES:
+        known = {key: values[key] for key in names if key in values}
+        for key, size in known.items():
+            if type(size) is not int or not 0 < size <= weights.LARGEST:
+                raise UsageError(f"{path} has {key}={shown(size)}; expected a whole number from 1")
+        if len(set(known.values())) != 1:
+            raise UsageError(f"{path} has {shown(known) if known else 'no ' + names[0]}; expected one size")
+        sizes.append(next(iter(known.items())))
+    (_, vocab), (_, width), (_, layers), (heads_key, heads) = sizes
     if width % heads:
-        raise UsageError(f"{path} has num_attention_heads={heads}, which does not divide hidden_size={width}")
-    context = getattr(config, "max_seq_len", LENGTH)  # MPT makes a bias of this length for each head
-    if not LENGTH <= context <= LONGEST:
+        raise UsageError(f"{path} has {heads_key}={heads}, which does not divide the width {width}")
+    context = values.get("max_seq_len", LENGTH)  # MPT makes a bias of this length for each head
+    if type(context) is not int or not LENGTH <= context <= LONGEST:
         raise UsageError(f"{path} has max_seq_len={shown(context)}; expected {LENGTH} to {LONGEST:,}")
     with checked.named(path):
-        checked.refuse_larger(files, vocab * width + 12 * layers * width**2, dict(zip(keys, sizes)))
+        checked.refuse_larger(files, vocab * width + 12 * layers * width**2, dict(sizes))
+    return path, values
 
 
 @contextlib.contextmanager
@@ -126,6 +148,8 @@ def _one_line(path: str) -> Iterator[None]:
     """Turn what a library raises for the content of a folder into a UsageError of one line."""
     try:
         yield
+    except UsageError:
+        raise
     except BaseException as e:  # a panic of the package tokenizers is no Exception
         if isinstance(e, (KeyboardInterrupt, SystemExit)) or (isinstance(e, OSError) and e.errno):
             raise
