@@ -102,10 +102,8 @@ def facts(trained: Trained) -> str:
         "vocabulary": f"{c.vocab:,}",
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,
-        "pretraining data": sources("pretrain"),
     }
-    if config.sft.steps:
-        rows["chat data"] = sources("sft")
+    rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in config.phases}
     shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])

@@ -62,8 +62,8 @@ def describe(
     device = sharding.a_device(mesh) if mesh else None
     dtype = precision.policy(precision.resolve(config.precision, device and device.platform)).dtype
     fit_of = {fit.stage.name: fit for fit in fits}
-    phases = {"pretrain": config.pretrain} | ({"sft": config.sft} if config.sft.steps else {})
-    lengths = {(name, n) for name, p in phases.items() for n in p.lengths} - {(s.phase, s.seq_len) for s in plan.stages}
+    lengths = {(name, n) for name, p in config.phases.items() for n in p.lengths}
+    lengths -= {(s.phase, s.seq_len) for s in plan.stages}
     params = counts | {f"{name}_dense": count for name, count in dense.items()}
     return {
         "params": params | {"attention_reduction": 1 - counts["attention"] / dense["attention"]},

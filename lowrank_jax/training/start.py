@@ -64,7 +64,7 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     compiling. Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
-    phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
+    phases, t = config.phases.values(), config.tokenizer
     if run_folder.holds_run(folder):
         old, tok = run_folder.read_config(folder), tokenizer.load(run_folder.tokenizer_folder(folder))
         config = config.with_vocab(tok.vocab_size)
