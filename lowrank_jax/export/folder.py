@@ -84,7 +84,8 @@ def plain(progress: Progress) -> dict:
 def settings_without_paths(config: RunConfig) -> dict:
     """Return plain settings with no path but the last part of each source: an export tells nothing of the machine."""
     values = config.to_dict()
-    values["init_from"] = values["tokenizer"]["path"] = ""
+    values["tokenizer"]["path"] = ""
+    values["init_from"] = "" if config.pretrain.steps else os.path.basename(os.path.abspath(config.init_from))
     for source in (*values["pretrain"]["sources"], *values["sft"]["sources"]):
         kind, _, place = source["spec"].partition(":")
         if kind not in PUBLIC:

@@ -7,10 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from lowrank_jax.config import RunConfig
-from lowrank_jax.data import tokenizer
 from lowrank_jax.machine import devices, hlo, roofline, sharding
 from lowrank_jax.model import costs, precision
-from lowrank_jax.training import memory, step
+from lowrank_jax.training import identity, memory, step
 from lowrank_jax.training.memory import Fit
 from lowrank_jax.training.plan import FittedStage, Plan, Stage, make, unchanged
 
@@ -24,8 +23,8 @@ COMPILED = """
 
 def resolve_vocab(config: RunConfig) -> RunConfig:
     """Return the config with the size of its tokenizer, or the size that a tokenizer will be trained to."""
-    t = config.tokenizer
-    return config.with_vocab(tokenizer.load(t.path).vocab_size if t.path else t.vocab_size)
+    first = identity.first_tokenizer(config)
+    return config.with_vocab(first.vocab_size if first else config.tokenizer.vocab_size)
 
 
 def for_topology(config: RunConfig, topology: str) -> dict:
