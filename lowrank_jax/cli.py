@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
 from lowrank_jax.machine import processes, startup
-from lowrank_jax.machine.console import ABANDONED
+from lowrank_jax.machine.console import ABANDONED, say
 
 LONGEST_ERROR = 2000  # characters of a message
 
@@ -73,7 +73,10 @@ def read_config(config_args: list[str]) -> RunConfig:
         sys.argv = argv
     if unused:
         raise UsageError(f"unknown argument {unused[0]}")
-    return RunConfig.from_dict(config)
+    checked = RunConfig.from_dict(config)
+    if checked.pretrain.steps == -1 and config["pretrain"]["steps"] in (0, "0"):
+        say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
+    return checked
 
 
 def use_compilation_cache() -> None:

@@ -200,7 +200,7 @@ def test_a_missing_key_is_named():
         ({"pretrain.sources": "plays.txt"}, "config.pretrain.sources[0]='plays.txt'"),
         ({"pretrain.sources": "text:a.txt,text:"}, "config.pretrain.sources[1]='text:'"),
         ({"pretrain.sources": [{"spec": "text:a", "weight": 0}]}, "config.pretrain.sources[0].weight=0"),
-        ({"pretrain.steps": -1}, "config.pretrain.steps=-1"),
+        ({"pretrain.steps": -2}, "config.pretrain.steps=-2"),
         ({"pretrain.tokens_per_param": 0}, "config.pretrain.tokens_per_param"),
         ({"pretrain.block": 0}, "config.pretrain.block=0"),
         ({"pretrain.lr": 0}, "config.pretrain.lr=0"),
@@ -229,7 +229,12 @@ EDGES += [("every.log every.eval every.save every.keep every.fp8_check", 1, 0)]
 EDGES += [("memory_gb every.save_minutes optim.weight_decay optim.clip optim.z_loss optim.skip_sigma", 0.0, -1e-9)]
 EDGES += [("optim.beta1 optim.beta2 optim.label_smoothing optim.ema", *ends) for ends in ((0.0, -1e-9), (0.999, 1.0))]
 EDGES += [("model.rank", 512, 513)]
-PHASE = [("steps microbatch_tokens max_skipped readers", 0, -1), ("block eval_tokens", 1, 0), ("lr", 1e-9, 0.0)]
+PHASE = [
+    ("steps", -1, -2),
+    ("microbatch_tokens max_skipped readers", 0, -1),
+    ("block eval_tokens", 1, 0),
+    ("lr", 1e-9, 0.0),
+]
 PHASE += [("lr_core lr_head tokens_per_param", 0.0, -1e-9), ("tokens_per_step", 1024, 0)]
 PHASE += [("warmup cooldown lr_end eval_fraction", 0.0, -1e-9)]
 PHASE += [("warmup cooldown lr_end", 1.0, 1.001), ("eval_fraction", 0.5, 0.501)]

@@ -1,15 +1,16 @@
-"""Weights in files that anyone may have written: safetensors and PyTorch's state dicts, read without running code.
+"""JSON and weights in files that anyone may have written: safetensors and PyTorch's state dicts. No code in them runs.
 
-Every fault is a UsageError of one line that names the file and the tensor.
+Every fault is a UsageError of one line that names the file and the key or tensor.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 
 import numpy as np
 
-from lowrank_jax.config import UsageError, read_json, shown
+from lowrank_jax.config import UsageError, shown
 from lowrank_jax.data import blocks
 from lowrank_jax.export import verify
 
@@ -18,7 +19,27 @@ SAFE, PICKLED = ".safetensors", (".pt", ".pth", ".bin")
 USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SLACK = 10**8
+JSON_BYTES = 1 << 24  # at most; the index of a model of 176 billion weights has 14,000
 ADVICE = "save one with torch.save(net.state_dict(), path)"
+
+
+def read_json(path: str) -> dict:
+    """Return the object in a JSON file that anyone may have written; raises UsageError for any other content."""
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
+    try:
+        with open(path, "rb") as f:
+            content = f.read(JSON_BYTES + 1)
+        if len(content) > JSON_BYTES:
+            raise ValueError(f"it has more than {JSON_BYTES:,} bytes")
+        values = json.loads(content.decode("utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object of keys, not {shown(values)}")
+    except RecursionError:
+        raise UsageError(f"{path} is damaged: its brackets are nested too deeply") from None
+    except ValueError as e:
+        raise UsageError(f"{path} is damaged: {' '.join(str(e).split())}") from None
+    return values
 
 
 def arrays(files: list[str]) -> dict[str, np.ndarray]:

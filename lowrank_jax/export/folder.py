@@ -97,7 +97,8 @@ def plain(progress: Progress) -> dict:
 def settings_without_paths(config: RunConfig) -> dict:
     """Return plain settings with no path but the last part of each source: an export tells nothing of the machine."""
     values = config.to_dict()
-    values["init_from"] = values["tokenizer"]["path"] = ""
+    values["tokenizer"]["path"] = ""
+    values["init_from"] = "" if config.pretrain.steps else os.path.basename(os.path.abspath(config.init_from))
     for source in (*values["pretrain"]["sources"], *values["sft"]["sources"]):
         kind, _, place = source["spec"].partition(":")
         if kind not in PUBLIC:
@@ -115,10 +116,8 @@ def facts(trained: Trained) -> str:
         "vocabulary": f"{c.vocab:,}",
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,
-        "pretraining data": sources("pretrain"),
     }
-    if config.sft.steps:
-        rows["chat data"] = sources("sft")
+    rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in config.phases}
     shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])

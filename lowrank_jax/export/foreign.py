@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lowrank_jax.config import UsageError, read_json, read_sources, shown
+from lowrank_jax.config import UsageError, read_sources, shown
 from lowrank_jax.data import blocks, sources
 from lowrank_jax.export import checked, compression, verify, weights
 from lowrank_jax.machine import console
@@ -42,7 +42,7 @@ PARTS = 10  # of the text, with one held out
 def family(folder: str) -> str:
     """Return the family of a Hugging Face folder, or an empty text for any other folder."""
     path = os.path.join(folder, "config.json")
-    name = read_json(path).get("model_type") if os.path.lexists(path) else None
+    name = checked.read_json(path).get("model_type") if os.path.lexists(path) else None
     return name if isinstance(name, str) and name in FAMILIES else ""
 
 
@@ -118,7 +118,7 @@ def _settings(source: str, files: list[str]) -> tuple[str, dict]:
     This needs no library, as they take seconds to import.
     """
     path = os.path.join(source, "config.json")
-    values, sizes = read_json(path), []
+    values, sizes = checked.read_json(path), []
     if "quantization_config" in values:
         raise UsageError(f"{path} has a quantization_config; only models that are not quantised can be compressed")
     for key, value in run_folder.flatten(values).items():

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from lowrank_jax.config import RunConfig, UsageError, read_json, shown
+from lowrank_jax.config import RunConfig, UsageError, shown
 from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.export import checked, weights
@@ -24,7 +24,7 @@ def open_export(source: str, tokenizer_path: str = "", base: RunConfig | None = 
     if not os.path.exists(source):
         raise UsageError(f"--from={source}: no such file or folder")
     folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
-    values, origin = read_json(os.path.join(folder, "config.json")), _origin(os.path.join(folder, ORIGIN))
+    values, origin = checked.read_json(os.path.join(folder, "config.json")), _origin(os.path.join(folder, ORIGIN))
     files = checked.weight_files(source)
     with checked.named(folder):
         keys = weights.model_keys(values)
@@ -50,7 +50,7 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, origin: Progress, fol
     with checkpoint.Checkpoints(folder, config.every.keep) as checkpoints:
         checkpoints.save(state, Progress())
     tok.save(run_folder.tokenizer_folder(folder))
-    run_folder.write_config(folder, config)
+    run_folder.write_config(folder, config, tok.files_sha256)
     sha256 = checkpoint.tree_sha256(state.params)
     facts = {"trained_step": origin.step, "trained_tokens": origin.tokens, "params_sha256": sha256}
     run_folder.log_event(folder, "import", 0, **facts)
@@ -73,7 +73,7 @@ def _config(base: RunConfig | None, origin: dict, values: dict, keys: dict, fold
 
 def _origin(path: str) -> dict:
     """Return the config and the progress of the exported run, both empty where the export does not tell them."""
-    origin = read_json(path) if os.path.lexists(path) else {"config": {}, "progress": {}}
+    origin = checked.read_json(path) if os.path.lexists(path) else {"config": {}, "progress": {}}
     for group in ("config", "progress"):
         if not isinstance(origin.get(group), dict):
             raise UsageError(f"{path} is damaged: {group} is missing, or no group of keys")

@@ -2,7 +2,8 @@
 
 All processes of a run see the same folder; only the first one writes here.
 
-config.json     the resolved config               tokenizer/      see data/tokenizer.py
+config.json     the resolved config, and the hash of the tokenizer's files
+tokenizer/      see data/tokenizer.py
 metrics.jsonl   one object per logged step        events.jsonl    one object per event, never rewritten
 checkpoints/    see checkpoint.py                 report.html, loss.png
 """
@@ -14,7 +15,7 @@ import os
 import pathlib
 import time
 
-from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.config import RECORDED, RunConfig, UsageError, shown
 from lowrank_jax.machine import processes
 
 # Keys that cannot change within a run: the weights' shapes, the tokens' meaning, the random draws, the held-out split.
@@ -56,22 +57,34 @@ def holds_run(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, "config.json"))
 
 
-def read_config(folder: str) -> RunConfig:
-    """Return the config of the run in `folder`; raises UsageError where there is no run."""
+def read_config(folder: str, flag: str = "--workdir") -> RunConfig:
+    """Return the config of the run in `folder`, which `flag` names; raises UsageError where there is no run."""
+    return read_identity(folder, flag)[0]
+
+
+def read_identity(folder: str, flag: str = "--workdir") -> tuple[RunConfig, str]:
+    """Return the config of the run in `folder` and the hash of its tokenizer's files, "" for a run of before."""
     if not holds_run(folder):
-        raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
+        raise UsageError(f"{flag}={folder} holds no run (no config.json); train one with lowrank_jax.main")
     path = pathlib.Path(folder, "config.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        older = isinstance(values, dict) and RECORDED not in values
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"] = LATER | values["model"]
-        return RunConfig.from_dict(values)
-    except ValueError as e:
+        if older and isinstance(values.get("pretrain"), dict) and values["pretrain"].get("steps") == 0:
+            values["pretrain"]["steps"] = -1  # what 0 meant then
+        config = RunConfig.from_dict(values)
+    except UsageError as e:
+        raise UsageError(f"{path}: {e}") from None
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is damaged: {e}") from None
+    return config, "" if older else str(values[RECORDED])
 
 
-def write_config(folder: str, config: RunConfig) -> None:
-    write_text(os.path.join(folder, "config.json"), json.dumps(config.to_dict(), indent=2) + "\n")
+def write_config(folder: str, config: RunConfig, tokenizer_sha256: str = "") -> None:
+    values = config.to_dict() | ({RECORDED: tokenizer_sha256} if tokenizer_sha256 else {})
+    write_text(os.path.join(folder, "config.json"), json.dumps(values, indent=2) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
@@ -89,6 +102,15 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, object, objec
     """Return (dotted key, old value, new value) of every setting that differs."""
     olds, news = flatten(old.to_dict()), flatten(new.to_dict())
     return [(key, olds[key], news[key]) for key in olds if olds[key] != news[key]]
+
+
+def describe(value) -> str:
+    """Return a setting on a few words: sources as on the command line."""
+    if isinstance(value, tuple) and value and isinstance(value[0], dict):
+        weights = lambda source: "/".join(f"{step}:{weight:g}" for step, weight in source["weight"])
+        keys = lambda source: ",".join(source[key] for key in ("text_key", "messages_key", "split"))
+        value = " ".join(f"{source['spec']}@{weights(source)}({keys(source)})" for source in value)
+    return shown(value)
 
 
 def check_same_run(folder: str, old: RunConfig, new: RunConfig) -> None:

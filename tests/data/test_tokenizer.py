@@ -155,6 +155,24 @@ def test_a_saved_tokenizer_gives_the_same_ids(tok, tmp_path):
         assert again.encode(text) == tok.encode(text) and again.vocab_size == tok.vocab_size
 
 
+def test_the_hash_of_the_files_is_that_of_any_copy_and_of_no_changed_one(tok, tmp_path):
+    for name in ("a", "b"):
+        tok.save(tmp_path / name)
+        assert (
+            tokenizer.folder_sha256(tmp_path / name)
+            == tok.files_sha256
+            == tokenizer.load(str(tmp_path / name)).files_sha256
+        )
+    for path in sorted((tmp_path / "a").iterdir()):
+        content = path.read_bytes()
+        for changed in (content[:-1], content.replace(b"e", b"f", 1), b""):
+            path.write_bytes(changed)
+            assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
+        path.write_bytes(content)
+    (tmp_path / "a" / tokenizer.TEMPLATE_FILE).unlink()
+    assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     for path in (tmp_path, tmp_path / "none.model"):
         with pytest.raises(UsageError, match=f"^tokenizer {path}: no such file$"):
