@@ -109,7 +109,7 @@ def settings_without_paths(config: RunConfig) -> dict:
 def facts(trained: Trained) -> str:
     """Return a Markdown table for a card: the model's sizes and what it was trained on."""
     config, c, settings = trained.config, trained.config.model, settings_without_paths(trained.config)
-    sources = lambda phase: ", ".join(f"`{source['spec']}`" for source in settings[phase]["sources"])
+    sources = lambda phase: ", ".join(f"`{_cell(source['spec'])}`" for source in settings[phase]["sources"])
     rows = {
         "width, layers, heads": f"{c.d}, {c.layers}, {c.heads}",
         "ranks of Q, K, V, O": ", ".join(map(str, c.ranks)) if c.rank else "dense",
@@ -118,6 +118,15 @@ def facts(trained: Trained) -> str:
         "precision in training": config.precision,
     }
     rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in config.phases}
-    shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
+    shown = {
+        key: f"{value:,}" if isinstance(value, int) else f"`{_cell(value)}`"
+        for key, value in plain(trained.progress).items()
+    }
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _cell(text: str) -> str:
+    """Return a run's text as part of one cell of a Markdown table: it ends neither code, nor the cell, nor the line."""
+    line = " ".join(text.encode("utf-8", "replace").decode().replace("`", "'").replace("<", "&lt;").split())
+    return "".join(c if c.isprintable() else "?" for c in line[:200]).replace("|", "\\|")
