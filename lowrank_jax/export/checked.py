@@ -6,6 +6,8 @@ Every fault is a UsageError of one line that names the file and the key or tenso
 import contextlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -130,12 +132,18 @@ def _pickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
+        with warnings.catch_warnings(action="ignore"):  # of old protocols
+            state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
     except OSError:
         raise
-    except Exception as e:  # faults of zip files and pickles, and forbidden classes
-        reason = " ".join(str(e).rsplit("WeightsUnpickler error: ", 1)[-1].split())[:200]  # torch writes a page
-        raise UsageError(f"{path} is no state dict: {reason or type(e).__name__}") from None
+    except (
+        Exception
+    ) as e:  # faults of zip files and pickles; torch advises to run forbidden classes
+        reason = blocks.one_line(e)
+        if "weights_only" in str(e):
+            code = re.search(r"GLOBAL (\S+)", str(e))
+            reason = f"it asks for {shown(code[1])}, and no code in it is run" if code else "it holds more than tensors"
+        raise UsageError(f"{path} is no state dict: {reason}") from None
     if not isinstance(state, dict):
         raise UsageError(f"{path} is no state dict but a {type(state).__name__}; {ADVICE}")
     size, floats = os.path.getsize(path), (torch.float64, torch.float32, torch.float16, torch.bfloat16)

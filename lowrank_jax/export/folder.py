@@ -118,10 +118,8 @@ def facts(trained: Trained) -> str:
         "precision in training": config.precision,
     }
     rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in config.phases}
-    shown = {
-        key: f"{value:,}" if isinstance(value, int) else f"`{_cell(value)}`"
-        for key, value in plain(trained.progress).items()
-    }
+    text = lambda value: f"{value:,}" if isinstance(value, int) else f"`{_cell(str(value))}`"
+    shown = {key: text(value) for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
 
