@@ -136,9 +136,7 @@ def _pickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
             state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
     except OSError:
         raise
-    except (
-        Exception
-    ) as e:  # faults of zip files and pickles; torch advises to run forbidden classes
+    except Exception as e:  # faults of zip files and pickles; torch advises to run forbidden classes
         reason = blocks.one_line(e)
         if "weights_only" in str(e):
             code = re.search(r"GLOBAL (\S+)", str(e))
