@@ -88,6 +88,7 @@ def require_finite(moments: dict[str, np.ndarray]) -> None:
 def _recording(c: ModelConfig, block: dict, sums: dict) -> Callable:
     """Return a product of an input and a matrix of the block that adds second moments to `sums`."""
     matrices = {name: block[group][name]["kernel"] for group, name in NAMES if "kernel" in block[group][name]}
+    calls = dict.fromkeys(matrices, 0)
 
     def add(name: str, x: jax.Array) -> None:
         x_NI = x.reshape(-1, *x.shape[2:])
@@ -96,8 +97,10 @@ def _recording(c: ModelConfig, block: dict, sums: dict) -> Callable:
 
     def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
         y = x @ w
-        name = next((name for name, kernel in matrices.items() if np.array_equal(kernel, w)), None)
+        same = [name for name, kernel in matrices.items() if np.array_equal(kernel, w)]
+        name = min(same, key=calls.get, default=None)  # matrices with equal values come in their order
         if name:
+            calls[name] += 1
             add(name, x)
         if name in ("q", "k"):
             add("queries" if name == "q" else "keys", y.reshape(*y.shape[:-1], c.heads, c.head_dim))
