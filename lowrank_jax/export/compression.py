@@ -186,7 +186,7 @@ def read_split(text: str) -> tuple[float, ...]:
         split = tuple(float(share) for share in text.split(","))
     except ValueError:
         split = ()
-    if len(split) != 4 or min(split) <= 0:
+    if len(split) != 4 or not all(0 < share < 1e9 for share in split):  # neither NaN nor infinite
         raise UsageError(f"--rank_split={text} must be four shares above 0 for q,k,v,o, such as 1,1,3,3")
     return split
 

@@ -15,6 +15,7 @@ import numpy as np
 from lowrank_jax.config import UsageError, read_sources, shown
 from lowrank_jax.data import blocks, sources
 from lowrank_jax.export import checked, compression, verify, weights
+from lowrank_jax.export.folder import as_json
 from lowrank_jax.machine import console
 from lowrank_jax.training import run_folder
 
@@ -33,7 +34,7 @@ SIZES = (  # keys of config.json, each with its other names
     ("num_hidden_layers", "n_layer", "n_layers"),
     ("num_attention_heads", "n_head", "n_heads"),
 )
-FACTORS = "factors.safetensors"
+FACTORS, GENERATION = "factors.safetensors", "generation_config.json"
 LENGTH, BATCH = 256, 8  # tokens per row, rows per batch
 LONGEST = 1 << 20  # context of a config that is believed
 PARTS = 10  # of the text, with one held out
@@ -50,6 +51,8 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
     """Write the compressed model into `folder`; print and return errors per layer and bits per byte."""
     verify.need("torch", "transformers", "safetensors")
     net, tok = _open(source)
+    path = os.path.join(source, GENERATION)
+    generation = checked.read_json(path) if os.path.lexists(path) else {}
     import torch
     from safetensors.numpy import save_file
 
@@ -76,6 +79,9 @@ def compress(source: str, folder: str, rank: int, split: tuple[float, ...], data
     with _one_line(source):
         net.save_pretrained(folder)
         tok.save_pretrained(folder)
+    if generation:
+        with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as f:
+            f.write(as_json(generation))
     save_file(factors, os.path.join(folder, FACTORS))
     facts = {"ranks": list(ranks.values()), "calibration_tokens": sum(ids.numel() for ids in text)}
     facts |= compression.report(list(errors.values()), before, after)

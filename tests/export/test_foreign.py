@@ -76,6 +76,10 @@ def test_weights_and_factors_have_the_lower_rank(folder, text, tmp_path, capsys)
             assert np.linalg.matrix_rank(w, tol=1e-4) == {"q": 2, "k": 2, "v": 6, "o": 6}[part]
             np.testing.assert_allclose(factors[f"{name}.{part}.down"] @ factors[f"{name}.{part}.up"], w, atol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ba").input_ids
+    generation = [
+        json.loads(pathlib.Path(path, "generation_config.json").read_text()) for path in (folder, tmp_path / "out")
+    ]
+    assert generation[0] == generation[1]
 
 
 def test_what_is_wrong_with_a_model_is_named(folder, text, tmp_path):
@@ -118,7 +122,15 @@ def test_what_is_wrong_with_a_model_is_named(folder, text, tmp_path):
 
 def test_mistakes_get_one_line_and_leave_nothing(folder, text, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("ba ce")
-    for args in (("--rank=33",), ("--rank=4", "--mlp_rank=3"), ("--rank=4", f"--data=text:{tmp_path}/short.txt")):
+    splits = [("--rank=4", f"--rank_split={split}") for split in ("nan,1,1,1", "1,inf,1,1", "0,1,1,1", "1e300,1,1,1")]
+    sizes = [("--rank=4", "--tokens=0"), ("--rank=4", f"--tokens={10**400}"), (f"--rank={10**400}",), ("--rank=0",)]
+    for args in (
+        *splits,
+        *sizes,
+        ("--rank=33",),
+        ("--rank=4", "--mlp_rank=3"),
+        ("--rank=4", f"--data=text:{tmp_path}/short.txt"),
+    ):
         with pytest.raises(SystemExit) as e:
             cli.main(lambda argv: run(folder, tmp_path / "out", text, *argv), list(args))
         runs.assert_one_line(e.value.code, capsys.readouterr().err, 2, args[-1].split("=")[0])
