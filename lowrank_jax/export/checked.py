@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -131,7 +132,10 @@ def _pickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
     verify.need("torch")
     import torch
 
+    size = os.path.getsize(path)
     try:
+        if zipfile.is_zipfile(path) and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > 2 * size:
+            raise ValueError("it is compressed, which torch.save never does")  # kilobytes could fill the memory
         with warnings.catch_warnings(action="ignore"):  # of old protocols
             state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
     except OSError:
@@ -144,7 +148,7 @@ def _pickled(path: str) -> Iterator[tuple[str, np.ndarray]]:
         raise UsageError(f"{path} is no state dict: {reason}") from None
     if not isinstance(state, dict):
         raise UsageError(f"{path} is no state dict but a {type(state).__name__}; {ADVICE}")
-    size, floats = os.path.getsize(path), (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     for name, w in state.items():
         if not isinstance(name, str) or not isinstance(w, torch.Tensor):
             raise UsageError(f"{path} is no state dict: {shown(name)} is a {type(w).__name__}, not a tensor; {ADVICE}")

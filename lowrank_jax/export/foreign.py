@@ -108,11 +108,12 @@ def _open(source: str) -> tuple:
         net, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     with _one_line(f"the tokenizer of {source}"):
         tok = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    origin = files[0] if len(files) == 1 else source
     for name, stored, wanted in info["mismatched_keys"]:
-        raise UsageError(f"{source}: {shown(name)} is {list(stored)}, but config.json asks for {list(wanted)}")
+        raise UsageError(f"{origin}: {shown(name)} is {list(stored)}, but config.json asks for {list(wanted)}")
     for fault, names in (("have no", info["missing_keys"]), ("have an unknown", info["unexpected_keys"])):
         if names:  # of a missing embedding and the head that is tied to it, the last in order is the embedding
-            raise UsageError(f"{source}: the weights {fault} {shown(max(names))}")
+            raise UsageError(f"{origin}: the weights {fault} {shown(max(names))}")
     with _one_line(path), torch.no_grad():
         net.eval()(torch.zeros((1, 2), dtype=torch.long), use_cache=False)  # settings that the class does not check
     return net, tok

@@ -37,7 +37,7 @@ def open_export(source: str, tokenizer_path: str = "", base: RunConfig | None = 
         raise UsageError(f"the weights have {keys['vocab']} pieces, but the tokenizer has {tok.vocab_size}")
     arrays = checked.arrays(files)
     config = _config(base, origin["config"], values, keys, folder)
-    with checked.named(source):
+    with checked.named(files[0] if len(files) == 1 else source):
         params = weights.params(config.model, arrays)
     return Trained(config, tok, params, Progress(**origin["progress"]))
 

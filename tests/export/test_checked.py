@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import random
 import shutil
+import zipfile
 
 import exports
 import jax
@@ -129,6 +130,9 @@ def test_no_state_dict_is_one_line_and_runs_no_code(copy, tmp_path):
     for content in (pickle.dumps(Code(str(marker))), b"", b"PK\3\4" + bytes(99)):
         (copy / "model.pt").write_bytes(content)
         refused(copy / "model.pt", "model.pt is no state dict")
+    with zipfile.ZipFile(copy / "model.pt", "w", zipfile.ZIP_DEFLATED) as f:
+        f.writestr("archive/data.pkl", bytes(10**6))
+    refused(copy / "model.pt", "model.pt is no state dict", "compressed")
     assert not marker.exists()
 
 
