@@ -85,7 +85,8 @@ def test_parquet_fingerprints_follow_the_data_and_not_the_folder(tmp_path):
     (tmp_path / "moved").mkdir()
     first = parquet(write_parquet(tmp_path / "a.parquet", {"text": ["x"] * 10})).fingerprint
     assert parquet(write_parquet(tmp_path / "moved" / "a.parquet", {"text": ["x"] * 10})).fingerprint == first
-    assert parquet(write_parquet(tmp_path / "b.parquet", {"text": ["x"] * 10})).fingerprint != first
+    assert parquet(write_parquet(tmp_path / "b.parquet", {"text": ["x"] * 10})).fingerprint == first
+    assert parquet(write_parquet(tmp_path / "a.parquet", {"text": ["y"] * 10})).fingerprint != first
     assert parquet(write_parquet(tmp_path / "a.parquet", {"text": ["x"] * 11})).fingerprint != first
 
 
