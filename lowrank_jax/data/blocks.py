@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -75,8 +76,8 @@ def may_pass(e: Exception) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return text that UTF-8 can encode: a file's name, or a key in JSON, may hold halves of surrogate pairs."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """Return text without what UTF-8 or a terminal cannot take: names and keys may hold any bytes and escapes."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", text)
 
 
 def one_line(e: BaseException) -> str:

@@ -252,7 +252,8 @@ def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: P
         elif spec != config.spec:
             _refuse_names(cursor, p)
         else:
-            what = "has changed since the run stopped (its files' contents); put it back"
+            facts_compared = "contents" if "/" in before else "names or sizes"
+            what = f"has changed since the run stopped (its files' {facts_compared}); put it back"
         raise UsageError(f"source {config.spec} {what}, or use a new --workdir")
     if cursor["readers"] != (count := facts["readers"]):
         remedy = f"set readers={cursor['readers']} to resume it"

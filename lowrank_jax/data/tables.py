@@ -85,6 +85,8 @@ def _parquet_facts(path: str, columns: Container[str]) -> tuple[str, int, int, i
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}  # builders of `datasets`
 FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
 CARDS = ("README.md", ".huggingface.yaml")  # files in a folder that `datasets` reads as YAML
+# As in huggingface_hub, whose import is slow
+FRONT_MATTER = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\n|$))")
 LARGEST_CARD, LARGEST_YAML, DEEPEST_YAML = 1 << 20, 256 << 10, 50
 METADATA = {"dataset_infos.json", "dataset_info.json", "state.json"}
 SHOWN = 3  # names in a message
@@ -167,17 +169,19 @@ def hugging_face(name: str, config: str, split: str, text_key: str, messages_key
 
 def _hf_builder(name: str, config: str):
     """Return the builder of `datasets` for a name on the hub, a folder or one file; raises UsageError."""
+    path = os.path.expanduser(name)
+    if os.path.lexists(path) and (kind := files.kind_of(path)) not in ("a file", "a folder"):
+        raise UsageError(f"source hf:{name}: it is {kind}")
+    if path.startswith((".", "/")) and not os.path.lexists(path):
+        raise UsageError(f"source hf:{name}: no such file or folder")
+    for card in CARDS:
+        _check_card(os.path.join(path, card))
     datasets = blocks.import_package("datasets", "datasets")
     import huggingface_hub
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
-    path = os.path.expanduser(name)
-    if os.path.lexists(path) and (kind := files.kind_of(path)) not in ("a file", "a folder"):
-        raise UsageError(f"source hf:{name}: it is {kind}")
-    if path.startswith((".", "/")) and not os.path.lexists(path):
-        raise UsageError(f"source hf:{name}: no such file or folder")
     with _opening(f"hf:{name}"):
         if os.path.isfile(path):
             if (suffix := _suffix(path)) not in FORMATS:
@@ -186,8 +190,6 @@ def _hf_builder(name: str, config: str):
             return datasets.load_dataset_builder(FORMATS[suffix], data_files={"train": path}, **options)
         if not os.path.isdir(path):
             return datasets.load_dataset_builder(name, config or None)
-        for card in CARDS:
-            _check_card(os.path.join(path, card))
         builder = datasets.load_dataset_builder(path, config or None)
         _tell_left_out(
             path, _hf_format(builder), [file for of_split in _hf_files(builder).values() for file in of_split]
@@ -211,7 +213,6 @@ def _check_split(name: str, split: str, splits: Iterable[str]) -> None:
 def _check_card(path: str) -> None:
     """Raise UsageError for a dataset's card whose YAML is too large, or grows when it is read, as aliases can."""
     import yaml
-    from huggingface_hub import repocard
 
     if not os.path.lexists(path):
         return
@@ -219,13 +220,18 @@ def _check_card(path: str) -> None:
         raise UsageError(f"{path} is {kind}, and not a dataset's card")
     with open(path, encoding="utf-8", errors="replace") as f:
         text = f.read(LARGEST_CARD)
-    block = text if path.endswith(".yaml") else next(iter(re.findall(repocard.REGEX_YAML_BLOCK, text)), ("", ""))[1]
+    block, match = text, FRONT_MATTER.search(text)
+    if path.endswith(".md") and (match or len(text) < LARGEST_CARD):
+        block = match[2] if match else ""
     depth = 0
-    for event in yaml.parse(block[: LARGEST_YAML + 1], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML or len(block) > LARGEST_YAML:
-            limits = f"{LARGEST_YAML >> 10} KiB, {DEEPEST_YAML} levels and no aliases"
-            raise UsageError(f"{path}: its YAML may have {limits}; name the data files instead of their folder")
+    try:
+        for event in yaml.parse(block[: LARGEST_YAML + 1], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML or len(block) > LARGEST_YAML:
+                limits = f"{LARGEST_YAML >> 10} KiB, {DEEPEST_YAML} levels and no aliases"
+                raise UsageError(f"{path}: its YAML may have {limits}; name the data files instead of their folder")
+    except yaml.YAMLError as e:
+        raise UsageError(f"{path} has YAML that cannot be read: {one_line(e)}") from None
 
 
 def _check_encodings(paths: Sequence[str], kind: str) -> None:
