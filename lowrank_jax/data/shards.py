@@ -108,7 +108,7 @@ def _read_meta(folder: str) -> dict:
     path = os.path.join(folder, META)
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such file; {WRITE}")
-    with contextlib.suppress(ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError), open(path, encoding="utf-8") as f:
         meta = json.load(f)
         types = {"tokenizer_sha256": str, "chats": bool, "shards": int, "records": dict}
         if meta["format"] == FORMAT and all(isinstance(meta[key], kind) for key, kind in types.items()):

@@ -34,8 +34,9 @@ class Parquet(InFiles):
         where = f"{path}, row group {group}, row {number}"
         try:
             record = {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-        except ValueError as e:  # a string column may hold any bytes
-            raise BadRecord(where, f"not UTF-8 text: {e}") from None
+        except Exception as e:  # a string may hold any bytes, and a date any year
+            reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else "not readable"
+            raise BadRecord(where, f"{reason}: {one_line(e)}") from None
         return records.document(record, *self._keys, where, self._footer(path).schema.to_arrow_schema().names)
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple]:
@@ -52,7 +53,7 @@ class Parquet(InFiles):
                     for i in range(max(0, start - first), batch.num_rows):
                         yield path, group, first + i, batch, i
                     first += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as e:
+        except Exception as e:  # damage may raise anything
             if may_pass(e):
                 raise
             raise BadRecord(f"{path}, row group {group} from row {first}", f"damaged: {one_line(e)}") from None
@@ -67,13 +68,11 @@ def _parquet_footer(path: str):
 
 def _parquet_facts(path: str, columns: Container[str]) -> tuple[str, int, int, int]:
     """Return a file's digest, its size in bytes, and its numbers of row groups and rows."""
-    import pyarrow
-
     n, digest = files.sample(path)
     try:
         footer = _parquet_footer(path)
         names = [name for name in footer.schema.to_arrow_schema().names if name in columns]
-    except (pyarrow.ArrowException, OSError) as e:
+    except Exception as e:  # damage may raise anything
         if may_pass(e):
             raise
         raise UsageError(f"{path} is not a Parquet file, or damaged: {one_line(e)}") from None
@@ -256,7 +255,7 @@ def _tell_left_out(folder: str, kind: str, used: Sequence[str]) -> None:
     if unused:
         shown = ", ".join(os.path.relpath(path, folder) for path in unused[:SHOWN])
         more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
-        what = f"{len(known)} {kind} files are its splits; left out: {shown}{more}"
+        what = f"{len(known)} files are read, as {kind}; left out: {shown}{more}"
         _say_once(blocks.printable(f"source hf:{folder}: {what}; name those as sources of their own to read them"))
 
 

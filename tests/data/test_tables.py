@@ -244,7 +244,7 @@ def test_files_that_belong_to_no_split_are_named_once(tmp_path, capfd):
     write_jsonl(tmp_path / "mixed" / "d.jsonl", ["lost"])
     for name in ("train", "more"):
         write_jsonl(tmp_path / "splits" / f"{name}.jsonl", [name])
-    for folder, left_out in (("mixed", "3 csv files are its splits; left out: d.jsonl"), ("splits", "more.jsonl")):
+    for folder, left_out in (("mixed", "3 files are read, as csv; left out: d.jsonl"), ("splits", "more.jsonl")):
         for _ in range(2):
             source = tables.hugging_face(f"{tmp_path}/{folder}", "", "train", *KEYS)
         assert len(texts(source)) == (3 if folder == "mixed" else 1)
@@ -293,6 +293,23 @@ def test_a_path_that_is_no_file_is_named_for_what_it_is(tmp_path):
     for name, kind in (("pipe.csv", "a named pipe"), ("link.csv", "a broken link to nowhere")):
         with pytest.raises(UsageError, match=f"^source hf:{tmp_path}/{name}: it is {kind}$"):
             tables.hugging_face(f"{tmp_path}/{name}", "", "train", *KEYS)
+
+
+@pytest.mark.parametrize("column", [pa.timestamp("us"), pa.date32(), pa.duration("s")], ids=str)
+def test_a_value_that_python_cannot_hold_is_one_bad_record(tmp_path, column):
+    most = pa.array(
+        [2 ** (31 if column == pa.date32() else 63) - 1], pa.int32() if column == pa.date32() else pa.int64()
+    )
+    source = parquet(write_parquet(tmp_path / "a.parquet", {"text": most.cast(column)}))
+    with pytest.raises(BadRecord, match="a.parquet, row group 0, row 0: not readable: "):
+        documents(source, 0)
+
+
+def test_a_column_whose_name_is_not_utf8_is_one_line(tmp_path):
+    raw = pathlib.Path(write_parquet(tmp_path / "a.parquet", {"title": ["x"]})).read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw.replace(b"title", b"tit\xffe"))
+    with pytest.raises(UsageError, match="a.parquet is not a Parquet file, or damaged: "):
+        parquet(tmp_path / "a.parquet")
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
@@ -535,7 +552,7 @@ def test_foreign_and_damaged_folders_are_refused(tmp_path):
     check(write_shards(tmp_path / "old", format=0), "is not from this version")
     check(write_shards(tmp_path / "foreign", records=None), "is not from this version")
     check(write_shards(tmp_path / "few", (3, 3), records={"part-0.array_record": 3}), "part-1.array_record is damaged")
-    for broken in ("", "[]", "{"):
+    for broken in ("", "[]", "{", "[" * 10**5):
         (good / "meta.json").write_text(broken)
         check(good, "is not from this version")
     (good / "meta.json").unlink()
