@@ -15,7 +15,6 @@ import itertools
 import json
 import lzma
 import os
-import re
 import stat
 import time
 import zlib
@@ -45,7 +44,7 @@ LONGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}  # of `zstd --
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSED[".zst"] = functools.partial(zstd.open, options=LONGEST_WINDOW)
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError, UnicodeDecodeError)
-BREAKS = [re.compile(mark) for mark in (rb"\n\r?\n|\r\r(?!\n)", rb"\n|\r(?!\n)", rb" ")]
+BREAKS = ((b"\n\n", b"\n\r\n", b"\r\r"), (b"\n",), (b"\r",), (b" ",))  # a text may have lines of LF, CRLF or CR
 
 
 def find(spec: str, pattern: str) -> list[str]:
@@ -305,9 +304,9 @@ def _head(f: BinaryIO) -> bytes:
 
 def _break(window: bytes) -> int:
     """Return where to cut text: after its first blank line, line end or space, or else between two characters."""
-    for mark in BREAKS:
-        if match := mark.search(window):
-            return match.end()
+    for marks in BREAKS:  # `find` takes a tenth of the time of a regular expression
+        if ends := [window.find(mark) + len(mark) for mark in marks if mark in window]:
+            return min(ends)
     return next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), len(window[:4]))
 
 
