@@ -58,7 +58,9 @@ def find(spec: str, pattern: str) -> list[str]:
         paths = sorted(path for path in matches if kinds[path] == "a file")
         for path, kind in kinds.items():
             if kind not in ("a file", "a folder"):
-                raise UsageError(f"source {spec}: {path} is {kind}; only files can be read, which stay as they are")
+                raise UsageError(
+                    f"source {spec}: {path} is {kind}; name regular files, because they are read several times"
+                )
     if matches and not paths:
         raise UsageError(f"source {spec}: {matches[0]} is a folder; name its files, as in {matches[0].rstrip('/')}/*")
     if not paths:
@@ -71,7 +73,7 @@ def _find_remote(spec: str, pattern: str) -> list[str]:
         system, inner = fsspec.core.url_to_fs(pattern)
         return sorted(system.unstrip_protocol(p) for p in system.glob(inner) if system.isfile(p))
     except ImportError as e:  # fsspec says which package it needs
-        raise UsageError(f"source {spec}: {blocks.one_line(e)} (with pip), or copy the files here") from None
+        raise UsageError(f"source {spec}: {blocks.one_line(e)}, for example with pip, or copy the files here") from None
     except Exception as e:  # a network and its libraries may raise anything
         raise UsageError(f"source {spec}: cannot be opened: {blocks.one_line(e)}") from None
 
