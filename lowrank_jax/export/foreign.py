@@ -145,7 +145,7 @@ def _settings(source: str, files: list[str]) -> tuple[str, dict]:
     context = values.get("max_seq_len", LENGTH)  # MPT makes a bias of this length for each head
     if type(context) is not int or not LENGTH <= context <= LONGEST:
         raise UsageError(f"{path} has max_seq_len={shown(context)}; expected {LENGTH} to {LONGEST:,}")
-    with checked.named(path):
+    with checked.named(source):
         checked.refuse_larger(files, vocab * width + 12 * layers * width**2, dict(sizes))
     return path, values
 
