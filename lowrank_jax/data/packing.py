@@ -32,11 +32,11 @@ def encode_document(tokenizer: Tokenizer, document: Document, chats: bool) -> tu
     if "ids" in document:
         return document["ids"], document["said"]
     if "messages" in document:
-        ids, said = chat.encode(tokenizer, document["messages"])
+        ids, said, is_open = chat.encode_document(tokenizer, document)
     else:
-        ids, said = tokenizer.encode(document["text"]), True
+        ids, said, is_open = tokenizer.encode(document["text"]), True, True
     learnt = np.zeros(len(ids) + 2, bool)
-    learnt[1:-1], learnt[-1] = said if chats else True, not chats
+    learnt[1:-1], learnt[-1] = (said, is_open) if chats else (True, True)
     return np.array([tokenizer.bos, *ids, tokenizer.eos], np.int32), learnt
 
 
@@ -193,6 +193,8 @@ class Lane:
                 continue
             try:
                 ids, said = encode_document(self._tokenizer, document, self._chats)
+                if "messages" in document and self._readers[source].endless:  # training, not the held-out part
+                    self._readers[source].limit.report_unused(chat.unused(self._tokenizer, document))
                 break
             except UsageError as e:  # the chat template does not take it
                 limit = self._readers[source].limit

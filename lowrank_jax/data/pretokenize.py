@@ -17,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
-from lowrank_jax.data import packing, shards, sources, tokenizer
+from lowrank_jax.data import chat, packing, shards, sources, tokenizer
 from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.reader import ONCE, Limit, Reader
 
@@ -40,6 +40,8 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     The files do not depend on the number of workers (0: one per core). The folder appears complete or not at all.
     """
     out, tok = os.path.abspath(out), tokenizer.load(job.tokenizer_path)
+    if job.chats:
+        chat.check(tok)
     blocks = sum(source.blocks for source in _open(job))
     count = job.shards or min(max(blocks // BLOCKS, FEWEST), MOST)
     workers = min(workers or len(os.sched_getaffinity(0)), count)

@@ -21,7 +21,7 @@ ATTEMPTS, FIRST_WAIT = 6, 0.5  # a read is tried 6 times over 15 seconds
 PLENTY = 4  # blocks for each reader; with fewer, the readers' parts would differ too much in size
 
 Note = Callable[..., None]
-"""note("skip" | "retry", **facts) reports something that the reader recovered from."""
+"""note("skip" | "retry" | "unused", **facts) reports something that the reader recovered from, or does not use."""
 IGNORE: Note = lambda *_, **__: None
 
 
@@ -30,7 +30,7 @@ class Limit:
 
     def __init__(self, name: str, most: int, note: Note = IGNORE):
         self.name, self.most, self.note = name, most, note
-        self.skipped, self.last, self._lock = 0, None, threading.Lock()
+        self.skipped, self.last, self._unused, self._lock = 0, None, set(), threading.Lock()
 
     def skip(self, bad: BadRecord, is_new: bool = True) -> None:
         """Count a bad record, and report a new one; raises UsageError, with its file and line, beyond the limit."""
@@ -42,6 +42,15 @@ class Limit:
                 return
         count = f"; {self.skipped} such records, and max_skipped={self.most}" if self.most else ""
         raise UsageError(f"{bad}{count}")
+
+    def report_unused(self, keys: set[str]) -> None:
+        """Report keys of records that nothing is trained from, each once."""
+        if keys <= self._unused:
+            return
+        with self._lock:
+            new, self._unused = sorted(keys - self._unused), self._unused | keys
+        if new:
+            self.note("unused", source=self.name, keys=", ".join(new))
 
     def take_back(self, count: int) -> None:
         """Subtract bad records that will be read again."""

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
-from lowrank_jax.data import packing, sources
+from lowrank_jax.data import chat, packing, sources
 from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.packing import Batch, Lane
 from lowrank_jax.data.reader import IGNORE, ONCE, Limit, Note, Part, Reader
@@ -92,6 +92,8 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
 
 def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
     """Encode the first documents of every source; raises UsageError if there is nothing to learn from."""
+    if chats:
+        chat.check(tokenizer)
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
         limit = Limit(config.spec, p.max_skipped)
         documents = iter(Reader(source, ONCE, limit, chats).next, None)

@@ -58,10 +58,10 @@ def test_the_optional_keys_beside_a_pair_join_it():
     assert read(record) == {"messages": [system, user, {"role": "assistant", "content": "3"}]}
 
 
-def test_messages_keep_their_other_text_fields():
+def test_messages_keep_their_other_fields_but_null():
     turn = {"role": "tool", "content": "4", "name": "sum", "cost": 3, "call": None}
     kept = read({"messages": [turn, ANSWER]})["messages"][0]
-    assert kept == {"role": "tool", "content": "4", "name": "sum"}
+    assert kept == {"role": "tool", "content": "4", "name": "sum", "cost": 3}
 
 
 def test_a_conversation_goes_before_the_text_in_sft_only():
