@@ -19,6 +19,7 @@ from lowrank_jax.data.template import BREAK, CLOSE, OPEN
 from lowrank_jax.data.tokenizer import Tokenizer
 
 KNOWN = {"role", "content", "weight", "function_call", "tool_call_id", "name"}  # names and ids may go with a call
+_MARKS = re.compile(f"[{OPEN}{CLOSE}{BREAK}]")
 _HAS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -180,8 +181,13 @@ def _guard(value, specials: tuple[str, ...]):
     if isinstance(value, str):
         return _guard_text(value, specials)
     if isinstance(value, dict):
-        return {_guard(key, specials): _guard(part, specials) for key, part in value.items()}
+        return {_guard_key(key, specials): _guard(part, specials) for key, part in value.items()}
     return [_guard(part, specials) for part in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(1024)  # "role" and "content" come again and again
+def _guard_key(key, specials: tuple[str, ...]):
+    return _guard(key, specials)
 
 
 def _guard_text(text: str, specials: tuple[str, ...]) -> str:
@@ -190,7 +196,7 @@ def _guard_text(text: str, specials: tuple[str, ...]) -> str:
     Other ends stay as they are, because templates look at how a message begins, and trim it.
     """
     names, heads, tails = _guards(specials)
-    text = names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
+    text = names.sub(lambda m: m[0] + BREAK, _MARKS.sub("", text))
     if (body := text.rstrip()).endswith(heads):
         text = body + BREAK + text[len(body) :]
     if (body := text.lstrip()).startswith(tails):

@@ -27,17 +27,35 @@ from lowrank_jax.data.blocks import one_line
 # Unicode noncharacters are reserved for a program's own use; they are removed from message text.
 OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 TODAY = datetime.datetime(2024, 7, 26)  # for templates: with the real date a resume would change the data
-LONGEST_TEMPLATE = 200_000  # characters; the longest of the well-known ones has 20,000
-WORK, WORK_PER_CHARACTER = 4_000_000, 16  # units for a conversation, and more for a long one
+LONGEST_TEMPLATE = 100_000  # characters; the longest of the well-known ones has 20,000
+WORK, WORK_PER_CHARACTER = 3_000_000, 32  # units of about 0.3 us for a conversation, and more for a long one
+LOOP, CALL, ELEMENT = (
+    5,
+    20,
+    8,
+)  # units of an iteration and of a macro's call beside their bodies', and of a list element
 LARGEST = 4_000_000  # characters or elements of one value, and 4 times the conversation's
+PARTS = 32  # of a template's output that are joined before they are counted
 SMALL = 1024  # characters of a text that costs nothing of its own
 LARGEST_NUMBER, MOST_BITS = 100_000, 4096  # of a number as an argument, and of a number as a result
 WIDE_FIELD = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})|:[^{}]*(\{|\d{4})")
 
 # Filters and methods whose time is constant, or grows with the value or its square. That of all others grows at most
 # with the product of the value's size and the largest argument's.
-INSTANT = {"abs", "attr", "count", "d", "default", "first", "get", "items", "keys", "last", "length", "safe", "values"}
-LINEAR = {"list", "lower", "map", "partition", "reject", "rejectattr", "reverse", "rpartition", "rsplit", "select"}
+INSTANT = {"abs", "attr", "d", "default", "first", "get", "items", "keys", "last", "length", "safe", "values"}
+LINEAR = {
+    "count",
+    "list",
+    "lower",
+    "map",
+    "partition",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "rpartition",
+    "rsplit",
+    "select",
+}
 LINEAR |= {"selectattr", "split", "splitlines", "string", "strip", "lstrip", "rstrip", "trim", "upper", "startswith"}
 LINEAR |= {"endswith", "find", "rfind", "index", "rindex", "removeprefix", "removesuffix", "capitalize", "title"}
 QUADRATIC = {"striptags", "sum", "urlize", "wordwrap", "xmlattr"}
@@ -59,7 +77,7 @@ class _Work(threading.local):
 
     def start(self, characters: int) -> None:
         self.left, self.largest = WORK + WORK_PER_CHARACTER * characters, LARGEST + 4 * characters
-        self.sizes = {}
+        self.sizes.clear()
 
     def charge(self, units: int) -> None:
         self.left -= units
@@ -78,20 +96,27 @@ def render(template: str, messages: list[dict], variables: dict) -> str:
     """Return what a template makes of messages; raises UsageError if it fails, or needs more work than is allowed."""
     _work.start(sum(len(m["content"]) for m in messages))
     try:
-        return compiled(template).render(messages=messages, **variables)
+        program = compiled(template)
+        if isinstance(program, Exception):
+            raise program
+        return program.render(messages=messages, **variables)
     except LimitError as e:
         raise UsageError(f"the chat template {ascii(' '.join(template[:40].split()))}... is stopped: {e}") from None
-    except (Exception, RecursionError) as e:  # a template is a program, which may raise anything
+    except Exception as e:  # a template is a program, which may raise anything
         raise UsageError(f"the chat template refuses a conversation: {one_line(e)}") from None
     finally:
-        _work.sizes = {}
+        _work.sizes.clear()
 
 
 @functools.lru_cache
-def compiled(template: str) -> jinja2.Template:
+def compiled(template: str) -> jinja2.Template | Exception:
+    """Return the program of a template, or the reason why it has none: to find it may take a second."""
     if len(template) > LONGEST_TEMPLATE:
-        raise LimitError(f"it has {len(template):,} characters, and at most {LONGEST_TEMPLATE:,} are allowed")
-    return _environment().from_string(template)
+        return LimitError(f"it has {len(template):,} characters, and at most {LONGEST_TEMPLATE:,} are allowed")
+    try:
+        return _environment().from_string(template)
+    except Exception as e:
+        return e.with_traceback(None)
 
 
 @functools.lru_cache
@@ -128,13 +153,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def concat(self, parts: Iterable[str]) -> str:
         """Join a template's output, a few parts at a time, to count it while it grows."""
-        parts, texts = iter(parts), []
-        while some := list(itertools.islice(parts, 32)):
-            text = "".join(some)
-            if len(text) > SMALL:
-                _work.charge(len(text) >> 2)
+        parts, texts, more = iter(parts), [], True
+        while more:
+            text = "".join(some := list(itertools.islice(parts, PARTS)))
+            _work.charge(len(text) >> 2)
             texts.append(text)
-        return texts[0] if len(texts) == 1 else "".join(texts)
+            more = len(some) == PARTS
+        return "".join(texts)
 
     def call_binop(self, context, operator, left, right):
         kinds = isinstance(left, int), isinstance(right, int)
@@ -156,6 +181,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return wrapper
 
     def call(__self, __context, __obj, *args, **kwargs):  # the names cannot be those of keyword arguments
+        _work.charge(len(args))
         owner = getattr(__obj, "__self__", None)
         if owner is not None:
             _before(getattr(__obj, "__name__", ""), owner, (*args, *kwargs.values()))
@@ -166,15 +192,17 @@ class _Limits(NodeTransformer):
     """Puts the counting into a parsed template."""
 
     def visit_For(self, node):
-        units = _count(node.body)
+        units = LOOP + _count(node.body)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(units), "_tick"), lineno=node.lineno))
         if node.test is not None:  # it runs for elements that the body does not get
-            node.test = nodes.And(_filter(nodes.Const(_count([node.test])), "_tick"), node.test, lineno=node.lineno)
+            node.test = nodes.And(
+                _filter(nodes.Const(LOOP + _count([node.test])), "_tick"), node.test, lineno=node.lineno
+            )
         return node
 
     def visit_Macro(self, node):
-        units = _count(node.body)
+        units = CALL + _count(node.body)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(units), "_tick"), lineno=node.lineno))
         return node
@@ -229,8 +257,8 @@ def _is_constant(node: nodes.Node) -> bool:
 
 
 def _tick(units: int) -> bool:
-    _work.charge(units)
-    return True
+    _work.left = left = _work.left - units
+    return left >= 0 or _work.charge(0)
 
 
 def _weigh(value):
@@ -250,7 +278,7 @@ def _weigh(value):
 
 def _ticking(values):
     for value in values:
-        _work.charge(1 + (_length(value) >> 2))
+        _work.charge(ELEMENT + (_length(value) >> 2))
         yield value
 
 
@@ -262,10 +290,12 @@ def _compared(value):
 
 
 def _concat(parts: list) -> str:
-    return _weigh("".join(map(str, parts)))
+    texts = [_weigh(str(part)) for part in parts]
+    _work.charge(sum(map(len, texts)) >> 2)
+    return "".join(texts)
 
 
-def _before(name: str, value, arguments: Iterable) -> None:
+def _before(name: str, value, arguments: tuple) -> None:
     """Count what a filter or method may take and build, before it does."""
     if name in INSTANT:
         return
@@ -273,20 +303,18 @@ def _before(name: str, value, arguments: Iterable) -> None:
         text = value.decode("latin-1") if isinstance(value, bytes) else value
         if WIDE_FIELD.search(text):
             raise LimitError("it formats a text with a field of 1,000 characters or more")
-    largest = 0
+    largest, length = 0, _length(value)
+    _work.charge(len(arguments) + (length >> 1 if isinstance(value, str | bytes) else ELEMENT * length))
     for argument in arguments:
         number = abs(argument) if isinstance(argument, int) else 0
         if number > LARGEST_NUMBER:
             raise LimitError(f"it gives a number above {LARGEST_NUMBER:,} to {name}")
         largest = max(largest, number, 0 if name in LINEAR else _size(argument))
-    if name in LINEAR:
-        length = _length(value)
-        _work.charge(length >> 3 if isinstance(value, str | bytes) else 2 * length)
-        return
-    size = _size(value)
-    size *= 1 + max(largest, size if name in QUADRATIC else 0)
-    _work.check(size)
-    _work.charge(size >> 3)
+    if name not in LINEAR:
+        size = _size(value)
+        size *= 1 + max(largest, size if name in QUADRATIC else 0)
+        _work.check(size)
+        _work.charge(size >> 3)
 
 
 def _limited(name: str, function):
@@ -327,7 +355,7 @@ def _size(value) -> int:
         return 1 + _length(value)
     if known := _work.sizes.get(id(value)):
         return known[0]
-    _work.charge(len(value))
+    _work.charge(4 * len(value))
     parts = [*value, *value.values()] if isinstance(value, Mapping) else value
     size = 1 + sum(map(_size, parts))
     _work.sizes[id(value)] = size, value
