@@ -5,6 +5,7 @@ line feed, so it encodes line by line: the same ids, faster than as one string. 
 space, is encoded as three UTF-8 bytes.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -12,14 +13,17 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.data.blocks import one_line
+from lowrank_jax.machine.console import say
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -32,7 +36,45 @@ JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", 
 # tag that ends it. Jinja trims the first line feed after a block tag, so a blank line ends the turn.
 CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
 LEARNING = tomllib.loads(pathlib.Path(__file__).with_name("sentencepiece.toml").read_text("utf-8"))
-PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
+MOST_PIECES = 1 << 22  # the largest public vocabulary has 262,144
+# Texts that other models tend to change: white space, line ends, case, accents, wide characters, control characters,
+# emoji of several characters, forms that Unicode calls compatible, and letters of many scripts.
+PROBES = [
+    "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. ",
+    "Two  spaces \n and a line end\n",
+    "\r",
+    "I\u0130\u00df\u1e9e",
+]
+PROBES += [
+    "\u00c5ngstr\u00f6m na\u00efve",
+    "\uff21\uff11\u3000\uff0c",
+    "\ufb01 \u00b2 \u2460 \u2122 \u2026 \u00a0\u00bd",
+    "\u201cq\u201d \u2018q\u2019 \u2014",
+]
+PROBES += [
+    "a\u200bb\u200d\u00ad\u2060",
+    "\ufeffa\ufffd",
+    "\0\x01\x1b[0m\x7f\x85",
+    "\u2028\u2029\x0b\x0c",
+    "\ue000\U000f0000",
+    "\ufe0f\u20e3",
+]
+PROBES += [
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea",
+    "\uff76\uff9e",
+    "\u0645\u064f\u0640\ufefb",
+]
+PROBES += [
+    "\u0e01\u0e33",
+    "\u0915\u094d\u0937",
+    "\ud55c\uae00",
+    "\u65e5\u672c\u8a9e",
+    "\U00020000",
+    "``x'' n't \u0301a",
+    "##a @@ </w> ",
+]
+# Texts of which Unicode says that they are the same as their composed forms; models with NFC, as Qwen's, compose them.
+EQUIVALENT = ["e\u0301", "q\u0307\u0323", "\u1112\u1161\u11ab", "\u212b\u2126", "\u0958"]
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
 FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, line feed, ASCII, space
@@ -46,6 +88,7 @@ class Tokenizer:
     eos: int
     names: dict[str, str]  # bos_token, eos_token, ...: the symbols' names in chat templates
     specials: dict[str, int]  # id of every control symbol by its name
+    added: dict[int, str] = {}  # pieces for text that a file adds to its model, by id
     chat_template: str
     sha256: str  # differs between tokenizers whose ids differ
     files: dict[str, bytes]  # by name, what `load` needs to return the same tokenizer
@@ -136,8 +179,15 @@ class HuggingFace(Tokenizer):
             self._tok.add_special_tokens(tags)
         added = self._tok.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
-        self._plain = {i: token.content for i, token in added.items() if not token.special}
-        self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values()) + 1
+        self.added = {i: token.content for i, token in added.items() if not token.special}
+        ids = self._tok.get_vocab(with_added_tokens=True).values()
+        if len(set(ids)) < len(ids):
+            raise UsageError(f"two pieces of {JSON_FILE} have the same id")
+        self.vocab_size = max(ids) + 1
+        if self.vocab_size > MOST_PIECES:
+            raise UsageError(
+                f"{JSON_FILE} has an id of {self.vocab_size - 1:,}, and at most {MOST_PIECES:,} are allowed"
+            )
         named = {key: value for key, value in config.items() if key.endswith("_token") and value}
         named = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
         self.names = {key: value for key, value in named.items() if value in self.specials}
@@ -155,7 +205,12 @@ class HuggingFace(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self._tok.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tok.encode(text, add_special_tokens=False).ids
+        except BaseException as e:  # such as a piece for unknown characters that the model lacks
+            if not _is_failure(e):
+                raise
+            raise UsageError(f"the tokenizer cannot encode a text: {one_line(e)}") from None
         if self._special_ids.isdisjoint(ids):
             return ids
         # The symbols' names are pieces of the model, as Unigram allows: cut the text so that no part has a whole name.
@@ -170,7 +225,7 @@ class HuggingFace(Tokenizer):
         in_bytes = '"ByteLevel"' in json.dumps(json.loads(self.json)["decoder"])  # a character of a piece is a byte
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, i in self._tok.get_vocab(with_added_tokens=True).items():
-            if i in self._plain or not in_bytes:
+            if i in self.added or not in_bytes:
                 is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
                 lengths[i] = 1 if is_byte else len(piece.replace(SPACE_MARK, " ").encode())
             else:
@@ -197,16 +252,73 @@ def load(path: str) -> Tokenizer:
     Raises UsageError if none exists, or if its ids do not decode to the same text.
     """
     try:
-        tokenizer = _load(path)
+        with _without_panics():
+            tokenizer = _load(path)
+            tokenizer.byte_lengths()
+            change = _change(tokenizer, [*PROBES, *_pieces_as_text(tokenizer)])
+            composed = _change(tokenizer, EQUIVALENT)
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except UsageError as e:
         raise UsageError(f"tokenizer {path}: {e}") from None
-    except Exception:  # `tokenizers` raises no type of its own
+    except OSError as e:
+        raise UsageError(f"tokenizer {path}: cannot be read: {e.strerror}") from None
+    except BaseException as e:
+        if not _is_failure(e):
+            raise
         raise UsageError(f"tokenizer {path}: not a {JSON_FILE if _is_json(path) else 'SentencePiece model'}") from None
-    if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, PROBE.lstrip())):
-        raise UsageError(f"tokenizer {path}: its ids do not decode to the same text; {LEARN}")
+    if change:
+        raise UsageError(f"tokenizer {path}: its ids do not decode to the same text: {change}; {LEARN}")
+    if composed:
+        say(f"tokenizer {path} composes characters: {composed}, which Unicode calls equivalent")
     return tokenizer
+
+
+def _is_failure(e: BaseException) -> bool:
+    """Return whether `tokenizers` raised this: it has no type of its own, and its panics are no Exception."""
+    return isinstance(e, Exception) or type(e).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep back what is written to stderr, and drop it if a library panics: that writes a page before it raises."""
+    try:
+        kept, stderr = tempfile.TemporaryFile(), os.dup(2)
+    except OSError:  # there is no room for a file, or stderr is closed
+        yield
+        return
+    with kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException as e:
+            if type(e).__name__ == "PanicException":
+                kept.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            kept.seek(0)
+            if text := kept.read():
+                with contextlib.suppress(OSError):
+                    os.write(2, text)
+
+
+def _change(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
+    """Return where `tokenizer` first changes one of some texts and what that becomes, in ASCII, or nothing."""
+    for text in texts:
+        for part in (text, text.strip()):
+            if (other := tokenizer.decode(tokenizer.encode(part))) != part:
+                place = max(0, len(os.path.commonprefix([part, other])) - 3)
+                return " becomes ".join(ascii(t[place : place + 20]) for t in (part, other))
+    return ""
+
+
+def _pieces_as_text(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield texts with the names of the symbols, and of pieces that were added to a model, between letters."""
+    names = [*tokenizer.specials, *tokenizer.added.values()]
+    for start in range(0, len(names), 100):
+        yield "".join(f"a{name} b {name}" for name in names[start : start + 100])
 
 
 def _load(path: str) -> Tokenizer:
