@@ -170,6 +170,8 @@ class HuggingFace(Tokenizer):
         facts = json.loads(text)
         for token in facts.get("added_tokens", []):  # they would swallow the white space around them
             token |= {"lstrip": False, "rstrip": False}
+        if "dropout" in facts.get("model", {}):  # it would give a text other ids each time
+            facts["model"]["dropout"] = None
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
         self._tok.no_truncation()
         self._tok.no_padding()

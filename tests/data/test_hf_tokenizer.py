@@ -300,6 +300,18 @@ def test_a_damaged_tokenizer_is_refused_in_one_line_or_works(tmp_path, kind, cap
     assert refused > 50 and "panicked" not in capfd.readouterr().err
 
 
+def test_a_model_that_cannot_encode_some_texts_is_refused_in_one_line(tmp_path):
+    unknown = {"unk_token": "nowhere", "byte_fallback": False}
+    folder = edited(tmp_path / "a", lambda facts: facts["model"].update(unknown), "fallback")
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: the tokenizer cannot encode a text: .*nowhere"):
+        tokenizer.load(folder)
+
+
+def test_a_text_has_the_same_ids_each_time_even_if_the_file_asks_for_dropout(tmp_path):
+    tok = tokenizer.load(edited(tmp_path / "a", lambda facts: facts["model"].update(dropout=0.5)))
+    assert len({tuple(tok.encode("the cat sat on the mat")) for _ in range(20)}) == 1
+
+
 def test_a_panic_of_the_library_is_one_line(tmp_path, capfd):
     """A merge shorter than the prefix that is taken from its pieces makes tokenizers 0.23 panic."""
     folder = edited(tmp_path / "a", lambda facts: facts["model"].update(continuing_subword_prefix="x" * 99))

@@ -1,6 +1,7 @@
 """The tokenizer: ids give back exactly the text they came from, and no text ever becomes a control symbol."""
 
 import io
+import random
 import string
 
 import pytest
@@ -184,6 +185,21 @@ def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.model").write_bytes(content)
     with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: not a SentencePiece model$"):
         tokenizer.load(str(tmp_path / "a.model"))
+
+
+def test_a_damaged_model_is_refused_in_one_line_or_works(tok, tmp_path):
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        i, kind = draw.randrange(len(tok.model)), draw.randrange(3)
+        middle = (bytes([tok.model[i] ^ 1 << draw.randrange(8)]), b"", b"\0" * 9)[kind]
+        (tmp_path / "a.model").write_bytes(tok.model[:i] + middle + tok.model[i + len(middle) :] * (kind != 1))
+        try:
+            damaged = tokenizer.load(str(tmp_path / "a.model"))
+            damaged.byte_lengths()
+        except UsageError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 100
 
 
 def test_a_foreign_model_that_keeps_text_as_it_is_can_be_used(tmp_path):
