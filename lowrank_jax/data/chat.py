@@ -31,19 +31,19 @@ def encode(
     A `prompt` ends where the assistant shall speak. Raises UsageError if the template refuses the conversation, or if
     the assistant says nothing in a conversation that is no prompt.
     """
-    ids, said, speaking = [], [], False
-    specials = set(tokenizer.specials.values())
+    ids, said, speaking, is_open = [], [], False, False  # open: the assistant's text has no end yet
     for part in _parts(tuple(tokenizer.specials)).split(render(tokenizer, messages, prompt, tools)):
         if part in (OPEN, CLOSE):
             speaking = part == OPEN
         elif part in tokenizer.specials:
-            ends = bool(ids) and said[-1] and ids[-1] not in specials  # the symbol that ends a turn carries weight
             ids.append(tokenizer.specials[part])
-            said.append(speaking or ends)
+            said.append(speaking or (is_open and said[-1]))  # the symbol that ends a turn carries weight
+            is_open = False
         elif text := part.replace(BREAK, ""):
             new = tokenizer.encode(text)
             ids += new
             said += [speaking] * len(new)
+            is_open = speaking and (is_open or not text.isspace())
     if not prompt and not any(said):
         raise UsageError("a conversation has no assistant turn, so there is nothing to learn from it")
     start = int(bool(ids) and ids[0] == tokenizer.bos)  # the caller adds BOS
@@ -82,7 +82,7 @@ def check(tokenizer: Tokenizer) -> None:
     A template that refuses an exchange of two turns cannot be proved, and each conversation is proved by itself.
     """
     for more in NEXT[:3]:
-        if not all(_ends(tokenizer, EXCHANGE + more)):
+        if not all(behind for _, behind in _symbols(tokenizer, EXCHANGE + more)):
             reason = "puts no control symbol behind an answer, so a model could not learn to stop"
             remedy = (
                 "write {{ eos_token }} behind the assistant's content in it, inside {% generation %} if it has that"
@@ -91,23 +91,28 @@ def check(tokenizer: Tokenizer) -> None:
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that end the assistant's turn: EOS, and the symbols that the chat template puts behind a turn."""
-    return sorted({tokenizer.eos}.union(*(symbols for more in NEXT for symbols in _ends(tokenizer, EXCHANGE + more))))
+    """Return the ids that end the assistant's turn: EOS, and the symbols that the chat template puts behind a turn.
+
+    A symbol that also ends the reasoning in front of an answer ends no turn.
+    """
+    ends = {i for more in NEXT for _, behind in _symbols(tokenizer, EXCHANGE + more) for i in behind}
+    thinking = [EXCHANGE[0], EXCHANGE[1] | {"reasoning_content": "c"}]
+    inside = {i for before, _ in _symbols(tokenizer, thinking) for i in before}
+    return sorted({tokenizer.eos} | (ends - inside))
 
 
-def _ends(tokenizer: Tokenizer, messages: list[dict]) -> list[set[int]]:
-    """Return the trained symbols behind each answer "b", and no answer if the template refuses the conversation."""
+def _symbols(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[set[int], set[int]]]:
+    """Return the trained symbols before and behind each answer "b"; no answer if the template refuses the messages."""
     try:
         ids, said, is_open = encode_document(tokenizer, {"messages": messages})
     except UsageError:
         return []
-    specials, ends = set(tokenizer.specials.values()), []
+    specials, answers = set(tokenizer.specials.values()), []
     for speaks, stretch in itertools.groupby(zip([*ids, tokenizer.eos], [*said, is_open]), lambda pair: pair[1]):
         spoken = [i for i, _ in stretch if speaks]
-        # Symbols before the answer, such as <|channel|>, describe it and do not end it.
         if texts := [k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i])]:
-            ends.append(specials.intersection(spoken[texts[-1] + 1 :]))
-    return ends
+            answers.append((specials.intersection(spoken[: texts[-1]]), specials.intersection(spoken[texts[-1] :])))
+    return answers
 
 
 def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool, tools: list[dict] | None = None) -> str:
