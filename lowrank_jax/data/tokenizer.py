@@ -37,42 +37,16 @@ JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", 
 CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
 LEARNING = tomllib.loads(pathlib.Path(__file__).with_name("sentencepiece.toml").read_text("utf-8"))
 MOST_PIECES = 1 << 22  # the largest public vocabulary has 262,144
-# Texts that other models tend to change: white space, line ends, case, accents, wide characters, control characters,
-# emoji of several characters, forms that Unicode calls compatible, and letters of many scripts.
-PROBES = [
-    "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. ",
-    "Two  spaces \n and a line end\n",
-    "\r",
-    "I\u0130\u00df\u1e9e",
-]
-PROBES += [
-    "\u00c5ngstr\u00f6m na\u00efve",
-    "\uff21\uff11\u3000\uff0c",
-    "\ufb01 \u00b2 \u2460 \u2122 \u2026 \u00a0\u00bd",
-    "\u201cq\u201d \u2018q\u2019 \u2014",
-]
-PROBES += [
-    "a\u200bb\u200d\u00ad\u2060",
-    "\ufeffa\ufffd",
-    "\0\x01\x1b[0m\x7f\x85",
-    "\u2028\u2029\x0b\x0c",
-    "\ue000\U000f0000",
-    "\ufe0f\u20e3",
-]
-PROBES += [
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd \U0001f1e9\U0001f1ea",
-    "\uff76\uff9e",
-    "\u0645\u064f\u0640\ufefb",
-]
-PROBES += [
-    "\u0e01\u0e33",
-    "\u0915\u094d\u0937",
-    "\ud55c\uae00",
-    "\u65e5\u672c\u8a9e",
-    "\U00020000",
-    "``x'' n't \u0301a",
-    "##a @@ </w> ",
-]
+PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
+# White space and line ends, letters of many scripts, wide and control characters, emoji of several characters, and
+# forms that Unicode calls compatible.
+PROBES = [PROBE, "Two  spaces \n and a line end\n", "\r", "\0\x01\x1b[0m\x7f\x85\u2028\u2029\x0b\x0c"]
+PROBES += (
+    "I\u0130\u00df\u1e9e|\u00c5na\u00efve|\uff21\uff11\u3000\uff0c|\uff76\uff9e|\ufb01|\u00b2\u2460\u2122\u2026\u00a0\u00bd|"
+    "\u201cq\u201d\u2018q\u2019\u2014|a\u200bb\u200d\u00ad\u2060|\ufeffa\ufffd|\ue000\U000f0000|\ufe0f\u20e3|\U00020000|"
+    "\U0001f44d\U0001f3fd\U0001f1e9|\U0001f469\u200d\U0001f467|\u0645\u064f\u0640\ufefb|\u0e01\u0e33|\u0915\u094d\u0937|"
+    "\ud55c\uae00|``x'' n't|##a @@ </w>"
+).split("|")
 # Texts of which Unicode says that they are the same as their composed forms; models with NFC, as Qwen's, compose them.
 EQUIVALENT = ["e\u0301", "q\u0307\u0323", "\u1112\u1161\u11ab", "\u212b\u2126", "\u0958"]
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
