@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
 from lowrank_jax.data import packing, shards, sources, tokenizer
-from lowrank_jax.data.blocks import BadRecord, Source
+from lowrank_jax.data.blocks import Source
 from lowrank_jax.data.reader import ONCE, Limit, Reader
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, within these limits
@@ -95,11 +95,12 @@ def _write_shard(shard: int) -> dict:
     with contextlib.closing(shards.open_writer(os.path.join(_folder, _file(shard, _job.shards)))) as writer:
         for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
-            for document in iter(Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards)).next, None):
+            reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
+            for document in iter(reader.next, None):
                 try:
                     ids, said = packing.encode_document(_tokenizer, document, _job.chats)
                 except UsageError as e:  # the chat template does not take it
-                    limit.skip(BadRecord(f"source {config.spec}", str(e)))
+                    reader.refuse(str(e))
                     continue
                 writer.write(shards.encode_record(ids, said))
                 counts["documents"] += 1
