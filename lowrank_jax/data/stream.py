@@ -31,7 +31,7 @@ SIGNAL_POLL_SECONDS = 5.0  # between checks for a signal while a batch is awaite
 AHEAD = 2  # batches that are placed on the device before they are used
 MIN_ROWS_PER_LANE = 8  # of every source; if one has fewer, a single lane makes the whole batch
 ROWS_TO_COUNT = 32  # for each lane: a source of so many rows may be shared by blocks, however long its rows are
-SMALL_STEP, SMALLEST_PIECE = 1 << 14, 6144  # where a step has few tokens, a lane's part of it is no piece of a document
+SMALL_STEP, SMALLEST_PIECE = 1 << 14, 12_288  # tokens: a lane's part of a smaller step is too little for a piece
 
 
 def open_phase(
@@ -44,7 +44,7 @@ def open_phase(
     """
     (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
-    count, is_old = readers(p), cursor is not None and not any("piece" in lane for lane in cursor["lanes"].values())
+    count, is_old = readers(p), cursor is not None and not any(lane.get("piece") for lane in cursor["lanes"].values())
     rows = [_count_rows(source, ROWS_TO_COUNT * count) for source in all_sources]
     if min(rows) < MIN_ROWS_PER_LANE * count and not (is_old and cursor["readers"] == count):
         count = 1
@@ -58,7 +58,7 @@ def open_phase(
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
     for i, limit in enumerate(limits if cursor else ()):
         limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in cursors.values())
-    parts = [Part(_held_out_every(n, p.eval_fraction), False, True, endless=True) for n in rows]
+    parts = [Part(_held_out_every(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
 
     piece = max(p.tokens_per_step // count, SMALLEST_PIECE if p.tokens_per_step < SMALL_STEP else 0)
 
@@ -77,7 +77,7 @@ def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, 
     """Open the held-out part of a phase, once, in the shuffled order of the seed."""
     own = []
     for i, (config, source) in enumerate(zip(p.sources, _open(p.sources, tokenizer, chats))):
-        if period := _held_out_every(_count_rows(source, 2), p.eval_fraction):
+        if period := _held_out_every(source, p.eval_fraction):
             part = Part(period, held_out=True, shuffled=True, endless=False)
             own.append((config, Reader(source, part, Limit(config.spec, p.max_skipped, note), chats, seed + i)))
     return _finite(own, tokenizer, chats)
@@ -131,7 +131,7 @@ def source_texts(configs: Sequence[SourceConfig], max_bytes: int, max_skipped: i
     """Yield texts of the sources for a tokenizer to learn from, without the share that is held out."""
     for config in configs:
         source, left = sources.open_source(config), max_bytes // len(configs)
-        part = Part(_held_out_every(_count_rows(source, 2), held_out), held_out=False, shuffled=True, endless=False)
+        part = Part(_held_out_every(source, held_out), held_out=False, shuffled=True, endless=False)
         reader = Reader(source, part, Limit(config.spec, max_skipped), chats=False)
         while left > 0 and (document := reader.next()) is not None:
             if "ids" in document:
@@ -244,6 +244,13 @@ def summary(cursor: dict) -> list[dict]:
     return rows
 
 
+def describe(counts: dict) -> str:
+    """Return a line that says what `summary` counts of a source."""
+    shown = [f"{counts[key]:,} {key}" for key in ("documents", "tokens")] + [f"{counts['epochs']:.3g} epochs"]
+    rest = ("cut", "unanswered", "refused", "skipped", "empty")
+    return f"{counts['source']}: {', '.join(shown + [f'{counts[key]:,} {key}' for key in rest if counts[key]])}"
+
+
 def check_sources(cursor: dict, p: PhaseConfig) -> None:
     """Raise UsageError if a phase now names other sources than its cursor."""
     before, now = ", ".join(cursor["sources"]), ", ".join(s.spec for s in p.sources)
@@ -275,14 +282,15 @@ def _open(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool) ->
     return all_sources
 
 
-def _rows(source: Source) -> Iterator:
+def _places(source: Source) -> Iterator[tuple[int, int]]:
+    """Yield the block and number of every row that can be read."""
     for block in range(source.blocks):
         with contextlib.suppress(BadRecord):
-            yield from source.rows(block)
+            yield from ((block, row) for row, _ in enumerate(source.rows(block)))
 
 
 def _count_rows(source: Source, most: int) -> int:
-    return sum(1 for _ in itertools.islice(_rows(source), most))
+    return sum(1 for _ in itertools.islice(_places(source), most))
 
 
 def _shares_blocks(source: Source, rows: int, count: int) -> bool:
@@ -290,9 +298,10 @@ def _shares_blocks(source: Source, rows: int, count: int) -> bool:
     return source.blocks >= PLENTY * count and rows >= min(7 * source.blocks // 8, ROWS_TO_COUNT * count)
 
 
-def _held_out_every(rows: int, fraction: float) -> int:
-    """Return n if every n-th row of a source with so many rows is held out, or 0 if none is.
+def _held_out_every(source: Source, fraction: float) -> int:
+    """Return n if every n-th row is held out, or 0 if none is.
 
-    Row 0 would be held out first, so a source of one row holds out none.
+    A source of one row, or of few that lie where the rows to hold out do, would have none left to train on.
     """
-    return round(1 / fraction) if fraction and rows > 1 else 0
+    period = round(1 / fraction) if fraction else 0
+    return period if period and any((block + row) % period for block, row in _places(source)) else 0
