@@ -6,6 +6,7 @@ A document that would upset the shares is read in pieces, with documents of othe
 import collections
 import hashlib
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,9 +28,8 @@ targets[t] is the token after tokens[t].
 WINDOW_ROWS = 32
 COUNTS = ("documents", "tokens", "unanswered", "refused")  # of each source, while documents are drawn
 TRAINED = ("documents", "tokens", "cut", "epochs")  # of each source, in the batches
-LONG = (
-    3  # pieces: no document up to this size is cut. A piece is a step of a lane, so shares are off by 1.5 steps at most
-)
+# In pieces: no document up to this size is cut. A piece is a step of a lane, so shares err by 0.75 of a step at most.
+LONG = 1.5
 DEBT = 2048  # tokens of a source that were drawn and not trained, before it gets them back
 PATIENCE = 10_000  # successive conversations without an assistant turn, before the run is stopped
 
@@ -233,7 +233,7 @@ class Lane:
         """
         self._debt[source] += tokens if self._piece else 0
         if self._debt[source] > DEBT:
-            self._credit[source] += self._debt[source]
+            self._credit = [c + self._debt[source] * (i == source) for i, c in enumerate(self._credit)]
             self._debt[source] = 0
 
     def _pack(self, documents: list[Drawn], length: int) -> list[list[Drawn]]:
@@ -255,8 +255,8 @@ class Lane:
 
     def _position(self, step: int) -> dict:
         cursors = [self._open[i][0] if i in self._open else r.cursor() for i, r in enumerate(self._readers)]
-        places = {"readers": cursors, "credit": list(self._credit), "step": step}
-        long = {"used": list(self._used), "debt": list(self._debt)} if self._piece else {}
+        places = {"readers": cursors, "credit": self._credit, "step": step}  # `_draw` replaces the credit, so no copy
+        long = {"used": list(self._used), "debt": list(self._debt)} if any(self._used) or any(self._debt) else {}
         return {key: list(values) for key, values in self._counts.items()} | places | long
 
     def _draw(self, step: int) -> tuple[dict, Drawn] | None:
@@ -265,20 +265,29 @@ class Lane:
         while (source := self._furthest_behind(self._credit, shares)) is not None:
             if source not in self._open and not self._open_document(source):
                 continue
-            before, (_, document) = self._position(step), self._open[source]
-            start, size = self._used[source], len(document.ids)
-            stop = start + self._size_to_draw(source, shares, size - start)
-            self._credit = self._charged(source, shares, stop - start)
-            self._counts["tokens"][source] += stop - start
-            if is_end := stop == size:
+            before, drawn = self._position(step), self._open[source][1]
+            if self._piece and not self._chats and len(drawn.ids) > LONG * self._piece:
+                drawn = self._next_piece(drawn, shares)
+            self._credit = self._charged(source, shares, len(drawn.ids))
+            self._counts["tokens"][source] += len(drawn.ids)
+            if drawn.is_end:
                 self._counts["documents"][source] += 1
                 del self._open[source]
-            self._used[source] = 0 if is_end else stop - 1  # the next piece begins with this one's last token
-            said = document.said[start:stop] & (np.arange(start, stop) > start) if start else document.said[:stop]
-            low, high = document.epochs
-            epochs = tuple(low + (high - low) * place / size if place < size else high for place in (start, stop))
-            return before, Drawn(document.ids[start:stop], said, source, epochs, is_end)
+            return before, drawn
         return None
+
+    def _next_piece(self, document: Drawn, shares: tuple[float, ...]) -> Drawn:
+        """Return as many pieces of an open document as the shares allow; the next begins with their last token."""
+        ids, said, source, (low, high), _ = document
+        start, size, n = self._used[source], len(ids), self._piece
+        while start + n < size and self._furthest_behind(self._charged(source, shares, n), shares) == source:
+            n += self._piece
+        stop = min(start + n, size)
+        is_end, said = stop == size, said[start:stop].copy()
+        said[0] &= start == 0  # the piece before it was trained on this token
+        self._used[source] = 0 if is_end else stop - 1
+        epochs = low + (high - low) * start / size, high if is_end else low + (high - low) * stop / size
+        return Drawn(ids[start:stop], said, source, epochs, is_end)
 
     def _open_document(self, source: int) -> bool:
         """Read and encode a source's next document; return whether it has one."""
@@ -298,24 +307,19 @@ class Lane:
 
     def _furthest_behind(self, credit: list[float], shares: tuple[float, ...]) -> int | None:
         """Return the source to draw from, or None at the end; raises UsageError for an endless one that has nothing."""
-        able = [share if not r.exhausted else 0.0 for share, r in zip(shares, self._readers)]
-        for r, share in zip(self._readers, shares):
+        furthest, most = None, -math.inf
+        for i, (r, share) in enumerate(zip(self._readers, shares)):
             if share and r.exhausted and r.endless:
                 bad = f"; the last unusable record: {r.limit.last}" if r.limit.last else ""
                 raise UsageError(f"source {r.limit.name}: a whole epoch has no document to train on{bad}")
-        return max((i for i, share in enumerate(able) if share), key=lambda i: credit[i] + able[i], default=None)
+            if share and not r.exhausted and credit[i] + share > most:
+                furthest, most = i, credit[i] + share
+        return furthest
 
     def _charged(self, source: int, shares: tuple[float, ...], tokens: int) -> list[float]:
         credit = [credit + share * tokens for credit, share in zip(self._credit, shares)]
         credit[source] -= tokens
         return credit
-
-    def _size_to_draw(self, source: int, shares: tuple[float, ...], left: int) -> int:
-        """Return how many tokens of a document to draw: all, or of a long one as many pieces as the shares allow."""
-        size = left if self._chats or not self._piece or left <= LONG * self._piece else self._piece
-        while size < left and self._furthest_behind(self._charged(source, shares, size), shares) == source:
-            size += self._piece
-        return min(size, left)
 
 
 def show(batch: Batch, tokenizer: Tokenizer, marks: tuple[str, str], tokens: int) -> str:

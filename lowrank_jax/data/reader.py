@@ -5,6 +5,7 @@ the next blocks (a window). The cursor is the window's start and the number of i
 """
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from lowrank_jax.machine import faults
 WINDOW, HELD_OUT_WINDOW = 1 << 20, 1 << 16  # bytes of documents that are shuffled together
 ATTEMPTS, FIRST_WAIT = 6, 0.5  # a read is tried 6 times over 15 seconds
 PLENTY = 4  # blocks for each reader; with fewer, the readers' parts would differ too much in size
-BARREN_ROUNDS = 32  # chance that a reader of random blocks misses a record for so long: (1 - 1/n) ** (32 n) < 1e-13
+BARREN_ROUNDS = 32  # epochs for each reader, in which a document that can be used would have come to this one
 
 Note = Callable[..., None]
 """note("skip" | "retry", **facts) reports something that the reader recovered from."""
@@ -110,8 +111,7 @@ class Reader:
                 return self._window[self._taken - 1][0]
             if self._end["epoch"] > self._start["epoch"]:
                 self._barren, self._used = 0 if self._used else self._barren + 1, 0
-                rounds = 1 if self._readers == 1 else BARREN_ROUNDS * self._readers
-                self.exhausted = not self.endless or self._barren == rounds
+                self.exhausted = not self.endless or (self._barren > 0 and self._has_nothing())
             if not self.exhausted:
                 self._start, self._window, self._taken = self._end, None, 0
         return None
@@ -133,23 +133,37 @@ class Reader:
     def epochs(self) -> float:
         """Return the epochs of this reader's share that are taken: whole blocks, and documents of their windows."""
         self._fill()
-        blocks = self._source.blocks
-        start, end = (at["epoch"] + (at["block"] - self._first) / blocks for at in (self._start, self._end))
-        is_whole = self._taken == len(self._window)
-        return end if is_whole else start + (end - start) * self._taken / len(self._window)
+        low, high = self._span
+        if self._taken == len(self._window) > 0:
+            return high
+        return low + (high - low) * self._taken / len(self._window) if self._taken else low
 
     def _fill(self) -> None:
         if self._window is None:
             self._window, self._end = self._patiently(self._read_window)
+            places, blocks = (self._start, self._end), self._source.blocks
+            self._span = [place["epoch"] + (place["block"] - self._first) / blocks for place in places]
+
+    def _has_nothing(self) -> bool:
+        """Return whether no reader can have a document, after an epoch without one for this reader."""
+        if self._readers == 1 or self._barren == BARREN_ROUNDS * self._readers:  # a template refuses what there is
+            return True
+        return self._barren == 1 and not self._has_documents
+
+    @functools.cached_property
+    def _has_documents(self) -> bool:
+        part, limit = self._part._replace(shuffled=False, endless=False), Limit(self.limit.name, sys.maxsize)
+        return Reader(self._source, part, limit, self._chats).next() is not None
 
     def _read_window(self) -> tuple[list[tuple[Document, tuple[int, int]]], dict]:
         """Return the shuffled documents of a window, each with its block and row, and the start of the next window."""
         place, window, size = dict(self._start), [], 0
         enough = HELD_OUT_WINDOW if self._part.held_out else WINDOW
+        is_shuffled = self._part.shuffled and self._source.blocks > 1  # the order of one block would take 0.2 s
         counting = place["epoch"] == 0  # later epochs meet the same bad records again
         while place["block"] < self._source.blocks:
             order = (self._source.blocks, self._seed, place["epoch"])
-            block = _shuffled_block(*order, place["block"]) if self._part.shuffled else place["block"]
+            block = _shuffled_block(*order, place["block"]) if is_shuffled else place["block"]
             rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
                 for row in rows:
