@@ -18,6 +18,7 @@ from lowrank_jax.data.blocks import BadRecord, Document, Source
 from lowrank_jax.machine import faults
 
 WINDOW, HELD_OUT_WINDOW = 1 << 20, 1 << 16  # bytes of documents that are shuffled together
+MOST_KEYS = 50  # unused keys of a source that are reported: records may have names or dates as keys
 ATTEMPTS, FIRST_WAIT = 6, 0.5  # a read is tried 6 times over 15 seconds
 PLENTY = 4  # blocks for each reader; with fewer, the readers' parts would differ too much in size
 BARREN_ROUNDS = 32  # epochs for each reader, in which a document that can be used would have come to this one
@@ -46,13 +47,14 @@ class Limit:
         raise UsageError(f"{bad}{count}")
 
     def report_unused(self, keys: set[str]) -> None:
-        """Report keys of records that nothing is trained from, each once."""
-        if keys <= self.unused:
+        """Report keys of records that nothing is trained from: each once, and at most MOST_KEYS."""
+        if keys <= self.unused or len(self.unused) >= MOST_KEYS:
             return
         with self._lock:
             new, self.unused = sorted(keys - self.unused), self.unused | keys
         if new:
-            self.note("unused", source=self.name, keys=", ".join(new))
+            shown = [key[:60] if key.isprintable() else ascii(key)[:60] for key in new[:MOST_KEYS]]
+            self.note("unused", source=self.name, keys=", ".join(shown))
 
     def take_back(self, count: int) -> None:
         """Subtract bad records that will be read again."""

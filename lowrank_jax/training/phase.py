@@ -88,7 +88,7 @@ def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
                 return
             known().add(record)
         run_folder.log_event(folder, event, step_now(), everyone=True, **facts)  # each process reads its own records
-        if (number := next(numbers)) <= NOTES:
+        if (number := 0 if event == "unused" else next(numbers)) <= NOTES:  # each key is unused once
             more = " (events.jsonl has all that follow)" if number == NOTES else ""
             say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}", everyone=True)
 
