@@ -79,7 +79,7 @@ NEXT = [[], EXCHANGE, *([{"role": role, "content": "c"}] for role in ("user", "t
 def check(tokenizer: Tokenizer) -> None:
     """Raise UsageError unless a trained symbol ends each answer, so that a model learns to stop.
 
-    A template that refuses an exchange of two turns cannot be proved, and each conversation is proved by itself.
+    Nothing is proved of a template that refuses an exchange of two turns, also behind a system turn.
     """
     for more in NEXT[:3]:
         if not all(behind for _, behind in _symbols(tokenizer, EXCHANGE + more)):
@@ -106,7 +106,8 @@ def _symbols(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[set[int],
     try:
         ids, said, is_open = encode_document(tokenizer, {"messages": messages})
     except UsageError:
-        return []
+        start = {"role": "system", "content": "c"}  # some templates want one
+        return [] if messages[0] == start else _symbols(tokenizer, [start, *messages])
     specials, answers = set(tokenizer.specials.values()), []
     for speaks, stretch in itertools.groupby(zip([*ids, tokenizer.eos], [*said, is_open]), lambda pair: pair[1]):
         spoken = [i for i, _ in stretch if speaks]

@@ -131,6 +131,9 @@ def _message(turn, key: str) -> dict:
     if not isinstance(turn, dict):
         raise ValueError(f"{key} must be an object with a 'role' and a 'content', not {_kind(turn)}")
     turn = {k: v for k, v in turn.items() if v is not None}
+    role, content = turn.get("role"), turn.get("content")
+    if len(turn) == 2 and isinstance(role, str) and role in ROLES and isinstance(content, str):  # most turns
+        return {"role": ROLES[role], "content": _text(content, key)}
     who, what = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
     calls = next((turn[k] for k in ("tool_calls", "function_call") if not _is_empty(turn.get(k))), None)
     if who not in turn or not (what in turn or calls):

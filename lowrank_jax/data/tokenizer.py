@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -255,15 +256,18 @@ def _is_failure(e: BaseException) -> bool:
     return isinstance(e, Exception) or type(e).__name__ == "PanicException"
 
 
+_stderr = threading.Lock()  # of two that replaced it at once, one would put back the other's file
+
+
 @contextlib.contextmanager
 def _without_panics() -> Iterator[None]:
     """Keep back what is written to stderr, and drop it if a library panics: that writes a page before it raises."""
-    try:
-        kept, stderr = tempfile.TemporaryFile(), os.dup(2)
-    except OSError:  # there is no room for a file, or stderr is closed
-        yield
-        return
-    with kept:
+    with _stderr:
+        try:
+            kept, stderr = tempfile.TemporaryFile(), os.dup(2)
+        except OSError:  # there is no room for a file, or stderr is closed
+            yield
+            return
         os.dup2(kept.fileno(), 2)
         try:
             yield
@@ -275,9 +279,9 @@ def _without_panics() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             kept.seek(0)
-            if text := kept.read():
-                with contextlib.suppress(OSError):
-                    os.write(2, text)
+            with contextlib.suppress(OSError):
+                os.write(2, kept.read())
+            kept.close()
 
 
 def _change(tokenizer: Tokenizer, texts: Iterable[str]) -> str:

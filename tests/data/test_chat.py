@@ -258,6 +258,8 @@ PLAIN_ENDS = {
     "text": UNMARKED.replace("<|im_end|>", "").replace("<|im_start|>", "### "),
     "marked text": MARKED.replace("END", "{{ '\n' }}"),
     "text before the symbol": MARKED.replace("END", " done<|im_end|>"),
+    "text behind a system turn": "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    + MARKED.replace("END", "{{ '\n' }}"),
     "white space before the symbol": MARKED.replace("END", "{{ '\n' }}<|im_end|>"),
 }
 
