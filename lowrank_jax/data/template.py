@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import re
+import string
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sized
 
@@ -29,38 +30,23 @@ OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 TODAY = datetime.datetime(2024, 7, 26)  # for templates: with the real date a resume would change the data
 LONGEST_TEMPLATE = 100_000  # characters; the longest of the well-known ones has 20,000
 WORK, WORK_PER_CHARACTER = 3_000_000, 32  # units of about 0.3 us for a conversation, and more for a long one
-LOOP, CALL, ELEMENT = (
-    5,
-    20,
-    8,
-)  # units of an iteration and of a macro's call beside their bodies', and of a list element
+LOOP, CALL, ELEMENT = 5, 20, 8  # units of an iteration and a macro's call beside their bodies', and of a list's element
 LARGEST = 4_000_000  # characters or elements of one value, and 4 times the conversation's
 PARTS = 32  # of a template's output that are joined before they are counted
 SMALL = 1024  # characters of a text that costs nothing of its own
 LARGEST_NUMBER, MOST_BITS = 100_000, 4096  # of a number as an argument, and of a number as a result
-WIDE_FIELD = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})|:[^{}]*(\{|\d{4})")
+WIDE_PERCENT, WIDE_FIELD = re.compile(r"%([^%a-zA-Z]*(\*|\d{4})|\()"), re.compile(r"\{|\d{4}")
 
 # Filters and methods whose time is constant, or grows with the value or its square. That of all others grows at most
 # with the product of the value's size and the largest argument's.
-INSTANT = {"abs", "attr", "d", "default", "first", "get", "items", "keys", "last", "length", "safe", "values"}
-LINEAR = {
-    "count",
-    "list",
-    "lower",
-    "map",
-    "partition",
-    "reject",
-    "rejectattr",
-    "reverse",
-    "rpartition",
-    "rsplit",
-    "select",
-}
-LINEAR |= {"selectattr", "split", "splitlines", "string", "strip", "lstrip", "rstrip", "trim", "upper", "startswith"}
-LINEAR |= {"endswith", "find", "rfind", "index", "rindex", "removeprefix", "removesuffix", "capitalize", "title"}
-QUADRATIC = {"striptags", "sum", "urlize", "wordwrap", "xmlattr"}
-COMPARING = ("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge")
-COMPARING += ("<", "lt", "lessthan", "<=", "le", "lower", "upper")
+INSTANT = set("abs attr d default first get items keys last length safe values".split())
+LINEAR = set(
+    """capitalize count endswith find index list lower lstrip map partition reject rejectattr removeprefix
+    removesuffix reverse rfind rindex rpartition rsplit rstrip select selectattr split splitlines startswith string
+    strip title trim upper""".split()
+)
+QUADRATIC = set("striptags sum urlize wordwrap xmlattr".split())
+COMPARING = "in == eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le lower upper".split()
 
 
 class LimitError(Exception):
@@ -184,7 +170,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         _work.charge(len(args))
         owner = getattr(__obj, "__self__", None)
         if owner is not None:
-            _before(getattr(__obj, "__name__", ""), owner, (*args, *kwargs.values()))
+            name = getattr(__obj, "__name__", "")
+            name = f"str.{name}" if name in ("format", "format_map") else name  # the filter of that name is Python's %
+            _before(name, owner, (*args, *kwargs.values()))
         return _weigh(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -299,10 +287,8 @@ def _before(name: str, value, arguments: tuple) -> None:
     """Count what a filter or method may take and build, before it does."""
     if name in INSTANT:
         return
-    if name in ("%", "format", "format_map") and isinstance(value, str | bytes):
-        text = value.decode("latin-1") if isinstance(value, bytes) else value
-        if WIDE_FIELD.search(text):
-            raise LimitError("it formats a text with a field of 1,000 characters or more")
+    if name in ("%", "format", "str.format", "str.format_map") and isinstance(value, str | bytes):
+        _check_fields(name, value if isinstance(value, str) else value.decode("latin-1"))
     largest, length = 0, _length(value)
     _work.charge(len(arguments) + (length >> 1 if isinstance(value, str | bytes) else ELEMENT * length))
     for argument in arguments:
@@ -315,6 +301,19 @@ def _before(name: str, value, arguments: tuple) -> None:
         size *= 1 + max(largest, size if name in QUADRATIC else 0)
         _work.check(size)
         _work.charge(size >> 3)
+
+
+def _check_fields(name: str, text: str) -> None:
+    """Raise LimitError if a text asks for a field of 1,000 characters or more, or of a computed width."""
+    if name.startswith("str."):
+        is_wide = any(WIDE_FIELD.search(spec or "") for _, _, spec, _ in string.Formatter().parse(text))
+    else:
+        text = text.replace("%%", "")
+        for _ in range(4):  # keys, which may have parentheses of their own
+            text = re.sub(r"\([^()]*\)", "", text)
+        is_wide = WIDE_PERCENT.search(text)
+    if is_wide:
+        raise LimitError("it formats a text with a field of 1,000 characters or more")
 
 
 def _limited(name: str, function):
