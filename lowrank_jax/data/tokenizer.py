@@ -309,19 +309,38 @@ def _load(path: str) -> Tokenizer:
     file = pathlib.Path(path, JSON_FILE if is_json else MODEL_FILE) if is_folder else pathlib.Path(path)
     content = file.read_bytes()
     beside = (file.with_name(name) for name in (TEMPLATE_FILE, NAMES_FILE, CONFIG_FILE))
-    texts = {other.name: other.read_text("utf-8") for other in beside if other.is_file()}
+    texts = {other.name: _text(other) for other in beside if other.is_file()}
     template = texts.get(TEMPLATE_FILE)
     if not is_json:
         tokenizer = SentencePiece(content, template if template and is_folder else CHATML)
         for tag in (TURN_START, TURN_END) if tokenizer.chat_template == CHATML else ():
             tokenizer.special(tag)
         return tokenizer
-    config = json.loads(texts.get(NAMES_FILE) or "{}") | json.loads(texts.get(CONFIG_FILE) or "{}")
+    config = _object(texts, NAMES_FILE) | _object(texts, CONFIG_FILE)
     inside = config.get("chat_template")
     if isinstance(inside, list):  # several, by name
         first = inside[0] if inside else {"template": None}
         inside = next((t for t in inside if t.get("name") == "default"), first)["template"]
+    if not isinstance(inside, str | None):
+        raise UsageError(f"{CONFIG_FILE} has a chat_template that is no text")
     return HuggingFace(content.decode("utf-8"), config, template or inside)
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path.name} is not UTF-8 text at byte {e.start}") from None
+
+
+def _object(texts: dict[str, str], name: str) -> dict:
+    try:
+        value = json.loads(texts.get(name) or "{}")
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{name} is not JSON: {one_line(e)}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{name} must hold a JSON object")
+    return value
 
 
 def _is_json(path: str) -> bool:

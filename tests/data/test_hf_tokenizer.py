@@ -334,10 +334,20 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
         tokenizer.load(str(tmp_path))
 
 
-def test_a_broken_config_is_refused_in_one_line(tmp_path):
+BROKEN = {
+    ("tokenizer_config.json", b'{"eos_token":\n'): "tokenizer_config.json is not JSON: Expecting value",
+    ("tokenizer_config.json", b"[]"): "tokenizer_config.json must hold a JSON object",
+    ("tokenizer_config.json", b'{"chat_template": 3}'): "tokenizer_config.json has a chat_template that is no text",
+    ("special_tokens_map.json", b"[" * 100_000): "special_tokens_map.json is not JSON: ",
+    ("chat_template.jinja", b"caf\xe9"): "chat_template.jinja is not UTF-8 text at byte 3",
+}
+
+
+@pytest.mark.parametrize("name, content", BROKEN)
+def test_a_broken_file_beside_the_tokenizer_is_refused_by_name_in_one_line(tmp_path, name, content):
     folder = write(tmp_path / "a")
-    (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token":\n')
-    with pytest.raises(UsageError, match=f"^tokenizer {folder}: ") as e:
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: {BROKEN[name, content]}") as e:
         tokenizer.load(folder)
     assert "\n" not in str(e.value)
 
