@@ -23,6 +23,7 @@ import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.data import probes
 from lowrank_jax.data.blocks import one_line
 from lowrank_jax.machine.console import say
 
@@ -38,18 +39,6 @@ JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", 
 CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
 LEARNING = tomllib.loads(pathlib.Path(__file__).with_name("sentencepiece.toml").read_text("utf-8"))
 MOST_PIECES = 1 << 22  # the largest public vocabulary has 262,144
-PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
-# White space and line ends, letters of many scripts, wide and control characters, emoji of several characters, and
-# forms that Unicode calls compatible.
-PROBES = [PROBE, "Two  spaces \n and a line end\n", "\r", "\0\x01\x1b[0m\x7f\x85\u2028\u2029\x0b\x0c"]
-PROBES += (
-    "I\u0130\u00df\u1e9e|\u00c5na\u00efve|\uff21\uff11\u3000\uff0c|\uff76\uff9e|\ufb01|\u00b2\u2460\u2122\u2026\u00a0\u00bd|"
-    "\u201cq\u201d\u2018q\u2019\u2014|a\u200bb\u200d\u00ad\u2060|\ufeffa\ufffd|\ue000\U000f0000|\ufe0f\u20e3|\U00020000|"
-    "\U0001f44d\U0001f3fd\U0001f1e9|\U0001f469\u200d\U0001f467|\u0645\u064f\u0640\ufefb|\u0e01\u0e33|\u0915\u094d\u0937|"
-    "\ud55c\uae00|``x'' n't|##a @@ </w>"
-).split("|")
-# Texts of which Unicode says that they are the same as their composed forms; models with NFC, as Qwen's, compose them.
-EQUIVALENT = ["e\u0301", "q\u0307\u0323", "\u1112\u1161\u11ab", "\u212b\u2126", "\u0958"]
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
 FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, line feed, ASCII, space
@@ -147,6 +136,11 @@ class HuggingFace(Tokenizer):
             token |= {"lstrip": False, "rstrip": False}
         if "dropout" in facts.get("model", {}):  # it would give a text other ids each time
             facts["model"]["dropout"] = None
+        if (prefix := facts["model"].get("continuing_subword_prefix")) and not all(
+            (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix)
+            for merge in facts["model"].get("merges", [])
+        ):  # `tokenizers` would panic, and perhaps abort
+            raise UsageError(f"a merge of {JSON_FILE} lacks the continuing_subword_prefix")
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
         self._tok.no_truncation()
         self._tok.no_padding()
@@ -232,8 +226,9 @@ def load(path: str) -> Tokenizer:
         with _without_panics():
             tokenizer = _load(path)
             tokenizer.byte_lengths()
-            change = _change(tokenizer, [*PROBES, *_pieces_as_text(tokenizer)])
-            composed = _change(tokenizer, EQUIVALENT)
+            change = probes.change(tokenizer, [*probes.TEXTS, *probes.names(tokenizer)])
+            change = change or probes.change(tokenizer, probes.EQUIVALENT, probes.composed)
+            composed = probes.change(tokenizer, probes.EQUIVALENT)
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except UsageError as e:
@@ -282,23 +277,6 @@ def _without_panics() -> Iterator[None]:
             with contextlib.suppress(OSError):
                 os.write(2, kept.read())
             kept.close()
-
-
-def _change(tokenizer: Tokenizer, texts: Iterable[str]) -> str:
-    """Return where `tokenizer` first changes one of some texts and what that becomes, in ASCII, or nothing."""
-    for text in texts:
-        for part in (text, text.strip()):
-            if (other := tokenizer.decode(tokenizer.encode(part))) != part:
-                place = max(0, len(os.path.commonprefix([part, other])) - 3)
-                return " becomes ".join(ascii(t[place : place + 20]) for t in (part, other))
-    return ""
-
-
-def _pieces_as_text(tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield texts with the names of the symbols, and of pieces that were added to a model, between letters."""
-    names = [*tokenizer.specials, *tokenizer.added.values()]
-    for start in range(0, len(names), 100):
-        yield "".join(f"a{name} b {name}" for name in names[start : start + 100])
 
 
 def _load(path: str) -> Tokenizer:

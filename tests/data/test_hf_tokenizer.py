@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 import re
 
@@ -234,6 +235,7 @@ CHANGES = {
     "NFKC": ({"type": "NFKC"}, r"becomes 'A1 ,"),
     "lower case": ({"type": "Lowercase"}, "'  Two .* becomes '  two "),
     "accents": ({"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}, "becomes"),
+    "combining marks": ({"type": "StripAccents"}, r"'e\\u0301' becomes 'e'"),
     "ligatures": ({"type": "Replace", "pattern": {"String": "\ufb01"}, "content": "fi"}, r"'\\ufb01' becomes 'fi'"),
     "emoji": ({"type": "Replace", "pattern": {"String": "\u200d"}, "content": ""}, r"\\u200d"),
     "control": ({"type": "Replace", "pattern": {"String": "\x1b"}, "content": ""}, r"\\x1b"),
@@ -312,12 +314,28 @@ def test_a_text_has_the_same_ids_each_time_even_if_the_file_asks_for_dropout(tmp
     assert len({tuple(tok.encode("the cat sat on the mat")) for _ in range(20)}) == 1
 
 
-def test_a_panic_of_the_library_is_one_line(tmp_path, capfd):
-    """A merge shorter than the prefix that is taken from its pieces makes tokenizers 0.23 panic."""
-    folder = edited(tmp_path / "a", lambda facts: facts["model"].update(continuing_subword_prefix="x" * 99))
+def test_merges_that_would_make_the_library_abort_are_refused(tmp_path):
+    """tokenizers 0.23 cuts the prefix off each piece, also in the middle of a character."""
+    folder = edited(tmp_path / "a", lambda facts: facts["model"].update(continuing_subword_prefix="x"))
+    with pytest.raises(
+        UsageError, match=f"^tokenizer {folder}: a merge of tokenizer.json lacks the continuing_subword"
+    ):
+        tokenizer.load(folder)
+
+
+def test_a_panic_of_the_library_is_one_line_and_other_output_is_kept(tmp_path, monkeypatch, capfd):
+    def panic(path):
+        os.write(2, b"thread '<unnamed>' panicked\n")
+        raise type("PanicException", (BaseException,), {})("out of range")
+
+    folder, load = write(tmp_path / "a", "bytes", LLAMA), tokenizer._load
+    monkeypatch.setattr(tokenizer, "_load", panic)
     with pytest.raises(UsageError, match=f"^tokenizer {folder}: not a tokenizer.json$"):
         tokenizer.load(folder)
     assert capfd.readouterr().err == ""
+    monkeypatch.setattr(tokenizer, "_load", lambda path: os.write(2, b"a warning\n") and load(path))
+    tokenizer.load(folder)
+    assert capfd.readouterr().err == "a warning\n"
 
 
 @pytest.mark.parametrize("edit", [lambda v: v.update(b=v["a"]), lambda v: v.update(b=2**31 - 1)])
