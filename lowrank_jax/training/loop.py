@@ -39,6 +39,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
         facts = identity.announce(config, old, plan.mesh)
+        memory.check_weights(config, plan.mesh)
         reading = background.submit(read_data)
         if old is None:  # a new run evaluates first, and that raises what fails in here
             background.submit(phase.compile_measure, config, plan)
