@@ -320,7 +320,7 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
 def _read_schedule(value, path: str) -> Schedule:
     """Read a number, or (step, number) pairs: ((0, 0.7), (1000, 0.3)), {0: 0.7, 1000: 0.3} or "0:0.7/1000:0.3"."""
     if isinstance(value, str) and ":" in value:
-        value = [pair.split(":") for pair in value.split("/")]
+        value = [pair.split(":") for pair in value.split("/", MOST_ITEMS)]
     pairs = value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [(0, value)]
     _require(len(pairs) <= MOST_ITEMS, f"{path} {TOO_MANY}")
     try:
