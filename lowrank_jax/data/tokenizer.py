@@ -281,5 +281,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if mistakes:
             raise mistakes[0] from None
         reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
+        if (most := re.search(r"value <= (\d+)", reason)) and int(most[1]) <= FIXED_PIECES:
+            reason = "there is too little text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
     return SentencePiece(model.getvalue())

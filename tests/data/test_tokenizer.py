@@ -1,6 +1,7 @@
 """The tokenizer: ids give back exactly the text they came from, and no text ever becomes a control symbol."""
 
 import io
+import re
 import string
 
 import pytest
@@ -130,6 +131,13 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_in_one_line(make):
     with pytest.raises(UsageError, match=r"tokenizer.vocab_size=9000 cannot be learnt .*value <= \d+") as e:
         tokenizer.train([make.prose(100)], 9000)
     assert "\n" not in str(e.value)
+    advised = int(re.search(r"value <= (\d+)", str(e.value))[1])
+    assert tokenizer.train([make.prose(100)], advised).vocab_size == advised
+
+
+def test_no_vocabulary_is_advised_where_the_text_is_too_short_for_any():
+    with pytest.raises(UsageError, match="cannot be learnt from these sources: there is too little text in them$"):
+        tokenizer.train(["ba"], 9000)
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n\n\t"]])
