@@ -226,7 +226,7 @@ def local_path(text: str | os.PathLike, what: str) -> str:
     """Return a path with its `~` or `~user` expanded; raises UsageError for anything but a local path."""
     text = os.fspath(text)
     path, stated = os.path.expanduser(text), f"{what}={text:.200}".replace("\0", "\\0")
-    scheme = re.match(r"\s*[A-Za-z][\w+.-]*:/", text)
+    scheme = re.match(r"\s*[A-Za-z][\w+-]*:/", text)
     _require(not scheme, f"{stated} is no local path, and only local paths are supported; copy or mount it")
     _require(path[:1] != "~", f"{stated} names no home folder; write ./{text:.200} for a folder of that name")
     _require("\0" not in path, f"{stated} has a NUL character, which no path can have")
