@@ -451,9 +451,9 @@ def test_only_local_paths_are_taken(text):
 
 def test_a_home_folder_is_expanded_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert [local_path(text, "x") for text in ("~", "~/a b", "/a/~", "./~/x", "org/name", "", "from_yaml.py:/a.yaml")] == [
-        "/home/me", "/home/me/a b", "/a/~", "./~/x", "org/name", "", "from_yaml.py:/a.yaml",
-    ]  # fmt: skip
+    assert [local_path(text, "x") for text in ("~", "~/a b")] == ["/home/me", "/home/me/a b"]
+    for text in ("/a/~", "./~/x", "org/name", "", "from_yaml.py:/a.yaml"):
+        assert local_path(text, "x") == text
     assert local_path("~root/x", "x") == os.path.expanduser("~root/x") != "~root/x"
     config = RunConfig.from_dict(changed({"init_from": "~/runs/a", "tokenizer.path": "~/t"}))
     assert (config.init_from, config.tokenizer.path) == ("/home/me/runs/a", "/home/me/t")
