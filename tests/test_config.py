@@ -340,6 +340,24 @@ def test_advice_on_tokens_readers_and_heads_leads_to_a_config(lengths, tokens, r
     assert len(take_advice(changes)) <= 3
 
 
+REMEDIES = [  # changes that are refused, words of the remedy, and the remedy
+    (GROW | {"pretrain.grow_plan": "128,256"}, "lower the block", {"pretrain.block": 128}),
+    (GROW | {"pretrain.grow_plan": "128,512"}, "start the plan with it", {"pretrain.grow_plan": "256,512"}),
+    (GROW | {"pretrain.grow_plan": ""}, "set config.pretrain.auto_grow=False", {"pretrain.auto_grow": False}),
+    ({"model.rank": 0, "model.shared_kv": True}, "set config.model.rank above 0", {"model.rank": 1}),
+    ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "raise it", {"model.rank": 64}),
+    ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "even out config", {"model.rank_split": (1, 1, 1, 1)}),
+    ({"pretrain.tokens_per_param": 0}, "set one", {"pretrain.steps": 1}),
+    ({"pretrain.tokens_per_param": 0}, "set one", {"pretrain.tokens_per_param": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words, remedy", REMEDIES)
+def test_a_remedy_in_words_is_accepted(changes, words, remedy):
+    assert words in rejection(changes)
+    assert RunConfig.from_dict(changed(changes | remedy))
+
+
 def test_without_a_common_multiple_in_reach_other_lengths_are_advised():
     lengths = [997, 1009, 1013, 1019]
     changes = {"pretrain.auto_grow": True, "pretrain.block": 997, "pretrain.grow_plan": lengths}

@@ -41,7 +41,8 @@ def resume(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig, Tokeni
     """
     old, tok = open_config(folder)
     config = _keep_precision(config.with_vocab(tok.vocab_size), old, run_folder.read_rows(folder, "events.jsonl"))
-    same, t = {"precision": config.precision} if old.precision == "auto" else {}, config.tokenizer
+    is_auto, t = "auto" in (old.precision, config.precision), config.tokenizer
+    same = {"precision": config.precision} if is_auto else {}
     if t.path and (t.path == old.tokenizer.path or tokenizer.load(t.path).files_sha256 == tok.files_sha256):
         same["tokenizer"] = t
     run_folder.check_same_run(folder, dataclasses.replace(old, **same), config)

@@ -139,6 +139,7 @@ def test_auto_keeps_the_precision_of_the_run_and_says_so(run, capsys):
     fixed = run("fixed", precision="fp16")
     assert identity.resume(auto, fixed)[0].precision == "fp16"
     assert "its config.precision is fp16, not bf16" in refusal(identity.resume, same, fixed)
+    assert identity.resume(auto, run("same", precision="fp32"))[0].precision == "auto"  # the same on this device
 
 
 def test_the_start_says_devices_precision_and_every_change_on_a_line_of_its_own(capsys):
