@@ -61,7 +61,6 @@ def _keep_precision(config: RunConfig, old: RunConfig, events: list[dict]) -> Ru
         return config
     if config.precision != "auto":
         raise UsageError(f"config.precision={now}, but the run began with auto, which was {was}; use {was}, or auto")
-    say(f"precision {was}, as the run had it (auto is {now} on this device)")
     return dataclasses.replace(config, precision=was)
 
 
@@ -71,8 +70,12 @@ def announce(config: RunConfig, old: RunConfig | None, mesh: Mesh) -> dict:
     facts = {"devices": mesh.devices.size, "processes": processes.count(), "mesh": dict(mesh.shape)}
     facts["precision"] = precision.resolve(config.precision, device.platform)
     kind = device.platform if device.platform == device.device_kind else f"{device.platform} ({device.device_kind})"
-    axes, auto = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items()), " (auto)" * (config.precision == "auto")
-    say(f"training on {mesh.devices.size} x {kind} (mesh {axes}), precision {facts['precision']}{auto}")
+    axes, why = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items()), ""
+    if config.precision == "auto":
+        why = " (auto)"
+    elif old and config.precision != (auto := precision.resolve("auto", device.platform)):
+        why = f" (as the run had it; auto is {auto} on this device)"
+    say(f"training on {mesh.devices.size} x {kind} (mesh {axes}), precision {facts['precision']}{why}")
     for key, was, now in changes:
         say(f"config.{key} was {run_folder.describe(was)}, is {run_folder.describe(now)}")
     return facts | {"changed": [f"{key}: {was} -> {now}" for key, was, now in changes]}

@@ -38,7 +38,6 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
-        facts = identity.announce(config, old, plan.mesh)
         memory.check_weights(config, plan.mesh)
         reading = background.submit(read_data)
         if old is None:  # a new run evaluates first, and that raises what fails in here
@@ -68,6 +67,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         # A tokenizer's files may be written in another way by another version of its library: those of a run stay.
         sha256 = tokenizer.folder_sha256(run_folder.tokenizer_folder(folder)) if old else tok.files_sha256
         run_folder.write_config(folder, config, sha256)  # everything that can refuse the config has passed
+        facts = identity.announce(config, old, plan.mesh)
         run_folder.log_event(folder, "start", progress.step, resumes=old is not None, **facts)
         for fit in fits:
             if fit.seconds:  # compiled now, not read from events.jsonl

@@ -129,7 +129,10 @@ def test_auto_keeps_the_precision_of_the_run_and_says_so(run, capsys):
     assert identity.resume(auto, folder)[0].precision == "auto"
     run_folder.log_event(folder, "start", 0, precision="bf16")  # as on a GPU
     assert identity.resume(auto, folder)[0].precision == "bf16"
-    assert capsys.readouterr().err == "precision bf16, as the run had it (auto is fp32 on this device)\n"
+    identity.announce(*identity.resume(auto, folder)[:2], sharding.one_device())
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.endswith("precision bf16 (as the run had it; auto is fp32 on this device)")
+    assert second == "config.precision was 'auto', is 'bf16'"
     same = dataclasses.replace(auto, precision="bf16")
     assert identity.resume(same, folder)[0] == identity.resume(auto, folder)[0]
     line = refusal(identity.resume, dataclasses.replace(auto, precision="fp32"), folder)
