@@ -70,16 +70,16 @@ def test_the_same_tokenizer_at_another_path_is_the_same_run(run, tok, make, tmp_
     folder, same, other = run(), tmp_path / "same", tmp_path / "other"
     tok.save(same)
     tokenizer.train([make.prose(500)], tok.vocab_size).save(other)
-    asked = lambda **changes: run_config(model__vocab=0, **changes)
-    config, old, _ = identity.resume(asked(tokenizer__path=str(same), tokenizer__vocab_size=9), folder)
+    config_with = lambda **changes: run_config(model__vocab=0, **changes)
+    config, old, _ = identity.resume(config_with(tokenizer__path=str(same), tokenizer__vocab_size=9), folder)
     assert config.model.vocab == old.model.vocab == tok.vocab_size and config.tokenizer.path == str(same)
-    line = refusal(identity.resume, asked(tokenizer__path=str(other)), folder)
+    line = refusal(identity.resume, config_with(tokenizer__path=str(other)), folder)
     assert line.startswith(f"{folder} holds a different run: its config.tokenizer.path is , not {other}")
-    assert "no such file" in refusal(identity.resume, asked(tokenizer__path=f"{same}/none.model"), folder)
+    assert "no such file" in refusal(identity.resume, config_with(tokenizer__path=f"{same}/none.model"), folder)
     moved = run("moved", tokenizer__path="/gone/before")
-    identity.resume(asked(tokenizer__path=str(same)), moved)
-    identity.resume(asked(tokenizer__path="/gone/before"), moved)  # its own copy is what counts
-    assert "config.tokenizer.path" in refusal(identity.resume, asked(), moved)
+    identity.resume(config_with(tokenizer__path=str(same)), moved)
+    identity.resume(config_with(tokenizer__path="/gone/before"), moved)  # its own copy is what counts
+    assert "config.tokenizer.path" in refusal(identity.resume, config_with(), moved)
 
 
 def test_a_mistake_in_a_runs_own_config_names_its_file_and_key(run):
