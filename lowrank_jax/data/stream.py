@@ -48,7 +48,7 @@ def open_phase(
     fingerprints = [source.fingerprint for source in all_sources]
     facts = {"sources": [s.spec for s in p.sources], "fingerprints": fingerprints, "readers": count}
     if cursor is not None:
-        _check_cursor(cursor, facts, p)
+        _check_cursor(cursor, facts, all_sources, p)
     indices = range(host * count // hosts, -(-(host + 1) * count // hosts))
     cursors = {i: cursor["lanes"][str(i)] if cursor else None for i in indices}
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
@@ -230,19 +230,31 @@ def summary(cursor: dict) -> list[dict]:
 
 
 def check_sources(cursor: dict, p: PhaseConfig) -> None:
-    """Raise UsageError if a phase now names other sources than its cursor."""
+    """Raise UsageError if a phase now has another number of sources than its cursor; names may change with files."""
+    if len(cursor["sources"]) != len(p.sources):
+        _refuse_names(cursor, p)
+
+
+def _refuse_names(cursor: dict, p: PhaseConfig) -> None:
     before, now = ", ".join(cursor["sources"]), ", ".join(s.spec for s in p.sources)
-    if before != now:
-        remedy = "put them back, or use a new --workdir"
-        raise UsageError(f"the run is reading {before}, but the config now names {now}; {remedy}")
+    remedy = "put them back, or use a new --workdir"
+    raise UsageError(f"the run is reading {before}, but the config now names {now}; {remedy}")
 
 
-def _check_cursor(cursor: dict, facts: dict, p: PhaseConfig) -> None:
+def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
     check_sources(cursor, p)
-    for name, before, now in zip(facts["sources"], cursor["fingerprints"], facts["fingerprints"]):
-        if before != now:
-            what = "has changed since the run stopped (its files' names or sizes)"
-            raise UsageError(f"source {name} {what}; put it back, or use a new --workdir")
+    for spec, before, config, source in zip(cursor["sources"], cursor["fingerprints"], p.sources, all_sources):
+        is_old = spec == config.spec and before == getattr(source, "old_fingerprint", None)  # names and sizes alone
+        if before == source.fingerprint or is_old:
+            continue
+        if before.split("/")[1:] == source.fingerprint.split("/")[1:] != []:
+            what = "has the same files, but their names now sort in another order; rename them to sort as before"
+        elif spec != config.spec:
+            _refuse_names(cursor, p)
+        else:
+            facts_compared = "contents" if "/" in before else "names or sizes"
+            what = f"has changed since the run stopped (its files' {facts_compared}); put it back"
+        raise UsageError(f"source {config.spec} {what}, or use a new --workdir")
     if cursor["readers"] != (count := facts["readers"]):
         remedy = f"set readers={cursor['readers']} to resume it"
         raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat, files, packing, reader, stream, tokenizer
+from lowrank_jax.data import blocks, chat, files, packing, reader, stream, tokenizer
 from lowrank_jax.data.packing import WINDOW_ROWS
 from lowrank_jax.machine.interrupt import Interrupted
 
@@ -214,6 +214,49 @@ def test_a_cursor_of_sources_that_changed_is_refused(make, tmp_path, open_stream
     make.write_jsonl(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(10)])
     with pytest.raises(UsageError, match="a.jsonl has changed since the run stopped"):
         open_stream(source, cursor=cursor)
+
+
+@pytest.fixture
+def three_files(make, tmp_path):
+    """Three files of as many bytes, read by a glob."""
+    for name in "abc":
+        make.write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i:03d} some text"} for i in range(40)])
+    return tmp_path
+
+
+def test_files_may_move_and_have_other_names_within_a_run(three_files, open_stream):
+    shapes = [(8, 16)] * 9
+    documents = open_stream(f"json:{three_files}/*.jsonl")
+    take(documents, shapes[:4])
+    cursor, rest = json.loads(json.dumps(documents.cursor())), take(documents, shapes[4:])
+    (three_files / "moved").mkdir()
+    for old, new in (("a", "a1"), ("b", "b1"), ("c", "z")):
+        (three_files / f"{old}.jsonl").rename(three_files / "moved" / f"{new}.json")
+    assert same(take(open_stream(f"json:{three_files}/moved/*", cursor=cursor), shapes[4:]), rest)
+    (three_files / "moved" / "a1.json").rename(three_files / "moved" / "n.json")
+    with pytest.raises(UsageError, match="/moved/. has the same files, but their names now sort in another order"):
+        open_stream(f"json:{three_files}/moved/*", cursor=cursor)
+    with pytest.raises(UsageError, match="the run is reading json:.* but the config now names text:"):
+        open_stream(f"text:{three_files}/moved/*", cursor=cursor)
+
+
+def test_a_file_replaced_by_another_of_as_many_bytes_is_refused(three_files, open_stream):
+    cursor = open_stream(f"json:{three_files}/*").cursor()
+    (three_files / "b.jsonl").write_text((three_files / "b.jsonl").read_text().replace("017 some", "017 same"))
+    with pytest.raises(UsageError, match=r"has changed since the run stopped \(its files' contents\); put it back"):
+        open_stream(f"json:{three_files}/*", cursor=cursor)
+
+
+def test_a_cursor_of_an_older_version_compares_names_and_sizes(three_files, open_stream):
+    shapes, spec = [(8, 16)] * 6, f"json:{three_files}/*"
+    names_and_sizes = [(f"{name}.jsonl", (three_files / f"{name}.jsonl").stat().st_size) for name in "abc"]
+    documents = open_stream(spec)
+    take(documents, shapes[:3])
+    old = documents.cursor() | {"fingerprints": [blocks.fingerprint(names_and_sizes)]}
+    assert same(take(open_stream(spec, cursor=old), shapes[3:]), take(documents, shapes[3:]))
+    (three_files / "a.jsonl").rename(three_files / "aa.jsonl")
+    with pytest.raises(UsageError, match=r"has changed since the run stopped \(its files' names or sizes\)"):
+        open_stream(spec, cursor=old)
 
 
 def test_equal_hashes_mean_equal_batches_in_equal_order(corpus, open_stream):
