@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import stat
@@ -49,6 +50,15 @@ def replace(path: str, content: str | bytes | Callable[[BinaryIO], object]) -> N
             with contextlib.suppress(OSError):
                 os.remove(unfinished)
             raise
+
+
+def clear_unfinished(folder: str) -> None:
+    """Remove what `replace` left in a folder where it was killed a while ago."""
+    for entry in os.scandir(folder):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", entry.name) and entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_SECONDS:
+                    os.remove(entry.path)
 
 
 def append_line(path: str, line: bytes) -> None:
@@ -114,8 +124,8 @@ def lock(path: str) -> Iterator[None]:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.lstat(path)):
                     break  # otherwise the process that had it before has removed the file
-        held = stack.pop_all()
-    with held:
+        guard = stack.pop_all()
+    with guard:
         yield
 
 
