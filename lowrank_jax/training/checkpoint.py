@@ -14,8 +14,9 @@ import json
 import logging
 import os
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import absl.logging
 import jax
@@ -31,6 +32,20 @@ from lowrank_jax.training.plan import Progress
 # Orbax logs every folder that it opens, and through asyncio each failed part of a write; we report those in one line.
 absl.logging.set_verbosity(absl.logging.FATAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _without_echoes(report: Callable) -> Callable:
+    """Return a `sys.unraisablehook` that drops what the other reads of a restore report after the first has failed."""
+
+    def hook(args) -> None:
+        is_late = isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"
+        if not (is_late or getattr(args.object, "__name__", "") == "_read_array_index_and_device_put"):
+            report(args)
+
+    return hook
+
+
+sys.unraisablehook = _without_echoes(sys.unraisablehook)
 
 GONE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}  # a file is missing: that is damage, and not a failure to read
 # What TensorStore calls an error of the file system; its other words (DATA_LOSS, NOT_FOUND, ...) tell of damage.
@@ -90,7 +105,7 @@ def _cause(e: BaseException) -> BaseException:
 
 def _reason(e: BaseException) -> str:
     """Return the cause of an error in one line, without the description of the array that TensorStore adds."""
-    text = re.sub(r" \[?(tensorstore_spec|source locations).*", "", " ".join(str(_cause(e)).split()))
+    text = re.sub(r" \[(tensorstore_spec|os_error_code|source locations).*", "", " ".join(str(_cause(e)).split()))
     return text[:500] or type(_cause(e)).__name__
 
 
