@@ -106,7 +106,8 @@ def _cause(e: BaseException) -> BaseException:
 def _reason(e: BaseException) -> str:
     """Return the cause of an error in one line, without the description of the array that TensorStore adds."""
     text = re.sub(r" \[(tensorstore_spec|os_error_code|source locations).*", "", " ".join(str(_cause(e)).split()))
-    return text[:500] or type(_cause(e)).__name__
+    text = text or type(_cause(e)).__name__
+    return text if len(text) <= 500 else f"{text[:250]} ... {text[-250:]}"  # the end names the system's error
 
 
 def _verdict(e: BaseException) -> str:
@@ -147,8 +148,8 @@ class Checkpoints:
             # Lightweight: a reader does not look at a checkpoint that is being deleted.
             options = ocp.CheckpointManagerOptions(**options, lightweight_initialize=True)
             self._manager = ocp.CheckpointManager(path, options=options)
-        for name in run_folder.strays(folder):
-            say(f"warning: {folder}/checkpoints/{name} is no checkpoint of ours, and is left alone")
+        if strays := not read_only and run_folder.strays(folder):
+            say(f"warning: {folder}/checkpoints has entries that are no checkpoints: {', '.join(strays[:5])}")
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -164,8 +165,7 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
-            reason = " ".join(str(e).split())[:300]
-            raise RunFailure(f"a checkpoint could not be written to {self.folder}: {reason}") from None
+            raise RunFailure(f"a checkpoint could not be written to {self.folder}: {_reason(e)}") from None
 
     def wait(self) -> None:
         """Wait until everything saved is on disk; raises RunFailure for a write that failed."""
@@ -180,7 +180,8 @@ class Checkpoints:
         """Start writing a checkpoint; return False where the step has one. Raises RunFailure for a failed write."""
         if progress.step in self.steps():
             return False
-        agreement.on_first(lambda: self._set_aside(progress.step, "stray"))
+        if name := agreement.on_first(lambda: self._set_aside(progress.step, "stray")):
+            say(f"warning: {self.folder}/checkpoints/{progress.step} was no checkpoint; it is {name} from now on")
         meta = dataclasses.asdict(progress)
         meta["checksum"] = _checksum(state, meta)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -233,6 +234,8 @@ class Checkpoints:
             meta = dict(restored.meta)
             if meta.pop("checksum") != _checksum(restored.state, meta):
                 raise ValueError("its contents do not match their checksum")
+            if meta["step"] != step:
+                raise ValueError(f"it is the checkpoint of step {meta['step']}")
             return restored.state, Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})
 
         def may_pass(e: BaseException) -> bool:
