@@ -253,7 +253,7 @@ class Checkpoints:
                 raise
             if verdicts[-1] == "damaged":
                 raise _Damaged(_reason(e)) from None
-            stays = "it stays as it is; run the same command again once its files can be read"
+            stays = "it stays as it is; run the same command again later, or rename it to use the one before"
             where, count = os.path.join(self._path, str(step)), len(verdicts)
             raise RunFailure(f"{where} cannot be read: {_reason(e)} ({count} attempts); {stays}") from None
 

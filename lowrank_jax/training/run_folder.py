@@ -79,11 +79,11 @@ def read_config(folder: str) -> RunConfig:
         raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
     path = pathlib.Path(folder, "config.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(storage.again(lambda: path.read_text(encoding="utf-8")))
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"] = LATER | values["model"]
         return RunConfig.from_dict(values)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is damaged: {e}") from None
 
 

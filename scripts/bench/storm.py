@@ -7,7 +7,6 @@ strays appear among the checkpoints, checkpoints are damaged, and two processes 
 compared with the undisturbed one, and the next begins. The same command goes on where a storm was stopped.
 """
 
-import argparse
 import collections
 import errno
 import hashlib
@@ -247,7 +246,7 @@ FAULTS["failing writes"] = lambda storm, draw: failing_files(storm, draw, "write
 
 
 def command(argv: list[str]) -> dict:
-    parser = cli.Parser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--folder", required=True, help="where the runs are; the same folder goes on")
     parser.add_argument("--seed", type=int, default=0)
