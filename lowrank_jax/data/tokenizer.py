@@ -20,6 +20,7 @@ import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import storage
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -62,7 +63,7 @@ class Tokenizer:
     def save(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            storage.replace(os.path.join(folder, name), content)
 
     @functools.cached_property
     def files_sha256(self) -> str:
