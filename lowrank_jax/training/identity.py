@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RECORDED, RunConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.machine import processes, sharding
+from lowrank_jax.machine import processes, sharding, storage
 from lowrank_jax.machine.console import say
 from lowrank_jax.model import precision
 from lowrank_jax.training import run_folder
@@ -20,7 +20,7 @@ def open_config(folder: str, flag: str = "--workdir") -> tuple[RunConfig, Tokeni
     (config, sha256), path = run_folder.read_identity(folder, flag), run_folder.tokenizer_folder(folder)
     if not os.path.isdir(path):
         raise UsageError(f"{flag}={folder} has no tokenizer: {path} is missing")
-    if sha256 and tokenizer.folder_sha256(path) != sha256:
+    if sha256 and storage.again(lambda: tokenizer.folder_sha256(path)) != sha256:
         remedy = f"restore them from a copy, or delete {RECORDED} in config.json to use them as they are"
         raise UsageError(f"{path} is damaged: its files are not those that {folder} was trained with; {remedy}")
     return config, tokenizer.load(path)
