@@ -135,4 +135,5 @@ def _check_done(r: Run, progress: Progress) -> None:
         raise UsageError(f"{saved}; steps that are done cannot be changed")
     next_stage = stage_at(stages, done)
     if done > next_stage.phase_start:
-        stream.check_sources(progress.cursor, getattr(r.config, next_stage.phase))
+        phase = next_stage.phase
+        stream.check_sources(progress.cursor, getattr(r.config, phase), r.tokenizer, chats=phase == "sft")
