@@ -5,6 +5,7 @@ line feed, so it encodes line by line: the same ids, faster than as one string. 
 space, is encoded as three UTF-8 bytes.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import storage
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -46,7 +48,7 @@ class Tokenizer:
     names: dict[str, str]  # bos_token, eos_token, ...: the symbols' names in chat templates
     specials: dict[str, int]  # id of every control symbol by its name
     chat_template: str
-    sha256: str  # differs between tokenizers that differ
+    sha256: str  # differs between tokenizers whose ids differ
     files: dict[str, bytes]  # by name, what `load` needs to return the same tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -61,7 +63,12 @@ class Tokenizer:
     def save(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            storage.replace(os.path.join(folder, name), content)
+
+    @functools.cached_property
+    def files_sha256(self) -> str:
+        """Return a hash of everything that decides ids and rendered chats; after `save`, `folder_sha256` returns it."""
+        return _files_sha256(self.files)
 
     def special(self, piece: str) -> int:
         """Return the id of a control symbol; raises UsageError if the tokenizer has none of that name."""
@@ -173,6 +180,18 @@ class HuggingFace(Tokenizer):
         return lengths
 
 
+def folder_sha256(folder: str) -> str:
+    """Return a hash of a tokenizer's files in a folder, without loading them; the folder's name is not part of it."""
+    names = (MODEL_FILE, JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE)
+    paths = [path for name in names if (path := pathlib.Path(folder, name)).is_file()]
+    return _files_sha256({path.name: path.read_bytes() for path in paths})
+
+
+def _files_sha256(files: dict[str, bytes]) -> str:
+    hashes = [(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
 def load(path: str) -> Tokenizer:
     """Load a folder that `save` wrote, a SentencePiece model, a tokenizer.json or its folder, or a name on the hub.
 
@@ -263,5 +282,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if mistakes:
             raise mistakes[0] from None
         reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
+        if (most := re.search(r"value <= (\d+)", reason)) and int(most[1]) <= FIXED_PIECES:
+            reason = "there is too little text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
     return SentencePiece(model.getvalue())

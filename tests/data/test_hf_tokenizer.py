@@ -160,7 +160,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tok):
 def test_a_saved_tokenizer_is_the_same_tokenizer(tok, tmp_path):
     tok.save(tmp_path)
     again = tokenizer.load(str(tmp_path))
-    for fact in ("vocab_size", "bos", "eos", "names", "specials", "chat_template", "sha256"):
+    for fact in ("vocab_size", "bos", "eos", "names", "specials", "chat_template", "sha256", "files_sha256"):
         assert getattr(again, fact) == getattr(tok, fact)
     assert again.encode("the cat sat") == tok.encode("the cat sat")
     assert chat.encode(again, CHAT) == chat.encode(tok, CHAT)

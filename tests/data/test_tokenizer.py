@@ -1,6 +1,7 @@
 """The tokenizer: ids give back exactly the text they came from, and no text ever becomes a control symbol."""
 
 import io
+import re
 import string
 
 import pytest
@@ -130,6 +131,13 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_in_one_line(make):
     with pytest.raises(UsageError, match=r"tokenizer.vocab_size=9000 cannot be learnt .*value <= \d+") as e:
         tokenizer.train([make.prose(100)], 9000)
     assert "\n" not in str(e.value)
+    advised = int(re.search(r"value <= (\d+)", str(e.value))[1])
+    assert tokenizer.train([make.prose(100)], advised).vocab_size == advised
+
+
+def test_no_vocabulary_is_advised_where_the_text_is_too_short_for_any():
+    with pytest.raises(UsageError, match="cannot be learnt from these sources: there is too little text in them$"):
+        tokenizer.train(["ba"], 9000)
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n\n\t"]])
@@ -153,6 +161,24 @@ def test_a_saved_tokenizer_gives_the_same_ids(tok, tmp_path):
     for path in (tmp_path / "tokenizer", tmp_path / "tokenizer" / tokenizer.MODEL_FILE):
         again = tokenizer.load(str(path))
         assert again.encode(text) == tok.encode(text) and again.vocab_size == tok.vocab_size
+
+
+def test_the_hash_of_the_files_is_that_of_any_copy_and_of_no_changed_one(tok, tmp_path):
+    for name in ("a", "b"):
+        tok.save(tmp_path / name)
+        assert (
+            tokenizer.folder_sha256(tmp_path / name)
+            == tok.files_sha256
+            == tokenizer.load(str(tmp_path / name)).files_sha256
+        )
+    for path in sorted((tmp_path / "a").iterdir()):
+        content = path.read_bytes()
+        for changed in (content[:-1], content.replace(b"e", b"f", 1), b""):
+            path.write_bytes(changed)
+            assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
+        path.write_bytes(content)
+    (tmp_path / "a" / tokenizer.TEMPLATE_FILE).unlink()
+    assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
