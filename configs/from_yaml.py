@@ -18,10 +18,11 @@ share then means pretrain's:
 import yaml
 
 from configs import default
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import UsageError, local_path
 
 
 def get_config(path: str = ""):
+    path = local_path(path, "--config=configs/from_yaml.py:PATH")
     try:
         with open(path, encoding="utf-8") as f:
             values = yaml.safe_load(f)

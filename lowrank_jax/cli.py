@@ -1,6 +1,6 @@
 """The shared part of all commands: flags and configs in, one-line errors and exit statuses out.
 
-Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM or SIGINT.
+Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM, SIGINT or SIGHUP.
 `--config=FILE.py[:ARG]` and `--config.a.b=value` are ml_collections config flags. Only this file imports them; it hands
 on a frozen RunConfig.
 """
@@ -20,9 +20,9 @@ import traceback
 from absl import flags
 from ml_collections import config_flags
 
-from lowrank_jax.config import RunConfig, RunFailure, UsageError
+from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
 from lowrank_jax.machine import processes, startup
-from lowrank_jax.machine.console import ABANDONED
+from lowrank_jax.machine.console import ABANDONED, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,9 +35,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UsageError(f"{message} (see --help)")
 
+    def add_path(self, flag: str, **options):
+        """Add a flag that takes a local path, with its `~` expanded."""
+        self.add_argument(flag, type=lambda text: local_path(text, flag), **options)
+
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
-        self.add_argument("--config", metavar="FILE", help="such as configs/custom.py or configs/preset.py:base")
+        self.add_path("--config", metavar="FILE", help="such as configs/custom.py or configs/preset.py:base")
         self.epilog = "any key of the config can be set with --config.group.key=value; configs/default.py lists them"
         args, rest = self.parse_known_args(argv)
         if args.config is None:
@@ -47,12 +51,15 @@ class Parser(argparse.ArgumentParser):
 
 def read_config(config_args: list[str]) -> RunConfig:
     """Return the checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line."""
-    path = config_args[0].removeprefix("--config=")
+    path = local_path(config_args[0].removeprefix("--config="), "--config")
     if not os.path.isfile(path.split(":")[0]):
         raise UsageError(f"--config={path}: no such file")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
-    argv, sys.argv = sys.argv, ["lowrank_jax", *config_args]  # config_flags looks for overrides in sys.argv
+    argv, sys.argv = (
+        sys.argv,
+        ["lowrank_jax", f"--config={path}", *config_args[1:]],
+    )  # config_flags looks for overrides in sys.argv
     try:
         unused = values(sys.argv)[1:]
         config = values["config"].value.to_dict()
@@ -64,7 +71,10 @@ def read_config(config_args: list[str]) -> RunConfig:
         sys.argv = argv
     if unused:
         raise UsageError(f"unknown argument {unused[0]}")
-    return RunConfig.from_dict(config)
+    checked = RunConfig.from_dict(config)
+    if checked.pretrain.steps == -1 and config["pretrain"]["steps"] in (0, "0"):
+        say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
+    return checked
 
 
 def use_compilation_cache() -> None:
@@ -88,6 +98,7 @@ def main(command, argv: list[str] | None = None) -> None:
     As the main program (without `argv`), it ends at once where threads named ABANDONED may be running, or where one of
     several processes has failed. Nothing can stop such threads, and they would delay the exit for minutes.
     """
+    startup.open_streams()
     leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -116,7 +127,8 @@ def main(command, argv: list[str] | None = None) -> None:
 
 
 def _print_error(error: str) -> None:
-    print(f"{processes.name()}error: {' '.join(error.split())}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
+        print(f"{processes.name()}error: {' '.join(error.split())}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int | None) -> None:

@@ -18,9 +18,9 @@ from lowrank_jax.export.folder import unused, whole_folder
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="the dense model: a run, or an export of it")
+    parser.add_path("--from", dest="source", required=True, help="the dense model: a run, or an export of it")
     parser.add_argument("--rank", type=int, required=True, help="mean rank of Q, K, V and O")
-    parser.add_argument("--out", required=True, help="the new folder")
+    parser.add_path("--out", required=True, help="the new folder")
     parser.add_argument("--rank_split", default="", help="shares of q,k,v,o (default: those in the run's config)")
     parser.add_argument("--mlp_rank", type=int, default=0, help="rank of the MLP's matrices (default: dense)")
     parser.add_argument("--data", default="", help="sources to calibrate with and measure on (default: the run's own)")

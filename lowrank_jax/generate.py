@@ -37,7 +37,7 @@ def read_sampling(args) -> Sampling:
 def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="the run")
+    parser.add_path("--workdir", required=True, help="the run")
     add("--prompt", help="text to continue, or with --chat the first message")
     add("--chat", action="store_true", help="a conversation, one message per line")
     add("--system", default="", help="system message of the conversation")

@@ -9,7 +9,7 @@ from lowrank_jax.training import report
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_path("--workdir", required=True, help="the run")
     paths = report.write(parser.parse_args(argv).workdir)
     print(paths["report"], flush=True)
     return paths

@@ -36,7 +36,7 @@ LIMITS = {"port": (0, 65535), "slots": (1, 1024), "queue": (0, 10**6), "context"
 def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="the run")
+    parser.add_path("--workdir", required=True, help="the run")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 takes any free port (default 8000)")
     add("--slots", type=int, default=8, help="answers that are generated at the same time (default 8)")

@@ -253,10 +253,10 @@ def describe(counts: dict) -> str:
     return f"{counts['source']}: {', '.join(shown + [f'{counts[key]:,} {key}' for key in rest if counts[key]])}"
 
 
-def check_sources(cursor: dict, p: PhaseConfig) -> None:
-    """Raise UsageError if a phase now has another number of sources than its cursor; names may change with files."""
-    if len(cursor["sources"]) != len(p.sources):
-        _refuse_names(cursor, p)
+def check_sources(cursor: dict, p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
+    """Raise UsageError if a phase now names sources of other contents than its cursor; names may change with files."""
+    if cursor["sources"] != [s.spec for s in p.sources]:
+        _check_contents(cursor, _open(p.sources, tokenizer, chats), p)
 
 
 def _refuse_names(cursor: dict, p: PhaseConfig) -> None:
@@ -266,7 +266,15 @@ def _refuse_names(cursor: dict, p: PhaseConfig) -> None:
 
 
 def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
-    check_sources(cursor, p)
+    _check_contents(cursor, all_sources, p)
+    if cursor["readers"] != (count := facts["readers"]):
+        remedy = f"set readers={cursor['readers']} to resume it"
+        raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")
+
+
+def _check_contents(cursor: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
+    if len(cursor["sources"]) != len(p.sources):
+        _refuse_names(cursor, p)
     for spec, before, config, source in zip(cursor["sources"], cursor["fingerprints"], p.sources, all_sources):
         is_old = spec == config.spec and before == getattr(source, "old_fingerprint", None)  # names and sizes alone
         if before == source.fingerprint or is_old:
@@ -279,9 +287,6 @@ def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: P
             facts_compared = "contents" if "/" in before else "names or sizes"
             what = f"has changed since the run stopped (its files' {facts_compared}); put it back"
         raise UsageError(f"source {config.spec} {what}, or use a new --workdir")
-    if cursor["readers"] != (count := facts["readers"]):
-        remedy = f"set readers={cursor['readers']} to resume it"
-        raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")
 
 
 def _open(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool) -> list[Source]:

@@ -25,6 +25,7 @@ import tokenizers
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import probes
 from lowrank_jax.data.blocks import one_line
+from lowrank_jax.machine import storage
 from lowrank_jax.machine.console import say
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
@@ -69,7 +70,7 @@ class Tokenizer:
     def save(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            storage.replace(os.path.join(folder, name), content)
 
     @functools.cached_property
     def files_sha256(self) -> str:
@@ -223,18 +224,14 @@ def load(path: str) -> Tokenizer:
     Raises UsageError if none exists, or if its ids do not decode to the same text.
     """
     try:
-        with _without_panics():
-            tokenizer = _load(path)
-            tokenizer.byte_lengths()
-            change = probes.change(tokenizer, [*probes.TEXTS, *probes.names(tokenizer)])
-            change = change or probes.change(tokenizer, probes.EQUIVALENT, probes.composed)
-            composed = probes.change(tokenizer, probes.EQUIVALENT)
+        tokenizer, change, composed = storage.again(lambda: _probed(path))
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except UsageError as e:
         raise UsageError(f"tokenizer {path}: {e}") from None
     except OSError as e:
-        raise UsageError(f"tokenizer {path}: cannot be read: {e.strerror}") from None
+        failure = OSError if storage.is_transient(e) else UsageError
+        raise failure(f"tokenizer {path}: cannot be read: {e.strerror or one_line(e)}") from e
     except BaseException as e:
         if not _is_failure(e):
             raise
@@ -244,6 +241,16 @@ def load(path: str) -> Tokenizer:
     if composed:
         say(f"tokenizer {path} composes characters: {composed}, which Unicode calls equivalent")
     return tokenizer
+
+
+def _probed(path: str) -> tuple[Tokenizer, str, str]:
+    """Return a tokenizer, where it changes a text, and where it composes characters."""
+    with _without_panics():
+        tokenizer = _load(path)
+        tokenizer.byte_lengths()
+        change = probes.change(tokenizer, [*probes.TEXTS, *probes.names(tokenizer)])
+        change = change or probes.change(tokenizer, probes.EQUIVALENT, probes.composed)
+        return tokenizer, change, probes.change(tokenizer, probes.EQUIVALENT)
 
 
 def _is_failure(e: BaseException) -> bool:
@@ -370,5 +377,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if mistakes:
             raise mistakes[0] from None
         reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
+        if (most := re.search(r"value <= (\d+)", reason)) and int(most[1]) <= FIXED_PIECES:
+            reason = "there is too little text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
     return SentencePiece(model.getvalue())

@@ -153,15 +153,16 @@ def open_dense(source: str) -> Trained:
 
 def texts(dense: Trained, data: str, tokens: int) -> tuple[list[stream.Batch], list[stream.Batch]]:
     """Return (batches to calibrate with, held-out batches to measure on) with rows of the longest trained length."""
-    p, tok, seed = dataclasses.replace(dense.config.pretrain, readers=1), dense.tokenizer, dense.config.seed
+    (phase, p), tok, seed = next(iter(dense.config.phases.items())), dense.tokenizer, dense.config.seed
+    p, chats = dataclasses.replace(p, readers=1), phase == "sft" and not data
     if data:
         p = dataclasses.replace(p, sources=read_sources(data, "--data"), eval_fraction=max(p.eval_fraction, HELD_OUT))
     length = min(p.lengths[-1], tokens)
     rows = max(1, min(BATCH_TOKENS, tokens) // length)
-    training = stream.open_phase(p, tok, seed, False)
+    training = stream.open_phase(p, tok, seed, chats)
     text = [training.next(rows, length) for _ in range(-(-tokens // (rows * length)))]
     training.close()
-    held_out = evaluation.batches_of(stream.open_held_out(p, tok, seed, chats=False), length, p.eval_tokens)
+    held_out = evaluation.batches_of(stream.open_held_out(p, tok, seed, chats), length, p.eval_tokens)
     if not held_out:
         raise UsageError(f"the held-out part of the text has no row of {length} tokens; name a longer text with --data")
     return text, held_out

@@ -51,7 +51,7 @@ def write(config: RunConfig, tok: Tokenizer, params: dict, origin: Progress, fol
     with checkpoint.Checkpoints(folder, config.every.keep) as checkpoints:
         checkpoints.save(state, Progress())
     tok.save(run_folder.tokenizer_folder(folder))
-    run_folder.write_config(folder, config)
+    run_folder.write_config(folder, config, tok.files_sha256)
     sha256 = checkpoint.tree_sha256(state.params)
     facts = {"trained_step": origin.step, "trained_tokens": origin.tokens, "params_sha256": sha256}
     run_folder.log_event(folder, "import", 0, **facts)

@@ -25,11 +25,11 @@ from lowrank_jax.training import verify_resume
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE", help="a config; --config.group.key=value changes a key of it")
+    parser.add_path("--config", metavar="FILE", help="a config; --config.group.key=value changes a key of it")
     parser.add_argument("--kills", type=int, default=100, help="number of kills over all arms, at least")
     parser.add_argument("--precisions", default="fp32,bf16,fp16,fp8")
     parser.add_argument("--optimizers", default="adamw,muon")
-    parser.add_argument("--folder", help="where to train; kept, and arms that it has are not trained again")
+    parser.add_path("--folder", help="where to train; kept, and arms that it has are not trained again")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     args, changes = parser.parse_known_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the trainer is killed too

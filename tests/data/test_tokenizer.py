@@ -1,7 +1,10 @@
 """The tokenizer: ids give back exactly the text they came from, and no text ever becomes a control symbol."""
 
+import errno
 import io
+import pathlib
 import random
+import re
 import string
 
 import pytest
@@ -131,6 +134,13 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_in_one_line(make):
     with pytest.raises(UsageError, match=r"tokenizer.vocab_size=9000 cannot be learnt .*value <= \d+") as e:
         tokenizer.train([make.prose(100)], 9000)
     assert "\n" not in str(e.value)
+    advised = int(re.search(r"value <= (\d+)", str(e.value))[1])
+    assert tokenizer.train([make.prose(100)], advised).vocab_size == advised
+
+
+def test_no_vocabulary_is_advised_where_the_text_is_too_short_for_any():
+    with pytest.raises(UsageError, match="cannot be learnt from these sources: there is too little text in them$"):
+        tokenizer.train(["ba"], 9000)
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n\n\t"]])
@@ -172,6 +182,22 @@ def test_the_hash_of_the_files_is_that_of_any_copy_and_of_no_changed_one(tok, tm
         path.write_bytes(content)
     (tmp_path / "a" / tokenizer.TEMPLATE_FILE).unlink()
     assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
+
+
+def test_a_read_that_fails_once_is_tried_again_and_one_that_goes_on_failing_is_one_line(tok, tmp_path, monkeypatch):
+    tok.save(tmp_path)
+    errors, read = [OSError(errno.EIO, "Input/output error")], pathlib.Path.read_bytes
+    monkeypatch.setattr(tokenizer.storage, "PAUSES", (0.0,))
+    monkeypatch.setattr(
+        pathlib.Path, "read_bytes", lambda p: read(p) if not errors else (_ for _ in ()).throw(errors.pop())
+    )
+    assert tokenizer.load(str(tmp_path)).sha256 == tok.sha256
+    errors += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(OSError, match=f"^tokenizer {tmp_path}: cannot be read: .*Input/output error"):
+        tokenizer.load(str(tmp_path))
+    errors += [OSError(errno.EINVAL, "Invalid argument")]
+    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}: cannot be read: Invalid argument"):
+        tokenizer.load(str(tmp_path))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
