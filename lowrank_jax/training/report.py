@@ -50,6 +50,7 @@ def write(folder: str) -> dict:
         ("Training", f'<div class="wide"><img alt="curves by tokens" src="data:image/png;base64,{image}"></div>'),
         ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
+        ("Data", _table(_trained_on(events))),
         ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
         ("Plan", f'<pre class="wide">{html.escape(forecast.table(described))}</pre>'),
         ("Events", _table({"event": kind, "count": n, "last at step": last[kind]} for kind, n in kinds)),
@@ -159,6 +160,11 @@ def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
         row |= {"stall, ordinary steps": event.get("stall_steps")}
         table.append(row | ({"peak memory": _fact("peak_bytes", peaks[name])} if name in peaks else {}))
     return table
+
+
+def _trained_on(events: list[dict]) -> list[dict]:
+    ended = {event["phase"]: event["sources"] for event in events if event["event"] == "data"}
+    return [{"phase": phase} | counts for phase, read in ended.items() for counts in read]
 
 
 def _saving(rows: list[dict], events: list[dict]) -> str:
