@@ -35,7 +35,7 @@ _LIMITS = {
 }
 # A type may also state the largest value, which no machine holds, so that nothing is allocated or compiled for it.
 MOST = 10**15  # of every other number
-MOST_STEPS, MOST_LENGTH, MOST_TOKENS = 10**9, 2**24, 2**30  # of a phase, of a sequence in tokens, of a step
+MOST_STEPS, MOST_LENGTH, MOST_TOKENS = 10**9, 2**24, 2**28  # of a phase, of a sequence in tokens, of a step
 MOST_ITEMS, MOST_CHARACTERS = 1000, 10**5  # of a list, of a text
 TOO_MANY = f"has more than {MOST_ITEMS:,} items"
 RECORDED = "tokenizer_sha256"  # a key beside the settings in a run's config.json, see run_folder.py
@@ -48,7 +48,7 @@ LocalPath = typing.NewType("LocalPath", str)
 class ModelConfig:
     vocab: Annotated[Count, 2**24]
     d: Annotated[Size, 2**17]
-    layers: Annotated[Size, 2**12]
+    layers: Annotated[Size, 2**10]
     heads: Size
     rank: Count
     rank_split: tuple[float, ...]
@@ -226,7 +226,7 @@ def local_path(text: str | os.PathLike, what: str) -> str:
     """Return a path with its `~` or `~user` expanded; raises UsageError for anything but a local path."""
     text = os.fspath(text)
     path, stated = os.path.expanduser(text), f"{what}={text:.200}".replace("\0", "\\0")
-    scheme = re.match(r"\s*[A-Za-z][\w+.-]*:/", text)
+    scheme = re.match(r"\s*[A-Za-z][\w+-]*:/", text)
     _require(not scheme, f"{stated} is no local path, and only local paths are supported; copy or mount it")
     _require(path[:1] != "~", f"{stated} names no home folder; write ./{text:.200} for a folder of that name")
     _require("\0" not in path, f"{stated} has a NUL character, which no path can have")
@@ -279,10 +279,10 @@ def _convert(hint, value, path: str):
         return value
     if hint in (int, float) and not isinstance(value, bool):
         try:
-            number = hint(value) if isinstance(value, (int, float, str)) else None
-            if number is not None and number == float(value) and math.isfinite(number):  # 3.5 is no int
+            number = hint(value) if isinstance(value, (int, float, str)) else math.nan
+            if (hint is float or isinstance(value, str) or number == value) and abs(number) < math.inf:  # 3.5 is no int
                 _require(abs(number) < 2**63, f"{path}={shown(value)} must be below 2**63")
-                return number + 0  # no -0.0
+                return number + 0  # 0.0 for -0.0
         except (ValueError, OverflowError):
             pass
     kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
@@ -320,7 +320,7 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
 def _read_schedule(value, path: str) -> Schedule:
     """Read a number, or (step, number) pairs: ((0, 0.7), (1000, 0.3)), {0: 0.7, 1000: 0.3} or "0:0.7/1000:0.3"."""
     if isinstance(value, str) and ":" in value:
-        value = [pair.split(":") for pair in value.split("/")]
+        value = [pair.split(":") for pair in value.split("/", MOST_ITEMS)]
     pairs = value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [(0, value)]
     _require(len(pairs) <= MOST_ITEMS, f"{path} {TOO_MANY}")
     try:

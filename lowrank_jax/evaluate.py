@@ -7,7 +7,7 @@ context. `--weights=int8` also measures the change that int8 weights make, with 
 """
 
 from lowrank_jax import cli
-from lowrank_jax.config import UsageError, read_sources
+from lowrank_jax.config import MOST_LENGTH, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.inference import quantize
 from lowrank_jax.training import evaluation
@@ -28,6 +28,8 @@ def command(argv: list[str]) -> dict:
         raise UsageError(f"--lengths={args.lengths} must be whole numbers, such as 256,512,1024") from None
     if args.tokens < 0 or any(n < 1 for n in lengths):
         raise UsageError("--lengths and --tokens must be above 0")
+    if any(n > MOST_LENGTH for n in lengths):
+        raise UsageError(f"--lengths={max(lengths)} must be at most {MOST_LENGTH}")
     run, results = open_run(args.workdir), []
     phase = next(iter(run.config.phases.values()))
     lengths = lengths or [phase.lengths[-1]]

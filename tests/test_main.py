@@ -68,6 +68,20 @@ def test_every_path_of_a_command_is_local_and_has_its_home_expanded(name, tmp_pa
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("evaluate", ["--workdir=none", "--lengths=64,1000000000000"]),
+        ("tokenize", ["--tokenizer=none", "--sources=text:a", "--out=none", "--shards=1000000000"]),
+        ("tokenize", ["--tokenizer=none", "--sources=text:a", "--out=none", "--workers=1000000000"]),
+    ],
+)
+def test_a_flag_has_a_bound_that_machines_can_hold(name, flags):
+    module, function = COMMANDS[name]
+    with pytest.raises(UsageError, match=f"{flags[-1].split('=')[0]}.* at most [0-9,]+$"):
+        getattr(importlib.import_module(f"lowrank_jax.{module}"), function)(flags)
+
+
 def test_train_prepares_the_process_before_jax_and_spares_its_imports():
     first = "from lowrank_jax.machine import startup\n"
     first += "startup.prepare = lambda: print('prepared', 'jax' in sys.modules)\n"

@@ -10,6 +10,7 @@ from lowrank_jax import cli
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import pretokenize, stream, tokenizer
 
+MOST_SHARDS, MOST_WORKERS = 99_999, 1024  # the names of shards have five digits
 MAX_SKIPPED = 100  # records of a source that may be unusable, as in configs/default.py
 
 
@@ -32,6 +33,8 @@ def tokenize(argv: list[str]) -> dict:
     args = parser.parse_args(argv)
     if min(args.shards, args.workers, args.max_skipped) < 0:
         raise UsageError("--shards, --workers and --max_skipped must not be negative")
+    if args.shards > MOST_SHARDS or args.workers > MOST_WORKERS:
+        raise UsageError(f"--shards must be at most {MOST_SHARDS:,}, and --workers at most {MOST_WORKERS:,}")
     if os.path.exists(args.out):
         raise UsageError(f"--out={args.out} exists already; name a folder that does not")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

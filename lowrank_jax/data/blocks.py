@@ -44,6 +44,9 @@ class Source(Protocol):
     def document(self, row) -> Document:
         """Return the document of a row; raises BadRecord if it cannot be used."""
 
+    def place(self, row) -> str:
+        """Return the file and record that a row comes from, in words."""
+
 
 class InFiles:
     """Numbers the blocks of several files one after another."""

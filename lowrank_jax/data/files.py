@@ -178,6 +178,9 @@ class TextFiles(_Files):
         except UnicodeDecodeError as e:
             raise BadRecord(path, f"not UTF-8 text at byte {offset + e.start}") from None
 
+    def place(self, row: tuple[str, int, bytes]) -> str:
+        return f"{row[0]}, byte {row[1]}"
+
     def _part(self, path: str, k: int) -> Iterator[tuple[str, int, bytes]]:
         """Yield the piece from the first break after byte k x size to the first break after byte (k + 1) x size."""
         with open_file(path) as f:
@@ -220,6 +223,10 @@ class JsonFiles(_Files):
         except (ValueError, RecursionError, BadRecord) as e:
             reason = e.reason if isinstance(e, BadRecord) else f"not JSON: {e}"
             raise BadRecord(where, reason, exact) from None
+
+    def place(self, row: tuple[str, int, object, int]) -> str:
+        path, number, _, offset = row
+        return f"{path}, record {number or _line_number(path, offset)}"
 
     def _is_whole(self, head: bytes, path: str) -> bool:
         return super()._is_whole(head, path) or encodings.begins(head, "[")

@@ -90,12 +90,14 @@ class ArrayRecord(InFiles):
         yield from ((path, i, raw) for i, raw in enumerate(encoded, first))
 
     def document(self, row: tuple[str, int, bytes]) -> Document:
-        path, i, raw = row
         try:
-            ids, said = decode_record(raw)
+            ids, said = decode_record(row[2])
         except ValueError as e:
-            raise BadRecord(f"{path}, record {i}", str(e)) from None
+            raise BadRecord(self.place(row), str(e)) from None
         return {"ids": ids, "said": said}
+
+    def place(self, row: tuple[str, int, bytes]) -> str:
+        return f"{row[0]}, record {row[1]}"
 
     def _count(self, path: str, meta: dict) -> int:
         with contextlib.suppress(RuntimeError, ValueError):

@@ -31,13 +31,17 @@ class Parquet(InFiles):
 
     def document(self, row: tuple) -> Document:
         path, group, number, batch, i = row
-        where = f"{path}, row group {group}, row {number}"
+        where = self.place(row)
         try:
             record = {name: batch.column(name)[i].as_py() for name in batch.schema.names}
         except Exception as e:  # a string may hold any bytes, and a date any year
             reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else "not readable"
             raise BadRecord(where, f"{reason}: {one_line(e)}") from None
         return records.document(record, *self._keys, where, self._footer(path).schema.to_arrow_schema().names)
+
+    def place(self, row: tuple) -> str:
+        path, group, number, *_ = row
+        return f"{path}, row group {group}, row {number}"
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple]:
         import pyarrow.parquet
@@ -134,8 +138,11 @@ class HuggingFace:
         self.fingerprint = blocks.fingerprint_of_files([digest for _, digest in samples] or [builder.hash], *facts)
 
     def document(self, row: tuple[int, int, dict]) -> Document:
-        block, number, record = row
-        return records.document(record, *self._keys, f"hf:{self._name}, shard {block}, row {number}", self._names)
+        return records.document(row[2], *self._keys, self.place(row), self._names)
+
+    def place(self, row: tuple[int, int, dict]) -> str:
+        block, number, _ = row
+        return f"hf:{self._name}, shard {block}, row {number}"
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple[int, int, dict]]:
         number = start
@@ -292,8 +299,11 @@ class TFDS:
     def rows(self, block: int, start: int = 0) -> Iterator[int]:
         return iter(range(min(block * RUN + start, self._count), min((block + 1) * RUN, self._count)))
 
+    def place(self, row: int) -> str:
+        return f"tfds:{self._name}, record {row}"
+
     def document(self, row: int) -> Document:
-        where = f"tfds:{self._name}, record {row}"
+        where = self.place(row)
         try:
             record = self._data[row]
         except OSError:

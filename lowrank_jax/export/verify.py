@@ -13,7 +13,8 @@ from scipy.special import log_softmax
 
 from lowrank_jax.config import ModelConfig, RunConfig, RunFailure, UsageError, read_sources
 from lowrank_jax.data import chat, stream
-from lowrank_jax.data.tokenizer import PROBE, Tokenizer
+from lowrank_jax.data.probes import PROBE
+from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.model import network
 from lowrank_jax.training import evaluation, plan
 from lowrank_jax.training.trained import Trained

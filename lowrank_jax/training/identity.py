@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RECORDED, RunConfig, UsageError
 from lowrank_jax.data import tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.machine import processes, sharding
+from lowrank_jax.machine import processes, sharding, storage
 from lowrank_jax.machine.console import say
 from lowrank_jax.model import precision
 from lowrank_jax.training import run_folder
@@ -20,7 +20,7 @@ def open_config(folder: str, flag: str = "--workdir") -> tuple[RunConfig, Tokeni
     (config, sha256), path = run_folder.read_identity(folder, flag), run_folder.tokenizer_folder(folder)
     if not os.path.isdir(path):
         raise UsageError(f"{flag}={folder} has no tokenizer: {path} is missing")
-    if sha256 and tokenizer.folder_sha256(path) != sha256:
+    if sha256 and storage.again(lambda: tokenizer.folder_sha256(path)) != sha256:
         remedy = f"restore them from a copy, or delete {RECORDED} in config.json to use them as they are"
         raise UsageError(f"{path} is damaged: its files are not those that {folder} was trained with; {remedy}")
     return config, tokenizer.load(path)
@@ -41,7 +41,8 @@ def resume(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig, Tokeni
     """
     old, tok = open_config(folder)
     config = _keep_precision(config.with_vocab(tok.vocab_size), old, run_folder.read_rows(folder, "events.jsonl"))
-    same, t = {"precision": config.precision} if old.precision == "auto" else {}, config.tokenizer
+    is_auto, t = "auto" in (old.precision, config.precision), config.tokenizer
+    same = {"precision": config.precision} if is_auto else {}
     if t.path and (t.path == old.tokenizer.path or tokenizer.load(t.path).files_sha256 == tok.files_sha256):
         same["tokenizer"] = t
     run_folder.check_same_run(folder, dataclasses.replace(old, **same), config)
@@ -60,7 +61,6 @@ def _keep_precision(config: RunConfig, old: RunConfig, events: list[dict]) -> Ru
         return config
     if config.precision != "auto":
         raise UsageError(f"config.precision={now}, but the run began with auto, which was {was}; use {was}, or auto")
-    say(f"precision {was}, as the run had it (auto is {now} on this device)")
     return dataclasses.replace(config, precision=was)
 
 
@@ -70,8 +70,12 @@ def announce(config: RunConfig, old: RunConfig | None, mesh: Mesh) -> dict:
     facts = {"devices": mesh.devices.size, "processes": processes.count(), "mesh": dict(mesh.shape)}
     facts["precision"] = precision.resolve(config.precision, device.platform)
     kind = device.platform if device.platform == device.device_kind else f"{device.platform} ({device.device_kind})"
-    axes, auto = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items()), " (auto)" * (config.precision == "auto")
-    say(f"training on {mesh.devices.size} x {kind} (mesh {axes}), precision {facts['precision']}{auto}")
+    axes, why = ", ".join(f"{axis} {n}" for axis, n in mesh.shape.items()), ""
+    if config.precision == "auto":
+        why = " (auto)"
+    elif old and config.precision != (auto := precision.resolve("auto", device.platform)):
+        why = f" (as the run had it; auto is {auto} on this device)"
+    say(f"training on {mesh.devices.size} x {kind} (mesh {axes}), precision {facts['precision']}{why}")
     for key, was, now in changes:
         say(f"config.{key} was {run_folder.describe(was)}, is {run_folder.describe(now)}")
     return facts | {"changed": [f"{key}: {was} -> {now}" for key, was, now in changes]}

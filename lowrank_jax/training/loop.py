@@ -16,7 +16,7 @@ from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
-from lowrank_jax.machine.console import ABANDONED, say
+from lowrank_jax.machine.console import ABANDONED, say, show
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.training import forecast, identity, memory, phase, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
@@ -38,7 +38,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
-        facts = identity.announce(config, old, plan.mesh)
+        memory.check_weights(config, plan.mesh)
         reading = background.submit(read_data)
         if old is None:  # a new run evaluates first, and that raises what fails in here
             background.submit(phase.compile_measure, config, plan)
@@ -58,7 +58,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():
-            print(table, flush=True)
+            show(table)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
@@ -67,6 +67,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         # A tokenizer's files may be written in another way by another version of its library: those of a run stay.
         sha256 = tokenizer.folder_sha256(run_folder.tokenizer_folder(folder)) if old else tok.files_sha256
         run_folder.write_config(folder, config, sha256)  # everything that can refuse the config has passed
+        facts = identity.announce(config, old, plan.mesh)
         run_folder.log_event(folder, "start", progress.step, resumes=old is not None, **facts)
         for fit in fits:
             if fit.seconds:  # compiled now, not read from events.jsonl

@@ -111,7 +111,7 @@ def restore(r: Run) -> tuple[step.TrainState, Progress]:
     mesh, from_memory = r.plan.mesh, r.recovery.take()
     if from_memory:
         state, progress = from_memory
-    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True):
+    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh)):
         state, progress = restored
     else:
         params = first_params(r.config, mesh, lambda: r.tokenizer)
@@ -135,4 +135,5 @@ def _check_done(r: Run, progress: Progress) -> None:
         raise UsageError(f"{saved}; steps that are done cannot be changed")
     next_stage = stage_at(stages, done)
     if done > next_stage.phase_start:
-        stream.check_sources(progress.cursor, getattr(r.config, next_stage.phase))
+        phase = next_stage.phase
+        stream.check_sources(progress.cursor, getattr(r.config, phase), r.tokenizer, chats=phase == "sft")

@@ -21,7 +21,7 @@ from lowrank_jax.training import run_folder
 from lowrank_jax.training.plan import stages_of
 
 COLUMNS = ("SIGKILL", "SIGTERM", "start-up", "training", "save", "switch", "resumed", "equal")
-SPEED = re.compile(r', "(tokens_per_s|mfu)": [^,}]*')  # not compared
+SPEED = re.compile(r', "(tokens_per_s|mfu|crc)": [^,}]*')  # not compared
 COMPARED = ("event", "step", "tokens", "data_sha256", "params_sha256")  # of the last event
 PATIENCE = 600.0  # seconds that a process may take longer than expected
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
@@ -121,7 +121,7 @@ def train(arm: Arm, home: pathlib.Path) -> dict:
     env |= {"JAX_COMPILATION_CACHE_DIR": str(arm.folder.parent / "cache")}
     command = [sys.executable, "-m", "lowrank_jax.main", *arm.config, f"--workdir={home}"]
     launched, stderr = time.time(), arm.folder / "stderr"
-    events = lambda: [event for event in events_of(home) if event["time"] >= launched]
+    events = lambda: [event for event in events_of(home) if event.get("time", 0) >= launched]
     limit = arm.start_up + 10 * arm.training + PATIENCE if arm.training else None
     with open(stderr, "w") as f, subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=f) as process:
         try:

@@ -37,6 +37,8 @@ EVENTS += [
     for name, (start, _) in STAGES.items()
 ]
 EVENTS += [{"event": "sample", "step": 6, "phase": "pretrain", "prompt": "<b>O", "text": "Romeo & Juliet"}]
+COUNTS = {"documents": 21, "tokens": 1536, "epochs": 1.3, "skipped": 2}
+EVENTS += [{"event": "data", "step": 6, "phase": "pretrain", "sources": [{"source": "text:<x>"} | COUNTS]}]
 EVENTS += [{"event": "finish", "step": 8, "tokens": 2048, "params_sha256": "ab" * 32}]
 
 
@@ -85,11 +87,12 @@ def test_the_page_summarises_the_run(folder):
     assert "state finished steps 8 tokens 2.05k last loss 0.000 median tokens/s 512" in head
     assert "pretrain 2 4.000 2.000 2.000 50.0% sft 3 3.000 2.250 2.500 16.7%" in section(page, "Held-out text")
     assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
+    assert "pretrain text:&lt;x&gt; 21 1,536 1.3 2" in section(page, "Data")
     assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
     config = run_folder.read_config(str(folder))
     described = forecast.describe(config, make(config))
     assert forecast.table(described).splitlines()[0].split()[0] in section(page, "Plan")
-    assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
+    assert "stage 3 6 start 1 0 sample 1 6 data 1 6 finish 1 8" in section(page, "Events")
     assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
 
 
