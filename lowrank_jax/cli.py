@@ -24,6 +24,8 @@ from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
 from lowrank_jax.machine import processes, startup
 from lowrank_jax.machine.console import ABANDONED, say
 
+LONGEST_ERROR = 2000  # characters of a message
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one `error: ...` line; adds `--json`."""
@@ -127,8 +129,10 @@ def main(command, argv: list[str] | None = None) -> None:
 
 
 def _print_error(error: str) -> None:
+    line = " ".join(error[: 2 * LONGEST_ERROR].split())  # a text of others in it may have gigabytes
+    line = line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}..."
     with contextlib.suppress(OSError):  # nobody reads stderr any more
-        print(f"{processes.name()}error: {' '.join(error.split())}", file=sys.stderr, flush=True)
+        print(f"{processes.name()}error: {line}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int | None) -> None:

@@ -23,11 +23,27 @@ PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose locations are names
 
 
 def unused(path: str, flag: str) -> str:
-    """Return the absolute path of a new or empty folder; raises UsageError for any other."""
+    """Return the absolute path of a new or empty folder that can be created; raises UsageError for any other."""
     out = os.path.realpath(path)
-    if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    try:
+        is_new, reason = not os.listdir(out), ""
+    except FileNotFoundError:
+        is_new, reason = True, ""
+    except OSError as e:  # a file, a path below a file, a name that is too long
+        is_new, reason = not os.path.lexists(out), e.strerror
+    if not is_new:
         raise UsageError(f"{flag}={path} exists already; name a folder that is new or empty")
+    if not os.access(parent := _existing_parent(out), os.W_OK | os.X_OK):
+        reason = f"{parent} does not let you write"
+    if reason:
+        raise UsageError(f"{flag}={path} cannot be created: {reason}")
     return out
+
+
+def _existing_parent(path: str) -> str:
+    while not os.path.isdir(path := os.path.dirname(path)):
+        pass
+    return path
 
 
 @contextlib.contextmanager
@@ -36,9 +52,7 @@ def whole_folder(out: str) -> Iterator[str]:
 
     What a kill leaves is removed by the next export: the lock in it is free.
     """
-    parent = os.path.dirname(out)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
+    parent = _existing_parent(out)
     for name in os.listdir(parent):
         lock = os.path.join(parent, name, LOCK)
         if name.startswith(HIDDEN) and os.path.isfile(lock) and not os.path.islink(os.path.dirname(lock)):
@@ -113,7 +127,7 @@ def settings_without_paths(config: RunConfig) -> dict:
 def facts(trained: Trained) -> str:
     """Return a Markdown table for a card: the model's sizes and what it was trained on."""
     config, c, settings = trained.config, trained.config.model, settings_without_paths(trained.config)
-    sources = lambda phase: ", ".join(f"`{source['spec']}`" for source in settings[phase]["sources"])
+    sources = lambda phase: ", ".join(f"`{_cell(source['spec'])}`" for source in settings[phase]["sources"])
     rows = {
         "width, layers, heads": f"{c.d}, {c.layers}, {c.heads}",
         "ranks of Q, K, V, O": ", ".join(map(str, c.ranks)) if c.rank else "dense",
@@ -122,6 +136,13 @@ def facts(trained: Trained) -> str:
         "precision in training": config.precision,
     }
     rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in config.phases}
-    shown = {key: f"{value:,}" if isinstance(value, int) else value for key, value in plain(trained.progress).items()}
+    text = lambda value: f"{value:,}" if isinstance(value, int) else f"`{_cell(str(value))}`"
+    shown = {key: text(value) for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())])
+
+
+def _cell(text: str) -> str:
+    """Return a run's text as part of one cell of a Markdown table: it ends neither code, nor the cell, nor the line."""
+    line = " ".join(text.encode("utf-8", "replace").decode().replace("`", "'").replace("<", "&lt;").split())
+    return "".join(c if c.isprintable() else "?" for c in line[:200]).replace("|", "\\|")
