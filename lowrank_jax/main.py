@@ -8,7 +8,7 @@ from lowrank_jax.machine import startup
 if __name__ == "__main__":
     startup.prepare()
 from lowrank_jax import cli  # noqa: E402, which import JAX
-from lowrank_jax.machine import interrupt, processes  # noqa: E402, which import JAX
+from lowrank_jax.machine import console, interrupt, processes  # noqa: E402, which import JAX
 from lowrank_jax.training import loop  # noqa: E402, which import JAX
 
 
@@ -26,7 +26,7 @@ def command(argv: list[str]) -> dict:
         finish = loop.run(config, args.workdir, received)
     if processes.is_first():
         tokens, page = f"{finish['tokens']:,} tokens", f"report: {args.workdir}/report.html"
-        print(f"done: step {finish['step']}, {tokens}; {page}", flush=True)
+        console.show(f"done: step {finish['step']}, {tokens}; {page}")
     return finish
 
 

@@ -1,6 +1,15 @@
-"""Lines for the person who watches a command; stdout stays for results."""
+"""Lines for the person who watches a command; stdout stays for results.
 
+Whatever the stream, a character that it cannot encode is written in ASCII. On a terminal, control characters of data,
+file names, messages and generated text are shown, never obeyed.
+"""
+
+import codecs
 import contextlib
+import json
+import math
+import os
+import re
 import sys
 
 from tqdm import tqdm
@@ -8,6 +17,30 @@ from tqdm import tqdm
 from lowrank_jax.machine import processes
 
 ABANDONED = "abandoned"  # name prefix of the threads that a process does not wait for when it ends
+IN_ASCII = {"≤": "<=", "≥": ">=", "×": "x", "…": "...", "–": "-", "—": "-", "→": "->", "±": "+-", "·": "."}
+# C0 without tab and newline, DEL, C1, characters that turn the direction of text, and halves of surrogate pairs.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def prepare_streams() -> None:
+    """Make stdin, stdout and stderr exist, and let none of them fail for a character that it cannot encode."""
+    codecs.register_error("in_ascii", _in_ascii)
+    for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", "in_ascii"), ("stderr", "w", "in_ascii")):
+        if getattr(sys, name) is None:  # it was closed; devnull takes its number, which another file would take
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        with contextlib.suppress(AttributeError):  # a stream of its own kind, as in a notebook
+            getattr(sys, name).reconfigure(errors=errors)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    characters = error.object[error.start : error.end]
+    escape = lambda c: c.encode("ascii", "backslashreplace").decode()
+    return "".join(IN_ASCII.get(c) or escape(c) for c in characters), error.end
+
+
+def visible(text: str) -> str:
+    r"""Return the text with its control characters as escapes, such as \x1b; tabs and newlines stay."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def say(line: str, everyone: bool = False) -> None:
@@ -17,4 +50,25 @@ def say(line: str, everyone: bool = False) -> None:
     """
     if everyone or processes.is_first():
         with contextlib.suppress(OSError):  # nobody reads stderr any more: no reason to stop
-            tqdm.write(processes.name() + line if everyone else line, file=sys.stderr)
+            tqdm.write(visible(processes.name() + line if everyone else line), file=sys.stderr)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Write a result to stdout at once: raw into a file or pipe, with visible control characters on a terminal."""
+    print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def to_json(value, **options) -> str:
+    """Return JSON in ASCII; null stands for NaN and infinity, which JSON does not have."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {_finite(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,6 +16,7 @@ import time
 
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.machine import processes
+from lowrank_jax.machine.console import to_json
 
 # Keys that cannot change within a run: the weights' shapes, the tokens' meaning, the random draws, the held-out split.
 IDENTITY = """
@@ -109,7 +110,7 @@ def append(folder: str, name: str, row: dict, everyone: bool = False) -> None:
     with open(os.path.join(folder, name), "a+b") as f:
         f.seek(max(f.tell() - 1, 0))
         is_cut_short = f.read() not in (b"", b"\n")
-        f.write(b"\n" * is_cut_short + json.dumps(row).encode() + b"\n")
+        f.write(b"\n" * is_cut_short + to_json(row).encode() + b"\n")
 
 
 def log_event(folder: str, event: str, step: int, everyone: bool = False, **facts) -> None:
@@ -129,7 +130,7 @@ def read_rows(folder: str, name: str) -> list[dict]:
 def rewind_metrics(folder: str, step: int) -> None:
     """Drop the metrics of every step after the first `step` updates, which are about to be repeated."""
     rows = [row for row in read_rows(folder, "metrics.jsonl") if row["step"] <= step]
-    write_text(os.path.join(folder, "metrics.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(os.path.join(folder, "metrics.jsonl"), "".join(to_json(row) + "\n" for row in rows))
 
 
 def milestones(folder: str) -> set[tuple[str, str, int]]:
