@@ -93,7 +93,7 @@ def main(command, argv: list[str] | None = None) -> None:
         use_compilation_cache()
         result = command(argv)
         if result is not None and "--json" in argv and processes.is_first():
-            print(console.to_json(result), flush=True)
+            console.show(console.to_json(result))
     except BrokenPipeError:  # the reader of our output is gone: there is nobody to report to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
@@ -111,16 +111,14 @@ def main(command, argv: list[str] | None = None) -> None:
             _print_error(problem)
             leave(2)
         elif processes.count() > 1 or leave is _leave:
-            print(console.visible(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+            console.say(traceback.format_exc().rstrip(), everyone=True)
         else:
             raise
         leave(1)
 
 
 def _print_error(error: str) -> None:
-    line = console.visible(f"{processes.name()}error: {' '.join(error.split())}")
-    with contextlib.suppress(OSError):  # nobody reads stderr any more
-        print(line, file=sys.stderr, flush=True)
+    console.say(f"error: {' '.join(error.split())}", everyone=True)
 
 
 def _unusable_platforms(error: Exception) -> str:

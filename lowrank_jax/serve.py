@@ -119,7 +119,7 @@ def command(argv: list[str]) -> dict:
     number = asyncio.run(listen(server.app(), listener, url, scheduler))
     scheduler.close()
     if args.json:
-        print(console.to_json({"url": url, "stopped_by": signal.Signals(number).name}), flush=True)
+        console.show(console.to_json({"url": url, "stopped_by": signal.Signals(number).name}))
     scheduler.thread.join(GRACE)
     if scheduler.thread.is_alive():  # it is compiling, which nothing can stop
         sys.stdout.flush()

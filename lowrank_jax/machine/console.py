@@ -61,9 +61,10 @@ def show(text: str, end: str = "\n") -> None:
 def to_json(value, **options) -> str:
     """Return JSON in ASCII; null stands for NaN and infinity, which JSON does not have."""
     try:
-        return json.dumps(value, allow_nan=False, **options)
+        text = json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False, **options)
+        text = json.dumps(_finite(value), allow_nan=False, **options)
+    return text.replace("\x7f", "\\u007f")
 
 
 def _finite(value):

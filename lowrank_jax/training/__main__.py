@@ -53,7 +53,7 @@ def command(argv: list[str]) -> dict:
     result = {"equal": not unequal, "kills": sum(len(row["struck"]) for row in rows), "arms": rows}
     if unequal:
         if args.json:
-            print(console.to_json(result), flush=True)
+            console.show(console.to_json(result))
         raise RunFailure(f"not equal: {', '.join(unequal)}; the runs are in {folder}")
     if not args.folder:
         shutil.rmtree(folder)
