@@ -1,6 +1,6 @@
 """The shared part of all commands: flags and configs in, one-line errors and exit statuses out.
 
-Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM or SIGINT.
+Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM, SIGINT or SIGHUP.
 `--config=FILE.py[:ARG]` and `--config.a.b=value` are ml_collections config flags. Only this file imports them; it hands
 on a frozen RunConfig.
 """
@@ -86,9 +86,10 @@ def main(command, argv: list[str] | None = None) -> None:
     As the main program (without `argv`), it ends at once where threads named console.ABANDONED may be running, or where
     one of several processes has failed. Nothing can stop such threads, and they would delay the exit for minutes.
     """
+    startup.open_streams()
+    console.prepare_streams()
     leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
-    console.prepare_streams()
     try:
         use_compilation_cache()
         result = command(argv)

@@ -19,6 +19,7 @@ import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import storage
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -61,7 +62,7 @@ class Tokenizer:
     def save(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            storage.replace(os.path.join(folder, name), content)
 
     def special(self, piece: str) -> int:
         """Return the id of a control symbol; raises UsageError if the tokenizer has none of that name."""

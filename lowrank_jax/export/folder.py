@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -9,12 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
+from lowrank_jax.machine import storage
 from lowrank_jax.training.plan import Progress
 from lowrank_jax.training.trained import Trained
 
 ORIGIN, TOKENIZER = "lowrank_jax.json", "tokenizer"  # what an import needs beside weights and config.json
+HIDDEN, LOCK = ".export-", "lowrank_jax.lock"  # an unfinished folder, and the file in it that its process locks
+FULL = os.strerror(errno.ENOSPC)
 PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose locations are names, not paths
 
 
@@ -28,12 +32,25 @@ def unused(path: str, flag: str) -> str:
 
 @contextlib.contextmanager
 def whole_folder(out: str) -> Iterator[str]:
-    """Yield a path beside `out` that is renamed to `out` at the end; an exception leaves nothing behind."""
+    """Yield a path beside `out` that is renamed to `out` at the end; an exception leaves nothing behind.
+
+    What a kill leaves is removed by the next export: the lock in it is free.
+    """
     parent = os.path.dirname(out)
     while not os.path.isdir(parent):
         parent = os.path.dirname(parent)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=parent) as hidden:
-        yield (folder := os.path.join(hidden, "export"))
+    for name in os.listdir(parent):
+        lock = os.path.join(parent, name, LOCK)
+        if name.startswith(HIDDEN) and os.path.isfile(lock) and not os.path.islink(os.path.dirname(lock)):
+            with contextlib.suppress(OSError), storage.lock(lock):  # another export may be running
+                shutil.rmtree(os.path.dirname(lock), ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=HIDDEN, dir=parent) as hidden, storage.lock(os.path.join(hidden, LOCK)):
+        try:
+            yield (folder := os.path.join(hidden, "export"))
+        except Exception as e:  # some libraries have an exception of their own for a full disk
+            if FULL not in str(e):
+                raise
+            raise RunFailure(f"{out} cannot be written: {FULL[0].lower()}{FULL[1:]}") from None
         os.makedirs(os.path.dirname(out), exist_ok=True)
         if os.path.isdir(out):  # it is empty: os.rename replaces an empty folder on POSIX alone
             os.rmdir(out)

@@ -23,13 +23,11 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def prepare_streams() -> None:
-    """Make stdin, stdout and stderr exist, and let none of them fail for a character that it cannot encode."""
+    """Let no stream fail for a character that it cannot encode or decode."""
     codecs.register_error("in_ascii", _in_ascii)
-    for name, mode, errors in (("stdin", "r", "replace"), ("stdout", "w", "in_ascii"), ("stderr", "w", "in_ascii")):
-        if getattr(sys, name) is None:  # it was closed; devnull takes its number, which another file would take
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "in_ascii"), (sys.stderr, "in_ascii")):
         with contextlib.suppress(AttributeError):  # a stream of its own kind, as in a notebook
-            getattr(sys, name).reconfigure(errors=errors)
+            stream.reconfigure(errors=errors)
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
@@ -53,9 +51,17 @@ def say(line: str, everyone: bool = False) -> None:
             tqdm.write(visible(processes.name() + line if everyone else line), file=sys.stderr)
 
 
-def show(text: str, end: str = "\n") -> None:
-    """Write a result to stdout at once: raw into a file or pipe, with visible control characters on a terminal."""
-    print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
+def show(text: str, end: str = "\n", needed: bool = True) -> None:
+    """Write a result to stdout at once: raw into a file or pipe, with visible control characters on a terminal.
+
+    What a command does not exist for is not `needed`: where nobody can read it, it and all later lines are dropped.
+    """
+    try:
+        print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    except OSError:
+        if needed:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def to_json(value, **options) -> str:

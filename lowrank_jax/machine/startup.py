@@ -26,8 +26,20 @@ def environment() -> dict[str, str]:
     return {TUNABLES: "glibc.malloc.hugetlb=1"} if on_request and TUNABLES not in os.environ else {}
 
 
+def open_streams() -> None:
+    """Open /dev/null for every standard stream that is closed: else the next file gets its number, and its output."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))
+
+
 def prepare() -> None:
     """Restart this command, in the same process, where variables are missing in its environment."""
+    open_streams()
     if missing := environment():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
 

@@ -14,9 +14,9 @@ import jax
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream
-from lowrank_jax.machine import agreement, console, faults, processes
+from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
-from lowrank_jax.machine.console import ABANDONED, say
+from lowrank_jax.machine.console import ABANDONED, say, show
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.training import forecast, memory, phase, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
@@ -57,7 +57,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():
-            console.show(table)
+            show(table, needed=False)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))

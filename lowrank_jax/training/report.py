@@ -16,6 +16,7 @@ import matplotlib.style
 import numpy as np
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import storage
 from lowrank_jax.training import forecast, run_folder
 from lowrank_jax.training.plan import make
 
@@ -36,11 +37,12 @@ def write(folder: str) -> dict:
     events, described = run_folder.read_rows(folder, "events.jsonl"), forecast.describe(config, make(config))
     picture, page = os.path.join(folder, "loss.png"), os.path.join(folder, "report.html")
     with matplotlib.style.context(STYLE):
-        _figure(rows, events, described["stages"]).savefig(picture)
+        figure = _figure(rows, events, described["stages"])
+        storage.replace(picture, lambda f: figure.savefig(f, format="png"))
     image = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
     samples = "".join(_sample(event) for event in events if event["event"] == "sample")
     latest = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
-    trouble = sorted(latest, key=lambda event: event["time"])
+    trouble = sorted(latest, key=lambda event: event.get("time", 0))
     others = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
     last = {event["event"]: event["step"] for event in events}
     kinds = collections.Counter(event["event"] for event in events).most_common()
@@ -171,7 +173,7 @@ def _saving(rows: list[dict], events: list[dict]) -> str:
 
 def _flat(event: dict) -> dict:
     facts = [f"{key} {_fact(key, value)}" for key, value in event.items() if key not in ("event", "step", "time")]
-    time = datetime.datetime.fromtimestamp(event["time"], datetime.UTC)
+    time = datetime.datetime.fromtimestamp(event.get("time", 0), datetime.UTC)
     shown = {"step": event["step"], "event": event["event"], "facts": ", ".join(facts)}
     return shown | {"UTC": f"{time:%Y-%m-%d %H:%M:%S}"}
 

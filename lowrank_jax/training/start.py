@@ -114,7 +114,7 @@ def restore(r: Run) -> tuple[step.TrainState, Progress]:
     mesh, from_memory = r.plan.mesh, r.recovery.take()
     if from_memory:
         state, progress = from_memory
-    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True):
+    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh)):
         state, progress = restored
     else:
         params = first_params(r.config, mesh, lambda: r.tokenizer)

@@ -122,7 +122,7 @@ def train(arm: Arm, home: pathlib.Path) -> dict:
     env |= {"JAX_COMPILATION_CACHE_DIR": str(arm.folder.parent / "cache")}
     command = [sys.executable, "-m", "lowrank_jax.main", *arm.config, f"--workdir={home}"]
     launched, stderr = time.time(), arm.folder / "stderr"
-    events = lambda: [event for event in events_of(home) if event["time"] >= launched]
+    events = lambda: [event for event in events_of(home) if event.get("time", 0) >= launched]
     limit = arm.start_up + 10 * arm.training + PATIENCE if arm.training else None
     with open(stderr, "w") as f, subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=f) as process:
         try:
