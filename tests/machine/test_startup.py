@@ -109,13 +109,13 @@ def test_caches_have_a_folder_that_can_be_written(machine, monkeypatch, capsys, 
         if value is not None:
             monkeypatch.setenv(name, place(value))
     before, folder = set(os.listdir(machine)), pathlib.Path(startup.cache_folder())
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert folder.is_dir() and folder.name == "lowrank_jax" and set(os.listdir(machine)) == before
     assert os.path.isdir(os.path.expanduser("~"))  # no library creates a folder named ~
     if expected:
-        assert folder.parent == machine / expected and told == ""
+        assert folder.parent == machine / expected and message == ""
     else:
-        assert folder.is_relative_to(machine / "tmp") and told.count("\n") == 1 and str(folder.parent) in told
+        assert folder.is_relative_to(machine / "tmp") and message.count("\n") == 1 and str(folder.parent) in message
         assert (machine / "tmp" / f"lowrank_jax-{os.getuid()}").stat().st_mode & 0o777 == 0o700
     startup.cache_folder.cache_clear()  # a process that this one starts
     assert startup.cache_folder() == str(folder) and capsys.readouterr().err == ""
