@@ -166,7 +166,7 @@ def refusal(fit: Fit) -> str:
 def cap_from_ledger(events: list[dict], mesh: Mesh) -> Cap:
     """Return the cap that a run's ledger holds for this kind of device."""
     kind = sharding.a_device(mesh).device_kind
-    ooms = (e for e in events if e["event"] == "oom" and e["device"] == kind and "remat" in e)
+    ooms = (e for e in events if e["event"] == "oom" and e["device"] == kind and e.keys() >= {*Cap._fields})
     return lowest(Cap(e["microbatch_tokens"], e["remat"]) for e in ooms)
 
 

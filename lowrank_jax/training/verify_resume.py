@@ -22,7 +22,7 @@ from lowrank_jax.training import run_folder
 from lowrank_jax.training.plan import stages_of
 
 COLUMNS = ("SIGKILL", "SIGTERM", "start-up", "training", "save", "switch", "resumed", "equal")
-SPEED = re.compile(r', "(tokens_per_s|mfu)": [^,}]*')  # not compared
+SPEED = re.compile(r', "(tokens_per_s|mfu|crc)": [^,}]*')  # not compared
 COMPARED = ("event", "step", "tokens", "data_sha256", "params_sha256")  # of the last event
 PATIENCE = 600.0  # seconds that a process may take longer than expected
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
