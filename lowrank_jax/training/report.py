@@ -153,7 +153,7 @@ def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
     lengths, table = {stage["name"]: stage["seq_len"] for stage in stages}, []
     peaks = {event.get("stage"): event.get("peak_bytes") for event in events if event["event"] == "compile"}
     for event in (event for event in events if event["event"] == "stage"):
-        name = event["stage"]
+        name = event.get("stage")
         row = {"step": event["step"], "stage": name, "length": event.get("seq_len") or lengths.get(name)}
         row |= {"compile, s": event.get("compile_seconds"), "stall, s": event.get("stall_seconds")}
         row |= {"stall, ordinary steps": event.get("stall_steps")}

@@ -33,7 +33,7 @@ LATER = {"tied": True}  # newer keys of config.model, with the value that every 
 
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
-NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase", "stage": "stage"}
+NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}
 NEEDED |= {"oom": "device", "compile": "stage microbatch remat precision attention peak_bytes note"}
 TEXTS = "event phase stage split note device precision attention prompt text".split()
 NUMBERS = """
