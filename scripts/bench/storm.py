@@ -170,9 +170,22 @@ def calm(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
     return end_by(storm, draw, signal.SIGTERM)
 
 
+def linger(storm: Storm, draw: random.Random, *processes: subprocess.Popen) -> None:
+    """Wait for a random moment: of the start-up by the clock, or of the training by the rows that it has logged."""
+    size = lambda: path.stat().st_size if path.exists() else 0
+    path, started = storm.run / "metrics.jsonl", time.monotonic()
+    enough, seconds = size() + draw.uniform(0, 6000), draw.uniform(0, storm.seconds / 3)
+    by_clock = draw.random() < 0.3
+    while any(process.poll() is None for process in processes):
+        elapsed = time.monotonic() - started
+        if (by_clock and elapsed > seconds) or (not by_clock and size() > enough) or elapsed > 4 * storm.seconds:
+            return
+        time.sleep(0.02)
+
+
 def end_by(storm: Storm, draw: random.Random, number: int, fault: str = "") -> list[tuple[int, str]]:
     process = storm.start(storm.run, fault)
-    time.sleep(draw.uniform(0, storm.seconds))
+    linger(storm, draw, process)
     if process.poll() is None:
         process.send_signal(number)
     return [storm.wait(process)]
@@ -181,7 +194,7 @@ def end_by(storm: Storm, draw: random.Random, number: int, fault: str = "") -> l
 def stop(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
     """Stop a process for a while; one that starts meanwhile is refused, or trains and refuses the first."""
     process = storm.start(storm.run)
-    time.sleep(draw.uniform(0, storm.seconds))
+    linger(storm, draw, process)
     process.send_signal(signal.SIGSTOP)
     other = storm.start(storm.run)
     time.sleep(draw.uniform(0, storm.seconds / 2))
@@ -194,7 +207,7 @@ def two_starters(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
 
 
 def end_all(storm: Storm, draw: random.Random, processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    time.sleep(draw.uniform(storm.seconds / 4, storm.seconds))
+    linger(storm, draw, *processes)
     for process in processes:
         if process.poll() is None:
             process.send_signal(draw.choice([signal.SIGTERM, signal.SIGKILL]))
