@@ -95,7 +95,9 @@ def _sums(state):
 
 
 def _lacks_memory(e: BaseException | None) -> bool:
-    lacks = isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
+    """Return whether memory, and not another resource such as open files, ran out."""
+    of_files = any(os.strerror(n) in str(e) for n in (errno.EMFILE, errno.ENFILE))
+    lacks = isinstance(e, MemoryError) or ("RESOURCE_EXHAUSTED" in str(e) and not of_files)
     return lacks or (e is not None and _lacks_memory(e.__cause__ or e.__context__))
 
 
@@ -144,7 +146,7 @@ class Checkpoints:
         path = os.path.abspath(os.path.join(folder, "checkpoints"))
         self.folder, self._path, self._read_only, self._saves, self._manager = folder, path, read_only, 0, None
         options = {"max_to_keep": keep, "read_only": read_only, "create": not read_only, "step_name_format": _Names()}
-        if not read_only or os.path.isdir(path):
+        if not read_only or run_folder.checkpoint_steps(folder) or run_folder.strays(folder):
             # Lightweight: a reader does not look at a checkpoint that is being deleted.
             options = ocp.CheckpointManagerOptions(**options, lightweight_initialize=True)
             self._manager = ocp.CheckpointManager(path, options=options)
@@ -253,7 +255,7 @@ class Checkpoints:
                 raise
             if verdicts[-1] == "damaged":
                 raise _Damaged(_reason(e)) from None
-            stays = "it stays as it is; run the same command again once its files can be read"
+            stays = "it stays as it is; run the same command again later, or rename it to use the one before"
             where, count = os.path.join(self._path, str(step)), len(verdicts)
             raise RunFailure(f"{where} cannot be read: {_reason(e)} ({count} attempts); {stays}") from None
 

@@ -33,8 +33,8 @@ LATER = {"tied": True}  # newer keys of config.model, with the value that every 
 
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
-NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase", "stage": "stage"}
-NEEDED |= {"oom": "device", "compile": "stage microbatch remat precision attention"}
+NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}
+NEEDED |= {"oom": "device", "compile": "stage microbatch remat precision attention peak_bytes note"}
 TEXTS = "event phase stage split note device precision attention prompt text".split()
 NUMBERS = """
     step time tokens seq_len batch loss lr grad_norm tokens_per_s eval_loss bits_per_byte peak_bytes microbatch
@@ -79,11 +79,11 @@ def read_config(folder: str) -> RunConfig:
         raise UsageError(f"--workdir={folder} holds no run (no config.json); train one with lowrank_jax.main")
     path = pathlib.Path(folder, "config.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(storage.again(lambda: path.read_text(encoding="utf-8")))
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"] = LATER | values["model"]
         return RunConfig.from_dict(values)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is damaged: {e}") from None
 
 
@@ -211,7 +211,7 @@ def milestones(folder: str) -> set[tuple[str, str, int]]:
 
 def checkpoint_steps(folder: str) -> list[int]:
     """Return the steps that have a checkpoint, whole or damaged, newest first; raises OSError for a folder unread."""
-    return sorted((int(entry.name) for entry in _numbered(folder) if _is_checkpoint(entry)), reverse=True)
+    return sorted((int(name) for name, is_checkpoint in _numbered(folder) if is_checkpoint), reverse=True)
 
 
 def newest_checkpoint(folder: str) -> int | None:
@@ -221,21 +221,30 @@ def newest_checkpoint(folder: str) -> int | None:
 
 def strays(folder: str) -> list[str]:
     """Return the entries with the name of a checkpoint that are none: files, links, and folders of something else."""
-    return sorted(entry.name for entry in _numbered(folder) if not _is_checkpoint(entry))
+    return sorted(name for name, is_checkpoint in _numbered(folder) if not is_checkpoint)
 
 
-def _numbered(folder: str) -> list[os.DirEntry]:
+def _numbered(folder: str) -> list[tuple[str, bool]]:
+    """Return (name, whether Orbax wrote it) of the entries of `checkpoints` with a number for a name."""
+
+    def look() -> list[tuple[str, bool]]:
+        entries = list(os.scandir(os.path.join(folder, "checkpoints")))
+        return [(e.name, _is_checkpoint(e)) for e in entries if re.fullmatch("0|[1-9][0-9]{0,17}", e.name)]
+
     try:
-        entries = storage.again(lambda: list(os.scandir(os.path.join(folder, "checkpoints"))))
+        return storage.again(look)
     except FileNotFoundError:
         return []
-    return [entry for entry in entries if re.fullmatch("0|[1-9][0-9]{0,17}", entry.name)]
 
 
 def _is_checkpoint(entry: os.DirEntry) -> bool:
     """Return whether Orbax wrote the folder; it renames a checkpoint to this name when all is written."""
-    is_folder = entry.is_dir(follow_symlinks=False)
-    return is_folder and all(os.path.lexists(os.path.join(entry.path, item)) for item in ("meta", "state"))
+    try:
+        for item in ("meta", "state"):
+            os.lstat(os.path.join(entry.path, item))  # unlike `exists`, this raises where the disk fails
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return entry.is_dir(follow_symlinks=False)
 
 
 def finished_step(folder: str) -> int | None:

@@ -71,6 +71,7 @@ VERDICTS = [
     (ValueError(f"PERMISSION_DENIED: {AT}Permission denied"), "unread"),
     (ValueError(f"ABORTED: {AT}Stale file handle"), "unread"),
     (ValueError(f"DEADLINE_EXCEEDED: {AT}Connection timed out"), "unread"),
+    (ValueError(f"RESOURCE_EXHAUSTED: {AT}Too many open files"), "unread"),
     (ValueError(f"NOT_FOUND: {AT}No such device or address"), "unread"),
     (ValueError(f"FAILED_PRECONDITION: {AT}Transport endpoint is not connected"), "unread"),
     (FileNotFoundError("File /r/checkpoints/3/meta/metadata not found."), "damaged"),
@@ -237,6 +238,21 @@ def test_a_reader_beside_a_training_that_keeps_one_checkpoint_reads_the_newer_on
             monkeypatch.setattr(checkpoints._manager, "restore", restore)
             assert checkpoints.restore(STATE)[1].step == newest + 1
         shutil.rmtree(home / str(newest), ignore_errors=True)
+
+
+def test_a_checkpoint_whose_parts_cannot_be_looked_at_is_no_stray(run, monkeypatch):
+    lstat, failures = os.lstat, [OSError(errno.EIO, "Input/output error")] * 2
+
+    def fail(path, **options):
+        if failures and str(path).endswith("state"):
+            raise failures.pop()
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", fail)
+    assert run_folder.checkpoint_steps(str(run)) == [3, 2, 1] and not failures
+    failures[:] = [OSError(errno.EIO, "Input/output error")] * 99
+    with pytest.raises(OSError, match="Input/output error"):
+        run_folder.newest_checkpoint(str(run))
 
 
 # ------------------------------------------------------------------------------------------------- rows and files
