@@ -26,7 +26,7 @@ def command(argv: list[str]) -> dict:
         finish = loop.run(config, args.workdir, received)
     if processes.is_first():
         tokens, page = f"{finish['tokens']:,} tokens", f"report: {args.workdir}/report.html"
-        console.show(f"done: step {finish['step']}, {tokens}; {page}")
+        console.show(f"done: step {finish['step']}, {tokens}; {page}", needed=False)
     return finish
 
 

@@ -10,7 +10,6 @@ gives active ones a few seconds to finish.
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -120,7 +119,7 @@ def command(argv: list[str]) -> dict:
     number = asyncio.run(listen(server.app(), listener, url, scheduler))
     scheduler.close()
     if args.json:
-        print(json.dumps({"url": url, "stopped_by": signal.Signals(number).name}), flush=True)
+        console.show(console.to_json({"url": url, "stopped_by": signal.Signals(number).name}))
     scheduler.thread.join(GRACE)
     if scheduler.thread.is_alive():  # it is compiling, which nothing can stop
         sys.stdout.flush()

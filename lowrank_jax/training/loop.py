@@ -58,7 +58,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if len(set(agreement.gather(tok.sha256))) > 1:
             raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
         if processes.is_first():
-            show(table)
+            show(table, needed=False)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))

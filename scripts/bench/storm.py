@@ -26,9 +26,9 @@ from lowrank_jax.config import RunFailure
 from lowrank_jax.training import run_folder
 from scripts.bench import harness
 
-TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=400 pretrain.steps=60
+TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=400 pretrain.steps=40
 pretrain.tokens_per_step=512 pretrain.block=16 pretrain.auto_grow=True pretrain.grow_plan=16,32
-pretrain.grow_every_steps=30 pretrain.eval_tokens=512 pretrain.sample= sft.steps=20 sft.tokens_per_step=512 sft.block=32
+pretrain.grow_every_steps=20 pretrain.eval_tokens=512 pretrain.sample= sft.steps=12 sft.tokens_per_step=512 sft.block=32
 sft.eval_tokens=256 sft.sample= every.log=1 every.eval=20 every.save=4 every.keep=3"""
 READS = (errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)
 WRITES = (errno.ENOSPC, errno.EIO, errno.EACCES)
@@ -36,6 +36,7 @@ PARTS = "/checkpoints/ /state/ /meta/ manifest.ocdbt metrics.jsonl events.jsonl 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hang up": signal.SIGHUP}
 KINDS = (*SIGNALS, "stop", "failing reads", "failing writes", "torn lines", "strays", "damage", "two starters", "calm")
 STATUSES = {0, 1, *(128 + number for number in SIGNALS.values()), *(-number for number in SIGNALS.values())}
+NEVER = 999  # the status of a process that did not end
 HASHES = ("step", "data_sha256", "params_sha256")
 
 
@@ -48,6 +49,7 @@ class Storm:
         self.run, self._state = self.home / "run", self.home / "storm.json"
         empty = {
             "seed": seed,
+            "seconds": 20.0,
             "starts": 0,
             "runs": 0,
             "equal": 0,
@@ -69,14 +71,18 @@ class Storm:
             *settings,
         ]
         self.reference = self._undisturbed()
+        self.seconds = self.counts["seconds"]  # that an undisturbed run takes
         self.damaged = set(self.counts["damaged"])  # names of checkpoints that the storm itself has damaged
 
     def _undisturbed(self) -> dict:
         folder = self.home / "alone"
         if run_folder.finished_step(str(folder)) is None:
-            process = self.start(folder)
-            if self.wait(process, 900)[0] != 0:
-                raise RunFailure("the undisturbed run has failed")
+            for _ in range(2):  # the second with warm caches: faults strike within the time that it takes
+                shutil.rmtree(folder, ignore_errors=True)
+                started = time.monotonic()
+                if self.wait(self.start(folder), 900)[0] != 0:
+                    raise RunFailure("the undisturbed run has failed")
+                self.counts["seconds"] = time.monotonic() - started
         return finish_of(folder)
 
     def start(self, folder: pathlib.Path, fault: str = "") -> subprocess.Popen:
@@ -90,7 +96,7 @@ class Storm:
             err = process.communicate(timeout=seconds)[1]
         except subprocess.TimeoutExpired:
             process.kill()
-            return -1, process.communicate()[1].decode(errors="replace") + "\nit did not end"
+            return NEVER, process.communicate()[1].decode(errors="replace") + "\nit did not end"
         return process.returncode, err.decode(errors="replace")
 
     def strike(self) -> None:
@@ -164,9 +170,22 @@ def calm(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
     return end_by(storm, draw, signal.SIGTERM)
 
 
+def linger(storm: Storm, draw: random.Random, *processes: subprocess.Popen) -> None:
+    """Wait for a random moment: of the start-up by the clock, or of the training by the rows that it has logged."""
+    size = lambda: path.stat().st_size if path.exists() else 0
+    path, started = storm.run / "metrics.jsonl", time.monotonic()
+    enough, seconds = size() + draw.uniform(0, 6000), draw.uniform(0, storm.seconds / 3)
+    by_clock = draw.random() < 0.3
+    while any(process.poll() is None for process in processes):
+        elapsed = time.monotonic() - started
+        if (by_clock and elapsed > seconds) or (not by_clock and size() > enough) or elapsed > 4 * storm.seconds:
+            return
+        time.sleep(0.02)
+
+
 def end_by(storm: Storm, draw: random.Random, number: int, fault: str = "") -> list[tuple[int, str]]:
     process = storm.start(storm.run, fault)
-    time.sleep(draw.uniform(0.5, 14))
+    linger(storm, draw, process)
     if process.poll() is None:
         process.send_signal(number)
     return [storm.wait(process)]
@@ -175,10 +194,10 @@ def end_by(storm: Storm, draw: random.Random, number: int, fault: str = "") -> l
 def stop(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
     """Stop a process for a while; one that starts meanwhile is refused, or trains and refuses the first."""
     process = storm.start(storm.run)
-    time.sleep(draw.uniform(0.5, 12))
+    linger(storm, draw, process)
     process.send_signal(signal.SIGSTOP)
     other = storm.start(storm.run)
-    time.sleep(draw.uniform(0.5, 6))
+    time.sleep(draw.uniform(0, storm.seconds / 2))
     process.send_signal(signal.SIGCONT)
     return end_all(storm, draw, [process, other])
 
@@ -188,7 +207,7 @@ def two_starters(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
 
 
 def end_all(storm: Storm, draw: random.Random, processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    time.sleep(draw.uniform(3, 12))
+    linger(storm, draw, *processes)
     for process in processes:
         if process.poll() is None:
             process.send_signal(draw.choice([signal.SIGTERM, signal.SIGKILL]))
