@@ -25,7 +25,7 @@ from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.engine import MOST_ALTERNATIVES, Piece, Request
 from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
-from lowrank_jax.inference.session import Writer
+from lowrank_jax.inference.text_stream import Writer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
 MOST_STOPS = 4
