@@ -174,7 +174,7 @@ class HuggingFace(Tokenizer):
             return b""
         if i in self._plain or not self._in_bytes:
             return _byte(piece) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace(SPACE_MARK, " ").encode()
-        return bytes(BYTE_LETTERS[letter] for letter in piece)
+        return bytes(BYTE_LETTERS.get(letter, ord("?")) for letter in piece)
 
 
 def _byte(piece: str) -> bytes:
