@@ -4,9 +4,9 @@ python -m lowrank_jax.serve --workdir=runs/quickstart
 python -m lowrank_jax.serve --workdir=runs/quickstart --host=0.0.0.0 --port=8000 --slots=16   # with LOWRANK_API_KEY set
 
 Routes: POST /v1/chat/completions and /v1/completions (api.py lists their fields), GET /v1/models, /healthz, /metrics
-(Prometheus) and / (the page). Only /v1 needs an API key. Without a key, only the names and addresses of this machine
-are answered, and pages of other sites only with --allow-origin. After SIGTERM or SIGINT the server takes no new requests and
-gives active ones a few seconds to finish.
+(Prometheus) and / (the page). Only /v1 needs an API key. Without a key, the server answers only to the names and
+addresses of this machine, and to pages of other sites only with --allow-origin. After SIGTERM or SIGINT it takes no new
+requests and gives active ones a few seconds to finish.
 """
 
 import asyncio

@@ -31,7 +31,8 @@ class Connection(H11Protocol):
         if len(self.connections) > (most := most_connections()) and Connection.idle:
             oldest = next(iter(Connection.idle))
             oldest.transport.abort()
-            Connection.idle.pop(oldest)
+            oldest._work()
+            self.connections.discard(oldest)
             if not Connection.has_warned:
                 Connection.has_warned = True
                 say(f"warning: more than {most} connections; the longest idle ones are closed (see `ulimit -n`)")
