@@ -175,6 +175,10 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, o
     if isinstance(model, str) and model != settings.model:
         message = f"the model {model[:100]!r} does not exist: this is {settings.model!r}"
         raise Problem(404, message, "model", "model_not_found")
+    name = "messages" if is_chat else "prompt"
+    if isinstance(listed := fields.get(name), list) and len(listed) > max(settings.context, settings.answers):
+        message = f"{name} of {len(listed):,} parts do not fit in a context of {settings.context} tokens"
+        raise Problem(400, message, name, "context_length_exceeded")  # before each is checked: 110,000 take a second
     body = _checked(Chat if is_chat else Completion, fields)
     sources = [body.messages] if is_chat else body.prompts()
     if body.n * len(sources) > settings.answers:  # before any of them is encoded
