@@ -69,13 +69,14 @@ def to_json(value, **options) -> str:
     try:
         text = json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        text = json.dumps(_finite(value), allow_nan=False, **options)
+        text = json.dumps(finite(value), allow_nan=False, **options)
     return text.replace("\x7f", "\\u007f")
 
 
-def _finite(value):
+def finite(value):
+    """Return a value of JSON with None for NaN and infinity."""
     if isinstance(value, dict):
-        return {_finite(key): _finite(item) for key, item in value.items()}
+        return {finite(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
