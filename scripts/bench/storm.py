@@ -99,14 +99,16 @@ class Storm:
             return NEVER, process.communicate()[1].decode(errors="replace") + "\nit did not end"
         return process.returncode, err.decode(errors="replace")
 
-    def strike(self) -> None:
-        """Start the run once under a random fault, and note what went wrong."""
+    def strike(self) -> list[str]:
+        """Start the run once under a random fault; note and return what went wrong."""
         draw = random.Random(f"{self.seed}-{self.counts['starts']}")
         kind = draw.choice(KINDS) if self.run.is_dir() else draw.choice([*SIGNALS, "stop", "two starters", "calm"])
-        good = good_checkpoints(self.run, self.damaged)
         if kind in BEFORE:
             BEFORE[kind](self, draw)
+        good = good_checkpoints(self.run, self.damaged)
         ended = FAULTS.get(kind, calm)(self, draw)
+        renamed = {name for name in self.damaged if (self.run / "checkpoints" / f"{name}.damaged").exists()}
+        self.damaged -= renamed  # its step may be written again
         wrong = [f"{kind}: {text}" for text in (*judge(ended), *self.lost(good))]
         self.counts["starts"] += 1
         for name, value in (("kinds", kind), *(("statuses", str(status)) for status, _ in ended)):
@@ -116,6 +118,7 @@ class Storm:
         self.counts["wrong"] += [f"start {self.counts['starts']}, {text}" for text in wrong]
         self.counts["damaged"] = sorted(self.damaged)
         self._state.write_text(json.dumps(self.counts))
+        return wrong
 
     def lost(self, good: dict[str, str]) -> list[str]:
         """Return what has happened to checkpoints that were good before, beyond the rule of `every.keep`."""
@@ -272,9 +275,8 @@ def command(argv: list[str]) -> dict:
     args = parser.parse_args(argv)
     storm, end = Storm(args.folder, args.seed), time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
-        storm.strike()
-        if storm.counts["wrong"]:
-            print(storm.counts["wrong"][-1], file=sys.stderr, flush=True)
+        for text in storm.strike():
+            print(text, file=sys.stderr, flush=True)
     counts = storm.counts
     rows = [("starts", counts["starts"]), *sorted(collections.Counter(counts["kinds"]).items())]
     rows += [(f"status {status}", count) for status, count in sorted(counts["statuses"].items())]
