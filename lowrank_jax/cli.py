@@ -14,7 +14,6 @@ import platform
 import signal
 import sys
 import threading
-import time
 import traceback
 
 from absl import flags
@@ -95,11 +94,12 @@ def main(command, argv: list[str] | None = None) -> None:
         result = command(argv)
         if result is not None and "--json" in argv and processes.is_first():
             print(json.dumps(result), flush=True)
+        processes.leave(0)
     except BrokenPipeError:  # the reader of our output is gone: there is nobody to report to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
     except (UsageError, RunFailure, OSError) as e:
-        _print_error(str(e))
+        _print_error(processes.lost() or str(e))
         leave(2 if isinstance(e, UsageError) else 1)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
@@ -109,7 +109,10 @@ def main(command, argv: list[str] | None = None) -> None:
         if "RESOURCE_EXHAUSTED" in str(e):
             _print_error(f"out of memory: {str(e).splitlines()[0][:300]}")
         elif processes.count() > 1:
-            traceback.print_exc()
+            if lost := processes.lost(2, also_ended=True):  # the devices notice it first, each in its own words
+                _print_error(lost)
+            else:
+                traceback.print_exc()
         else:
             raise
         leave(1)
@@ -120,8 +123,8 @@ def _print_error(error: str) -> None:
 
 
 def _leave(status: int | None) -> None:
-    if status and processes.count() > 1 and processes.is_first():
-        time.sleep(3)  # this process coordinates: without it, the others end with a stack trace
+    with contextlib.suppress(RunFailure, UsageError):
+        processes.leave(status or 0)
     is_abandoned = any(thread.name.startswith(ABANDONED) for thread in threading.enumerate())
     if not is_abandoned and (not status or processes.count() == 1):  # a failing process does not wait for the others
         sys.exit(status)

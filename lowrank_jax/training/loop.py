@@ -36,6 +36,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     faults.check()
     with contextlib.ExitStack() as stack:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
+        agreement.share_folder(folder)
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
         reading = background.submit(read_data)

@@ -175,11 +175,11 @@ try:
     agreement.on_first(refuse)
 except UsageError as e:
     print(e)
-print(agreement.meet("both", 30))
+print(processes.meet("both", 30))
 if index == 0:
-    print(agreement.meet("alone", 1))
+    print(processes.meet("alone", 1))
 sys.stdout.flush()
-agreement.meet("end", 30)
+processes.meet("end", 30)
 """
 
 

@@ -1,0 +1,346 @@
+"""The circle of a run's processes: who is present, what all must share, and who is lost. It needs no JAX.
+
+The first process opens a hub at HOST:PORT. Every process has one connection to it, and sends one JSON object per line.
+JAX's coordination service runs in the first process, and its traffic passes through the same port. Its C++ client
+aborts with a stack trace when its connection closes, so a forwarder in each process keeps that connection open. The hub
+notices a process that ends by its closed connection, and one that is stopped or unreachable by its silence.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.machine.console import say
+
+WAIT_SECONDS = 300  # for all processes to join
+SILENT_SECONDS = 60  # after which a process that sends nothing is lost; JAX's own limit is 100
+BEAT_SECONDS = 2
+LATE_SECONDS = 5  # for more processes to come and learn why the run ends, after two were found to differ
+LOST_SECONDS, ENDED_SECONDS = 2, 6  # for this process to end by itself, after another one was lost or has ended
+END_SECONDS = 30  # for all to end after a signal, with the state saved
+FIRST_WORD_SECONDS, WORD_SECONDS = 5, 30  # of waiting, until it is said, and until it is said again
+LONGEST_LINE = 2**26  # bytes; a config has a few thousand
+JOIN, END = "join", "end"
+SILENT = f"has not answered for {SILENT_SECONDS} s: it is stopped, or its host cannot be reached"
+GONE = "has ended without a word"  # SIGKILL, a crash, or no memory
+
+
+def difference(facts: dict[int, dict]) -> str:
+    """Return one line about the first process whose facts are not those of process 0; empty where all agree."""
+    for index in sorted(facts):
+        first, other = facts.get(0, facts[index]), facts[index]
+        keys = [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            mine, firsts = (json.dumps(each.get(keys[0], "nothing")) for each in (other, first))
+            begin = max(len(os.path.commonprefix([mine, firsts])) - 20, 0)  # long values may differ at their end
+            if max(len(mine), len(firsts)) > 80:
+                mine, firsts = ("..." * (begin > 0) + text[begin : begin + 80] for text in (mine, firsts))
+            more = f" (and {len(keys) - 1} more: {', '.join(keys[1:6])})" if keys[1:] else ""
+            return f"process {index} has {keys[0]}={mine}, the first process has {firsts}{more}"
+    return ""
+
+
+def names(indices: Sequence[int]) -> str:
+    """Return "process 1" or "processes 1, 2, 3"."""
+    shown = ", ".join(map(str, indices[:20])) + ", ..." * (len(indices) > 20)
+    return f"process{'es' * (len(indices) > 1)} {shown}"
+
+
+def _send(writer: asyncio.StreamWriter, **message) -> None:
+    with contextlib.suppress(OSError, RuntimeError):  # the other end is gone: its reader notices
+        writer.write(json.dumps(message).encode() + b"\n")
+
+
+async def _ticks() -> AsyncIterator[float]:
+    """Yield every BEAT_SECONDS the seconds for which this process itself was stopped, so that it blames no other."""
+    ticked = time.monotonic()
+    while True:
+        await asyncio.sleep(BEAT_SECONDS)
+        paused, ticked = time.monotonic() - ticked - BEAT_SECONDS, time.monotonic()
+        yield paused if paused > BEAT_SECONDS else 0.0
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+
+
+@dataclass
+class _Guest:
+    """A process's connection, as the hub sees it."""
+
+    writer: asyncio.StreamWriter
+    host: str
+    heard: float = field(default_factory=time.monotonic)
+    has_left: bool = False
+
+
+class Hub:
+    """The end of all connections, in the first process. All of it runs in the thread of the circle's event loop."""
+
+    def __init__(self, count: int, service_port: int):
+        self._count, self._service_port = count, service_port
+        self._guests: dict[int, _Guest] = {}
+        self._places: dict[str, dict[int, dict]] = {}  # facts of the processes that wait there
+        self._remedy, self._is_joined, self._end = "", False, {}
+
+    async def receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection until it closes: a process's own, or one to JAX's coordination service."""
+        try:
+            hello = json.loads(await reader.readline())
+            if "forward" in hello:
+                back, there = await asyncio.open_connection("127.0.0.1", self._service_port)
+                ways = [asyncio.ensure_future(_pass_on(*way)) for way in ((reader, there), (back, writer))]
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                there.close()
+            else:
+                await self._attend(hello, reader, writer)
+        except (OSError, ValueError, TypeError, KeyError):  # not one of ours
+            pass
+        finally:
+            writer.close()
+
+    async def _attend(self, hello: dict, reader, writer) -> None:
+        index, guest = int(hello["index"]), _Guest(writer, str(hello["host"]))
+        if other := self._guests.get(index):
+            hosts = f"on {other.host} and {guest.host}"
+            line = f"two processes have the number {index}, {hosts}; give each a --process=I of its own"
+            _send(writer, stop=line, status=2)
+            if not self._is_joined:
+                self.stop(line, 2)
+            return
+        self._guests[index] = guest
+        _send(writer, **(self._end or {"missing": {}}))
+        self._arrive(index, hello)
+        with contextlib.suppress(OSError, ValueError):
+            while line := await reader.readline():
+                guest.heard, message = time.monotonic(), json.loads(line)
+                if "place" in message:
+                    self._arrive(index, message)
+                elif "bye" in message:
+                    guest.has_left = True
+                    if message["bye"]:
+                        self._tell(ended=f"process {index} has ended with status {message['bye']}; its output says why")
+                    _send(writer, goodbye=True)
+        if not guest.has_left:
+            self._lose(index, GONE)
+
+    def _arrive(self, index: int, message: dict) -> None:
+        place = message["place"]
+        if message.get("left"):
+            self._places.get(place, {}).pop(index, None)
+            return
+        facts = self._places.setdefault(place, {})
+        facts[index] = message.get("facts", {})
+        self._remedy = message.get("remedy", "") if index == 0 else self._remedy
+        if len(facts) == self._count:
+            self._conclude(place)
+        elif difference({i: facts[i] for i in (0, index) if i in facts}):
+            asyncio.get_running_loop().call_later(LATE_SECONDS, self._conclude, place)
+
+    def _conclude(self, place: str) -> None:
+        facts = self._places.pop(place, {})
+        if line := difference(facts):
+            self.stop(f"{line}; {self._remedy}", 2)
+        elif len(facts) == self._count:
+            self._is_joined = True
+            self._tell(done=place)
+        elif facts:  # the process that differed has left
+            self._places[place] = facts
+
+    def stop(self, line: str, status: int) -> None:
+        """End the run in all processes that wait for each other, and in those that still come."""
+        self._end = {"stop": line, "status": status}
+        self._tell(**self._end)
+
+    def _tell(self, **message) -> None:
+        for guest in self._guests.values():
+            _send(guest.writer, **message)
+
+    def _lose(self, index: int, how: str) -> None:
+        if not self._guests.pop(index, None):
+            return
+        for facts in self._places.values():
+            facts.pop(index, None)
+        if self._is_joined:  # before, it may come again
+            self._tell(lost=f"process {index} {how}")
+
+    async def watch(self) -> None:
+        """Notice processes that send nothing, and tell all who is missing where."""
+        async for paused in _ticks():
+            for index, guest in list(self._guests.items()):
+                guest.heard += paused
+                if time.monotonic() - guest.heard > SILENT_SECONDS and not guest.has_left:
+                    guest.writer.transport.abort()
+                    self._lose(index, SILENT)
+            absent = lambda facts: [i for i in range(self._count) if i not in facts]
+            self._tell(missing={place: absent(facts) for place, facts in self._places.items()})
+
+
+class Circle:
+    """This process's part: its connection to the hub, in a thread of its own, and the waiting for others."""
+
+    def __init__(self, address: str, index: int, count: int):
+        host, _, port = address.rpartition(":")
+        if not (host and port.isdigit() and int(port) < 2**16):
+            raise UsageError(f"--coordinator={address} must be HOST:PORT, the first process's host and a free port")
+        self._address, self._index, self._count = (host.strip("[]"), int(port)), index, count
+        self._loop, self._changed = asyncio.new_event_loop(), threading.Event()
+        self._writer, self._reason, self._heard, self._hub = None, "no answer yet", 0.0, None
+        self._missing, self._done, self._stop = {}, set(), None
+        self._is_joined, self._is_silent, self._has_left = False, False, False
+        self.lost, self.ended = "", ""  # one line each about another process
+        threading.Thread(target=self._loop.run_forever, name="circle", daemon=True).start()
+        self.service = self._call(self._open())  # the address of JAX's coordination service for this process
+
+    def _call(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _open(self) -> str:
+        async def forward(reader, writer):
+            with contextlib.suppress(OSError):
+                back, there = await asyncio.open_connection(*self._address)
+                _send(there, forward=True)
+                await asyncio.gather(_pass_on(reader, there), _pass_on(back, writer))
+            await asyncio.Event().wait()  # never close it: see the top of this file
+
+        if self._index:
+            server = await asyncio.start_server(forward, "127.0.0.1", 0)
+            return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self._hub = Hub(self._count, port)
+        try:
+            await asyncio.start_server(self._hub.receive, "", self._address[1], limit=LONGEST_LINE)
+        except OSError as e:
+            why = f"port {self._address[1]} cannot be used here ({os.strerror(e.errno) if e.errno else e})"
+            raise UsageError(f"{why}; is another process with --process=0 running? Or choose a free port") from None
+        self._watch = asyncio.ensure_future(self._hub.watch())
+        return f"127.0.0.1:{port}"
+
+    async def _follow(self, hello: dict) -> None:
+        """Connect, and again until all have joined; then take what the hub sends."""
+        self._beats = asyncio.ensure_future(self._beat())
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_connection(*self._address, limit=LONGEST_LINE)
+                _send(self._writer, **hello)
+                while line := await reader.readline():
+                    self._heard = time.monotonic()
+                    self._take(json.loads(line))
+                self._reason = GONE
+            except OSError as e:
+                self._reason = SILENT if self._is_silent else e.strerror or "no answer"
+            except (ValueError, AttributeError, TypeError):
+                self._reason = "something else answers there"
+            self._heard = 0.0
+            if self._is_joined:
+                self._take({"lost": f"the first process {SILENT if self._is_silent else GONE}"})
+                return
+            await asyncio.sleep(0.3)
+
+    async def _beat(self) -> None:
+        async for paused in _ticks():
+            if self._heard:
+                self._heard += paused
+                _send(self._writer)
+                self._is_silent = time.monotonic() - self._heard > SILENT_SECONDS
+                if self._is_silent:
+                    self._writer.transport.abort()
+
+    def _take(self, message: dict) -> None:
+        self._missing = message.get("missing", self._missing)
+        if "done" in message:
+            self._done.add(message["done"])
+            self._is_joined = True
+        if "stop" in message:
+            self._stop = UsageError(message["stop"]) if message["status"] == 2 else RunFailure(message["stop"])
+        for kind, seconds in (("lost", LOST_SECONDS), ("ended", ENDED_SECONDS)):
+            if kind in message and not (self.lost or self.ended or self._has_left):
+                setattr(self, kind, message[kind])
+                self._loop.call_later(seconds, self._quit, message[kind])
+        self._has_left |= "goodbye" in message
+        self._changed.set()
+
+    def _quit(self, line: str) -> None:
+        """End this process, whose main thread waits for the other one in JAX, where no exception reaches it."""
+        print(f"process {self._index}: error: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def join(self, facts: dict, remedy: str, wait: float, received: Sequence[int]) -> None:
+        """Wait until all processes are present and have the same facts.
+
+        Raises UsageError where they differ, RunFailure after `wait` seconds, SystemExit for a signal in `received`.
+        """
+        hello = {"index": self._index, "host": socket.gethostname(), "place": JOIN, "facts": facts, "remedy": remedy}
+        self._following = asyncio.run_coroutine_threadsafe(self._follow(hello), self._loop)
+        if not self._wait(JOIN, wait, received):
+            missing, advice = self._absent(JOIN), "start it, or wait longer with --wait=SECONDS"
+            line = f"{missing} did not join within {wait:g} s; {advice}"
+            if self._hub:
+                self._loop.call_soon_threadsafe(self._hub.stop, line, 1)
+            raise RunFailure(line)
+
+    def meet(self, place: str, facts: dict | None = None, remedy: str = "", seconds: float = float("inf")) -> bool:
+        """Return whether all processes come to this place within so many seconds, with the same facts.
+
+        Raises UsageError where the facts differ, and RunFailure where another process is lost.
+        """
+        tell = lambda **more: self._loop.call_soon_threadsafe(lambda: _send(self._writer, place=place, **more))
+        tell(facts=facts or {}, remedy=remedy)
+        all_came = self._wait(place, seconds)
+        if not all_came:
+            tell(left=True)
+        return all_came
+
+    def _absent(self, place: str) -> str:
+        if not self._heard:
+            host, port = self._address
+            return f"the first process, at {host}:{port} ({self._reason}),"
+        return names(self._missing.get(place) or [i for i in range(self._count) if i != self._index])
+
+    def _wait(self, place: str, seconds: float, received: Sequence[int] = ()) -> bool:
+        started, words = time.monotonic(), 0
+        while place not in self._done:
+            if received:
+                say(f"{signal.Signals(received[0]).name}: ending, while {self._absent(place)} had not come", True)
+                raise SystemExit(128 + received[0])
+            if self._stop or self.lost or self.ended:
+                raise self._stop or RunFailure(self.lost or self.ended)
+            waited = time.monotonic() - started
+            if waited > seconds:
+                return False
+            if waited > FIRST_WORD_SECONDS + words * WORD_SECONDS:
+                words += 1
+                missing = self._missing.get(place, [])
+                if not self._heard or set(range(self._index)) <= set(missing) != set():  # one process speaks
+                    limit = f" of at most {seconds:g} s" if seconds < float("inf") else ""
+                    say(f"waiting for {self._absent(place)} since {waited:.0f} s{limit}", everyone=True)
+            self._changed.wait(0.1)
+            self._changed.clear()
+        self._done.discard(place)  # a later meeting may have the same name
+        return True
+
+    def leave(self, status: int) -> None:
+        """Tell the others that this process ends: after all have come so far, or at once where it fails."""
+        if self._is_joined and (status == 0 or status > 128) and not (self.lost or self.ended):
+            self.meet(END, seconds=float("inf") if status == 0 else END_SECONDS)
+            self._has_left = True
+        elif self._heard:
+            self._loop.call_soon_threadsafe(lambda: _send(self._writer, bye=status))
+            deadline = time.monotonic() + 1
+            while not self._has_left and time.monotonic() < deadline:
+                self._changed.wait(0.05)
+                self._changed.clear()
