@@ -103,6 +103,7 @@ class Signals:
         """Return whether it is time to save. All processes call this after each step, with a result of the step."""
         if processes.count() == 1:
             return save
+        processes.get_on(is_step=True)
         signal, any_save = (0, 0) if self._sent is None else np.asarray(self._sent).tolist()
         self._agreed = self._agreed or signal
         wishes = np.array([[next(iter(self._received), 0), save]], np.int32)

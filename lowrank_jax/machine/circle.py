@@ -8,6 +8,7 @@ notices a process that ends by its closed connection, and one that is stopped or
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from lowrank_jax.machine.console import say
 
 WAIT_SECONDS = 300  # for all processes to join
 SILENT_SECONDS = 60  # after which a process that sends nothing is lost; JAX's own limit is 100
+STUCK_SECONDS = 3600  # in which no process ends a step, an evaluated batch or a save, after the first step
 BEAT_SECONDS = 2
 LATE_SECONDS = 5  # for more processes to come and learn why the run ends, after two were found to differ
 LOST_SECONDS, ENDED_SECONDS = 2, 6  # for this process to end by itself, after another one was lost or has ended
@@ -31,6 +33,7 @@ FIRST_WORD_SECONDS, WORD_SECONDS = 5, 30  # of waiting, until it is said, and un
 LONGEST_LINE = 2**26  # bytes; a config has a few thousand
 JOIN, END = "join", "end"
 SILENT = f"has not answered for {SILENT_SECONDS} s: it is stopped, or its host cannot be reached"
+STUCK = f"no process has ended a step, an evaluated batch or a save for {STUCK_SECONDS} s; is a file system stuck?"
 GONE = "has ended without a word"  # SIGKILL, a crash, or no memory
 
 
@@ -83,6 +86,7 @@ class _Guest:
     writer: asyncio.StreamWriter
     host: str
     heard: float = field(default_factory=time.monotonic)
+    idle: float = 0.0  # seconds since it last got on
     has_left: bool = False
 
 
@@ -113,7 +117,10 @@ class Hub:
 
     async def _attend(self, hello: dict, reader, writer) -> None:
         index, guest = int(hello["index"]), _Guest(writer, str(hello["host"]))
-        if other := self._guests.get(index):
+        other = self._guests.get(index)
+        if other and not self._is_joined and guest.heard - other.heard > 5 * BEAT_SECONDS:
+            other.writer.transport.abort()  # its host has restarted, and it comes again
+        elif other:
             hosts = f"on {other.host} and {guest.host}"
             line = f"two processes have the number {index}, {hosts}; give each a --process=I of its own"
             _send(writer, stop=line, status=2)
@@ -126,15 +133,16 @@ class Hub:
         with contextlib.suppress(OSError, ValueError):
             while line := await reader.readline():
                 guest.heard, message = time.monotonic(), json.loads(line)
+                guest.idle = message.get("idle", guest.idle)
                 if "place" in message:
                     self._arrive(index, message)
                 elif "bye" in message:
                     guest.has_left = True
-                    if message["bye"]:
+                    if message["bye"] and self._is_joined:
                         self._tell(ended=f"process {index} has ended with status {message['bye']}; its output says why")
                     _send(writer, goodbye=True)
         if not guest.has_left:
-            self._lose(index, GONE)
+            self._lose(index, guest, GONE)
 
     def _arrive(self, index: int, message: dict) -> None:
         place = message["place"]
@@ -168,9 +176,10 @@ class Hub:
         for guest in self._guests.values():
             _send(guest.writer, **message)
 
-    def _lose(self, index: int, how: str) -> None:
-        if not self._guests.pop(index, None):
+    def _lose(self, index: int, guest: _Guest, how: str) -> None:
+        if self._guests.get(index) is not guest:
             return
+        del self._guests[index]
         for facts in self._places.values():
             facts.pop(index, None)
         if self._is_joined:  # before, it may come again
@@ -183,7 +192,9 @@ class Hub:
                 guest.heard += paused
                 if time.monotonic() - guest.heard > SILENT_SECONDS and not guest.has_left:
                     guest.writer.transport.abort()
-                    self._lose(index, SILENT)
+                    self._lose(index, guest, SILENT)
+            if self._guests and min(guest.idle for guest in self._guests.values()) > STUCK_SECONDS:
+                self._tell(lost=STUCK)
             absent = lambda facts: [i for i in range(self._count) if i not in facts]
             self._tell(missing={place: absent(facts) for place, facts in self._places.items()})
 
@@ -199,7 +210,8 @@ class Circle:
         self._loop, self._changed = asyncio.new_event_loop(), threading.Event()
         self._writer, self._reason, self._heard, self._hub = None, "no answer yet", 0.0, None
         self._missing, self._done, self._stop = {}, set(), None
-        self._is_joined, self._is_silent, self._has_left = False, False, False
+        self._is_joined, self._is_silent, self._has_left, self._no_hub = False, False, False, None
+        self._got_on = 0.0  # when a step or the like last ended; 0 before the first step
         self.lost, self.ended = "", ""  # one line each about another process
         threading.Thread(target=self._loop.run_forever, name="circle", daemon=True).start()
         self.service = self._call(self._open())  # the address of JAX's coordination service for this process
@@ -225,9 +237,10 @@ class Circle:
         try:
             await asyncio.start_server(self._hub.receive, "", self._address[1], limit=LONGEST_LINE)
         except OSError as e:
-            why = f"port {self._address[1]} cannot be used here ({os.strerror(e.errno) if e.errno else e})"
-            raise UsageError(f"{why}; is another process with --process=0 running? Or choose a free port") from None
-        self._watch = asyncio.ensure_future(self._hub.watch())
+            why = f"port {self._address[1]} cannot be used here ({os.strerror(e.errno or errno.EADDRINUSE)})"
+            self._no_hub = UsageError(f"{why}; choose a free port for --coordinator")
+        else:
+            self._watch = asyncio.ensure_future(self._hub.watch())
         return f"127.0.0.1:{port}"
 
     async def _follow(self, hello: dict) -> None:
@@ -242,10 +255,14 @@ class Circle:
                     self._take(json.loads(line))
                 self._reason = GONE
             except OSError as e:
-                self._reason = SILENT if self._is_silent else e.strerror or "no answer"
+                self._reason = SILENT if self._is_silent else os.strerror(e.errno or errno.ECONNREFUSED)
             except (ValueError, AttributeError, TypeError):
                 self._reason = "something else answers there"
             self._heard = 0.0
+            if self._no_hub:  # and no other process 0 answered there, which would have said so
+                self._stop = self._stop or self._no_hub
+                self._changed.set()
+                return
             if self._is_joined:
                 self._take({"lost": f"the first process {SILENT if self._is_silent else GONE}"})
                 return
@@ -255,7 +272,7 @@ class Circle:
         async for paused in _ticks():
             if self._heard:
                 self._heard += paused
-                _send(self._writer)
+                _send(self._writer, idle=time.monotonic() - self._got_on if self._got_on else 0)
                 self._is_silent = time.monotonic() - self._heard > SILENT_SECONDS
                 if self._is_silent:
                     self._writer.transport.abort()
@@ -301,9 +318,15 @@ class Circle:
         tell = lambda **more: self._loop.call_soon_threadsafe(lambda: _send(self._writer, place=place, **more))
         tell(facts=facts or {}, remedy=remedy)
         all_came = self._wait(place, seconds)
+        self.get_on()
         if not all_came:
             tell(left=True)
         return all_came
+
+    def get_on(self, is_step: bool = False) -> None:
+        """Note that this process has got on: with a step, or after the first step with anything else that may be long."""
+        if is_step or self._got_on:
+            self._got_on = time.monotonic()
 
     def _absent(self, place: str) -> str:
         if not self._heard:

@@ -62,6 +62,7 @@ def start(
     _circle.join({"--processes": _count} | (facts or {}) | _software(), remedy, wait, received)
     # JAX's preemption service would take SIGTERM. interrupt.py handles it, and `Signals` informs the other processes.
     jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between a process and its own forwarder
     env["no_grpc_proxy"] = f"{env.get('no_grpc_proxy') or env.get('no_proxy') or ''},127.0.0.1".strip(",")
     bind = {} if _index else {"coordinator_bind_address": _circle.service}
     if "JAX_LOCAL_DEVICE_IDS" in env:
@@ -76,7 +77,7 @@ def start(
 
 
 def _detect(coordinator: str, processes: int, process: int, wait: float) -> tuple:
-    """Return (the first process's address, processes, this one, its devices or None); the cluster gives what is unset."""
+    """Return (the first process's address, processes, this one, its devices or None) as set, or else by the cluster."""
     import jax
 
     address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -119,6 +120,12 @@ def meet(place: str, seconds: float = float("inf")) -> bool:
     Raises RunFailure where another process has ended or does not answer.
     """
     return _circle.meet(place, seconds=seconds) if _circle else True
+
+
+def get_on(is_step: bool = False) -> None:
+    """Note that a step has ended, or after the first step a part of other long work: a run that does not get on ends."""
+    if _circle:
+        _circle.get_on(is_step)
 
 
 def lost(seconds: float = 0, also_ended: bool = False) -> str:

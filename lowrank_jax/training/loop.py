@@ -52,11 +52,10 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         with contextlib.suppress(Interrupted):  # after a signal the loop stops before its first step
             fits = programs.fit_all(newest or 0)
         if newest is None:
-            params = start.first_params(config, plan.mesh, reading.result)
+            params = start.first_params(config, plan.mesh, lambda: reading.result()[0])
             go_back.start = step.first_state(config, params, 0, plan.mesh), Progress()
-        table, tok = forecast.table(forecast.describe(config, plan, fits)), reading.result()
-        if len(set(agreement.gather(tok.sha256))) > 1:
-            raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
+        table, (tok, data) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
+        processes.agree("data", data, "give all processes the same files")
         if processes.is_first():
             print(table, flush=True)
         if old is None and processes.is_first():
