@@ -38,12 +38,12 @@ GONE = "has ended without a word"  # SIGKILL, a crash, or no memory
 
 
 def difference(facts: dict[int, dict]) -> str:
-    """Return one line about the first process whose facts are not those of process 0; empty where all agree."""
+    """Return one line about the first process whose facts, as JSON, are not process 0's; empty where all agree."""
     for index in sorted(facts):
         first, other = facts.get(0, facts[index]), facts[index]
-        keys = [key for key in first | other if first.get(key) != other.get(key)]
+        keys = [] if first == other else [key for key in first | other if first.get(key) != other.get(key)]
         if keys:
-            mine, firsts = (json.dumps(each.get(keys[0], "nothing")) for each in (other, first))
+            mine, firsts = (each.get(keys[0], "nothing") for each in (other, first))
             begin = max(len(os.path.commonprefix([mine, firsts])) - 20, 0)  # long values may differ at their end
             if max(len(mine), len(firsts)) > 80:
                 mine, firsts = ("..." * (begin > 0) + text[begin : begin + 80] for text in (mine, firsts))
@@ -59,7 +59,7 @@ def names(indices: Sequence[int]) -> str:
 
 
 def _send(writer: asyncio.StreamWriter, **message) -> None:
-    with contextlib.suppress(OSError, RuntimeError):  # the other end is gone: its reader notices
+    if writer and not writer.is_closing():  # where the other end is gone, the reader notices
         writer.write(json.dumps(message).encode() + b"\n")
 
 
@@ -70,6 +70,11 @@ async def _ticks() -> AsyncIterator[float]:
         await asyncio.sleep(BEAT_SECONDS)
         paused, ticked = time.monotonic() - ticked - BEAT_SECONDS, time.monotonic()
         yield paused if paused > BEAT_SECONDS else 0.0
+
+
+def _texts(facts: dict) -> dict[str, str]:
+    """Return facts as JSON, in which 0 is not False."""
+    return {key: json.dumps(value, sort_keys=True) for key, value in facts.items()}
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -220,12 +225,14 @@ class Circle:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _open(self) -> str:
+        never = self._never = asyncio.Event()  # `self` keeps it, and with it the connections that wait for it
+
         async def forward(reader, writer):
             with contextlib.suppress(OSError):
                 back, there = await asyncio.open_connection(*self._address)
                 _send(there, forward=True)
                 await asyncio.gather(_pass_on(reader, there), _pass_on(back, writer))
-            await asyncio.Event().wait()  # never close it: see the top of this file
+            await never.wait()  # an open end, for the reason at the top of this file
 
         if self._index:
             server = await asyncio.start_server(forward, "127.0.0.1", 0)
@@ -301,7 +308,8 @@ class Circle:
 
         Raises UsageError where they differ, RunFailure after `wait` seconds, SystemExit for a signal in `received`.
         """
-        hello = {"index": self._index, "host": socket.gethostname(), "place": JOIN, "facts": facts, "remedy": remedy}
+        hello = {"index": self._index, "host": socket.gethostname(), "place": JOIN}
+        hello |= {"facts": _texts(facts), "remedy": remedy}
         self._following = asyncio.run_coroutine_threadsafe(self._follow(hello), self._loop)
         if not self._wait(JOIN, wait, received):
             missing, advice = self._absent(JOIN), "start it, or wait longer with --wait=SECONDS"
@@ -316,7 +324,7 @@ class Circle:
         Raises UsageError where the facts differ, and RunFailure where another process is lost.
         """
         tell = lambda **more: self._loop.call_soon_threadsafe(lambda: _send(self._writer, place=place, **more))
-        tell(facts=facts or {}, remedy=remedy)
+        tell(facts=_texts(facts or {}), remedy=remedy)
         all_came = self._wait(place, seconds)
         self.get_on()
         if not all_came:
@@ -324,12 +332,12 @@ class Circle:
         return all_came
 
     def get_on(self, is_step: bool = False) -> None:
-        """Note that this process has got on: with a step, or after the first step with anything else that may be long."""
+        """Note that a step has ended, or after the first step a part of other long work."""
         if is_step or self._got_on:
             self._got_on = time.monotonic()
 
     def _absent(self, place: str) -> str:
-        if not self._heard:
+        if not self._heard and self._index:
             host, port = self._address
             return f"the first process, at {host}:{port} ({self._reason}),"
         return names(self._missing.get(place) or [i for i in range(self._count) if i != self._index])

@@ -123,7 +123,7 @@ def meet(place: str, seconds: float = float("inf")) -> bool:
 
 
 def get_on(is_step: bool = False) -> None:
-    """Note that a step has ended, or after the first step a part of other long work: a run that does not get on ends."""
+    """Note that a step has ended, or after it a part of other long work: a run that does not get on ends."""
     if _circle:
         _circle.get_on(is_step)
 
