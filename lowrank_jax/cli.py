@@ -99,7 +99,7 @@ def main(command, argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
     except (UsageError, RunFailure, OSError) as e:
-        _print_error(processes.lost() or str(e))
+        _print_error(str(e) if isinstance(e, UsageError) else processes.lost() or str(e))
         leave(2 if isinstance(e, UsageError) else 1)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)

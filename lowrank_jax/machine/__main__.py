@@ -5,8 +5,7 @@
 
 Each process runs lowrank_jax.main with the arguments after `--`. Process I has GPU I, or with --devices=N, N devices of
 the CPU. Signals are passed on (SIGHUP, from a terminal that closes, as SIGTERM). Ten seconds after a process has failed
-or a second Ctrl-C, the processes that still run are killed: they would wait for the others forever. The exit status is
-that of the first process that failed.
+or a second Ctrl-C, the processes that still run are killed. The exit status is that of the first process that failed.
 """
 
 import os

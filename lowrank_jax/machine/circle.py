@@ -109,10 +109,10 @@ class Hub:
         try:
             hello = json.loads(await reader.readline())
             if "forward" in hello:
-                back, there = await asyncio.open_connection("127.0.0.1", self._service_port)
-                ways = [asyncio.ensure_future(_pass_on(*way)) for way in ((reader, there), (back, writer))]
+                back, onward = await asyncio.open_connection("127.0.0.1", self._service_port)
+                ways = [asyncio.ensure_future(_pass_on(*way)) for way in ((reader, onward), (back, writer))]
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-                there.close()
+                onward.close()
             else:
                 await self._attend(hello, reader, writer)
         except (OSError, ValueError, TypeError, KeyError):  # not one of ours
@@ -229,9 +229,9 @@ class Circle:
 
         async def forward(reader, writer):
             with contextlib.suppress(OSError):
-                back, there = await asyncio.open_connection(*self._address)
-                _send(there, forward=True)
-                await asyncio.gather(_pass_on(reader, there), _pass_on(back, writer))
+                back, onward = await asyncio.open_connection(*self._address)
+                _send(onward, forward=True)
+                await asyncio.gather(_pass_on(reader, onward), _pass_on(back, writer))
             await never.wait()  # an open end, for the reason at the top of this file
 
         if self._index:

@@ -37,6 +37,9 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     with contextlib.ExitStack() as stack:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
         agreement.share_folder(folder)
+        on_disk = {"the run's config.json": run_folder.holds_run(folder)}
+        on_disk["the run's newest checkpoint"] = run_folder.newest_checkpoint(folder)
+        processes.agree("folder", on_disk, f"start again when all hosts see the same files in {folder}")
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
         reading = background.submit(read_data)
