@@ -28,7 +28,7 @@ STUCK_SECONDS = 3600  # in which no process ends a step, an evaluated batch or a
 BEAT_SECONDS = 2
 LATE_SECONDS = 5  # for more processes to come and learn why the run ends, after two were found to differ
 LOST_SECONDS, ENDED_SECONDS = 2, 6  # for this process to end by itself, after another one was lost or has ended
-END_SECONDS = 30  # for all to end after a signal, with the state saved
+END_SECONDS = 30  # for all to end, with the state saved
 FIRST_WORD_SECONDS, WORD_SECONDS = 5, 30  # of waiting, until it is said, and until it is said again
 LONGEST_LINE = 2**26  # bytes; a config has a few thousand
 JOIN, END = "join", "end"
@@ -109,25 +109,35 @@ class Hub:
         try:
             hello = json.loads(await reader.readline())
             if "forward" in hello:
-                back, onward = await asyncio.open_connection("127.0.0.1", self._service_port)
+                back, onward = await self._reach_service()
                 ways = [asyncio.ensure_future(_pass_on(*way)) for way in ((reader, onward), (back, writer))]
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
                 onward.close()
             else:
                 await self._attend(hello, reader, writer)
-        except (OSError, ValueError, TypeError, KeyError):  # not one of ours
+        except Exception:  # a stranger may send anything
             pass
         finally:
             writer.close()
+
+    async def _reach_service(self) -> tuple:
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):  # others may be ready before this process has started it
+                return await asyncio.open_connection("127.0.0.1", self._service_port)
+            await asyncio.sleep(0.05)
 
     async def _attend(self, hello: dict, reader, writer) -> None:
         index, guest = int(hello["index"]), _Guest(writer, str(hello["host"]))
         other = self._guests.get(index)
         if other and not self._is_joined and guest.heard - other.heard > 5 * BEAT_SECONDS:
             other.writer.transport.abort()  # its host has restarted, and it comes again
-        elif other:
-            hosts = f"on {other.host} and {guest.host}"
-            line = f"two processes have the number {index}, {hosts}; give each a --process=I of its own"
+        elif other or self._is_joined:
+            line = (
+                f"the run of {self._count} processes at this address has begun; start process {index} with the others"
+            )
+            if other:
+                hosts = f"on {other.host} and {guest.host}"
+                line = f"two processes have the number {index}, {hosts}; give each a --process=I of its own"
             _send(writer, stop=line, status=2)
             if not self._is_joined:
                 self.stop(line, 2)
@@ -263,7 +273,7 @@ class Circle:
                 self._reason = GONE
             except OSError as e:
                 self._reason = SILENT if self._is_silent else os.strerror(e.errno or errno.ECONNREFUSED)
-            except (ValueError, AttributeError, TypeError):
+            except (ValueError, AttributeError, TypeError, RecursionError):
                 self._reason = "something else answers there"
             self._heard = 0.0
             if self._no_hub:  # and no other process 0 answered there, which would have said so
@@ -367,7 +377,7 @@ class Circle:
     def leave(self, status: int) -> None:
         """Tell the others that this process ends: after all have come so far, or at once where it fails."""
         if self._is_joined and (status == 0 or status > 128) and not (self.lost or self.ended):
-            self.meet(END, seconds=float("inf") if status == 0 else END_SECONDS)
+            self.meet(END, seconds=END_SECONDS)
             self._has_left = True
         elif self._heard:
             self._loop.call_soon_threadsafe(lambda: _send(self._writer, bye=status))

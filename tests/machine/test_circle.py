@@ -141,6 +141,8 @@ def test_one_that_comes_after_all_have_joined_is_refused_and_the_others_go_on(ad
     first, second = joined(address)
     with pytest.raises(UsageError, match="two processes have the number 1"):
         join(address, 1)
+    with pytest.raises(UsageError, match="the run of 2 processes at this address has begun; start process 3"):
+        join(address, 3, 4)
     assert all_of(lambda: first.meet("later"), lambda: second.meet("later")) == [True, True]
 
 
@@ -204,9 +206,8 @@ def test_a_signal_ends_the_waiting_at_once(address, said):
 def test_a_process_that_is_killed_or_stopped_ends_the_others_with_a_line(address, lost, how):
     both = joined(address)
     gone, other = both[lost], both[1 - lost]
-    if how == "vanish" or lost == 1:
-        getattr(gone, how)()
-    else:  # the first process stops with its hub
+    getattr(gone, how)()
+    if how == "fall_silent" and lost == 0:  # the hub stops with the first process
         gone._loop.call_soon_threadsafe(gone._watch.cancel)
     name = "the first process" if lost == 0 and how == "fall_silent" else f"process {lost}"
     reason = circle.GONE if how == "vanish" else circle.SILENT
