@@ -9,6 +9,7 @@ notices a process that ends by its closed connection, and one that is stopped or
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import os
 import signal
@@ -151,9 +152,11 @@ class Hub:
                 guest.idle = message.get("idle", guest.idle)
                 if "place" in message:
                     self._arrive(index, message)
+                elif "signal" in message:
+                    self.stop("", 128 + message["signal"])
                 elif "bye" in message:
                     guest.has_left = True
-                    if message["bye"] and self._is_joined:
+                    if message["bye"] and self._is_joined and not self._end:
                         self._tell(ended=f"process {index} has ended with status {message['bye']}; its output says why")
                     _send(writer, goodbye=True)
         if not guest.has_left:
@@ -167,9 +170,9 @@ class Hub:
         facts = self._places.setdefault(place, {})
         facts[index] = message.get("facts", {})
         self._remedy = message.get("remedy", "") if index == 0 else self._remedy
-        if len(facts) == self._count:
+        if len(facts) == self._count and not self._end:
             self._conclude(place)
-        elif difference({i: facts[i] for i in (0, index) if i in facts}):
+        elif difference({i: facts[i] for i in facts if index in (0, i) or i == 0}):  # with what is new alone
             asyncio.get_running_loop().call_later(LATE_SECONDS, self._conclude, place)
 
     def _conclude(self, place: str) -> None:
@@ -300,7 +303,10 @@ class Circle:
             self._done.add(message["done"])
             self._is_joined = True
         if "stop" in message:
-            self._stop = UsageError(message["stop"]) if message["status"] == 2 else RunFailure(message["stop"])
+            kind = {1: RunFailure, 2: UsageError}.get(message["status"])
+            self._stop = kind(message["stop"]) if kind else SystemExit(message["status"])
+            if not kind:
+                self._loop.call_later(ENDED_SECONDS, self._quit, "")
         for kind, seconds in (("lost", LOST_SECONDS), ("ended", ENDED_SECONDS)):
             if kind in message and not (self.lost or self.ended or self._has_left):
                 setattr(self, kind, message[kind])
@@ -310,18 +316,22 @@ class Circle:
 
     def _quit(self, line: str) -> None:
         """End this process, whose main thread waits for the other one in JAX, where no exception reaches it."""
+        if isinstance(self._stop, SystemExit):  # a signal, which has been said
+            os._exit(self._stop.code)
         print(f"process {self._index}: error: {line}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def join(self, facts: dict, remedy: str, wait: float, received: Sequence[int]) -> None:
         """Wait until all processes are present and have the same facts.
 
-        Raises UsageError where they differ, RunFailure after `wait` seconds, SystemExit for a signal in `received`.
+        Raises UsageError where they differ, RunFailure after `wait` seconds, SystemExit for a signal in `received`,
+        here and in all meetings before the first step.
         """
         hello = {"index": self._index, "host": socket.gethostname(), "place": JOIN}
         hello |= {"facts": _texts(facts), "remedy": remedy}
+        self._received = received
         self._following = asyncio.run_coroutine_threadsafe(self._follow(hello), self._loop)
-        if not self._wait(JOIN, wait, received):
+        if not self._wait(JOIN, wait):
             missing, advice = self._absent(JOIN), "start it, or wait longer with --wait=SECONDS"
             line = f"{missing} did not join within {wait:g} s; {advice}"
             if self._hub:
@@ -352,14 +362,17 @@ class Circle:
             return f"the first process, at {host}:{port} ({self._reason}),"
         return names(self._missing.get(place) or [i for i in range(self._count) if i != self._index])
 
-    def _wait(self, place: str, seconds: float, received: Sequence[int] = ()) -> bool:
+    def _wait(self, place: str, seconds: float) -> bool:
         started, words = time.monotonic(), 0
         while place not in self._done:
-            if received:
-                say(f"{signal.Signals(received[0]).name}: ending, while {self._absent(place)} had not come", True)
-                raise SystemExit(128 + received[0])
             if self._stop or self.lost or self.ended:
                 raise self._stop or RunFailure(self.lost or self.ended)
+            if self._received and not self._got_on:  # no step is lost; later all save and end after the same step
+                number = self._received[0]
+                say(f"{signal.Signals(number).name}: ending, while {self._absent(place)} had not come", everyone=True)
+                if self._is_joined:
+                    self._loop.call_soon_threadsafe(functools.partial(_send, self._writer, signal=number))
+                raise SystemExit(128 + number)
             waited = time.monotonic() - started
             if waited > seconds:
                 return False
@@ -376,7 +389,7 @@ class Circle:
 
     def leave(self, status: int) -> None:
         """Tell the others that this process ends: after all have come so far, or at once where it fails."""
-        if self._is_joined and (status == 0 or status > 128) and not (self.lost or self.ended):
+        if self._is_joined and (status == 0 or status > 128) and not (self._stop or self.lost or self.ended):
             self.meet(END, seconds=END_SECONDS)
             self._has_left = True
         elif self._heard:

@@ -104,8 +104,8 @@ def _software() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cc", ".h")):
         digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size} ".encode() + path.read_bytes())
-    facts = {"lowrank_jax's source": digest.hexdigest()[:12], "Python": platform.python_version()}
-    return facts | {f"{name}'s version": importlib.metadata.version(name) for name in LIBRARIES}
+    facts = {"hash of lowrank_jax's source": digest.hexdigest()[:12], "Python": platform.python_version()}
+    return facts | {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def agree(place: str, facts: dict, remedy: str) -> None:
