@@ -360,7 +360,8 @@ class Circle:
         if not self._heard and self._index:
             host, port = self._address
             return f"the first process, at {host}:{port} ({self._reason}),"
-        return names(self._missing.get(place) or [i for i in range(self._count) if i != self._index])
+        others = [i for i in range(self._count) if i != self._index]
+        return names([i for i in self._missing.get(place, []) if i != self._index] or others)
 
     def _wait(self, place: str, seconds: float) -> bool:
         started, words = time.monotonic(), 0
@@ -372,7 +373,8 @@ class Circle:
                 say(f"{signal.Signals(number).name}: ending, while {self._absent(place)} had not come", everyone=True)
                 if self._is_joined:
                     self._loop.call_soon_threadsafe(functools.partial(_send, self._writer, signal=number))
-                raise SystemExit(128 + number)
+                self._stop = SystemExit(128 + number)
+                raise self._stop
             waited = time.monotonic() - started
             if waited > seconds:
                 return False
