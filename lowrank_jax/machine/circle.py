@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.machine.console import say
+from lowrank_jax.machine.processes import difference, names
 
 WAIT_SECONDS = 300  # for all processes to join
 SILENT_SECONDS = 60  # after which a process that sends nothing is lost; JAX's own limit is 100
@@ -36,27 +37,6 @@ JOIN, END = "join", "end"
 SILENT = f"has not answered for {SILENT_SECONDS} s: it is stopped, or its host cannot be reached"
 STUCK = f"no process has ended a step, an evaluated batch or a save for {STUCK_SECONDS} s; is a file system stuck?"
 GONE = "has ended without a word"  # SIGKILL, a crash, or no memory
-
-
-def difference(facts: dict[int, dict]) -> str:
-    """Return one line about the first process whose facts, as JSON, are not process 0's; empty where all agree."""
-    for index in sorted(facts):
-        first, other = facts.get(0, facts[index]), facts[index]
-        keys = [] if first == other else [key for key in first | other if first.get(key) != other.get(key)]
-        if keys:
-            mine, firsts = (each.get(keys[0], "nothing") for each in (other, first))
-            begin = max(len(os.path.commonprefix([mine, firsts])) - 20, 0)  # long values may differ at their end
-            if max(len(mine), len(firsts)) > 80:
-                mine, firsts = ("..." * (begin > 0) + text[begin : begin + 80] for text in (mine, firsts))
-            more = f" (and {len(keys) - 1} more: {', '.join(keys[1:6])})" if keys[1:] else ""
-            return f"process {index} has {keys[0]}={mine}, the first process has {firsts}{more}"
-    return ""
-
-
-def names(indices: Sequence[int]) -> str:
-    """Return "process 1" or "processes 1, 2, 3"."""
-    shown = ", ".join(map(str, indices[:20])) + ", ..." * (len(indices) > 20)
-    return f"process{'es' * (len(indices) > 1)} {shown}"
 
 
 def _send(writer: asyncio.StreamWriter, **message) -> None:
@@ -351,6 +331,17 @@ class Circle:
             tell(left=True)
         return all_came
 
+    def explain(self, seconds: float, also_ended: bool) -> str:
+        """Return one line about a lost process, perhaps within so many seconds; quit where a signal is the cause."""
+        deadline = time.monotonic() + seconds
+        while not (line := self.lost or (also_ended and self.ended) or ""):
+            if isinstance(self._stop, SystemExit):
+                self._quit("")
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        return line
+
     def get_on(self, is_step: bool = False) -> None:
         """Note that a step has ended, or after the first step a part of other long work."""
         if is_step or self._got_on:
@@ -371,10 +362,10 @@ class Circle:
             if self._received and not self._got_on:  # no step is lost; later all save and end after the same step
                 number = self._received[0]
                 say(f"{signal.Signals(number).name}: ending, while {self._absent(place)} had not come", everyone=True)
-                if self._is_joined:
-                    self._loop.call_soon_threadsafe(functools.partial(_send, self._writer, signal=number))
-                self._stop = SystemExit(128 + number)
-                raise self._stop
+                if not self._is_joined:
+                    raise SystemExit(128 + number)
+                self._received = ()  # the hub stops all alike, before or after this place
+                self._loop.call_soon_threadsafe(functools.partial(_send, self._writer, signal=number))
             waited = time.monotonic() - started
             if waited > seconds:
                 return False

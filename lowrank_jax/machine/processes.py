@@ -9,7 +9,6 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-import time
 from collections.abc import Sequence
 
 from lowrank_jax.config import UsageError
@@ -108,6 +107,27 @@ def _software() -> dict[str, str]:
     return facts | {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
 
 
+def difference(facts: dict[int, dict]) -> str:
+    """Return one line about the first process whose facts, as JSON, are not process 0's; empty where all agree."""
+    for index in sorted(facts):
+        first, other = facts.get(0, facts[index]), facts[index]
+        keys = [] if first == other else [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            mine, firsts = (each.get(keys[0], "nothing") for each in (other, first))
+            begin = max(len(os.path.commonprefix([mine, firsts])) - 20, 0)  # long values may differ at their end
+            if max(len(mine), len(firsts)) > 80:
+                mine, firsts = ("..." * (begin > 0) + text[begin : begin + 80] for text in (mine, firsts))
+            more = f" (and {len(keys) - 1} more: {', '.join(keys[1:6])})" if keys[1:] else ""
+            return f"process {index} has {keys[0]}={mine}, the first process has {firsts}{more}"
+    return ""
+
+
+def names(indices: Sequence[int]) -> str:
+    """Return "process 1" or "processes 1, 2, 3"."""
+    shown = ", ".join(map(str, indices[:20])) + ", ..." * (len(indices) > 20)
+    return f"process{'es' * (len(indices) > 1)} {shown}"
+
+
 def agree(place: str, facts: dict, remedy: str) -> None:
     """Wait for all processes at this place; raises UsageError on all where one has other facts than the first."""
     if _circle:
@@ -130,14 +150,7 @@ def get_on(is_step: bool = False) -> None:
 
 def lost(seconds: float = 0, also_ended: bool = False) -> str:
     """Return one line about a process that was lost, perhaps within so many seconds; empty where none was."""
-    deadline = time.monotonic() + seconds
-    while _circle:
-        if line := _circle.lost or (also_ended and _circle.ended):
-            return line
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.05)
-    return ""
+    return _circle.explain(seconds, also_ended) if _circle else ""
 
 
 def leave(status: int) -> None:

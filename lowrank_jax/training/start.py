@@ -82,11 +82,11 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
 
     def read_data() -> tuple[Tokenizer, dict]:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
-        facts = {"the tokenizer's hash": run_tokenizer.sha256}
+        facts = {}
         for p in phases:
             fingerprints = stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
             facts |= {f"the data of {spec}, by its hash": value for spec, value in fingerprints.items()}
-        return run_tokenizer, facts
+        return run_tokenizer, facts | {"the tokenizer's hash": run_tokenizer.sha256}
 
     return config, old, read_data
 
