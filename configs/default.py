@@ -110,7 +110,9 @@ def phase(**changes) -> dict:
         # step of the phase. Or a list (on the command line, as JSON text) of {"spec": "json:my/*.jsonl",
         # "weight": 2.0, "text_key": "body", "messages_key": "turns", "split": "train"}.
         "sources": "builtin:quickstart",
-        "steps": 0,  # 0: tokens_per_param x parameters / tokens_per_step
+        # -1: tokens_per_param x parameters / tokens_per_step. 0: none. With pretrain.steps=0, SFT trains the weights of
+        # init_from alone; without init_from, it means -1, as in older configs.
+        "steps": -1,
         "tokens_per_param": 25.0,
         "tokens_per_step": 49_152,  # 3 x 2^14: divisible by 256, 512, 768, 1024, 1536, 2048, ...
         # Most tokens of a microbatch on a device, but at least one row; gradients of microbatches are accumulated. It

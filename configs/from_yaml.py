@@ -15,19 +15,29 @@ share then means pretrain's:
     sft: {sources: "json:chats.jsonl", steps: 1000}
 """
 
+import math
+
 import yaml
 
 from configs import default
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import UsageError, local_path
+
+MOST_VALUES = 100_000
 
 
 def get_config(path: str = ""):
+    path = local_path(path, "--config=configs/from_yaml.py:PATH")
     try:
         with open(path, encoding="utf-8") as f:
-            values = yaml.safe_load(f)
+            text = f.read()
+        if _size(yaml.compose(text, yaml.SafeLoader), {}) > MOST_VALUES:
+            raise UsageError(f"{path} has more than {MOST_VALUES:,} values where its aliases are written out")
+        values = yaml.safe_load(text)
     except OSError as e:
         raise UsageError(f"--config=configs/from_yaml.py:PATH: {path or 'PATH is missing'}: {e.strerror}") from None
-    except yaml.YAMLError as e:
+    except RecursionError:
+        raise UsageError(f"{path} is not YAML for a config: its values are nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as e:  # a date or a number that cannot be is a ValueError
         raise UsageError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} must have keys and values, such as d: 768")
@@ -41,6 +51,16 @@ def get_config(path: str = ""):
         else:
             group[key] = _plain(value)  # RunConfig rejects an unknown key by its name
     return c
+
+
+def _size(node: yaml.Node | None, sizes: dict[int, float]) -> float:
+    """Return the number of values of a YAML node with its aliases written out; a node inside itself has no end."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        items = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _plain(value):

@@ -11,16 +11,16 @@ the same kind, whose matrices are products of that rank, with their factors in a
 """
 
 from lowrank_jax import cli
-from lowrank_jax.config import UsageError
-from lowrank_jax.export import compression, foreign, import_weights
+from lowrank_jax.config import UsageError, shown
+from lowrank_jax.export import compression, foreign, import_weights, weights
 from lowrank_jax.export.folder import unused, whole_folder
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="the dense model: a run, or an export of it")
+    parser.add_path("--from", dest="source", required=True, help="the dense model: a run, or an export of it")
     parser.add_argument("--rank", type=int, required=True, help="mean rank of Q, K, V and O")
-    parser.add_argument("--out", required=True, help="the new folder")
+    parser.add_path("--out", required=True, help="the new folder")
     parser.add_argument("--rank_split", default="", help="shares of q,k,v,o (default: those in the run's config)")
     parser.add_argument("--mlp_rank", type=int, default=0, help="rank of the MLP's matrices (default: dense)")
     parser.add_argument("--data", default="", help="sources to calibrate with and measure on (default: the run's own)")
@@ -28,8 +28,9 @@ def command(argv: list[str]) -> dict:
     parser.add_argument("--tokens", type=int, default=tokens, help=f"tokens to calibrate with (default {tokens:,})")
     args = parser.parse_args(argv)
     out = unused(args.out, "--out")
-    if args.rank < 1 or args.mlp_rank < 0 or args.tokens < 1:
-        raise UsageError("--rank and --tokens must be above 0, and --mlp_rank must not be negative")
+    for name, least in (("rank", 1), ("mlp_rank", 0), ("tokens", 1)):
+        if not least <= (value := getattr(args, name)) <= weights.LARGEST:
+            raise UsageError(f"--{name}={shown(value)} must be from {least} to {weights.LARGEST:,}")
     facts = {"from": args.source, "out": args.out, "rank": args.rank}
     split = compression.read_split(args.rank_split) if args.rank_split else None
     if foreign.family(args.source):

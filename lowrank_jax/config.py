@@ -8,7 +8,9 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
+import reprlib
 import typing
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,6 +25,7 @@ class RunFailure(Exception):
 
 
 _LIMITS = {
+    "at least -1": lambda number: number >= -1,
     "at least 0": lambda number: number >= 0,
     "at least 1": lambda number: number >= 1,
     "above 0": lambda number: number > 0,
@@ -30,23 +33,30 @@ _LIMITS = {
     "between 0 and 1": lambda number: 0 <= number <= 1,
     "at least 0 and below 1": lambda number: 0 <= number < 1,
 }
+# A type may also state the largest value, which no machine holds, so that nothing is allocated or compiled for it.
+MOST = 10**15  # of every other number
+MOST_STEPS, MOST_LENGTH, MOST_TOKENS = 10**9, 2**24, 2**28  # of a phase, of a sequence in tokens, of a step
+MOST_ITEMS, MOST_CHARACTERS = 1000, 10**5  # of a list, of a text
+TOO_MANY = f"has more than {MOST_ITEMS:,} items"
+RECORDED = "tokenizer_sha256"  # a key beside the settings in a run's config.json, see run_folder.py
 Count, Size, Amount = Annotated[int, "at least 0"], Annotated[int, "at least 1"], Annotated[float, "at least 0"]
 Share, Decay = Annotated[float, "between 0 and 1"], Annotated[float, "at least 0 and below 1"]
+LocalPath = typing.NewType("LocalPath", str)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab: Count
-    d: Size
-    layers: Size
+    vocab: Annotated[Count, 2**24]
+    d: Annotated[Size, 2**17]
+    layers: Annotated[Size, 2**10]
     heads: Size
     rank: Count
     rank_split: tuple[float, ...]
     shared_kv: bool
     latent_norm: bool
-    mlp: Count
-    mlp_rank: Count
-    embed_rank: Count
+    mlp: Annotated[Count, 2**20]
+    mlp_rank: Annotated[Count, 2**17]
+    embed_rank: Annotated[Count, 2**17]
     tied: bool
     attention: Annotated[str, ("auto", "reference", "chunked", "cudnn", "splash", "native")]
     scan: bool
@@ -92,11 +102,11 @@ class SourceConfig:
 @dataclass(frozen=True)
 class PhaseConfig:
     sources: tuple[SourceConfig, ...]
-    steps: Count
+    steps: Annotated[int, "at least -1", MOST_STEPS]
     tokens_per_param: Amount
-    tokens_per_step: Size
+    tokens_per_step: Annotated[Size, MOST_TOKENS]
     microbatch_tokens: Count
-    block: Size
+    block: Annotated[Size, MOST_LENGTH]
     auto_grow: bool
     grow_plan: tuple[int, ...]
     grow_every_steps: int
@@ -111,7 +121,7 @@ class PhaseConfig:
     eval_fraction: Annotated[float, "between 0 and 0.5"]
     eval_tokens: Size
     max_skipped: Count
-    readers: Count
+    readers: Annotated[Count, 2**12]
     sample: str
 
     @property
@@ -142,8 +152,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    path: str
-    vocab_size: int
+    path: LocalPath
+    vocab_size: Annotated[Count, 2**24]
     train_bytes: Size
 
 
@@ -159,10 +169,10 @@ class EveryConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    seed: Count
+    seed: Annotated[Count, 2**63 - 1]
     precision: Annotated[str, ("auto", "fp32", "bf16", "fp16", "fp8")]
     memory_gb: Amount
-    init_from: str
+    init_from: LocalPath
     track: Annotated[tuple[str, ...], ("tensorboard", "wandb", "mlflow")]
     profile: Count
     model: ModelConfig
@@ -175,18 +185,31 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "RunConfig":
-        """Build and check a config from plain nested values; raises UsageError in one line."""
+        """Build and check a config from plain nested values; raises UsageError in one line.
+
+        SFT needs weights to start from: without `init_from`, `pretrain.steps=0` still means -1, as in older configs.
+        """
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if key != RECORDED}
         config = _build(cls, values, "config")
+        if config.pretrain.steps == 0 and not config.init_from:
+            config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, steps=-1))
         _check_values(config, "config")
         for name in ("model", "mesh", "optim", "tokenizer", "every"):
             _check_values(getattr(config, name), f"config.{name}")
-        path, size = config.tokenizer.path, config.tokenizer.vocab_size
-        _require(path or size >= 1, f"config.tokenizer.vocab_size={size} must be at least 1")
+        t = config.tokenizer
+        _require(t.path or t.vocab_size, "config.tokenizer.vocab_size=0 must be at least 1")
         _check_model(config.model)
-        _check_phase(config.pretrain, "config.pretrain")
-        if config.sft.steps != 0:
-            _check_phase(config.sft, "config.sft")
+        nothing = "config.pretrain.steps=0 and config.sft.steps=0 leave nothing to train; raise one of them"
+        _require(config.phases, f"{nothing}, or use config.pretrain.steps=-1 for config.pretrain.tokens_per_param")
+        for name, phase in config.phases.items():
+            _check_phase(phase, f"config.{name}")
         return config
+
+    @property
+    def phases(self) -> dict[str, PhaseConfig]:
+        """Return the phases that have steps, by name, in their order."""
+        return {name: p for name, p in (("pretrain", self.pretrain), ("sft", self.sft)) if p.steps}
 
     def to_dict(self) -> dict:
         """Return plain nested values that `from_dict` takes back."""
@@ -194,22 +217,43 @@ class RunConfig:
 
     def with_vocab(self, vocab: int) -> "RunConfig":
         """Return the config with the tokenizer's size; raises UsageError where the config has another size."""
-        if self.model.vocab not in (0, vocab):
-            raise UsageError(f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0")
+        conflict = f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0"
+        _require(self.model.vocab in (0, vocab), conflict)
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
 
 
+def local_path(text: str | os.PathLike, what: str) -> str:
+    """Return a path with its `~` or `~user` expanded; raises UsageError for anything but a local path."""
+    text = os.fspath(text)
+    path, stated = os.path.expanduser(text), f"{what}={text:.200}".replace("\0", "\\0")
+    scheme = re.match(r"\s*[A-Za-z][\w+-]*:/", text)
+    _require(not scheme, f"{stated} is no local path, and only local paths are supported; copy or mount it")
+    _require(path[:1] != "~", f"{stated} names no home folder; write ./{text:.200} for a folder of that name")
+    _require("\0" not in path, f"{stated} has a NUL character, which no path can have")
+    return path
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring = 2, 200
+
+
+def shown(value) -> str:
+    """Return a value as an error shows it: shortened, whatever its size."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
 def _build(cls, values, path: str):
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} must be a group of keys, not {values!r}")
+    _require(isinstance(values, dict), f"{path} must be a group of keys, not {shown(values)}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            raise UsageError(f"unknown config key {path}.{key}" + (f"; did you mean {near[0]}?" if near else ""))
-    missing = [key for key in hints if key not in values]
-    if missing:
-        raise UsageError(f"config key {path}.{missing[0]} is missing; see configs/default.py")
+            near = difflib.get_close_matches(name := str(key)[:100], hints, 1)
+            raise UsageError(f"unknown config key {path}.{name}" + (f"; did you mean {near[0]}?" if near else ""))
+    for key in hints:
+        _require(key in values, f"config key {path}.{key} is missing; see configs/default.py")
     return cls(**{key: _convert(hint, values[key], f"{path}.{key}") for key, hint in hints.items()})
 
 
@@ -218,25 +262,31 @@ def _convert(hint, value, path: str):
         return _build(hint, value, path)
     if hint == tuple[SourceConfig, ...]:
         return read_sources(value, path)
+    if hint is LocalPath:
+        return local_path(_convert(str, value, path), path)
     if hint == Schedule:
         return _read_schedule(value, path)
     if typing.get_origin(hint) is tuple:
         items = re.split(r"[,\s]+", value.strip("()[] ")) if isinstance(value, str) else value
         kind = typing.get_args(hint)[0]
         example = {int: "256,512,1024", float: "1,1,3,3", str: "tensorboard,wandb"}[kind]
-        _require(isinstance(items, (list, tuple)), f"{path}={value!r} must be a list, such as {example}")
+        _require(isinstance(items, (list, tuple)), f"{path}={shown(value)} must be a list, such as {example}")
+        _require(len(items) <= MOST_ITEMS, f"{path} {TOO_MANY}")
         return tuple(_convert(kind, item, path) for item in items if item != "")
     if hint in (bool, str) and isinstance(value, hint):
+        is_short = hint is bool or len(value) <= MOST_CHARACTERS
+        _require(is_short, f"{path}={shown(value)} must have at most {MOST_CHARACTERS:,} characters")
         return value
     if hint in (int, float) and not isinstance(value, bool):
         try:
-            number = hint(value) if isinstance(value, (int, float, str)) else None
-            if number is not None and number == float(value) and math.isfinite(number):  # 3.5 is no int
-                return number
+            number = hint(value) if isinstance(value, (int, float, str)) else math.nan
+            if (hint is float or isinstance(value, str) or number == value) and abs(number) < math.inf:  # 3.5 is no int
+                _require(abs(number) < 2**63, f"{path}={shown(value)} must be below 2**63")
+                return number + 0  # 0.0 for -0.0
         except (ValueError, OverflowError):
             pass
     kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[hint]
-    raise UsageError(f"{path}={value!r} must be {kind}")
+    raise UsageError(f"{path}={shown(value)} must be {kind}")
 
 
 def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
@@ -245,40 +295,42 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             items = json.loads(value)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UsageError(f"{path} is not a JSON list: {e}") from None
     elif isinstance(value, str):
         items = [s.strip() for s in re.split(r"[,\n]", value) if s.strip()]
-    if not isinstance(items, (list, tuple)):
-        raise UsageError(f"{path}={value!r} must be text such as text:my/*.txt, or a list of sources")
+    is_list = isinstance(items, (list, tuple))
+    _require(is_list, f"{path}={shown(value)} must be text such as text:my/*.txt, or a list of sources")
+    _require(len(items) <= MOST_ITEMS, f"{path} {TOO_MANY}")
     defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages", "split": "train"}
     sources = []
     for i, item in enumerate(items):
         if isinstance(item, str):  # kind:location, kind:location@weight or kind:location@step:weight/step:weight
             spec, weight = re.fullmatch(r"(.*?)(?:@(\d[\d.:/]*))?", item, re.DOTALL).groups()
             item = {"spec": spec} | ({"weight": weight} if weight else {})
-        if not isinstance(item, dict):
-            raise UsageError(f"{path}[{i}]={item!r} must be text or a group of keys")
+        _require(isinstance(item, dict), f"{path}[{i}]={shown(item)} must be text or a group of keys")
         source = _build(SourceConfig, defaults | item, f"{path}[{i}]")
-        if not re.match(r"\w+:.", source.spec):
-            raise UsageError(f"{path}[{i}]={source.spec!r} must be kind:location, such as text:my/*.txt")
+        spec = f"{path}[{i}]={shown(source.spec)}"
+        _require(re.match(r"\w+:.", source.spec), f"{spec} must be kind:location, such as text:my/*.txt")
         sources.append(source)
+        _require(sum(len(s.weight) for s in sources) <= MOST_ITEMS, f"{path}: the list of their weights {TOO_MANY}")
     return tuple(sources)
 
 
 def _read_schedule(value, path: str) -> Schedule:
     """Read a number, or (step, number) pairs: ((0, 0.7), (1000, 0.3)), {0: 0.7, 1000: 0.3} or "0:0.7/1000:0.3"."""
     if isinstance(value, str) and ":" in value:
-        value = [pair.split(":") for pair in value.split("/")]
+        value = [pair.split(":") for pair in value.split("/", MOST_ITEMS)]
     pairs = value.items() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [(0, value)]
+    _require(len(pairs) <= MOST_ITEMS, f"{path} {TOO_MANY}")
     try:
         schedule = tuple((_convert(int, step, path), _convert(float, number, path)) for step, number in pairs)
     except (TypeError, ValueError):
-        raise UsageError(f"{path}={value!r} must be a number, or pairs of a step and a number") from None
+        raise UsageError(f"{path}={shown(value)} must be a number, or pairs of a step and a number") from None
     steps = [step for step, _ in schedule]
-    _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {value!r} must rise from 0")
-    _require(min(number for _, number in schedule) >= 0, f"{path}={value!r} must be at least 0")
-    _require(max(number for _, number in schedule) > 0, f"{path}={value!r} must be above 0 at some step")
+    _require(steps[:1] == [0] and sorted(set(steps)) == steps, f"{path}: the steps of {shown(value)} must rise from 0")
+    _require(min(number for _, number in schedule) >= 0, f"{path}={shown(value)} must be at least 0")
+    _require(max(number for _, number in schedule) > 0, f"{path}={shown(value)} must be above 0 at some step")
     return schedule
 
 
@@ -289,12 +341,13 @@ def _require(ok, message: str) -> None:
 
 def _check_values(group, path: str) -> None:
     for key, hint in typing.get_type_hints(type(group), include_extras=True).items():
-        value, limit = getattr(group, key), getattr(hint, "__metadata__", [None])[0]
+        value, (limit, *most) = getattr(group, key), getattr(hint, "__metadata__", [None])
         if isinstance(limit, str):
             _require(_LIMITS[limit](value), f"{path}.{key}={value} must be {limit}")
+            _require(value <= (most or [MOST])[0], f"{path}.{key}={value} must be at most {(most or [MOST])[0]}")
         elif limit:
             for word in value if isinstance(value, tuple) else [value]:
-                _require(word in limit, f"{path}.{key}={word!r} must be one of {', '.join(limit)}")
+                _require(word in limit, f"{path}.{key}={shown(word)} must be one of {', '.join(limit)}")
 
 
 def _check_model(m: ModelConfig) -> None:
@@ -303,7 +356,7 @@ def _check_model(m: ModelConfig) -> None:
     _require(near == m.heads, f"{path}.heads={m.heads} does not divide {path}.d={m.d}; use {near}")
     _require(m.rank <= m.d, f"{path}.rank={m.rank} must not exceed {path}.d={m.d}")
     good_split = len(m.rank_split) == 4 and min(m.rank_split) > 0
-    _require(good_split, f"{path}.rank_split={m.rank_split} must be four shares above 0, for q,k,v,o")
+    _require(good_split, f"{path}.rank_split={shown(m.rank_split)} must be four shares above 0, for q,k,v,o")
     _require(m.rank > 0 or not m.shared_kv, f"{path}.shared_kv needs latents; set {path}.rank above 0")
     too_small = m.rank > 0 and min(m.ranks) < 1
     _require(not too_small, f"{path}.rank={m.rank} gives a projection rank 0; raise it or even out {path}.rank_split")
@@ -312,26 +365,36 @@ def _check_model(m: ModelConfig) -> None:
 def _check_phase(p: PhaseConfig, path: str) -> None:
     _require(len(p.sources) > 0, f"{path}.sources is empty; name at least one, such as text:my/*.txt")
     _check_values(p, path)
-    _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param must not both be 0")
+    _require(p.steps > 0 or p.tokens_per_param > 0, f"{path}.steps and {path}.tokens_per_param give no steps; set one")
     _require(p.warmup + p.cooldown <= 1, f"{path}.warmup={p.warmup} + {path}.cooldown={p.cooldown} must not exceed 1")
-    for first in sorted({step for source in p.sources for step, _ in source.weight}):
-        weights = [[w for step, w in source.weight if step <= first][-1] for source in p.sources]
+    for first in sorted({step for s in p.sources for step, _ in s.weight}):
+        weights = [[w for step, w in s.weight if step <= first][-1] for s in p.sources]
         _require(any(weights), f"{path}.sources: every weight is 0 from step {first} on; keep one above 0")
     try:
         re.compile(p.freeze)
-    except re.error as e:
-        raise UsageError(f"{path}.freeze={p.freeze!r} is not a regular expression: {e}") from None
+    except (re.error, RecursionError, OverflowError) as e:
+        raise UsageError(f"{path}.freeze={shown(p.freeze)} is not a regular expression: {e}") from None
     if p.auto_grow:
         _require(len(p.grow_plan) > 0, f"{path}.grow_plan is empty; set it, or set {path}.auto_grow=False")
-        shown = f"{path}.grow_plan={','.join(map(str, p.grow_plan))}"
-        _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{shown} must rise from length to length")
+        plan = f"{path}.grow_plan={shown(p.grow_plan).strip('(),').replace(' ', '')}"
+        _require(all(a < b for a, b in zip(p.grow_plan, p.grow_plan[1:])), f"{plan} must rise from length to length")
+        _require(p.grow_plan[-1] <= MOST_LENGTH, f"{plan} must be at most {MOST_LENGTH}")
         advice = "lower the block, or start the plan with it"
-        _require(p.block <= p.grow_plan[0], f"{shown} starts below {path}.block={p.block}; {advice}")
+        _require(p.block <= p.grow_plan[0], f"{plan} starts below {path}.block={p.block}; {advice}")
         _require(p.grow_every_steps >= 1, f"{path}.grow_every_steps={p.grow_every_steps} must be at least 1")
-    for length in p.lengths:
-        rows, rest = divmod(p.tokens_per_step, length)
-        multiple = f"{path}.tokens_per_step={p.tokens_per_step} is not a multiple of the sequence length {length}"
-        advice = f"use {rows * length or length} (tokens per step stay the same while the length grows)"
-        _require(rest == 0, f"{multiple}; {advice}")
-        divides = not p.readers or rows % p.readers == 0
-        _require(divides, f"{path}.readers={p.readers} must divide the {rows} rows of {length} tokens of a step")
+    _check_rows(p, path)
+
+
+def _check_rows(p: PhaseConfig, path: str) -> None:
+    """Raise UsageError where a step is no whole number of rows of every length, or its readers cannot share them."""
+    unit, tokens = math.lcm(*p.lengths), f"{path}.tokens_per_step={p.tokens_per_step}"
+    good = max(p.tokens_per_step // unit, 1) * unit
+    advice = f"use {good} (tokens per step stay the same while the length grows)"
+    advice = advice if good <= MOST_TOKENS else "use lengths with a smaller common multiple"
+    for n in p.lengths:
+        _require(p.tokens_per_step % n == 0, f"{tokens} is not a multiple of the sequence length {n}; {advice}")
+    all_rows = [p.tokens_per_step // n for n in p.lengths]
+    good = max((n for n in range(1, p.readers) if math.gcd(*all_rows) % n == 0), default=1)
+    for n, rows in zip(p.lengths, all_rows):
+        shares = f"{path}.readers={p.readers} must divide the {rows} rows of {n} tokens of a step"
+        _require(not p.readers or rows % p.readers == 0, f"{shares}; use {good}")

@@ -18,10 +18,10 @@ from lowrank_jax.machine import console
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, help="the export's folder, or a file of weights")
-    parser.add_argument("--workdir", required=True, help="the run's new folder")
-    parser.add_argument("--tokenizer", default="", help="a tokenizer's folder or file (default: the export's)")
-    parser.add_argument("--config", metavar="FILE", help="all settings but the model's (default: the exported run's)")
+    parser.add_path("--from", dest="source", required=True, help="the export's folder, or a file of weights")
+    parser.add_path("--workdir", required=True, help="the run's new folder")
+    parser.add_path("--tokenizer", default="", help="a tokenizer's folder or file (default: the export's)")
+    parser.add_path("--config", metavar="FILE", help="all settings but the model's (default: the exported run's)")
     args, rest = parser.parse_known_args(argv)
     if rest and not args.config:
         raise UsageError(f"unknown argument {rest[0]}" + " without --config=FILE" * rest[0].startswith("--config."))

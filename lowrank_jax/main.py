@@ -8,13 +8,13 @@ from lowrank_jax.machine import startup
 if __name__ == "__main__":
     startup.prepare()
 from lowrank_jax import cli  # noqa: E402, which import JAX
-from lowrank_jax.machine import interrupt, processes  # noqa: E402, which import JAX
+from lowrank_jax.machine import console, interrupt, processes  # noqa: E402, which import JAX
 from lowrank_jax.training import loop, run_folder  # noqa: E402, which import JAX
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run's folder; a run in it is resumed")
+    parser.add_path("--workdir", required=True, help="the run's folder; a run in it is resumed")
     many = parser.add_argument_group("many processes", "the same command on each host, in a folder that all see")
     many.add_argument("--coordinator", default="", metavar="HOST:PORT", help="the first process's host and a free port")
     many.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
@@ -28,7 +28,7 @@ def command(argv: list[str]) -> dict:
         finish = loop.run(config, args.workdir, received)
     if processes.is_first():
         tokens, page = f"{finish['tokens']:,} tokens", f"report: {args.workdir}/report.html"
-        print(f"done: step {finish['step']}, {tokens}; {page}", flush=True)
+        console.show(f"done: step {finish['step']}, {tokens}; {page}", needed=False)
     return finish
 
 

@@ -10,7 +10,6 @@ gives active ones a few seconds to finish.
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -36,7 +35,7 @@ LIMITS = {"port": (0, 65535), "slots": (1, 1024), "queue": (0, 10**6), "context"
 def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="the run")
+    parser.add_path("--workdir", required=True, help="the run")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 takes any free port (default 8000)")
     add("--slots", type=int, default=8, help="answers that are generated at the same time (default 8)")
@@ -120,7 +119,7 @@ def command(argv: list[str]) -> dict:
     number = asyncio.run(listen(server.app(), listener, url, scheduler))
     scheduler.close()
     if args.json:
-        print(json.dumps({"url": url, "stopped_by": signal.Signals(number).name}), flush=True)
+        console.show(console.to_json({"url": url, "stopped_by": signal.Signals(number).name}))
     scheduler.thread.join(GRACE)
     if scheduler.thread.is_alive():  # it is compiling, which nothing can stop
         sys.stdout.flush()

@@ -1,15 +1,20 @@
 """The config: accepted values come back unchanged, and every mistake is one line that names its key."""
 
+import contextlib
 import copy
+import functools
 import json
 import math
+import os
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.config import RunConfig, UsageError, local_path
 
 DEFAULTS = default.get_config().to_dict()
 GROW = {"pretrain.auto_grow": True, "pretrain.block": 256, "pretrain.tokens_per_step": 49_152}
@@ -199,7 +204,7 @@ def test_a_missing_key_is_named():
         ({"pretrain.sources": "plays.txt"}, "config.pretrain.sources[0]='plays.txt'"),
         ({"pretrain.sources": "text:a.txt,text:"}, "config.pretrain.sources[1]='text:'"),
         ({"pretrain.sources": [{"spec": "text:a", "weight": 0}]}, "config.pretrain.sources[0].weight=0"),
-        ({"pretrain.steps": -1}, "config.pretrain.steps=-1"),
+        ({"pretrain.steps": -2}, "config.pretrain.steps=-2"),
         ({"pretrain.tokens_per_param": 0}, "config.pretrain.tokens_per_param"),
         ({"pretrain.block": 0}, "config.pretrain.block=0"),
         ({"pretrain.lr": 0}, "config.pretrain.lr=0"),
@@ -228,7 +233,12 @@ EDGES += [("every.log every.eval every.save every.keep every.fp8_check", 1, 0)]
 EDGES += [("memory_gb every.save_minutes optim.weight_decay optim.clip optim.z_loss optim.skip_sigma", 0.0, -1e-9)]
 EDGES += [("optim.beta1 optim.beta2 optim.label_smoothing optim.ema", *ends) for ends in ((0.0, -1e-9), (0.999, 1.0))]
 EDGES += [("model.rank", 512, 513)]
-PHASE = [("steps microbatch_tokens max_skipped readers", 0, -1), ("block eval_tokens", 1, 0), ("lr", 1e-9, 0.0)]
+PHASE = [
+    ("steps", -1, -2),
+    ("microbatch_tokens max_skipped readers", 0, -1),
+    ("block eval_tokens", 1, 0),
+    ("lr", 1e-9, 0.0),
+]
 PHASE += [("lr_core lr_head tokens_per_param", 0.0, -1e-9), ("tokens_per_step", 1024, 0)]
 PHASE += [("warmup cooldown lr_end eval_fraction", 0.0, -1e-9)]
 PHASE += [("warmup cooldown lr_end", 1.0, 1.001), ("eval_fraction", 0.5, 0.501)]
@@ -275,6 +285,8 @@ TOGETHER = [
     ({"pretrain.steps": 0, "pretrain.tokens_per_param": 0.0}, "config.pretrain.steps and config.pretrain.tokens_per_"),
     ({"model.rank": 0, "model.shared_kv": True}, "config.model.shared_kv needs latents"),
     ({"pretrain.freeze": "(embed"}, "config.pretrain.freeze='(embed' is not a regular expression"),
+    ({"pretrain.freeze": "(" * 10**4}, "config.pretrain.freeze='((("),
+    ({"pretrain.freeze": "a{99999999999}"}, "config.pretrain.freeze='a{"),
     (ONE_SFT_STEP | {"sft.freeze": "(embed"}, "config.sft.freeze='(embed' is not a regular expression"),
 ]
 
@@ -284,10 +296,148 @@ def test_values_that_contradict_each_other_are_named(changes, named):
     assert named in rejection(changes)
 
 
-def test_the_suggested_tokens_per_step_is_accepted():
-    message = rejection({"pretrain.tokens_per_step": 1000, "pretrain.block": 128})
-    suggested = int(message.split("; use ")[1].split()[0])
-    assert RunConfig.from_dict(changed({"pretrain.tokens_per_step": suggested, "pretrain.block": 128}))
+def take_advice(changes: dict) -> list[str]:
+    """Set what the errors advise until the config is accepted; return the keys. No key is advised twice."""
+    taken = []
+    while True:
+        try:
+            RunConfig.from_dict(changed(changes))
+            return taken
+        except UsageError as e:
+            key, value = re.fullmatch(r"config\.([\w.]+)=.*; use (-?\d+)(?: \(.*\))?", str(e)).groups()
+            assert key not in taken, e
+            taken.append(key)
+            changes = changes | {key: int(value)}
+
+
+GROW_ODDLY = {"pretrain.auto_grow": True, "pretrain.block": 32, "pretrain.grow_plan": "32,48"}
+ADVISED = [
+    ({"pretrain.tokens_per_step": 1000, "pretrain.block": 128}, "pretrain.tokens_per_step"),
+    (GROW_ODDLY | {"pretrain.tokens_per_step": 1024}, "pretrain.tokens_per_step"),
+    ({"pretrain.tokens_per_step": 24, "pretrain.block": 16, "pretrain.readers": 2}, "pretrain.tokens_per_step"),
+    ({"pretrain.readers": 5}, "pretrain.readers"),
+    ({"pretrain.readers": 4096}, "pretrain.readers"),
+    (ONE_SFT_STEP | {"sft.tokens_per_step": 1000}, "sft.tokens_per_step"),
+    ({"model.heads": 15}, "model.heads"),
+    ({"model.heads": 10**9}, "model.heads"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, key", ADVISED)
+def test_the_advised_value_is_accepted(changes, key):
+    assert take_advice(changes)[:1] == [key]
+
+
+lengths = st.lists(st.integers(1, 60), min_size=1, max_size=3, unique=True).map(sorted)
+
+
+@settings(max_examples=100)
+@given(lengths, st.integers(1, 5000), st.integers(0, 64), st.integers(1, 60), st.integers(1, 60))
+def test_advice_on_tokens_readers_and_heads_leads_to_a_config(lengths, tokens, readers, d, heads):
+    changes = {"block": lengths[0], "auto_grow": True, "grow_plan": lengths, "tokens_per_step": tokens}
+    changes = {f"pretrain.{key}": value for key, value in (changes | {"readers": readers}).items()}
+    changes |= {"model.d": d, "model.heads": heads, "model.rank": 0}
+    assert len(take_advice(changes)) <= 3
+
+
+REMEDIES = [  # changes that are refused, words of the remedy, and the remedy
+    (GROW | {"pretrain.grow_plan": "128,256"}, "lower the block", {"pretrain.block": 128}),
+    (GROW | {"pretrain.grow_plan": "128,512"}, "start the plan with it", {"pretrain.grow_plan": "256,512"}),
+    (GROW | {"pretrain.grow_plan": ""}, "set config.pretrain.auto_grow=False", {"pretrain.auto_grow": False}),
+    ({"model.rank": 0, "model.shared_kv": True}, "set config.model.rank above 0", {"model.rank": 1}),
+    ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "raise it", {"model.rank": 64}),
+    ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "even out config", {"model.rank_split": (1, 1, 1, 1)}),
+    ({"pretrain.tokens_per_param": 0}, "set one", {"pretrain.steps": 1}),
+    ({"pretrain.tokens_per_param": 0}, "set one", {"pretrain.tokens_per_param": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words, remedy", REMEDIES)
+def test_a_remedy_in_words_is_accepted(changes, words, remedy):
+    assert words in rejection(changes)
+    assert RunConfig.from_dict(changed(changes | remedy))
+
+
+def test_without_a_common_multiple_in_reach_other_lengths_are_advised():
+    lengths = [997, 1009, 1013, 1019]
+    changes = {"pretrain.auto_grow": True, "pretrain.block": 997, "pretrain.grow_plan": lengths}
+    assert rejection(changes).endswith("; use lengths with a smaller common multiple")
+
+
+def test_steps_of_minus_1_are_from_tokens_per_param_and_0_is_no_phase():
+    """Before -1, a pretraining of 0 steps was one of tokens_per_param; it still is without weights to start from."""
+    assert changed({})["pretrain"]["steps"] == -1
+    steps_of = lambda **keys: RunConfig.from_dict(changed({key.replace("__", "."): x for key, x in keys.items()}))
+    alone = steps_of(init_from="runs/a", pretrain__steps=0, sft__steps=3)
+    assert list(alone.phases) == ["sft"] and RunConfig.from_dict(alone.to_dict()) == alone
+    assert list(steps_of(pretrain__steps=0, sft__steps=3).phases) == ["pretrain", "sft"]
+    assert steps_of(pretrain__steps=0).pretrain.steps == steps_of(pretrain__steps="0").pretrain.steps == -1
+    assert list(steps_of(init_from="runs/a").phases) == ["pretrain"]
+    nothing = {"init_from": "runs/a", "pretrain.steps": 0}
+    assert "config.pretrain.steps=0 and config.sft.steps=0 leave nothing to train" in rejection(nothing)
+    assert RunConfig.from_dict(changed(nothing | {"pretrain.steps": -1}))  # its advice
+
+
+def test_a_phase_without_steps_is_not_checked():
+    broken = {"init_from": "runs/a", "pretrain.sources": "", "pretrain.block": 1000, "pretrain.steps": 0}
+    assert RunConfig.from_dict(changed(broken | ONE_SFT_STEP))
+
+
+BOMB = functools.reduce(lambda inner, _: [inner] * 10, range(40), [1])
+DEEP = functools.reduce(lambda inner, _: [inner], range(5000), 1)
+SIZES = [10**12, 10**30, 10**5000, -(10**30), "1" * 5000, 1e300, -math.inf, math.nan, "x" * 10**6, BOMB, DEEP]
+SIZES += [list(range(10**5)), dict.fromkeys(range(10**5)), "[" * 10**5, "(" * 10**5, "a@1:" * 10**5, None]
+SIZED = "model.d model.layers model.vocab model.heads model.rank model.mlp model.embed_rank pretrain.block"
+SIZED += " pretrain.tokens_per_step pretrain.steps pretrain.readers tokenizer.vocab_size pretrain.warmup precision"
+SIZED += " pretrain.grow_plan pretrain.sources model.rank_split model every"
+
+
+@pytest.mark.parametrize("key", SIZED.split())
+def test_a_size_that_no_machine_holds_is_one_short_line_at_once(key):
+    for size in SIZES:
+        started = time.process_time()
+        message = rejection({"pretrain.auto_grow": True, key: size})
+        assert time.process_time() - started < 1 and len(message) < 600 and f"config.{key}" in message
+
+
+@pytest.mark.parametrize("key", ["init_from", "tokenizer.path", "track", "pretrain.sample", "every.keep", "seed"])
+def test_any_other_size_is_accepted_or_one_short_line_at_once(key):
+    for size in SIZES:
+        started = time.process_time()
+        with contextlib.suppress(UsageError):
+            RunConfig.from_dict(changed({key: size}))
+        assert time.process_time() - started < 1
+
+
+LARGEST = {"model.d": 2**17, "model.layers": 2**10, "pretrain.steps": 10**9, "every.keep": 10**15, "seed": 2**63 - 1}
+LARGEST |= {"model.vocab": 2**24, "pretrain.microbatch_tokens": 10**15, "memory_gb": 1e15, "optim.clip": 1e15}
+
+
+@pytest.mark.parametrize("key", LARGEST)
+def test_the_largest_value_is_accepted_and_the_next_is_not(key):
+    assert RunConfig.from_dict(changed({key: LARGEST[key]}))
+    assert re.search(rf"config\.{key}=\S+ must be (at most|below) ", rejection({key: LARGEST[key] * 1.25}))
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["text:a"] * 10**5,
+        ",".join(["text:a"] * 10**5),
+        [{"spec": "text:a", "weight": [[i, 1] for i in range(200_000)]}],
+        "text:a@" + "/".join(f"{i}:1" for i in range(200_000)),
+        [{"spec": "text:a", "weight": [[i, 1] for i in range(1000)]}] * 1000,
+    ],
+)
+def test_a_list_of_sources_or_weights_has_a_bound(sources):
+    started = time.process_time()
+    assert "has more than 1,000 items" in rejection({"pretrain.sources": sources})
+    assert time.process_time() - started < 1
+
+
+def test_a_negative_zero_is_zero():
+    config = RunConfig.from_dict(changed({"memory_gb": -0.0, "pretrain.lr_core": "-0.0", "optim.clip": -0.0}))
+    assert [math.copysign(1, x) for x in (config.memory_gb, config.pretrain.lr_core, config.optim.clip)] == [1, 1, 1]
 
 
 def test_the_tokenizers_size_fills_a_vocab_of_0_and_must_equal_any_other():
@@ -295,6 +445,36 @@ def test_the_tokenizers_size_fills_a_vocab_of_0_and_must_equal_any_other():
     assert built(vocab=257).with_vocab(257).model.vocab == 257
     with pytest.raises(UsageError, match=r"config\.model\.vocab=300"):
         built(vocab=300).with_vocab(257)
+
+
+SCHEMES = [
+    "s3://bucket/x",
+    "gs://b",
+    "memory://x",
+    "file:///tmp/x",
+    "hf://o/n",
+    "HTTPS://host/x",
+    "s3:/bucket/x",
+    " gs://b",
+]
+
+
+@pytest.mark.parametrize("text", [*SCHEMES, "~nobody-of-that-name/x", "a\0b"])
+def test_only_local_paths_are_taken(text):
+    with pytest.raises(UsageError, match="^--flag=[^\n]+$"):
+        local_path(text, "--flag")
+    for key in ("init_from", "tokenizer.path"):
+        assert rejection({key: text}).startswith(f"config.{key}=")
+
+
+def test_a_home_folder_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [local_path(text, "x") for text in ("~", "~/a b")] == ["/home/me", "/home/me/a b"]
+    for text in ("/a/~", "./~/x", "org/name", "", "from_yaml.py:/a.yaml"):
+        assert local_path(text, "x") == text
+    assert local_path("~root/x", "x") == os.path.expanduser("~root/x") != "~root/x"
+    config = RunConfig.from_dict(changed({"init_from": "~/runs/a", "tokenizer.path": "~/t"}))
+    assert (config.init_from, config.tokenizer.path) == ("/home/me/runs/a", "/home/me/t")
 
 
 junk = st.one_of(

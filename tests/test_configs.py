@@ -82,3 +82,28 @@ def test_bad_yaml_is_an_error_in_one_line(tmp_path, text, names):
     with pytest.raises(UsageError, match=names) as e:
         from_yaml(tmp_path, text)
     assert "\n" not in str(e.value)
+
+
+def bomb(item: str) -> str:
+    """Return YAML of 9 levels, each with 9 aliases of the one before: 387 million values in 500 characters."""
+    levels = [f"a0: &a0 {item}"]
+    for i in range(1, 9):
+        aliases = "[" + ",".join([f"*a{i - 1}"] * 9) + "]"
+        levels.append(f"a{i}: &a{i} " + (aliases if item == "[x]" else "{<<: " + aliases + "}"))
+    return "\n".join([*levels, "d: *a8"])
+
+
+BOMBS = {"lists": bomb("[x]"), "merged groups": bomb("{k: 1}"), "itself": "d: &a [*a]", "brackets": "d: " + "[" * 10**5}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_yaml_beyond_any_config_is_refused_before_it_is_built(kind, tmp_path):
+    with pytest.raises(UsageError, match="my.yaml (has more than|is not YAML)") as e:
+        from_yaml(tmp_path, BOMBS[kind])
+    assert len(str(e.value)) < 500
+
+
+def test_yaml_aliases_are_read(tmp_path):
+    text = "model: {heads: &heads 6, d: 96, rank: 20}\npretrain: {grow_plan: &plan [256, 512]}\nsft: {grow_plan: *plan}"
+    config = from_yaml(tmp_path, text)
+    assert config.sft.grow_plan == config.pretrain.grow_plan == (256, 512)

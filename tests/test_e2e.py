@@ -273,7 +273,7 @@ def test_a_mix_of_every_kind_of_source_resumes_bit_for_bit_wherever_it_is_killed
     retries = [event for event in rows(tmp_path / "killed", "events.jsonl") if event["event"] == "retry"]
     assert retries and "LOWRANK_FAULTS" in retries[0]["reason"]
     read = next(event for event in events if event["event"] == "data")["sources"]
-    assert all(source["documents"] for source in read) and any(source["epochs"] for source in read)
+    assert all(source["documents"] for source in read) and any(source["epochs"] > 1 for source in read)
     assert sum(source["skipped"] for source in read) == 5
 
 

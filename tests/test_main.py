@@ -49,6 +49,39 @@ def test_every_command_refuses_an_unknown_flag(name):
         command(["--no_such_flag=1"])
 
 
+PATHS = {"train": "workdir config", "plan": "config", "evaluate": "workdir", "generate": "workdir", "serve": "workdir"}
+PATHS |= {"report": "workdir", "compress": "from out", "import": "from workdir tokenizer config"}
+PATHS |= {"export": "workdir out", "tokenize": "tokenizer out", "learn_tokenizer": "out"}
+PATHS |= {"verify_resume": "config folder", "launch_local": ""}  # its flags are those of train
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_path_of_a_command_is_local_and_has_its_home_expanded(name, tmp_path, monkeypatch):
+    """Add a new flag for a path to PATHS; with `Parser.add_path` it behaves like the others."""
+    module, function = COMMANDS[name]
+    command = getattr(importlib.import_module(f"lowrank_jax.{module}"), function)
+    monkeypatch.chdir(tmp_path)
+    for flag in PATHS[name].split():
+        for text in ("s3://bucket/x", "~nobody-of-that-name/x"):
+            with pytest.raises(UsageError, match=f"^--{flag}={text} "):
+                command([f"--{flag}={text}"])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("evaluate", ["--workdir=none", "--lengths=64,1000000000000"]),
+        ("tokenize", ["--tokenizer=none", "--sources=text:a", "--out=none", "--shards=1000000000"]),
+        ("tokenize", ["--tokenizer=none", "--sources=text:a", "--out=none", "--workers=1000000000"]),
+    ],
+)
+def test_a_flag_has_a_bound_that_machines_can_hold(name, flags):
+    module, function = COMMANDS[name]
+    with pytest.raises(UsageError, match=f"{flags[-1].split('=')[0]}.* at most [0-9,]+$"):
+        getattr(importlib.import_module(f"lowrank_jax.{module}"), function)(flags)
+
+
 def test_train_prepares_the_process_before_jax_and_spares_its_imports():
     first = "from lowrank_jax.machine import startup\n"
     first += "startup.prepare = lambda: print('prepared', 'jax' in sys.modules)\n"

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -24,10 +25,10 @@ class BadRecord(Exception):
     """
 
     def __init__(self, where: str, reason: str, exact: Callable[[], str] | None = None):
-        self.where, self.reason, self.exact = where, reason, exact
+        self.where, self.reason, self.exact = printable(where), printable(reason), exact
 
     def __str__(self) -> str:
-        return f"{self.exact() if self.exact else self.where}: {self.reason}"
+        return f"{printable(self.exact()) if self.exact else self.where}: {self.reason}"
 
 
 class Source(Protocol):
@@ -35,13 +36,16 @@ class Source(Protocol):
 
     blocks: int
     fingerprint: str
-    """Changes when the data does, and not when the data moves to another folder."""
+    """Changes when the data does, and not when its files move or have other names that sort in the same order."""
 
     def rows(self, block: int, start: int = 0) -> Iterator:
         """Yield a block's rows from the `start`-th on; raises BadRecord if the rest of the block cannot be read."""
 
     def document(self, row) -> Document:
         """Return the document of a row; raises BadRecord if it cannot be used."""
+
+    def place(self, row) -> str:
+        """Return the file and record that a row comes from, in words."""
 
 
 class InFiles:
@@ -63,10 +67,20 @@ def fingerprint(facts) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
+def fingerprint_of_files(digests: Sequence[str], *facts) -> str:
+    """Return a hash of the files' contents in order, and one in any order, which tells a new order from new data."""
+    return f"{fingerprint([facts, digests])}/{fingerprint([facts, sorted(digests)])}"
+
+
 def may_pass(e: Exception) -> bool:
     """Return whether a failed read may work again; Arrow, bz2 and gzip raise OSError without errno for damaged data."""
     is_damage = type(e) in (OSError, gzip.BadGzipFile) and e.errno is None
     return isinstance(e, OSError) and not is_damage
+
+
+def printable(text: str) -> str:
+    """Return text without what UTF-8 or a terminal cannot take: names and keys may hold any bytes and escapes."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", text)
 
 
 def one_line(e: BaseException) -> str:

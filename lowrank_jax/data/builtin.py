@@ -32,6 +32,9 @@ class Builtin:
     def document(self, row: Document) -> Document:
         return row
 
+    def place(self, row: Document) -> str:
+        return f"builtin, document {self._documents.index(row) + 1}"
+
 
 @functools.cache
 def load(name: str) -> list[dict]:

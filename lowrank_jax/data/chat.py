@@ -1,110 +1,208 @@
 """Turns conversations into tokens: a Jinja template renders them, and `{% generation %}` marks the assistant's text.
 
-The template runs in Jinja's immutable sandbox, with the meaning that Hugging Face gives it. A template without
+A template has the meaning that Hugging Face gives it, and runs in `template.render`. A template without
 `{% generation %}` is rendered turn by turn to find the assistant's text. Message text can never become a control
 symbol: the names of symbols in it are split before rendering, and joined after the text is cut at the real symbols.
 """
 
-import datetime
 import functools
-import json
+import itertools
+import os.path
 import re
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from collections.abc import Callable
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data.blocks import one_line
+from lowrank_jax.data import template
+from lowrank_jax.data.blocks import Document
+from lowrank_jax.data.records import REASONING, ROLES
+from lowrank_jax.data.template import BREAK, CLOSE, OPEN
 from lowrank_jax.data.tokenizer import Tokenizer
 
-# Unicode noncharacters are reserved for a program's own use; they are removed from message text.
-OPEN, CLOSE, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
-TODAY = datetime.datetime(2024, 7, 26)  # for templates: with the real date a resume would change the data
+KNOWN = {"role", "content", "weight", "function_call", "tool_call_id", "name"}  # names and ids may go with a call
+_MARKS = re.compile(f"[{OPEN}{CLOSE}{BREAK}]")
 _HAS_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-def encode(tokenizer: Tokenizer, messages: list[dict], prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Return a conversation's ids without BOS, and for each id whether the assistant says it.
+def encode(
+    tokenizer: Tokenizer, messages: list[dict], prompt: bool = False, tools: list[dict] | None = None
+) -> tuple[list[int], list[bool]]:
+    """Return a conversation's ids without BOS, and for each id whether the assistant says it with weight.
 
     A `prompt` ends where the assistant shall speak. Raises UsageError if the template refuses the conversation, or if
     the assistant says nothing in a conversation that is no prompt.
     """
-    ids, said, speaking = [], [], False
-    specials = set(tokenizer.specials.values())
-    for part in _parts(tuple(tokenizer.specials)).split(render(tokenizer, messages, prompt)):
+    ids, said, speaking, is_open = [], [], False, False  # open: the assistant's text has no end yet
+    for part in _parts(tuple(tokenizer.specials)).split(render(tokenizer, messages, prompt, tools)):
         if part in (OPEN, CLOSE):
             speaking = part == OPEN
         elif part in tokenizer.specials:
-            ends = bool(ids) and said[-1] and ids[-1] not in specials  # the symbol that ends a turn carries weight
             ids.append(tokenizer.specials[part])
-            said.append(speaking or ends)
+            said.append(speaking or (is_open and said[-1]))  # the symbol that ends a turn carries weight
+            is_open = False
         elif text := part.replace(BREAK, ""):
             new = tokenizer.encode(text)
             ids += new
             said += [speaking] * len(new)
+            is_open = speaking and (is_open or not text.isspace())
     if not prompt and not any(said):
         raise UsageError("a conversation has no assistant turn, so there is nothing to learn from it")
     start = int(bool(ids) and ids[0] == tokenizer.bos)  # the caller adds BOS
     return ids[start:], said[start:]
 
 
+def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[list[int], list[bool], bool]:
+    """Return `encode` of a document's messages, and whether the EOS that follows ends an answer.
+
+    It does if the template puts no symbol behind the last answer, as where the next role's symbol ends a turn.
+    """
+    ids, said = encode(tokenizer, document["messages"], tools=document.get("tools"))
+    return ids, said, said[-1] and ids[-1] not in tokenizer.specials.values()
+
+
+def unused(tokenizer: Tokenizer, document: Document) -> set[str]:
+    """Return the names of a conversation's keys that nothing is rendered from, and of its unknown roles."""
+    words, names = template.words(tokenizer.chat_template), set(document.get("unused", ()))
+    for message in document["messages"]:
+        names |= {f"a turn's {key}" for key in message.keys() - KNOWN - words}
+        if message["role"] not in ROLES:
+            names.add(f"the role {message['role'][:30]!r}")
+        if "reasoning_content" in message and words.intersection(REASONING):
+            names.discard("a turn's reasoning_content")
+    return names | ({"tools"} if document.get("tools") and "tools" not in words else set())
+
+
+EXCHANGE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+# What may follow an answer; not every tokenizer has a symbol for the last two.
+NEXT = [[], EXCHANGE, *([{"role": role, "content": "c"}] for role in ("user", "tool", "system"))]
+
+
+def check(tokenizer: Tokenizer) -> None:
+    """Raise UsageError unless a trained symbol ends each answer, so that a model learns to stop.
+
+    Nothing is proved of a template that refuses an exchange of two turns, also behind a system turn.
+    """
+    for more in NEXT[:3]:
+        if not all(behind for _, behind in _symbols(tokenizer, EXCHANGE + more)):
+            reason = "puts no control symbol behind an answer, so a model could not learn to stop"
+            remedy = (
+                "write {{ eos_token }} behind the assistant's content in it, inside {% generation %} if it has that"
+            )
+            raise UsageError(f"the chat template {reason}; {remedy}")
+
+
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the ids that end the assistant's turn: EOS, and the symbol that the chat template puts behind a turn."""
-    exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    """Return the ids that end the assistant's turn: EOS, and the symbols that the chat template puts behind a turn.
+
+    A symbol that also ends the reasoning in front of an answer ends no turn.
+    """
+    ends = {i for more in NEXT for _, behind in _symbols(tokenizer, EXCHANGE + more) for i in behind}
+    thinking = [EXCHANGE[0], EXCHANGE[1] | {"reasoning_content": "c"}]
+    inside = {i for before, _ in _symbols(tokenizer, thinking) for i in before}
+    return sorted({tokenizer.eos} | (ends - inside))
+
+
+def _symbols(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[set[int], set[int]]]:
+    """Return the trained symbols before and behind each answer "b"; no answer if the template refuses the messages."""
     try:
-        ids, said = encode(tokenizer, exchange)
-    except UsageError:  # the template refuses such an exchange
-        return [tokenizer.eos]
-    specials = set(tokenizer.specials.values())
-    spoken = [i for i, speaks in zip(ids, said) if speaks]
-    # Symbols before the answer, such as <|channel|>, describe it and do not end it.
-    text = max((k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i])), default=-1)
-    return sorted({tokenizer.eos, *specials.intersection(spoken[text + 1 :])})
+        ids, said, is_open = encode_document(tokenizer, {"messages": messages})
+    except UsageError:
+        start = {"role": "system", "content": "c"}  # some templates want one
+        return [] if messages[0] == start else _symbols(tokenizer, [start, *messages])
+    specials, answers = set(tokenizer.specials.values()), []
+    for speaks, stretch in itertools.groupby(zip([*ids, tokenizer.eos], [*said, is_open]), lambda pair: pair[1]):
+        spoken = [i for i, _ in stretch if speaks]
+        if texts := [k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i])]:
+            answers.append((specials.intersection(spoken[: texts[-1]]), specials.intersection(spoken[texts[-1] :])))
+    return answers
 
 
-def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
+def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool, tools: list[dict] | None = None) -> str:
     """Return the template's text, with OPEN and CLOSE around the assistant's text and symbols in messages split."""
-    specials = tuple(tokenizer.specials)
-    safe = [{k: _guard(v, specials) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
-    if prompt or _HAS_GENERATION.search(tokenizer.chat_template):
-        return _render(tokenizer, safe, prompt)
-    return _mark_turns(tokenizer, safe)
+    specials, words = tuple(tokenizer.specials), template.words(tokenizer.chat_template)
+    safe = [_guard(_fit(message, words), specials) for message in messages]
+    variables = {"tools": _guard(tools, specials) or None, "documents": None} | tokenizer.names
+    draw = lambda part, prompt: template.render(
+        tokenizer.chat_template, part, variables | {"add_generation_prompt": prompt}
+    )
+    if prompt:
+        return draw(safe, True)
+    muted = [m.get("weight") == 0 for m in messages if m["role"] == "assistant"]
+    if not _HAS_GENERATION.search(tokenizer.chat_template):
+        return _mark_turns(draw, safe, muted, specials)
+    text = draw(safe, False)
+    if any(muted):
+        spans = text.split(OPEN)
+        if len(spans) - 1 != len(muted):
+            raise UsageError("the chat template does not mark one text for each answer, so weight 0 cannot be honoured")
+        marks = ["" if is_muted else OPEN for is_muted in muted]
+        text = spans[0] + "".join(mark + span for mark, span in zip(marks, spans[1:]))
+    return text
 
 
-def _mark_turns(tokenizer: Tokenizer, messages: list[dict]) -> str:
+def _fit(message: dict, words: frozenset[str]) -> dict:
+    """Return a message with the keys that a template of these words reads; raises UsageError if it reads no calls."""
+    calls, reasoning = message.get("function_call"), message.get("reasoning_content")
+    fitted = {key: value for key, value in message.items() if key not in ("weight", "function_call")}
+    if calls and "tool_calls" in words:
+        fitted |= {"content": "", "tool_calls": calls}
+    if fitted.get("tool_calls") and "tool_calls" not in words:
+        raise UsageError("the chat template does not render tool_calls")
+    return fitted | ({key: reasoning for key in REASONING if key in words} if reasoning else {})
+
+
+def _mark_turns(draw: Callable, messages: list[dict], muted: list[bool], specials: tuple[str, ...]) -> str:
     """Mark each answer: it lies between the text without it and the text up to it, which must both begin the whole."""
-    text, marked, done = _render(tokenizer, messages, False), "", 0
+    text, marked, done, muted = draw(messages, False), "", 0, iter(muted)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
+        before, after = _before(draw, messages, i), draw(messages[: i + 1], False)
         if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
             reason = "does not begin a conversation with the text of its first turns, which hides the assistant's text"
             raise UsageError(f"the chat template {reason}; put {{% generation %}} and {{% endgeneration %}} around it")
-        *_, end = [m.end() for m in _parts(tuple(tokenizer.specials)).finditer(after, len(before))] or [len(after)]
+        *_, end = [m.end() for m in _parts(specials).finditer(after, len(before))] or [len(after)]
         stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
-        marked += text[done : len(before)] + OPEN + text[len(before) : stop] + CLOSE
+        answer = text[len(before) : stop]
+        marked += text[done : len(before)] + (answer if next(muted) else OPEN + answer + CLOSE)
         done = stop
     return marked + text[done:]
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict], prompt: bool) -> str:
-    options = {"add_generation_prompt": prompt, "tools": None, "documents": None} | tokenizer.names
+def _before(draw: Callable, messages: list[dict], i: int) -> str:
+    """Return the text before the answer `messages[i]`.
+
+    Templates that read `messages[0]` cannot render the empty list before a first answer. The text is then what two
+    conversations have in common that differ in the answer alone.
+    """
     try:
-        return _compile(tokenizer.chat_template).render(messages=messages, **options)
-    except Exception as e:  # a template is a program, which may raise anything
-        raise UsageError(f"the chat template refuses a conversation: {one_line(e)}") from None
+        return draw(messages[:i], True)
+    except UsageError:
+        if i:
+            raise
+        return os.path.commonprefix([draw([{"role": "assistant", "content": x}], False) for x in "\ufdd3\ufdd4"])
 
 
-def _guard(text: str, specials: tuple[str, ...]) -> str:
+def _guard(value, specials: tuple[str, ...]):
+    """Split the symbols' names in all texts of a JSON value."""
+    if isinstance(value, str):
+        return _guard_text(value, specials)
+    if isinstance(value, dict):
+        return {_guard_key(key, specials): _guard(part, specials) for key, part in value.items()}
+    return [_guard(part, specials) for part in value] if isinstance(value, list) else value
+
+
+@functools.lru_cache(1024)  # "role" and "content" come again and again
+def _guard_key(key, specials: tuple[str, ...]):
+    return _guard(key, specials)
+
+
+def _guard_text(text: str, specials: tuple[str, ...]) -> str:
     """Split every symbol's name in `text`, and its ends if they could form one with the template's text around them.
 
     Other ends stay as they are, because templates look at how a message begins, and trim it.
     """
     names, heads, tails = _guards(specials)
-    text = names.sub(lambda m: m[0] + BREAK, re.sub(f"[{OPEN}{CLOSE}{BREAK}]", "", text))
+    text = names.sub(lambda m: m[0] + BREAK, _MARKS.sub("", text))
     if (body := text.rstrip()).endswith(heads):
         text = body + BREAK + text[len(body) :]
     if (body := text.lstrip()).startswith(tails):
@@ -128,24 +226,3 @@ def _parts(specials: tuple[str, ...]) -> re.Pattern:
 
 def _any_of(texts: tuple[str, ...]) -> str:
     return "|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True)))
-
-
-class _Generation(Extension):
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        mark = lambda text: nodes.Output([nodes.TemplateData(text)], lineno=line)
-        return [mark(OPEN), *parser.parse_statements(("name:endgeneration",), drop_needle=True), mark(CLOSE)]
-
-
-@functools.lru_cache
-def _compile(template: str) -> jinja2.Template:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    env.filters["tojson"] = lambda value, **options: json.dumps(value, **({"ensure_ascii": False} | options))  # no HTML
-    env.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}
-    return env.from_string(template)
-
-
-def _refuse(reason: str):
-    raise jinja2.TemplateError(str(reason))

@@ -17,9 +17,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lowrank_jax.config import RunFailure, SourceConfig, UsageError
-from lowrank_jax.data import packing, shards, sources, tokenizer
-from lowrank_jax.data.blocks import BadRecord, Source
+from lowrank_jax.data import chat, packing, shards, sources, tokenizer
+from lowrank_jax.data.blocks import Source
 from lowrank_jax.data.reader import ONCE, Limit, Reader
+from lowrank_jax.machine.console import say
 
 BLOCKS, FEWEST, MOST = 4, 8, 64  # by default there is one shard for 4 blocks, within these limits
 
@@ -40,6 +41,8 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
     The files do not depend on the number of workers (0: one per core). The folder appears complete or not at all.
     """
     out, tok = os.path.abspath(out), tokenizer.load(job.tokenizer_path)
+    if job.chats:
+        chat.check(tok)
     blocks = sum(source.blocks for source in _open(job))
     count = job.shards or min(max(blocks // BLOCKS, FEWEST), MOST)
     workers = min(workers or len(os.sched_getaffinity(0)), count)
@@ -54,6 +57,9 @@ def write(job: Job, out: str, workers: int = 0) -> tuple[dict, str]:
         if not totals["documents"]:
             names = ",".join(config.spec for config in job.configs)
             raise UsageError(f"there is no text in {names}" + (f"; for example, {last}" if last else ""))
+        for name in dict.fromkeys(name for part in parts for name in part["unused"]):
+            keys = sorted(set().union(*(part["unused"].get(name, ()) for part in parts)))
+            say(f"unused: {name}, {', '.join(keys)}")
         facts = {"format": shards.FORMAT, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size}
         facts |= {"chats": job.chats, **totals, "shards": count}
         meta = facts | {"records": {_file(i, count): part["documents"] for i, part in enumerate(parts)}}
@@ -91,20 +97,24 @@ def _start(job: Job, folder: str) -> None:
 
 def _write_shard(shard: int) -> dict:
     """Write one shard, which holds an equal part of every source in turn, and return its counts."""
-    counts = {"documents": 0, "tokens": 0, "skipped": 0, "last": ""}
+    counts = {"documents": 0, "tokens": 0, "skipped": 0, "last": "", "unused": {}}
     with contextlib.closing(shards.open_writer(os.path.join(_folder, _file(shard, _job.shards)))) as writer:
         for config, source in zip(_job.configs, _sources):
             limit = Limit(config.spec, _job.max_skipped)
-            for document in iter(Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards)).next, None):
+            reader = Reader(source, ONCE, limit, _job.chats, share=(shard, _job.shards))
+            for document in iter(reader.next, None):
                 try:
                     ids, said = packing.encode_document(_tokenizer, document, _job.chats)
                 except UsageError as e:  # the chat template does not take it
-                    limit.skip(BadRecord(f"source {config.spec}", str(e)))
+                    reader.refuse(str(e))
                     continue
+                if "messages" in document:
+                    limit.report_unused(chat.unused(_tokenizer, document))
                 writer.write(shards.encode_record(ids, said))
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)
             counts["skipped"] += limit.skipped
+            counts["unused"] |= {config.spec: limit.unused} if limit.unused else {}
             counts["last"] = counts["last"] or str(limit.last or "")
     return counts
 

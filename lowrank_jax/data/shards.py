@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import blocks
+from lowrank_jax.data import blocks, files
 from lowrank_jax.data.blocks import BadRecord, Document, InFiles
 
 RUN = 64  # records in a block
@@ -60,9 +60,10 @@ class ArrayRecord(InFiles):
         self._reader = functools.lru_cache(RUN)(lambda path: module.ArrayRecordReader(path, READ_OPTIONS))
         location = os.path.expanduser(location)
         pattern = os.path.join(glob.escape(location), "*" + SUFFIX) if os.path.isdir(location) else location
-        paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-        if not paths:
-            raise UsageError(f"source arrayrecord:{location}: no such file; {WRITE}")
+        try:
+            paths = files.find(f"arrayrecord:{location}", pattern)
+        except UsageError as e:
+            raise UsageError(f"{e}; {WRITE}") from None
         metas = {folder: _read_meta(folder) for folder in dict.fromkeys(map(os.path.dirname, paths))}
         (self.tokenizer_sha256, self.chats), *others = {(m["tokenizer_sha256"], m["chats"]) for m in metas.values()}
         if others:
@@ -71,8 +72,11 @@ class ArrayRecord(InFiles):
             raise UsageError(f"source arrayrecord:{location}: shards are missing; write it again")
         self._counts = {path: self._count(path, metas[os.path.dirname(path)]) for path in paths}
         self.number_blocks(paths, [-(-n // RUN) for n in self._counts.values()])
-        facts = [(os.path.basename(p), os.path.getsize(p), n) for p, n in self._counts.items()]
-        self.fingerprint = blocks.fingerprint([self.tokenizer_sha256, self.chats, *facts])
+        samples = files.at_once(files.sample, paths)
+        facts = [(os.path.basename(p), size, n) for (p, n), (size, _) in zip(self._counts.items(), samples)]
+        self.old_fingerprint = blocks.fingerprint([self.tokenizer_sha256, self.chats, *facts])
+        digests = [digest for _, digest in samples]
+        self.fingerprint = blocks.fingerprint_of_files(digests, "ArrayRecord", self.tokenizer_sha256, self.chats)
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple[str, int, bytes]]:
         path, block_in_file = self.locate(block)
@@ -86,12 +90,14 @@ class ArrayRecord(InFiles):
         yield from ((path, i, raw) for i, raw in enumerate(encoded, first))
 
     def document(self, row: tuple[str, int, bytes]) -> Document:
-        path, i, raw = row
         try:
-            ids, said = decode_record(raw)
+            ids, said = decode_record(row[2])
         except ValueError as e:
-            raise BadRecord(f"{path}, record {i}", str(e)) from None
+            raise BadRecord(self.place(row), str(e)) from None
         return {"ids": ids, "said": said}
+
+    def place(self, row: tuple[str, int, bytes]) -> str:
+        return f"{row[0]}, record {row[1]}"
 
     def _count(self, path: str, meta: dict) -> int:
         with contextlib.suppress(RuntimeError, ValueError):
@@ -104,7 +110,7 @@ def _read_meta(folder: str) -> dict:
     path = os.path.join(folder, META)
     if not os.path.isfile(path):
         raise UsageError(f"{path}: no such file; {WRITE}")
-    with contextlib.suppress(ValueError, KeyError, TypeError), open(path, encoding="utf-8") as f:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError), open(path, encoding="utf-8") as f:
         meta = json.load(f)
         types = {"tokenizer_sha256": str, "chats": bool, "shards": int, "records": dict}
         if meta["format"] == FORMAT and all(isinstance(meta[key], kind) for key, kind in types.items()):

@@ -1,5 +1,7 @@
 """Opens sources, `kind:location`. For a new kind, write a class like `blocks.Source` and add it to `KINDS`."""
 
+import re
+
 from lowrank_jax.config import SourceConfig, UsageError
 from lowrank_jax.data import builtin, files, shards, tables
 from lowrank_jax.data.blocks import Source
@@ -14,10 +16,15 @@ KINDS = {
     "builtin": lambda source, location, keys: builtin.Builtin(location),
 }
 
+IN_BUCKETS = ("text", "json", "parquet")  # kinds that read gs:// and s3://
+
 
 def open_source(source: SourceConfig, chats: bool = False) -> Source:
     """Open a source, of conversations with `chats`; raises UsageError, which names it, if there is none."""
     kind, _, location = source.spec.partition(":")
     if kind not in KINDS:
         raise UsageError(f"source {source.spec}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    if kind not in IN_BUCKETS and (scheme := re.match(r"[A-Za-z][\w+.-]*:/", location)):
+        remedy = f"{kind}: does not read {scheme[0]}/ locations; copy or mount it, and name the local path"
+        raise UsageError(f"source {source.spec}: {remedy}")
     return KINDS[kind](source, location, (source.text_key, source.messages_key, chats))

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
-from lowrank_jax.data import packing, sources
+from lowrank_jax.data import chat, packing, sources
 from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.packing import Batch, Lane
-from lowrank_jax.data.reader import IGNORE, ONCE, Limit, Note, Part, Reader
+from lowrank_jax.data.reader import IGNORE, ONCE, PLENTY, Limit, Note, Part, Reader
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import interrupt
 from lowrank_jax.machine.console import ABANDONED
@@ -30,6 +30,8 @@ CHECK_READ, CHECK_ENCODED = 2000, 200  # documents of each source that `check` r
 SIGNAL_POLL_SECONDS = 5.0  # between checks for a signal while a batch is awaited
 AHEAD = 2  # batches that are placed on the device before they are used
 MIN_ROWS_PER_LANE = 8  # of every source; if one has fewer, a single lane makes the whole batch
+ROWS_TO_COUNT = 32  # for each lane: a source of so many rows may be shared by blocks, however long its rows are
+SMALL_STEP, SMALLEST_PIECE = 1 << 14, 12_288  # tokens: a lane's part of a smaller step is too little for a piece
 
 
 def open_phase(
@@ -42,27 +44,31 @@ def open_phase(
     """
     (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
-    enough = MIN_ROWS_PER_LANE * readers(p)
-    is_shared = all(source.blocks >= enough or _has_rows(source, enough) for source in all_sources)
-    count = readers(p) if is_shared else 1
+    count, is_old = readers(p), cursor is not None and not any(lane.get("piece") for lane in cursor["lanes"].values())
+    rows = [_count_rows(source, ROWS_TO_COUNT * count) for source in all_sources]
+    if min(rows) < MIN_ROWS_PER_LANE * count and not (is_old and cursor["readers"] == count):
+        count = 1
     fingerprints = [source.fingerprint for source in all_sources]
     facts = {"sources": [s.spec for s in p.sources], "fingerprints": fingerprints, "readers": count}
     if cursor is not None:
-        _check_cursor(cursor, facts, p)
+        _check_cursor(cursor, facts, all_sources, p)
     indices = range(host * count // hosts, -(-(host + 1) * count // hosts))
     cursors = {i: cursor["lanes"][str(i)] if cursor else None for i in indices}
+    by_blocks = [None if is_old else _shares_blocks(*pair, count) for pair in zip(all_sources, rows)]
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
     for i, limit in enumerate(limits if cursor else ()):
         limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in cursors.values())
     parts = [Part(_held_out_every(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
 
+    piece = max(p.tokens_per_step // count, SMALLEST_PIECE if p.tokens_per_step < SMALL_STEP else 0)
+
     def lane(index: int) -> Lane:
         own = []
         for i, (source, part, limit) in enumerate(zip(all_sources, parts, limits)):
             place = cursor and cursors[index]["readers"][i]
-            own.append(Reader(source, part, limit, chats, seed + i, (index, count), place))
+            own.append(Reader(source, part, limit, chats, seed + i, (index, count, by_blocks[i]), place))
         sha256 = hashlib.sha256(f"{data_so_far} {index}".encode()).hexdigest()
-        return Lane(own, tokenizer, chats, lambda step: mixture(p, step), cursors[index], sha256)
+        return Lane(own, tokenizer, chats, lambda step: mixture(p, step), cursors[index], sha256, piece)
 
     return Stream([lane(i) for i in indices], facts, share)
 
@@ -87,7 +93,9 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
     weights = [config.weight[0][1] or 1.0 for config, _ in own]
     shares = tuple(w / sum(weights) for w in weights)
     facts = {"sources": [config.spec for config, _ in own], "fingerprints": [], "readers": 1}
-    return Stream([Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "")], facts, (0, 1))
+    return Stream(
+        [Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "", 0)], facts, (0, 1)
+    )
 
 
 def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
@@ -96,14 +104,21 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
     Raises UsageError if there is nothing to learn from.
     """
     fingerprints = {}
+    if chats:
+        chat.check(tokenizer)
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
         limit = Limit(config.spec, p.max_skipped)
-        documents = iter(Reader(source, ONCE, limit, chats).next, None)
+        reader = Reader(source, ONCE, limit, chats)
         count, learnt = 0, False
-        for count, document in enumerate(itertools.islice(documents, CHECK_READ), 1):
-            if count <= CHECK_ENCODED and not learnt:
-                _, said = packing.encode_document(tokenizer, document, chats)
+        for document in itertools.islice(iter(reader.next, None), CHECK_READ):
+            if count < CHECK_ENCODED and not learnt:
+                try:
+                    _, said = packing.encode_document(tokenizer, document, chats)
+                except UsageError as e:  # the chat template does not take it
+                    reader.refuse(str(e))
+                    continue
                 learnt = said[1 : p.block + 1].any()
+            count += 1
         if not count:
             reason = f"; the last unusable record: {limit.last}" if limit.last else ""
             raise UsageError(f"source {config.spec}: there is no text in it{reason}")
@@ -223,35 +238,61 @@ def data_sha256(cursor: dict) -> str:
 
 
 def summary(cursor: dict) -> list[dict]:
-    """Return the counts of everything that a phase has read of each source."""
-    lanes, rows = cursor["lanes"].values(), []
+    """Return counts of each source: what the batches hold, and which records were passed over, each counted once."""
+    lanes, rows = list(cursor["lanes"].values()), []
+    counts = [packing.trained(lane) for lane in lanes]
     for i, name in enumerate(cursor["sources"]):
+        summed = {key: sum(count[key][i] for count in counts) for key in packing.TRAINED}
         # With packed conversations, a lane's own counts are those at the window's start; "drawn" has the newest.
-        counted = {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in packing.COUNTS}
+        summed |= {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in ("unanswered", "refused")}
         cursors = [lane["readers"][i] for lane in lanes]
         # A reader's "skipped" and "empty" leave out the records of its newest window; "met" counts those.
         met = {key: sum(r[key] + r["met"][k] for r in cursors) for k, key in enumerate(("skipped", "empty"))}
-        rows.append({"source": name} | counted | met | {"epochs": min(r["epoch"] for r in cursors)})
+        rows.append({"source": name} | summed | met | {"epochs": round(summed["epochs"] / len(lanes), 3)})
     return rows
 
 
-def check_sources(cursor: dict, p: PhaseConfig) -> None:
-    """Raise UsageError if a phase now names other sources than its cursor."""
+def describe(counts: dict) -> str:
+    """Return a line that says what `summary` counts of a source."""
+    shown = [f"{counts[key]:,} {key}" for key in ("documents", "tokens")] + [f"{counts['epochs']:.3g} epochs"]
+    rest = ("cut", "unanswered", "refused", "skipped", "empty")
+    return f"{counts['source']}: {', '.join(shown + [f'{counts[key]:,} {key}' for key in rest if counts[key]])}"
+
+
+def check_sources(cursor: dict, p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
+    """Raise UsageError if a phase now names sources of other contents than its cursor; names may change with files."""
+    if cursor["sources"] != [s.spec for s in p.sources]:
+        _check_contents(cursor, _open(p.sources, tokenizer, chats), p)
+
+
+def _refuse_names(cursor: dict, p: PhaseConfig) -> None:
     before, now = ", ".join(cursor["sources"]), ", ".join(s.spec for s in p.sources)
-    if before != now:
-        remedy = "put them back, or use a new --workdir"
-        raise UsageError(f"the run is reading {before}, but the config now names {now}; {remedy}")
+    remedy = "put them back, or use a new --workdir"
+    raise UsageError(f"the run is reading {before}, but the config now names {now}; {remedy}")
 
 
-def _check_cursor(cursor: dict, facts: dict, p: PhaseConfig) -> None:
-    check_sources(cursor, p)
-    for name, before, now in zip(facts["sources"], cursor["fingerprints"], facts["fingerprints"]):
-        if before != now:
-            what = "has changed since the run stopped (its files' names or sizes)"
-            raise UsageError(f"source {name} {what}; put it back, or use a new --workdir")
+def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
+    _check_contents(cursor, all_sources, p)
     if cursor["readers"] != (count := facts["readers"]):
         remedy = f"set readers={cursor['readers']} to resume it"
         raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")
+
+
+def _check_contents(cursor: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
+    if len(cursor["sources"]) != len(p.sources):
+        _refuse_names(cursor, p)
+    for spec, before, config, source in zip(cursor["sources"], cursor["fingerprints"], p.sources, all_sources):
+        is_old = spec == config.spec and before == getattr(source, "old_fingerprint", None)  # names and sizes alone
+        if before == source.fingerprint or is_old:
+            continue
+        if before.split("/")[1:] == source.fingerprint.split("/")[1:] != []:
+            what = "has the same files, but their names now sort in another order; rename them to sort as before"
+        elif spec != config.spec:
+            _refuse_names(cursor, p)
+        else:
+            facts_compared = "contents" if "/" in before else "names or sizes"
+            what = f"has changed since the run stopped (its files' {facts_compared}); put it back"
+        raise UsageError(f"source {config.spec} {what}, or use a new --workdir")
 
 
 def _open(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool) -> list[Source]:
@@ -266,19 +307,26 @@ def _open(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool) ->
     return all_sources
 
 
-def _rows(source: Source) -> Iterator:
+def _places(source: Source) -> Iterator[tuple[int, int]]:
+    """Yield the block and number of every row that can be read."""
     for block in range(source.blocks):
         with contextlib.suppress(BadRecord):
-            yield from source.rows(block)
+            yield from ((block, row) for row, _ in enumerate(source.rows(block)))
 
 
-def _has_rows(source: Source, count: int) -> bool:
-    return len(list(itertools.islice(_rows(source), count))) == count
+def _count_rows(source: Source, most: int) -> int:
+    return sum(1 for _ in itertools.islice(_places(source), most))
+
+
+def _shares_blocks(source: Source, rows: int, count: int) -> bool:
+    """Return whether lanes share a source by its blocks: if there are plenty, and few of them are without a row."""
+    return source.blocks >= PLENTY * count and rows >= min(7 * source.blocks // 8, ROWS_TO_COUNT * count)
 
 
 def _held_out_every(source: Source, fraction: float) -> int:
     """Return n if every n-th row is held out, or 0 if none is.
 
-    Row 0 would be held out first, so a source of one row holds out none.
+    A source of one row, or of few that lie where the rows to hold out do, would have none left to train on.
     """
-    return round(1 / fraction) if fraction and _has_rows(source, 2) else 0
+    period = round(1 / fraction) if fraction else 0
+    return period if period and any((block + row) % period for block, row in _places(source)) else 0

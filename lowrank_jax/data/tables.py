@@ -5,16 +5,16 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, files, records
 from lowrank_jax.data.blocks import BadRecord, Document, InFiles, Source, may_pass, one_line
+from lowrank_jax.machine.console import say
 
 RUN = 64  # records of TFDS in a block, and rows of Parquet that are decoded together
 PARQUET_BUFFER = 1 << 20  # bytes of a column that are read at once, instead of a whole row group of it
-OPENERS = 16  # threads that read the footers of many files
+FOOTERS = 16  # footers that are kept
 FEW_SHARDS = 256  # a dataset with fewer Hugging Face shards is split further: that costs a request for each
 
 
@@ -22,21 +22,26 @@ class Parquet(InFiles):
     """Parquet files; a block is a row group, of which only the columns that matter are read."""
 
     def __init__(self, paths: Sequence[str], text_key: str, messages_key: str, chats: bool):
-        with ThreadPoolExecutor(OPENERS) as pool:
-            facts = list(pool.map(_parquet_facts, paths))
         self._keys, self._columns = (text_key, messages_key, chats), records.roots(text_key, messages_key)
-        self.number_blocks(paths, [groups for _, groups, _ in facts])
-        self.fingerprint = blocks.fingerprint([(os.path.basename(p), *f) for p, f in zip(paths, facts)])
-        self._footer = functools.lru_cache(OPENERS)(_parquet_footer)
+        facts = files.at_once(lambda path: _parquet_facts(path, self._columns), paths)
+        self.number_blocks(paths, [groups for _, _, groups, _ in facts])
+        self.fingerprint = blocks.fingerprint_of_files([digest for digest, *_ in facts], "Parquet")
+        self.old_fingerprint = blocks.fingerprint([(os.path.basename(p), *f) for p, (_, *f) in zip(paths, facts)])
+        self._footer = functools.lru_cache(FOOTERS)(_parquet_footer)
 
     def document(self, row: tuple) -> Document:
         path, group, number, batch, i = row
-        where = f"{path}, row group {group}, row {number}"
+        where = self.place(row)
         try:
             record = {name: batch.column(name)[i].as_py() for name in batch.schema.names}
-        except ValueError as e:  # a string column may hold any bytes
-            raise BadRecord(where, f"not UTF-8 text: {e}") from None
+        except Exception as e:  # a string may hold any bytes, and a date any year
+            reason = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else "not readable"
+            raise BadRecord(where, f"{reason}: {one_line(e)}") from None
         return records.document(record, *self._keys, where, self._footer(path).schema.to_arrow_schema().names)
+
+    def place(self, row: tuple) -> str:
+        path, group, number, *_ = row
+        return f"{path}, row group {group}, row {number}"
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple]:
         import pyarrow.parquet
@@ -52,7 +57,7 @@ class Parquet(InFiles):
                     for i in range(max(0, start - first), batch.num_rows):
                         yield path, group, first + i, batch, i
                     first += batch.num_rows
-        except (pyarrow.ArrowException, OSError) as e:
+        except Exception as e:  # damage may raise anything
             if may_pass(e):
                 raise
             raise BadRecord(f"{path}, row group {group} from row {first}", f"damaged: {one_line(e)}") from None
@@ -65,21 +70,29 @@ def _parquet_footer(path: str):
         return pyarrow.parquet.read_metadata(f)
 
 
-def _parquet_facts(path: str) -> tuple[int, int, int]:
-    """Return a file's size in bytes, and its numbers of row groups and rows."""
-    import pyarrow
-
+def _parquet_facts(path: str, columns: Container[str]) -> tuple[str, int, int, int]:
+    """Return a file's digest, its size in bytes, and its numbers of row groups and rows."""
+    n, digest = files.sample(path)
     try:
         footer = _parquet_footer(path)
-        return files.size(path), footer.num_row_groups, footer.num_rows
-    except (pyarrow.ArrowException, OSError) as e:
+        names = [name for name in footer.schema.to_arrow_schema().names if name in columns]
+    except Exception as e:  # damage may raise anything
         if may_pass(e):
             raise
         raise UsageError(f"{path} is not a Parquet file, or damaged: {one_line(e)}") from None
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{path} has more than one column {doubles[0]!r}; rename all but one")
+    return digest, n, footer.num_row_groups, footer.num_rows
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}  # builders of `datasets`
 FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
+CARDS = ("README.md", ".huggingface.yaml")  # files in a folder that `datasets` reads as YAML
+# As in huggingface_hub, whose import is slow
+FRONT_MATTER = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\n|$))")
+LARGEST_CARD, LARGEST_YAML, DEEPEST_YAML = 1 << 20, 256 << 10, 50
+METADATA = {"dataset_infos.json", "dataset_info.json", "state.json"}
+SHOWN = 3  # names in a message
 NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "huggingface_hub", "fsspec"}
 
 
@@ -99,38 +112,37 @@ class HuggingFace:
     The library's saved states are exact to a table only, so every read starts at the shard and skips to its row.
     """
 
-    def __init__(self, name: str, config: str, split: str, text_key: str, messages_key: str, chats: bool):
-        datasets = blocks.import_package("datasets", "datasets")
-        import huggingface_hub
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
+    def __init__(self, name: str, config: str, split: str, text_key: str, messages_key: str, chats: bool, builder=None):
         self._name, self._keys = name, (text_key, messages_key, chats)
-        path = os.path.expanduser(name)
-        self._local = os.path.exists(path)
+        self._local = os.path.exists(os.path.expanduser(name))
+        builder = builder or _hf_builder(name, config)
         with _opening(f"hf:{name}"):
-            builder = _hf_builder(datasets, path if self._local else name, config)
             if hasattr(builder.config, "batch_size"):
                 builder.config.batch_size = RUN  # otherwise Parquet keeps a whole row group in memory
             splits = builder.as_streaming_dataset()
-            if split not in splits:
-                raise UsageError(f"source hf:{name}: there is no split {split!r} in it; it has {', '.join(splits)}")
+            _check_split(name, split, splits)
             data = splits[split]
             if data.num_shards < FEW_SHARDS:
                 data = data.reshard()
             self._names = data.column_names
             columns = [n for n in self._names or () if n in records.roots(text_key, messages_key)]
             self._data = data.select_columns(columns) if columns else data  # images in the others are not decoded
-            self.format = type(builder).__module__.rsplit(".", 1)[-1]
-            self.paths = list(map(str, (builder.config.data_files or {}).get(split, [])))
-            facts = files.fingerprint(self.paths) if self.paths else builder.hash
+            paths = _hf_files(builder).get(split, [])
+            if self._local:
+                _check_encodings(paths, _hf_format(builder))
+            samples = files.at_once(files.sample, paths)
         self.blocks = self._data.num_shards
-        self.fingerprint = blocks.fingerprint([config, split, self.blocks, facts])
+        names_facts = blocks.fingerprint([(os.path.basename(path), n) for path, (n, _) in zip(paths, samples)])
+        self.old_fingerprint = blocks.fingerprint([config, split, self.blocks, names_facts if paths else builder.hash])
+        facts = (_hf_format(builder), config, split, self.blocks)
+        self.fingerprint = blocks.fingerprint_of_files([digest for _, digest in samples] or [builder.hash], *facts)
 
     def document(self, row: tuple[int, int, dict]) -> Document:
-        block, number, record = row
-        return records.document(record, *self._keys, f"hf:{self._name}, shard {block}, row {number}", self._names)
+        return records.document(row[2], *self._keys, self.place(row), self._names)
+
+    def place(self, row: tuple[int, int, dict]) -> str:
+        block, number, _ = row
+        return f"hf:{self._name}, shard {block}, row {number}"
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple[int, int, dict]]:
         number = start
@@ -153,23 +165,111 @@ def hugging_face(name: str, config: str, split: str, text_key: str, messages_key
 
     `datasets` reads a shard from its start: row 1 behind 4 GB of JSON lines takes as long as reading 4 GB.
     """
-    keys = (text_key, messages_key, chats)
-    streamed = HuggingFace(name, config, split, *keys)
-    direct = {"json": files.JsonFiles, "parquet": Parquet}.get(streamed.format)
-    return direct(streamed.paths, *keys) if direct and streamed.paths else streamed
+    keys, builder = (text_key, messages_key, chats), _hf_builder(name, config)
+    direct = {"json": files.JsonFiles, "parquet": Parquet}.get(_hf_format(builder))
+    if direct is None or not (paths := _hf_files(builder)):
+        return HuggingFace(name, config, split, *keys, builder)
+    _check_split(name, split, paths)
+    return direct(paths[split], *keys)
 
 
-def _hf_builder(datasets, path: str, config: str):
-    if os.path.isfile(path):
-        stem, suffix = os.path.splitext(path)
-        suffix = os.path.splitext(stem)[1] if suffix in files.COMPRESSED else suffix
-        if suffix not in FORMATS:
-            raise UsageError(f"source hf:{path}: {suffix or 'no suffix'} is not one of {', '.join(FORMATS)}")
-        options = {"sep": "\t"} if suffix == ".tsv" else {}
-        return datasets.load_dataset_builder(FORMATS[suffix], data_files={"train": path}, **options)
-    if "://" not in path and path.startswith((".", "/")) and not os.path.isdir(path):
-        raise UsageError(f"source hf:{path}: no such file or folder")
-    return datasets.load_dataset_builder(path, config or None)
+def _hf_builder(name: str, config: str):
+    """Return the builder of `datasets` for a name on the hub, a folder or one file; raises UsageError."""
+    path = os.path.expanduser(name)
+    if os.path.lexists(path) and (kind := files.kind_of(path)) not in ("a file", "a folder"):
+        raise UsageError(f"source hf:{name}: it is {kind}")
+    if path.startswith((".", "/")) and not os.path.lexists(path):
+        raise UsageError(f"source hf:{name}: no such file or folder")
+    for card in CARDS:
+        _check_card(os.path.join(path, card))
+    datasets = blocks.import_package("datasets", "datasets")
+    import huggingface_hub
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity(huggingface_hub.logging.CRITICAL)
+    with _opening(f"hf:{name}"):
+        if os.path.isfile(path):
+            if (suffix := _suffix(path)) not in FORMATS:
+                raise UsageError(f"source hf:{name}: {suffix or 'no suffix'} is not one of {', '.join(FORMATS)}")
+            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            return datasets.load_dataset_builder(FORMATS[suffix], data_files={"train": path}, **options)
+        if not os.path.isdir(path):
+            return datasets.load_dataset_builder(name, config or None)
+        builder = datasets.load_dataset_builder(path, config or None)
+        _tell_left_out(
+            path, _hf_format(builder), [file for of_split in _hf_files(builder).values() for file in of_split]
+        )
+        return builder
+
+
+def _hf_format(builder) -> str:
+    return type(builder).__module__.rsplit(".", 1)[-1]
+
+
+def _hf_files(builder) -> dict[str, list[str]]:
+    return {split: list(map(str, paths)) for split, paths in (builder.config.data_files or {}).items()}
+
+
+def _check_split(name: str, split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
+        raise UsageError(f"source hf:{name}: there is no split {split!r} in it; it has {', '.join(splits)}")
+
+
+def _check_card(path: str) -> None:
+    """Raise UsageError for a dataset's card whose YAML is too large, or grows when it is read, as aliases can."""
+    import yaml
+
+    if not os.path.lexists(path):
+        return
+    if (kind := files.kind_of(path)) != "a file":
+        raise UsageError(f"{path} is {kind}, and not a dataset's card")
+    with open(path, encoding="utf-8", errors="replace") as f:
+        text = f.read(LARGEST_CARD)
+    block, match = text, FRONT_MATTER.search(text)
+    if path.endswith(".md") and (match or len(text) < LARGEST_CARD):
+        block = match[2] if match else ""
+    depth = 0
+    try:
+        for event in yaml.parse(block[: LARGEST_YAML + 1], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEEPEST_YAML or len(block) > LARGEST_YAML:
+                limits = f"{LARGEST_YAML >> 10} KiB, {DEEPEST_YAML} levels and no aliases"
+                raise UsageError(f"{path}: its YAML may have {limits}; name the data files instead of their folder")
+    except yaml.YAMLError as e:
+        raise UsageError(f"{path} has YAML that cannot be read: {one_line(e)}") from None
+
+
+def _check_encodings(paths: Sequence[str], kind: str) -> None:
+    """Raise UsageError for a local file that `datasets` would read as text in UTF-8 although it is not."""
+    for path in paths if kind in ("csv", "text") else ():
+        with contextlib.suppress(BadRecord):  # damage, which reading reports
+            if (encoding := files.encoding(path)) != "utf-8":
+                remedy = f"for example with `iconv -f {encoding} -t utf-8 {path} > NEW`"
+                raise UsageError(f"{path} is in {encoding}, and {kind} files must be in utf-8; convert it, {remedy}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    say(line)
+
+
+def _tell_left_out(folder: str, kind: str, used: Sequence[str]) -> None:
+    """Say which data files of a folder belong to no split: those of another format, or without a split's name."""
+    known = {os.path.realpath(path) for path in used}
+    below = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name not in METADATA)
+    unused = sorted(path for path in below if _suffix(path) in FORMATS and os.path.realpath(path) not in known)
+    if unused:
+        shown = ", ".join(os.path.relpath(path, folder) for path in unused[:SHOWN])
+        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+        what = f"{len(known)} files are read, as {kind}; left out: {shown}{more}"
+        _say_once(blocks.printable(f"source hf:{folder}: {what}; name those as sources of their own to read them"))
+
+
+def _suffix(path: str) -> str:
+    """Return a file's suffix, without that of a compression."""
+    stem, suffix = os.path.splitext(path)
+    return os.path.splitext(stem)[1] if suffix in files.COMPRESSED else suffix
 
 
 def _is_network_error(e: Exception) -> bool:
@@ -199,8 +299,11 @@ class TFDS:
     def rows(self, block: int, start: int = 0) -> Iterator[int]:
         return iter(range(min(block * RUN + start, self._count), min((block + 1) * RUN, self._count)))
 
+    def place(self, row: int) -> str:
+        return f"tfds:{self._name}, record {row}"
+
     def document(self, row: int) -> Document:
-        where = f"tfds:{self._name}, record {row}"
+        where = self.place(row)
         try:
             record = self._data[row]
         except OSError:

@@ -5,20 +5,28 @@ line feed, so it encodes line by line: the same ids, faster than as one string. 
 space, is encoded as three UTF-8 bytes.
 """
 
+import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import pathlib
 import re
+import tempfile
+import threading
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.data import probes
+from lowrank_jax.data.blocks import one_line
+from lowrank_jax.machine import storage
+from lowrank_jax.machine.console import say
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -31,7 +39,7 @@ JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", 
 # tag that ends it. Jinja trims the first line feed after a block tag, so a blank line ends the turn.
 CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
 LEARNING = tomllib.loads(pathlib.Path(__file__).with_name("sentencepiece.toml").read_text("utf-8"))
-PROBE = "  Two spaces,\n\n\ta tab,\r\nand \u00e9\u6f22\U0001f600. "  # text that other models tend to lose
+MOST_PIECES = 1 << 22  # the largest public vocabulary has 262,144
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
 FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, line feed, ASCII, space
@@ -45,8 +53,9 @@ class Tokenizer:
     eos: int
     names: dict[str, str]  # bos_token, eos_token, ...: the symbols' names in chat templates
     specials: dict[str, int]  # id of every control symbol by its name
+    added: dict[int, str] = {}  # pieces for text that a file adds to its model, by id
     chat_template: str
-    sha256: str  # differs between tokenizers that differ
+    sha256: str  # differs between tokenizers whose ids differ
     files: dict[str, bytes]  # by name, what `load` needs to return the same tokenizer
 
     def encode(self, text: str) -> list[int]:
@@ -61,7 +70,12 @@ class Tokenizer:
     def save(self, folder: str) -> None:
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
-            pathlib.Path(folder, name).write_bytes(content)
+            storage.replace(os.path.join(folder, name), content)
+
+    @functools.cached_property
+    def files_sha256(self) -> str:
+        """Return a hash of everything that decides ids and rendered chats; after `save`, `folder_sha256` returns it."""
+        return _files_sha256(self.files)
 
     def special(self, piece: str) -> int:
         """Return the id of a control symbol; raises UsageError if the tokenizer has none of that name."""
@@ -121,6 +135,13 @@ class HuggingFace(Tokenizer):
         facts = json.loads(text)
         for token in facts.get("added_tokens", []):  # they would swallow the white space around them
             token |= {"lstrip": False, "rstrip": False}
+        if "dropout" in facts.get("model", {}):  # it would give a text other ids each time
+            facts["model"]["dropout"] = None
+        if (prefix := facts["model"].get("continuing_subword_prefix")) and not all(
+            (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix)
+            for merge in facts["model"].get("merges", [])
+        ):  # `tokenizers` would panic, and perhaps abort
+            raise UsageError(f"a merge of {JSON_FILE} lacks the continuing_subword_prefix")
         self._tok = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
         self._tok.no_truncation()
         self._tok.no_padding()
@@ -130,8 +151,15 @@ class HuggingFace(Tokenizer):
             self._tok.add_special_tokens(tags)
         added = self._tok.get_added_tokens_decoder()
         self.specials = {token.content: i for i, token in added.items() if token.special}
-        self._plain = {i: token.content for i, token in added.items() if not token.special}
-        self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values()) + 1
+        self.added = {i: token.content for i, token in added.items() if not token.special}
+        ids = self._tok.get_vocab(with_added_tokens=True).values()
+        if len(set(ids)) < len(ids):
+            raise UsageError(f"two pieces of {JSON_FILE} have the same id")
+        self.vocab_size = max(ids) + 1
+        if self.vocab_size > MOST_PIECES:
+            raise UsageError(
+                f"{JSON_FILE} has an id of {self.vocab_size - 1:,}, and at most {MOST_PIECES:,} are allowed"
+            )
         named = {key: value for key, value in config.items() if key.endswith("_token") and value}
         named = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
         self.names = {key: value for key, value in named.items() if value in self.specials}
@@ -149,7 +177,12 @@ class HuggingFace(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self._tok.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tok.encode(text, add_special_tokens=False).ids
+        except BaseException as e:  # such as a piece for unknown characters that the model lacks
+            if not _is_failure(e):
+                raise
+            raise UsageError(f"the tokenizer cannot encode a text: {one_line(e)}") from None
         if self._special_ids.isdisjoint(ids):
             return ids
         # The symbols' names are pieces of the model, as Unigram allows: cut the text so that no part has a whole name.
@@ -164,7 +197,7 @@ class HuggingFace(Tokenizer):
         in_bytes = '"ByteLevel"' in json.dumps(json.loads(self.json)["decoder"])  # a character of a piece is a byte
         lengths = np.zeros(self.vocab_size, np.int32)
         for piece, i in self._tok.get_vocab(with_added_tokens=True).items():
-            if i in self._plain or not in_bytes:
+            if i in self.added or not in_bytes:
                 is_byte = re.fullmatch("<0x[0-9A-F]{2}>", piece)
                 lengths[i] = 1 if is_byte else len(piece.replace(SPACE_MARK, " ").encode())
             else:
@@ -173,22 +206,84 @@ class HuggingFace(Tokenizer):
         return lengths
 
 
+def folder_sha256(folder: str) -> str:
+    """Return a hash of a tokenizer's files in a folder, without loading them; the folder's name is not part of it."""
+    names = (MODEL_FILE, JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE)
+    paths = [path for name in names if (path := pathlib.Path(folder, name)).is_file()]
+    return _files_sha256({path.name: path.read_bytes() for path in paths})
+
+
+def _files_sha256(files: dict[str, bytes]) -> str:
+    hashes = [(name, hashlib.sha256(content).hexdigest()) for name, content in sorted(files.items())]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
 def load(path: str) -> Tokenizer:
     """Load a folder that `save` wrote, a SentencePiece model, a tokenizer.json or its folder, or a name on the hub.
 
     Raises UsageError if none exists, or if its ids do not decode to the same text.
     """
     try:
-        tokenizer = _load(path)
+        tokenizer, change, composed = storage.again(lambda: _probed(path))
     except FileNotFoundError:
         raise UsageError(f"tokenizer {path}: no such file") from None
     except UsageError as e:
         raise UsageError(f"tokenizer {path}: {e}") from None
-    except Exception:  # `tokenizers` raises no type of its own
+    except OSError as e:
+        failure = OSError if storage.is_transient(e) else UsageError
+        raise failure(f"tokenizer {path}: cannot be read: {e.strerror or one_line(e)}") from e
+    except BaseException as e:
+        if not _is_failure(e):
+            raise
         raise UsageError(f"tokenizer {path}: not a {JSON_FILE if _is_json(path) else 'SentencePiece model'}") from None
-    if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (PROBE, PROBE.lstrip())):
-        raise UsageError(f"tokenizer {path}: its ids do not decode to the same text; {LEARN}")
+    if change:
+        raise UsageError(f"tokenizer {path}: its ids do not decode to the same text: {change}; {LEARN}")
+    if composed:
+        say(f"tokenizer {path} composes characters: {composed}, which Unicode calls equivalent")
     return tokenizer
+
+
+def _probed(path: str) -> tuple[Tokenizer, str, str]:
+    """Return a tokenizer, where it changes a text, and where it composes characters."""
+    with _without_panics():
+        tokenizer = _load(path)
+        tokenizer.byte_lengths()
+        change = probes.change(tokenizer, [*probes.TEXTS, *probes.names(tokenizer)])
+        change = change or probes.change(tokenizer, probes.EQUIVALENT, probes.composed)
+        return tokenizer, change, probes.change(tokenizer, probes.EQUIVALENT)
+
+
+def _is_failure(e: BaseException) -> bool:
+    """Return whether `tokenizers` raised this: it has no type of its own, and its panics are no Exception."""
+    return isinstance(e, Exception) or type(e).__name__ == "PanicException"
+
+
+_stderr = threading.Lock()  # of two that replaced it at once, one would put back the other's file
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Keep back what is written to stderr, and drop it if a library panics: that writes a page before it raises."""
+    with _stderr:
+        try:
+            kept, stderr = tempfile.TemporaryFile(), os.dup(2)
+        except OSError:  # there is no room for a file, or stderr is closed
+            yield
+            return
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException as e:
+            if type(e).__name__ == "PanicException":
+                kept.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            kept.seek(0)
+            with contextlib.suppress(OSError):
+                os.write(2, kept.read())
+            kept.close()
 
 
 def _load(path: str) -> Tokenizer:
@@ -199,19 +294,38 @@ def _load(path: str) -> Tokenizer:
     file = pathlib.Path(path, JSON_FILE if is_json else MODEL_FILE) if is_folder else pathlib.Path(path)
     content = file.read_bytes()
     beside = (file.with_name(name) for name in (TEMPLATE_FILE, NAMES_FILE, CONFIG_FILE))
-    texts = {other.name: other.read_text("utf-8") for other in beside if other.is_file()}
+    texts = {other.name: _text(other) for other in beside if other.is_file()}
     template = texts.get(TEMPLATE_FILE)
     if not is_json:
         tokenizer = SentencePiece(content, template if template and is_folder else CHATML)
         for tag in (TURN_START, TURN_END) if tokenizer.chat_template == CHATML else ():
             tokenizer.special(tag)
         return tokenizer
-    config = json.loads(texts.get(NAMES_FILE) or "{}") | json.loads(texts.get(CONFIG_FILE) or "{}")
+    config = _object(texts, NAMES_FILE) | _object(texts, CONFIG_FILE)
     inside = config.get("chat_template")
     if isinstance(inside, list):  # several, by name
         first = inside[0] if inside else {"template": None}
         inside = next((t for t in inside if t.get("name") == "default"), first)["template"]
+    if not isinstance(inside, str | None):
+        raise UsageError(f"{CONFIG_FILE} has a chat_template that is no text")
     return HuggingFace(content.decode("utf-8"), config, template or inside)
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path.name} is not UTF-8 text at byte {e.start}") from None
+
+
+def _object(texts: dict[str, str], name: str) -> dict:
+    try:
+        value = json.loads(texts.get(name) or "{}")
+    except (ValueError, RecursionError) as e:
+        raise UsageError(f"{name} is not JSON: {one_line(e)}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{name} must hold a JSON object")
+    return value
 
 
 def _is_json(path: str) -> bool:
@@ -263,5 +377,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if mistakes:
             raise mistakes[0] from None
         reason = str(e).rsplit("] ", 1)[-1].strip() or "there is no text in them"
+        if (most := re.search(r"value <= (\d+)", reason)) and int(most[1]) <= FIXED_PIECES:
+            reason = "there is too little text in them"
         raise UsageError(f"tokenizer.vocab_size={vocab_size} cannot be learnt from these sources: {reason}") from None
     return SentencePiece(model.getvalue())

@@ -30,9 +30,9 @@ OPTIONS = {"hf": (), "torch": (), "onnx": ("quant",), "gguf": ("attn", "quant")}
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="the run")
+    parser.add_path("--workdir", required=True, help="the run")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, help="the new folder")
+    parser.add_path("--out", required=True, help="the new folder")
     parser.add_argument("--attn", choices=gguf.FORMS, help="gguf: merged projections or latents (default dense)")
     types = f"gguf: {', '.join(gguf.TYPES)}; onnx: {', '.join(onnx.TYPES)}"
     parser.add_argument("--quant", metavar="KIND", help=f"type of the matrices (default f32); {types}")

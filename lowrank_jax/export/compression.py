@@ -17,6 +17,7 @@ from lowrank_jax.config import ModelConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.export import import_weights
 from lowrank_jax.machine import sharding
+from lowrank_jax.machine.console import show
 from lowrank_jax.model import network
 from lowrank_jax.training import evaluation, run_folder
 from lowrank_jax.training.trained import Trained, open_run
@@ -74,12 +75,21 @@ def activations(c: ModelConfig, params: dict, batches: list[stream.Batch]) -> It
         block, sums = jax.tree.map(lambda w, i=i: np.asarray(w[i]), params["blocks"]), {}
         matmul = _recording(c, block, sums)
         xs = [network.block(c, block, x, batch["segments"], matmul) for x, batch in zip(xs, batches)]
+        require_finite({f"{name} in layer {i}": moments for name, moments in sums.items()})
         yield block, sums
+
+
+def require_finite(moments: dict[str, np.ndarray]) -> None:
+    """Raise UsageError where a matrix gets inputs, of these second moments by its name, that fp32 cannot hold."""
+    for name, moments_II in moments.items():
+        if not np.isfinite(moments_II).all():
+            raise UsageError(f"--from: the inputs of {name} are not finite; its weights are damaged or too large")
 
 
 def _recording(c: ModelConfig, block: dict, sums: dict) -> Callable:
     """Return a product of an input and a matrix of the block that adds second moments to `sums`."""
     matrices = {name: block[group][name]["kernel"] for group, name in NAMES if "kernel" in block[group][name]}
+    calls = dict.fromkeys(matrices, 0)
 
     def add(name: str, x: jax.Array) -> None:
         x_NI = x.reshape(-1, *x.shape[2:])
@@ -88,8 +98,10 @@ def _recording(c: ModelConfig, block: dict, sums: dict) -> Callable:
 
     def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
         y = x @ w
-        name = next((name for name, kernel in matrices.items() if np.array_equal(kernel, w)), None)
+        same = [name for name, kernel in matrices.items() if np.array_equal(kernel, w)]
+        name = min(same, key=calls.get, default=None)  # matrices with equal values come in their order
         if name:
+            calls[name] += 1
             add(name, x)
         if name in ("q", "k"):
             add("queries" if name == "q" else "keys", y.reshape(*y.shape[:-1], c.heads, c.head_dim))
@@ -136,10 +148,12 @@ def measure(dense: Trained, config: RunConfig, params: dict, held_out: list[stre
 
 def report(rows: list[dict], before: float, after: float, ending: str = "") -> dict:
     """Print and return relative errors, with a row per layer, and bits per byte."""
-    print("layer " + "".join(f"{name:>8}" for name in rows[0]))
+    if not np.isfinite([before, after]).all():
+        raise UsageError("--from: the loss on the text is not finite; the weights are damaged or too large")
+    show("layer " + "".join(f"{name:>8}" for name in rows[0]))
     for i, row in enumerate(rows):
-        print(f"{i:5d} " + "".join(f"{value:8.3f}" for value in row.values()))
-    print(f"bits per byte {before:.4f} -> {after:.4f}{ending}", flush=True)
+        show(f"{i:5d} " + "".join(f"{value:8.3f}" for value in row.values()))
+    show(f"bits per byte {before:.4f} -> {after:.4f}{ending}")
     return {"errors": rows, "bits_per_byte_before": before, "bits_per_byte_after": after}
 
 
@@ -153,15 +167,16 @@ def open_dense(source: str) -> Trained:
 
 def texts(dense: Trained, data: str, tokens: int) -> tuple[list[stream.Batch], list[stream.Batch]]:
     """Return (batches to calibrate with, held-out batches to measure on) with rows of the longest trained length."""
-    p, tok, seed = dataclasses.replace(dense.config.pretrain, readers=1), dense.tokenizer, dense.config.seed
+    (phase, p), tok, seed = next(iter(dense.config.phases.items())), dense.tokenizer, dense.config.seed
+    p, chats = dataclasses.replace(p, readers=1), phase == "sft" and not data
     if data:
         p = dataclasses.replace(p, sources=read_sources(data, "--data"), eval_fraction=max(p.eval_fraction, HELD_OUT))
     length = min(p.lengths[-1], tokens)
     rows = max(1, min(BATCH_TOKENS, tokens) // length)
-    training = stream.open_phase(p, tok, seed, False)
+    training = stream.open_phase(p, tok, seed, chats)
     text = [training.next(rows, length) for _ in range(-(-tokens // (rows * length)))]
     training.close()
-    held_out = evaluation.batches_of(stream.open_held_out(p, tok, seed, chats=False), length, p.eval_tokens)
+    held_out = evaluation.batches_of(stream.open_held_out(p, tok, seed, chats), length, p.eval_tokens)
     if not held_out:
         raise UsageError(f"the held-out part of the text has no row of {length} tokens; name a longer text with --data")
     return text, held_out
@@ -172,7 +187,7 @@ def read_split(text: str) -> tuple[float, ...]:
         split = tuple(float(share) for share in text.split(","))
     except ValueError:
         split = ()
-    if len(split) != 4 or min(split) <= 0:
+    if len(split) != 4 or not all(0 < share < 1e9 for share in split):  # neither NaN nor infinite
         raise UsageError(f"--rank_split={text} must be four shares above 0 for q,k,v,o, such as 1,1,3,3")
     return split
 

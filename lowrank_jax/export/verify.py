@@ -13,7 +13,8 @@ from scipy.special import log_softmax
 
 from lowrank_jax.config import ModelConfig, RunConfig, RunFailure, UsageError, read_sources
 from lowrank_jax.data import chat, stream
-from lowrank_jax.data.tokenizer import PROBE, Tokenizer
+from lowrank_jax.data.probes import PROBE
+from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.model import network
 from lowrank_jax.training import evaluation, plan
 from lowrank_jax.training.trained import Trained
@@ -179,12 +180,13 @@ def describe(measured: dict) -> str:
 
 def _rows(trained: Trained, tokens: int) -> tuple[list[dict], str]:
     """Return rows {tokens, targets, weights} of at most `tokens` tokens in total, and the name of their text."""
-    p = dataclasses.replace(trained.config.pretrain, eval_tokens=tokens)
+    phase, p = next(iter(trained.config.phases.items()))
+    p = dataclasses.replace(p, eval_tokens=tokens)
     longest = length = min(p.lengths[-1], tokens)
     batches = []
     while length > 1 and not batches:
         try:
-            documents = stream.open_held_out(p, trained.tokenizer, trained.config.seed, chats=False)
+            documents = stream.open_held_out(p, trained.tokenizer, trained.config.seed, chats=phase == "sft")
             batches = evaluation.batches_of(documents, length, tokens)
         except (UsageError, OSError):  # moved files, or a hub out of reach
             break

@@ -5,11 +5,11 @@ import math
 import jax
 import numpy as np
 
-from lowrank_jax.config import ModelConfig, UsageError
+from lowrank_jax.config import ModelConfig, UsageError, shown
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine.sharding import path_name
-from lowrank_jax.model import network
+from lowrank_jax.model import costs, network
 from lowrank_jax.training.run_folder import LATER
 
 FILE, TYPE = "model.safetensors", "lowrank_alibi"
@@ -34,6 +34,7 @@ SIZES = {  # key of config.json: attribute of ModelConfig
     "embed_rank": "embed_rank",
     "tie_word_embeddings": "tied",
 }
+LARGEST = 2**31 - 1  # of a size
 RANKS = ("rank_q", "rank_k", "rank_v", "rank_o")
 # Settings that every format honours or refuses by name, by SIZES, RANKS and `hidden`.
 EXPORTED = {*SIZES.values(), "mlp", "rank", "rank_split"} - {"hidden"}
@@ -56,17 +57,22 @@ def tensors(params: dict) -> dict[str, np.ndarray]:
 
 def params(c: ModelConfig, state: dict[str, np.ndarray]) -> dict:
     """Return the parameters whose `tensors` are `state`, PREFIX or not; raises UsageError where it does not fit `c`."""
-    left = {name if name.startswith((PREFIX, "lm_head")) else PREFIX + name: w for name, w in state.items()}
+    left = {}
+    for name, w in state.items():
+        name = name if name.startswith((PREFIX, "lm_head")) else PREFIX + name
+        if name in left:
+            raise UsageError(f"{shown(name)} is among the weights twice, with and without {PREFIX}")
+        left[name] = w
 
     def leaf(path, x) -> np.ndarray:
-        stacked = np.empty(x.shape, np.float32)
-        for name, view in _views(path, stacked).items():
+        for name, view in _views(path, np.broadcast_to(np.float32(0), x.shape)).items():
             if name not in left:
                 raise UsageError(f"the weights have no {name}")
-            w = left.pop(name)
-            if w.shape != view.shape:
-                raise UsageError(f"{name} is {list(w.shape)}, but config.json asks for {list(view.shape)}")
-            view[...] = w
+            if left[name].shape != view.shape:
+                raise UsageError(f"{name} is {list(left[name].shape)}, but config.json asks for {list(view.shape)}")
+        stacked = np.empty(x.shape, np.float32)
+        for name, view in _views(path, stacked).items():
+            view[...] = left.pop(name)
         return stacked
 
     tree = jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(lambda: network.init(c, jax.random.key(0))))
@@ -74,7 +80,7 @@ def params(c: ModelConfig, state: dict[str, np.ndarray]) -> dict:
         if not np.array_equal(left.pop("lm_head.weight"), tree["embed"]["table"]):
             raise UsageError("lm_head.weight is not the embedding, but config.json has tie_word_embeddings")
     if left:
-        raise UsageError(f"the weights have {min(left)}, which the model of config.json does not have")
+        raise UsageError(f"the weights have {shown(min(left))}, which the model of config.json does not have")
     return tree
 
 
@@ -107,15 +113,17 @@ def token_ids(tokenizer: Tokenizer) -> dict:
 def model_keys(values: dict) -> dict:
     """Return the keys of config.model for the sizes in a config.json; raises UsageError for another architecture."""
     if values.get("model_type") != TYPE:
-        raise UsageError(f"config.json has model_type={values.get('model_type')!r}; only {TYPE} can be imported")
+        raise UsageError(f"config.json has model_type={shown(values.get('model_type'))}; only {TYPE} can be imported")
     values = {"tie_word_embeddings": True} | values  # transformers does not save this default
     for key in (*SIZES, *RANKS, "rms_norm_eps"):
         if key not in values:
             raise UsageError(f"config.json has no {key}")
-        if key != "rms_norm_eps" and (not isinstance(values[key], int) or values[key] < 0):
-            raise UsageError(f"config.json has {key}={values[key]!r}; expected a whole number or true or false")
+        if key != "rms_norm_eps" and (not isinstance(values[key], int) or not 0 <= values[key] <= LARGEST):
+            expected = f"a whole number from 0 to {LARGEST:,}, or true or false"
+            raise UsageError(f"config.json has {key}={shown(values[key])}; expected {expected}")
     if values["rms_norm_eps"] != network.EPS:
-        raise UsageError(f"config.json has rms_norm_eps={values['rms_norm_eps']}; only {network.EPS:g} can be imported")
+        epsilon = shown(values["rms_norm_eps"])
+        raise UsageError(f"config.json has rms_norm_eps={epsilon}; only {network.EPS:g} can be imported")
     keys = {name: values[key] for key, name in SIZES.items()}
     keys["mlp"] = keys.pop("hidden")
     ranks = [values[key] for key in RANKS]
@@ -127,3 +135,9 @@ def model_keys(values: dict) -> dict:
         return keys | {"rank": 0}
     divisor = math.gcd(*ranks)  # shares in lowest terms give the same ranks
     return keys | {"rank": sum(ranks) // 4, "rank_split": [float(rank // divisor) for rank in ranks]}
+
+
+def count(keys: dict) -> int:
+    """Return the number of parameters of a model with the keys of `model_keys`."""
+    free = {"rank_split": (1.0,) * 4, "attention": "auto", "scan": True, "remat": False}
+    return costs.parameters(ModelConfig(**free | keys))["total"]

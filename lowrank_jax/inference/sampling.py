@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import UsageError, shown
 from lowrank_jax.model.attention import MASKED
 
 MOST = 2**31 - 1
@@ -83,7 +83,7 @@ def _is_number(value, kind: type, low, high) -> bool:
 
 
 def _short(value) -> str:
-    return " ".join(f"{value!r:.60}".split())
+    return " ".join(f"{shown(value):.60}".split())
 
 
 PRESETS = {

@@ -18,6 +18,7 @@ import time
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import console
 
 ROOT = pathlib.Path(__file__).parents[2]
 GRACE_SECONDS = 10  # for all processes to end by themselves after the first failure
@@ -82,7 +83,7 @@ def _wait(running: list[subprocess.Popen], received: list[int]) -> int:
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             deadline = float("inf")
-            print(f"exit statuses so far: {statuses}; killing the rest", file=sys.stderr)
+            console.say(f"exit statuses so far: {statuses}; killing the rest")
             for process in running:
                 process.kill()
         time.sleep(0.1)

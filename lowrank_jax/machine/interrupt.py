@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted at once, acted on where nothing can be lost."""
+"""SIGTERM, SIGINT and SIGHUP: noted at once, acted on where nothing can be lost."""
 
 import contextlib
 import os
@@ -22,7 +22,9 @@ def wait(future: Future, stop: Callable[[], bool], poll_seconds: float = 0.1):
 
 @contextlib.contextmanager
 def signals():
-    """Collect the numbers of SIGTERM and SIGINT in a list; a second SIGINT ends the process at once.
+    """Collect the numbers of SIGTERM, SIGINT and SIGHUP in a list; a second SIGINT ends the process at once.
+
+    A terminal that closes sends SIGHUP; under nohup it is ignored, and stays so.
 
     Enter it before anything else: Python's own KeyboardInterrupt is lost when it strikes inside a callback of the
     garbage collector, and JAX has such a callback.
@@ -39,7 +41,9 @@ def signals():
         elif is_interrupt:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

@@ -60,9 +60,10 @@ def shape(config: RunConfig, stages: Sequence, devices: int) -> tuple[int, int, 
         raise UsageError(f"{shown} is for {data * fsdp * tensor} devices and there are {devices}; 0 takes what is left")
     if rows % (data * fsdp) or (not config.mesh.tensor and config.model.heads % tensor):
         worst = min(stages, key=lambda stage: math.gcd(stage.batch, devices))
+        unit = devices * math.lcm(*getattr(config, worst.phase).lengths)
         raise UsageError(
             f"{devices} devices cannot split the {worst.batch} rows of {worst.name} as {shown}; make "
-            f"config.{worst.phase}.tokens_per_step a multiple of {devices} x {worst.seq_len}, or set config.mesh"
+            f"config.{worst.phase}.tokens_per_step a multiple of {unit}, or set config.mesh"
         )
     return data, fsdp, tensor
 

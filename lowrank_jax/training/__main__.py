@@ -9,7 +9,6 @@ longer sequence. Hashes of weights and data, tokens, and all metrics but the spe
 Without --config, a tiny model reads made-up text several times; this needs the repository's configs/default.py.
 """
 
-import json
 import math
 import pathlib
 import random
@@ -20,16 +19,17 @@ import tempfile
 
 from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.machine import console
 from lowrank_jax.training import verify_resume
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--config", metavar="FILE", help="a config; --config.group.key=value changes a key of it")
+    parser.add_path("--config", metavar="FILE", help="a config; --config.group.key=value changes a key of it")
     parser.add_argument("--kills", type=int, default=100, help="number of kills over all arms, at least")
     parser.add_argument("--precisions", default="fp32,bf16,fp16,fp8")
     parser.add_argument("--optimizers", default="adamw,muon")
-    parser.add_argument("--folder", help="where to train; kept, and arms that it has are not trained again")
+    parser.add_path("--folder", help="where to train; kept, and arms that it has are not trained again")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     args, changes = parser.parse_known_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the trainer is killed too
@@ -53,7 +53,7 @@ def command(argv: list[str]) -> dict:
     result = {"equal": not unequal, "kills": sum(len(row["struck"]) for row in rows), "arms": rows}
     if unequal:
         if args.json:
-            print(json.dumps(result), flush=True)
+            console.show(console.to_json(result))
         raise RunFailure(f"not equal: {', '.join(unequal)}; the runs are in {folder}")
     if not args.folder:
         shutil.rmtree(folder)

@@ -7,10 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from lowrank_jax.config import RunConfig
-from lowrank_jax.data import tokenizer
 from lowrank_jax.machine import devices, hlo, roofline, sharding
 from lowrank_jax.model import costs, precision
-from lowrank_jax.training import memory, step
+from lowrank_jax.training import identity, memory, step
 from lowrank_jax.training.memory import Fit
 from lowrank_jax.training.plan import FittedStage, Plan, Stage, make, unchanged
 
@@ -24,8 +23,8 @@ COMPILED = """
 
 def resolve_vocab(config: RunConfig) -> RunConfig:
     """Return the config with the size of its tokenizer, or the size that a tokenizer will be trained to."""
-    t = config.tokenizer
-    return config.with_vocab(tokenizer.load(t.path).vocab_size if t.path else t.vocab_size)
+    first = identity.first_tokenizer(config)
+    return config.with_vocab(first.vocab_size if first else config.tokenizer.vocab_size)
 
 
 def for_topology(config: RunConfig, topology: str) -> dict:
@@ -62,8 +61,8 @@ def describe(
     device = sharding.a_device(mesh) if mesh else None
     dtype = precision.policy(precision.resolve(config.precision, device and device.platform)).dtype
     fit_of = {fit.stage.name: fit for fit in fits}
-    phases = {"pretrain": config.pretrain} | ({"sft": config.sft} if config.sft.steps else {})
-    lengths = {(name, n) for name, p in phases.items() for n in p.lengths} - {(s.phase, s.seq_len) for s in plan.stages}
+    lengths = {(name, n) for name, p in config.phases.items() for n in p.lengths}
+    lengths -= {(s.phase, s.seq_len) for s in plan.stages}
     params = counts | {f"{name}_dense": count for name, count in dense.items()}
     return {
         "params": params | {"attention_reduction": 1 - counts["attention"] / dense["attention"]},

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
-from lowrank_jax.data import stream
+from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
-from lowrank_jax.machine.console import ABANDONED, say
+from lowrank_jax.machine.console import ABANDONED, say, show
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import forecast, memory, phase, recovery, run_folder, start, step
+from lowrank_jax.training import forecast, identity, memory, phase, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Progress, Stage, make, milestones, stage_at
@@ -42,6 +42,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         processes.agree("folder", on_disk, f"start again when all hosts see the same files in {folder}")
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
+        memory.check_weights(config, plan.mesh)
         reading = background.submit(read_data)
         if old is None:  # a new run evaluates first, and that raises what fails in here
             background.submit(phase.compile_measure, config, plan)
@@ -60,16 +61,17 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         table, (tok, data) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
         processes.agree("data", data, "give all processes the same files")
         if processes.is_first():
-            print(table, flush=True)
+            show(table, needed=False)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
         r = Run(config, tok, folder, plan, programs, checkpoints, signals, go_back)
         state, progress = start.restore(r)
-        run_folder.write_config(folder, config)  # everything that can refuse the config has passed
-        changed = [f"{key}: {was} -> {now}" for key, was, now in run_folder.differences(old or config, config)]
-        on = {"devices": jax.device_count(), "processes": processes.count(), "mesh": dict(plan.mesh.shape)}
-        run_folder.log_event(folder, "start", progress.step, resumes=old is not None, changed=changed, **on)
+        # A tokenizer's files may be written in another way by another version of its library: those of a run stay.
+        sha256 = tokenizer.folder_sha256(run_folder.tokenizer_folder(folder)) if old else tok.files_sha256
+        run_folder.write_config(folder, config, sha256)  # everything that can refuse the config has passed
+        facts = identity.announce(config, old, plan.mesh)
+        run_folder.log_event(folder, "start", progress.step, resumes=old is not None, **facts)
         for fit in fits:
             if fit.seconds:  # compiled now, not read from events.jsonl
                 _log_compile(r, fit)

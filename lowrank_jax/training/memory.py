@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax.config import RunConfig
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.machine import devices, sharding
-from lowrank_jax.model import attention, precision
+from lowrank_jax.model import attention, costs, precision
 from lowrank_jax.training import step
 from lowrank_jax.training.plan import SETTINGS, FittedStage, Stage, divisor, unchanged
 
@@ -59,6 +59,17 @@ def limit_bytes(config: RunConfig, mesh: Mesh) -> int:
     device = sharding.a_device(mesh)
     sharers = sum(d.process_index == device.process_index for d in mesh.devices.flat) if device.platform == "cpu" else 1
     return int(config.memory_gb * 2**30) or int(ROOM * devices.memory_bytes(device)) // sharers
+
+
+def check_weights(config: RunConfig, mesh: Mesh) -> None:
+    """Raise UsageError where the weights alone exceed the memory of all devices, before anything is compiled."""
+    count, limit = costs.parameters(config.model)["total"], limit_bytes(config, mesh)
+    need = 4 * count / mesh.devices.size
+    if need > limit:
+        sizes = f"need {need / 2**30:,.2f} GiB per device, which may use {limit / 2**30:.2f} GiB"
+        raise UsageError(
+            f"the model's {count:,} weights {sizes}; make it smaller, use more devices, or raise config.memory_gb"
+        )
 
 
 def fit(config: RunConfig, fitted: FittedStage, mesh: Mesh, limit: int, cap=NO_CAP, options: dict | None = None) -> Fit:
@@ -166,7 +177,7 @@ def refusal(fit: Fit) -> str:
 def cap_from_ledger(events: list[dict], mesh: Mesh) -> Cap:
     """Return the cap that a run's ledger holds for this kind of device."""
     kind = sharding.a_device(mesh).device_kind
-    ooms = (e for e in events if e["event"] == "oom" and e["device"] == kind and "remat" in e)
+    ooms = (e for e in events if e["event"] == "oom" and e["device"] == kind and e.keys() >= {*Cap._fields})
     return lowest(Cap(e["microbatch_tokens"], e["remat"]) for e in ooms)
 
 

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable
 
 import jax
@@ -60,8 +59,7 @@ def feed(r: Run, stage: Stage, progress: Progress, step_now: Callable[[], int]) 
 
     def place(step: int, batch: stream.Batch) -> dict:
         if is_chat and step == stage.phase_start:
-            marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
-            row = packing.show(batch, r.tokenizer, marks, SHOWN_TOKENS)
+            row = packing.show(batch, r.tokenizer, ("[[", "]]"), SHOWN_TOKENS)
             say(f"first row of {name}, with marks around the trained tokens:\n{row}")
         if faults.due("nan", "step", step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")
@@ -75,20 +73,34 @@ def feed(r: Run, stage: Stage, progress: Progress, step_now: Callable[[], int]) 
 
 
 def note_to(folder: str, step_now: Callable[[], int]) -> Callable:
-    """Return `note(event, **facts)`, which logs every skip and retry of the data and shows the first few."""
-    numbers = itertools.count(1)
+    """Return `note(event, **facts)`, which logs every skip and retry of the data and shows the first few.
+
+    A record that the ledger names already was skipped before a resume, which reads it again.
+    """
+    numbers, known = itertools.count(1), functools.cache(lambda: _skipped(folder))
 
     def note(event: str, **facts) -> None:
-        run_folder.log_event(folder, event, step_now(), **facts)
-        if (number := next(numbers)) <= NOTES:
+        if event == "skip":
+            record = tuple(facts.values())
+            if record in known():
+                return
+            known().add(record)
+        run_folder.log_event(folder, event, step_now(), everyone=True, **facts)  # each process reads its own records
+        if (number := 0 if event == "unused" else next(numbers)) <= NOTES:  # each key is unused once
             more = " (events.jsonl has all that follow)" if number == NOTES else ""
             say(f"{event}: {', '.join(str(fact) for fact in facts.values())}{more}", everyone=True)
 
     return note
 
 
+def _skipped(folder: str) -> set[tuple]:
+    events = run_folder.read_rows(folder, "events.jsonl")
+    keys = ("source", "where", "reason")
+    return {tuple(e[key] for key in keys) for e in events if e["event"] == "skip" and all(key in e for key in keys)}
+
+
 def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
-    """End a phase: show a sample of the model's text, and log what the phase has read."""
+    """End a phase: show a sample of the model's text, and log what the phase was trained on."""
     log = functools.partial(run_folder.log_event, r.folder, step=progress.step, phase=stage.phase)
     if prompt := getattr(r.config, stage.phase).sample:
         model = session.Model(r.config, r.tokenizer, params)
@@ -105,4 +117,6 @@ def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
         log("sample", prompt=prompt, text=text)
         shown = f"step {progress.step}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
         say(shown.replace("\n", "\n  "))
-    log("data", sources=stream.summary(progress.cursor))
+    read = stream.summary(progress.cursor)
+    log("data", sources=read)
+    say("\n  ".join([f"{stage.phase} is trained on", *map(stream.describe, read)]))

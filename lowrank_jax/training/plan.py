@@ -4,13 +4,14 @@ The plan follows from the config and the devices and is never stored, so a resum
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax.config import PhaseConfig, RunConfig
+from lowrank_jax.config import MOST_STEPS, PhaseConfig, RunConfig, UsageError
 from lowrank_jax.machine import sharding
 from lowrank_jax.model import costs
 
@@ -113,7 +114,7 @@ def make(config: RunConfig, devices: Sequence[jax.Device] = ()) -> Plan:
 def stages_of(config: RunConfig, row_shards: int = 1) -> tuple[Stage, ...]:
     """Return the stages of a run, pretraining before SFT, with microbatches that are multiples of `row_shards`."""
     stages, start = [], 0
-    for phase, p in (("pretrain", config.pretrain), ("sft", config.sft)):
+    for phase, p in config.phases.items():
         phase_steps, done = _phase_steps(config, p, phase), 0
         for seq_len in p.lengths:
             is_last = seq_len == p.lengths[-1]
@@ -157,10 +158,18 @@ def milestones(stages: Sequence[Stage], every_eval: int, done: int) -> list[tupl
 
 def divisor(batch: int, most: int, of: int = 1) -> int:
     """Return the largest divisor of `batch` that is a multiple of `of` and at most `most` (but at least `of`)."""
-    return of * next(rows for rows in range(max(1, min(batch, most) // of), 0, -1) if batch // of % rows == 0)
+    rows, most = max(batch // of, 1), max(1, min(batch, most) // of)
+    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
+    return of * max(n for n in (*small, *(rows // n for n in small)) if n <= most)
 
 
 def _phase_steps(config: RunConfig, p: PhaseConfig, phase: str) -> int:
-    if p.steps or phase == "sft":
+    if p.steps > 0:
         return p.steps
-    return max(1, round(costs.parameters(config.model)["total"] * p.tokens_per_param / p.tokens_per_step))
+    steps = max(1, round(costs.parameters(config.model)["total"] * p.tokens_per_param / p.tokens_per_step))
+    if steps > MOST_STEPS:
+        shown = (
+            f"config.{phase}.tokens_per_param={p.tokens_per_param:g} needs {steps:,} steps, more than {MOST_STEPS:,}"
+        )
+        raise UsageError(f"{shown}; lower it, or raise config.{phase}.tokens_per_step")
+    return steps

@@ -12,7 +12,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import optim, run_folder, step, track, trained, warmstart
+from lowrank_jax.training import identity, optim, run_folder, step, track, trained, warmstart
 from lowrank_jax.training.checkpoint import Checkpoints
 from lowrank_jax.training.plan import Plan, Progress, stage_at
 from lowrank_jax.training.programs import Programs
@@ -64,16 +64,13 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     the data); it takes about as long as compiling. Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
-    phases, t = [config.pretrain] + ([config.sft] if config.sft.steps else []), config.tokenizer
+    phases, t = config.phases.values(), config.tokenizer
     if run_folder.holds_run(folder):
-        old, tok = run_folder.read_config(folder), tokenizer.load(run_folder.tokenizer_folder(folder))
-        config = config.with_vocab(tok.vocab_size)
-        run_folder.check_same_run(folder, old, config)
+        config, old, tok = identity.resume(config, folder)
     else:
         if run_folder.newest_checkpoint(folder) is not None:
             raise UsageError(f"{folder} has checkpoints but no config.json that describes them; use another --workdir")
-        old, path = None, t.path or (config.init_from and run_folder.tokenizer_folder(config.init_from))
-        tok = tokenizer.load(path) if path else None
+        old, tok = None, identity.first_tokenizer(config)
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
     if tok:
         processes.agree("tokenizer", {"the tokenizer's hash": tok.sha256}, "give all processes the same files")
@@ -96,7 +93,7 @@ def first_params(config: RunConfig, mesh: Mesh, get_tokenizer: Callable[[], Toke
     params = step.init_params(config, mesh)
     if not config.init_from:
         return params
-    source = trained.open_run(config.init_from, mesh)
+    source = trained.open_run(config.init_from, mesh, "config.init_from")
     same_tokens = source.tokenizer.sha256 == get_tokenizer().sha256
     taken = warmstart.take(params, source.params, same_tokens=same_tokens)
     say(f"first weights from step {source.progress.step} of {config.init_from}\n{warmstart.describe(taken)}")
@@ -118,7 +115,7 @@ def restore(r: Run) -> tuple[step.TrainState, Progress]:
     mesh, from_memory = r.plan.mesh, r.recovery.take()
     if from_memory:
         state, progress = from_memory
-    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh), delete_broken=True):
+    elif restored := r.checkpoints.restore(step.abstract_state(r.config, mesh)):
         state, progress = restored
     else:
         params = first_params(r.config, mesh, lambda: r.tokenizer)
@@ -134,10 +131,13 @@ def restore(r: Run) -> tuple[step.TrainState, Progress]:
 def _check_done(r: Run, progress: Progress) -> None:
     """Raise UsageError where the plan has another phase for the steps that are done, or other sources."""
     done, stages = progress.step, r.plan.stages
-    phase = stage_at(stages, max(done - 1, 0)).phase if done <= r.plan.end else "already ended"
+    if not done:
+        return
+    phase = stage_at(stages, done - 1).phase if done <= r.plan.end else "already ended"
     if phase != progress.phase:
         saved = f"{r.folder} was saved at step {done} in {progress.phase}, where this config has {phase}"
         raise UsageError(f"{saved}; steps that are done cannot be changed")
     next_stage = stage_at(stages, done)
     if done > next_stage.phase_start:
-        stream.check_sources(progress.cursor, getattr(r.config, next_stage.phase))
+        phase = next_stage.phase
+        stream.check_sources(progress.cursor, getattr(r.config, phase), r.tokenizer, chats=phase == "sft")

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 from lowrank_jax.config import RunFailure
 from lowrank_jax.machine import faults
+from lowrank_jax.machine.console import show
 from lowrank_jax.training import run_folder
 from lowrank_jax.training.plan import stages_of
 
 COLUMNS = ("SIGKILL", "SIGTERM", "start-up", "training", "save", "switch", "resumed", "equal")
-SPEED = re.compile(r', "(tokens_per_s|mfu)": [^,}]*')  # not compared
+SPEED = re.compile(r', "(tokens_per_s|mfu|crc)": [^,}]*')  # not compared
 COMPARED = ("event", "step", "tokens", "data_sha256", "params_sha256")  # of the last event
 PATIENCE = 600.0  # seconds that a process may take longer than expected
 TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=512 pretrain.steps=240
@@ -46,7 +47,7 @@ class Arm:
 
 def verify_arms(folder: pathlib.Path, arms: list[Arm], seed: int) -> list[dict]:
     """Return the result of every arm, each printed as it ends; arms in results.jsonl are not trained again."""
-    print(f"{'arm':12}", *(f"{title:>8}" for title in COLUMNS), flush=True)
+    show(" ".join([f"{'arm':12}", *(f"{title:>8}" for title in COLUMNS)]))
     rows, earlier = [], run_folder.read_rows(str(folder), "results.jsonl")
     for arm in arms:
         identity = {"arm": arm.folder.name, "config": arm.config, "seed": seed, "asked": arm.wanted}
@@ -55,8 +56,8 @@ def verify_arms(folder: pathlib.Path, arms: list[Arm], seed: int) -> list[dict]:
             row = identity | verify(arm)
             run_folder.append(str(folder), "results.jsonl", row)
         rows.append(row)
-        print(table_row(row["arm"], [row]), *row["notes"][:5], *row["why"].splitlines(), sep="\n  ", flush=True)
-    print(table_row("all", rows), flush=True)
+        show("\n  ".join([table_row(row["arm"], [row]), *row["notes"][:5], *row["why"].splitlines()]))
+    show(table_row("all", rows))
     return rows
 
 
@@ -121,7 +122,7 @@ def train(arm: Arm, home: pathlib.Path) -> dict:
     env |= {"JAX_COMPILATION_CACHE_DIR": str(arm.folder.parent / "cache")}
     command = [sys.executable, "-m", "lowrank_jax.main", *arm.config, f"--workdir={home}"]
     launched, stderr = time.time(), arm.folder / "stderr"
-    events = lambda: [event for event in events_of(home) if event["time"] >= launched]
+    events = lambda: [event for event in events_of(home) if event.get("time", 0) >= launched]
     limit = arm.start_up + 10 * arm.training + PATIENCE if arm.training else None
     with open(stderr, "w") as f, subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=f) as process:
         try:

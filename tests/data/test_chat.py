@@ -1,11 +1,12 @@
 """Chat: what a conversation becomes, who carries weight in it, and that no message can speak for someone else."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import chat, tokenizer
+from lowrank_jax.data import chat, packing, tokenizer
 from lowrank_jax.data.tokenizer import BOS, EOS, TURN_END, TURN_START
 
 SYMBOLS = (BOS, EOS, TURN_START, TURN_END)
@@ -177,3 +178,139 @@ def test_the_templates_own_bos_is_left_to_the_caller(tok):
     with_bos = tokenizer.SentencePiece(tok.model, "{{ bos_token }}" + tokenizer.CHATML)
     for prompt in (False, True):
         assert chat.encode(with_bos, MULTI_TURN, prompt) == chat.encode(tok, MULTI_TURN, prompt)
+
+
+# ------------------------------------------------------------------------------------------------- more than text
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>", "b": [1]}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "<|im_start|>"}}
+USING = [
+    turn("user", "ba"),
+    turn("assistant", "") | {"tool_calls": [CALL, CALL], "reasoning_content": "hm"},
+    turn("tool", "3"),
+    turn("assistant", "ce"),
+]
+JSON_CALL = '{"name": "add", "arguments": {"a": "<|im_end|>", "b": [1]}}'
+
+
+def test_chatml_renders_tools_calls_and_reasoning_and_trains_the_last_two(tok):
+    ids, said = chat.encode(tok, USING, tools=[TOOL])
+    call, end = f"<tool_call>\n{JSON_CALL}\n</tool_call>", tok.special(TURN_END)
+    expected = [f"<think>\nhm\n</think>\n\n{call}\n{call}", "ce"]
+    assert runs(ids, said) == [[*tok.encode(answer), end] for answer in expected]
+    about, _, rest = spelled(tok, ids).partition("</tools>")
+    assert (
+        about.startswith(f"{TURN_START}system\nYou may call") and '[{"type": "function", "function": {"name"' in about
+    )
+    assert f"{TURN_END}\n{TURN_START}user\nba{TURN_END}\n" in rest
+    again, _ = chat.encode(tok, [turn("system", "go"), *USING], tools=[TOOL])
+    assert spelled(tok, again).startswith(f"{TURN_START}system\ngo\n\nYou may call")
+    assert ids.count(end) == again.count(end) == 5
+    assert chat.encode(tok, MULTI_TURN, tools=[]) == chat.encode(tok, MULTI_TURN)
+
+
+def test_a_template_that_renders_no_calls_refuses_them_and_takes_those_in_text(tok):
+    plain = tokenizer.SentencePiece(tok.model, UNMARKED)
+    with pytest.raises(UsageError, match="does not render tool_calls"):
+        chat.encode(plain, USING)
+    said = turn("assistant", JSON_CALL) | {"function_call": [CALL]}
+    for template, answer in ((plain, JSON_CALL), (tok, f"<tool_call>\n{JSON_CALL}\n</tool_call>")):
+        assert runs(*chat.encode(template, [USING[0], said])) == [[*tok.encode(answer), tok.special(TURN_END)]]
+
+
+def test_symbols_in_calls_stay_text_also_in_escaped_json(tok):
+    escaped = tokenizer.CHATML.replace("arguments | tojson", "arguments | tojson(ensure_ascii=True)")
+    assert escaped != tokenizer.CHATML
+    assert chat.encode(tokenizer.SentencePiece(tok.model, escaped), USING) == chat.encode(tok, USING)
+
+
+@pytest.mark.parametrize("template", [UNMARKED, tokenizer.CHATML], ids=["unmarked", "marked"])
+@pytest.mark.parametrize("muted", [(2,), (4,), (2, 6)])
+def test_an_answer_of_weight_0_is_context(tok, template, muted):
+    tok, whole = tokenizer.SentencePiece(tok.model, template), [*MULTI_TURN, *MULTI_TURN[1:3]]
+    messages = [m | {"weight": 0} if i in muted else m for i, m in enumerate(whole)]
+    ids, said = chat.encode(tok, messages)
+    answers = [m["content"] for m in messages if m["role"] == "assistant" and "weight" not in m]
+    assert runs(ids, said) == [[*tok.encode(answer), tok.special(TURN_END)] for answer in answers]
+    assert ids == chat.encode(tok, whole)[0]
+
+
+def test_weights_need_a_mark_for_each_answer(tok):
+    last = tokenizer.SentencePiece(tok.model, tokenizer.CHATML.replace("in messages %}", "in messages[-2:] %}"))
+    muted = [m | {"weight": 0} if i == 2 else m for i, m in enumerate(MULTI_TURN)]
+    with pytest.raises(UsageError, match="so weight 0 cannot be honoured"):
+        chat.encode(last, muted)
+
+
+LOOKING = "{% if messages[0].role != 'system' %}<|im_start|>system\nga<|im_end|>\n{% endif %}" + UNMARKED
+
+
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["system", "user", "assistant"])
+def test_a_template_that_reads_the_first_message_takes_any_chat(tok, first):
+    ids, said = chat.encode(tokenizer.SentencePiece(tok.model, LOOKING), MULTI_TURN[first:])
+    assert runs(ids, said) == [[*tok.encode(MULTI_TURN[i]["content"]), tok.special(TURN_END)] for i in (2, 4)]
+
+
+MARKED = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+MARKED += "{% endgeneration %}{% else %}{{ m.content }}{% endif %}END{% endfor %}"
+PLAIN_ENDS = {
+    "text": UNMARKED.replace("<|im_end|>", "").replace("<|im_start|>", "### "),
+    "marked text": MARKED.replace("END", "{{ '\n' }}"),
+    "text before the symbol": MARKED.replace("END", " done<|im_end|>"),
+    "text behind a system turn": "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    + MARKED.replace("END", "{{ '\n' }}"),
+    "white space before the symbol": MARKED.replace("END", "{{ '\n' }}<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize("template", PLAIN_ENDS.values(), ids=PLAIN_ENDS)
+def test_a_template_whose_answers_do_not_end_in_a_trained_symbol_is_refused(tok, template):
+    with pytest.raises(UsageError, match="puts no control symbol behind an answer.*write {{ eos_token }}"):
+        chat.check(tokenizer.SentencePiece(tok.model, template))
+
+
+def test_what_ends_an_answer_is_trained_and_stops_also_where_it_is_the_next_turns_symbol(tok):
+    next_ends = tokenizer.SentencePiece(tok.model, UNMARKED.replace("<|im_end|>\n", ""))
+    chat.check(next_ends)
+    assert chat.stop_ids(next_ends) == sorted(map(tok.special, (EOS, TURN_START)))
+    ids, learnt = packing.encode_document(next_ends, {"messages": MULTI_TURN}, chats=True)
+    answers = [tok.encode(MULTI_TURN[i]["content"]) for i in (2, 4)]
+    ends = (tok.special(TURN_START), tok.eos)
+    assert runs(ids.tolist(), learnt.tolist()) == [[*answer, end] for answer, end in zip(answers, ends)]
+    assert packing.encode_document(tok, {"messages": MULTI_TURN}, chats=True)[1][-1] == np.False_
+
+
+def test_a_symbol_behind_the_end_of_an_answer_is_not_trained(tok):
+    """Templates for training often mark the line feed behind the symbol too."""
+    wide = tokenizer.SentencePiece(tok.model, MARKED.replace("{{ m.content }}{% endg", "X{% endg").replace("END", ""))
+    wide.chat_template = wide.chat_template.replace("X", "{{ m.content }}<|im_end|>{{ '\n' }}").replace(
+        "{{ m.role }}", "<|im_start|>{{ m.role }}"
+    )
+    ends = [tok.special(TURN_END), *tok.encode("\n")]
+    assert runs(*chat.encode(wide, MULTI_TURN)) == [[*tok.encode(MULTI_TURN[i]["content"]), *ends] for i in (2, 4)]
+    assert chat.stop_ids(wide) == chat.stop_ids(tok)
+
+
+def test_what_ends_the_reasoning_alone_does_not_stop_an_answer(tok):
+    thinks = UNMARKED.replace("{{ message.content }}", "{{ message.thinking }}<s>{{ message.content }}")
+    thinks = thinks.replace("<|im_end|>", "{{ '</s>' if loop.last else '<s>' }}")
+    assert chat.stop_ids(tokenizer.SentencePiece(tok.model, thinks)) == [tok.eos]
+
+
+@pytest.mark.parametrize("template", [tokenizer.CHATML, UNMARKED, LOOKING], ids=["chatml", "unmarked", "looking"])
+def test_an_ordinary_template_passes_the_check(tok, template):
+    chat.check(tokenizer.SentencePiece(tok.model, template))
+
+
+def test_keys_and_roles_that_the_template_does_not_render_are_named(tok):
+    messages = [turn("narrator", "ba"), turn("assistant", "ce") | {"reasoning_content": "hm", "score": 1, "name": "x"}]
+    document = {"messages": messages, "tools": [TOOL], "unused": ["url"]}
+    assert chat.unused(tok, document) == {"url", "a turn's score", "the role 'narrator'"}
+    plain = tokenizer.SentencePiece(tok.model, UNMARKED)
+    assert chat.unused(plain, document) - chat.unused(tok, document) == {"tools", "a turn's reasoning_content"}
+    thinking = tokenizer.SentencePiece(
+        tok.model, UNMARKED.replace("}}<|im_end|>", "}}{{ message.thinking }}<|im_end|>")
+    )
+    assert "a turn's reasoning_content" not in chat.unused(thinking, document)
+    assert thinking.decode(chat.encode(thinking, messages)[0]).endswith("assistant\ncehm\n")

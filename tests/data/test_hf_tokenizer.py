@@ -1,6 +1,10 @@
 """Hugging Face tokenizers: the same promises as SentencePiece keeps, and chat templates as they come with them."""
 
+import functools
 import json
+import os
+import random
+import re
 
 import pytest
 import tokenizers
@@ -160,7 +164,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tok):
 def test_a_saved_tokenizer_is_the_same_tokenizer(tok, tmp_path):
     tok.save(tmp_path)
     again = tokenizer.load(str(tmp_path))
-    for fact in ("vocab_size", "bos", "eos", "names", "specials", "chat_template", "sha256"):
+    for fact in ("vocab_size", "bos", "eos", "names", "specials", "chat_template", "sha256", "files_sha256"):
         assert getattr(again, fact) == getattr(tok, fact)
     assert again.encode("the cat sat") == tok.encode("the cat sat")
     assert chat.encode(again, CHAT) == chat.encode(tok, CHAT)
@@ -227,6 +231,120 @@ def test_a_tokenizer_that_changes_text_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(e.value)
 
 
+CHANGES = {
+    "NFKC": ({"type": "NFKC"}, r"becomes 'A1 ,"),
+    "lower case": ({"type": "Lowercase"}, "'  Two .* becomes '  two "),
+    "accents": ({"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}, "becomes"),
+    "combining marks": ({"type": "Replace", "pattern": {"String": "\u0301"}, "content": ""}, r"'e\\u0301' becomes 'e'"),
+    "ligatures": ({"type": "Replace", "pattern": {"String": "\ufb01"}, "content": "fi"}, r"'\\ufb01' becomes 'fi'"),
+    "emoji": ({"type": "Replace", "pattern": {"String": "\u200d"}, "content": ""}, r"\\u200d"),
+    "control": ({"type": "Replace", "pattern": {"String": "\x1b"}, "content": ""}, r"\\x1b"),
+    "line ends": ({"type": "Replace", "pattern": {"String": "\r\n"}, "content": "\n"}, r"\\r\\n"),
+    "private": ({"type": "Replace", "pattern": {"String": "\ue000"}, "content": ""}, r"\\ue000"),
+    "the end": ({"type": "Strip", "strip_left": False, "strip_right": True}, "becomes"),
+    "an added name": ({"type": "Replace", "pattern": {"String": "[INST]"}, "content": "[inst]"}, r"becomes .*\[inst\]"),
+}
+
+
+@pytest.mark.parametrize("rule, example", CHANGES.values(), ids=CHANGES)
+def test_a_tokenizer_that_normalises_text_is_refused_with_an_example(tmp_path, rule, example):
+    folder = edited(tmp_path / "a", lambda facts: facts.update(normalizer=rule))
+    with pytest.raises(UsageError, match="its ids do not decode to the same text: '.*' becomes '.*'; learn one") as e:
+        tokenizer.load(folder)
+    assert re.search(example, str(e.value)) and str(e.value).isascii() and "\n" not in str(e.value)
+
+
+def test_a_tokenizer_that_composes_equivalent_characters_is_used_and_said_to_do_so(tmp_path, capsys):
+    """Qwen's tokenizers do: their texts look the same."""
+    folder = edited(tmp_path / "a", lambda facts: facts.update(normalizer={"type": "NFC"}))
+    assert tokenizer.load(folder).decode(tokenizer.load(folder).encode("e\u0301")) == "\xe9"
+    assert "composes characters: 'e\\u0301' becomes '\\xe9'" in capsys.readouterr().err
+
+
+JUNK = [None, True, -1, 1e99, "", "x", [], {}, [1], {"a": 1}, 2**31 - 1, 2**70, {"type": "x"}, {"Regex": "("}]
+
+
+def places(value, path=()):
+    yield path
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in [*keys[:6], *keys[-2:]]:
+            yield from places(value[key], (*path, key))
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """A file with a bit flipped, cut short, with zeros in it, or with JSON of another type at a random place."""
+    i, kind = draw.randrange(len(content)), draw.randrange(5)
+    if kind < 3:
+        flipped = bytes([content[i] ^ 1 << draw.randrange(8)])
+        return content[:i] + (flipped + content[i + 1 :], b"", b"\0" * 9 + content[i:])[kind]
+    facts = json.loads(content)
+    *way, last = draw.choice([path for path in places(facts) if path])
+    functools.reduce(lambda value, key: value[key], way, facts)[last] = draw.choice(JUNK)
+    return json.dumps(facts).encode()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_a_damaged_tokenizer_is_refused_in_one_line_or_works(tmp_path, kind, capfd):
+    folder, draw, refused = write(tmp_path / "a", kind, LLAMA), random.Random(kind), 0
+    files = {path: path.read_bytes() for path in sorted((tmp_path / "a").glob("*.json"))}
+    for _ in range(150):
+        path = draw.choice(sorted(files))
+        path.write_bytes(damaged(files[path], draw))
+        try:
+            tok = tokenizer.load(folder)
+            tok.encode("the cat e\u0301 \u6f22")
+            chat.stop_ids(tok)
+        except UsageError as e:
+            refused += 1
+            assert "\n" not in str(e)
+        path.write_bytes(files[path])
+    assert refused > 50 and "panicked" not in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_encode_some_texts_is_refused_in_one_line(tmp_path):
+    unknown = {"unk_token": "nowhere", "byte_fallback": False}
+    folder = edited(tmp_path / "a", lambda facts: facts["model"].update(unknown), "fallback")
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: the tokenizer cannot encode a text: .*nowhere"):
+        tokenizer.load(folder)
+
+
+def test_a_text_has_the_same_ids_each_time_even_if_the_file_asks_for_dropout(tmp_path):
+    tok = tokenizer.load(edited(tmp_path / "a", lambda facts: facts["model"].update(dropout=0.5)))
+    assert len({tuple(tok.encode("the cat sat on the mat")) for _ in range(20)}) == 1
+
+
+def test_merges_that_would_make_the_library_abort_are_refused(tmp_path):
+    """tokenizers 0.23 cuts the prefix off each piece, also in the middle of a character."""
+    folder = edited(tmp_path / "a", lambda facts: facts["model"].update(continuing_subword_prefix="x"))
+    with pytest.raises(
+        UsageError, match=f"^tokenizer {folder}: a merge of tokenizer.json lacks the continuing_subword"
+    ):
+        tokenizer.load(folder)
+
+
+def test_a_panic_of_the_library_is_one_line_and_other_output_is_kept(tmp_path, monkeypatch, capfd):
+    def panic(path):
+        os.write(2, b"thread '<unnamed>' panicked\n")
+        raise type("PanicException", (BaseException,), {})("out of range")
+
+    folder, load = write(tmp_path / "a", "bytes", LLAMA), tokenizer._load
+    monkeypatch.setattr(tokenizer, "_load", panic)
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: not a tokenizer.json$"):
+        tokenizer.load(folder)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(tokenizer, "_load", lambda path: os.write(2, b"a warning\n") and load(path))
+    tokenizer.load(folder)
+    assert capfd.readouterr().err == "a warning\n"
+
+
+@pytest.mark.parametrize("edit", [lambda v: v.update(b=v["a"]), lambda v: v.update(b=2**31 - 1)])
+def test_ids_that_two_pieces_share_or_no_memory_could_hold_are_refused(tmp_path, edit):
+    folder = edited(tmp_path / "a", lambda facts: edit(facts["model"]["vocab"]))
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: (two pieces of|tokenizer.json has an id of)"):
+        tokenizer.load(folder)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {}}'])
 def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
@@ -234,10 +352,20 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
         tokenizer.load(str(tmp_path))
 
 
-def test_a_broken_config_is_refused_in_one_line(tmp_path):
+BROKEN = {
+    ("tokenizer_config.json", b'{"eos_token":\n'): "tokenizer_config.json is not JSON: Expecting value",
+    ("tokenizer_config.json", b"[]"): "tokenizer_config.json must hold a JSON object",
+    ("tokenizer_config.json", b'{"chat_template": 3}'): "tokenizer_config.json has a chat_template that is no text",
+    ("special_tokens_map.json", b"[" * 100_000): "special_tokens_map.json is not JSON: ",
+    ("chat_template.jinja", b"caf\xe9"): "chat_template.jinja is not UTF-8 text at byte 3",
+}
+
+
+@pytest.mark.parametrize("name, content", BROKEN)
+def test_a_broken_file_beside_the_tokenizer_is_refused_by_name_in_one_line(tmp_path, name, content):
     folder = write(tmp_path / "a")
-    (tmp_path / "a" / "tokenizer_config.json").write_text('{"eos_token":\n')
-    with pytest.raises(UsageError, match=f"^tokenizer {folder}: ") as e:
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"^tokenizer {folder}: {BROKEN[name, content]}") as e:
         tokenizer.load(folder)
     assert "\n" not in str(e.value)
 

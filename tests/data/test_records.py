@@ -1,5 +1,7 @@
 """Records: every shape becomes the same document, and whatever cannot is refused with the key and the reason."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -58,10 +60,120 @@ def test_the_optional_keys_beside_a_pair_join_it():
     assert read(record) == {"messages": [system, user, {"role": "assistant", "content": "3"}]}
 
 
-def test_messages_keep_their_other_text_fields():
+SYSTEM = {"role": "system", "content": "Be kind."}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+EARLIER = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]
+KEYS_BESIDE = {
+    "system and conversations": {"system": "Be kind.", "conversations": [USER, ANSWER]},
+    "system and messages": {"system": "Be kind.", "messages": [USER, ANSWER]},
+    "system_prompt": {"system_prompt": "Be kind.", "messages": [USER, ANSWER]},
+    "system of a pair": {"prompt": "Hi", "response": "Ho", "system": "Be kind."},
+    "system twice": {"system": "Be kind.", "messages": [SYSTEM, USER, ANSWER]},
+    "a system turn by another name": {"conversations": [{"from": "System", "value": "Be kind."}, USER, ANSWER]},
+}
+
+
+@pytest.mark.parametrize("record", KEYS_BESIDE.values(), ids=KEYS_BESIDE)
+def test_a_system_prompt_beside_the_messages_is_their_first_turn(record):
+    assert read(record) == {"messages": [SYSTEM, USER, ANSWER]}
+
+
+def test_a_second_system_prompt_follows_the_first():
+    record = {"system": "Be kind.", "messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER]}
+    assert read(record)["messages"][0] == {"role": "system", "content": "Be kind.\n\nBe brief."}
+
+
+@pytest.mark.parametrize("history", [[["A", "B"]], (("A", "B"),), np.array([["A", "B"]], object), EARLIER])
+def test_the_history_of_a_pair_is_its_earlier_turns(history):
+    assert read({"instruction": "Hi", "output": "Ho", "history": history}) == {"messages": [*EARLIER, USER, ANSWER]}
+
+
+@pytest.mark.parametrize("pair", [("instruction", "output"), ("question", "answer"), ("prompt", "completion")])
+@pytest.mark.parametrize("key, value", [("context", "C\n"), ("input", "C\n"), ("context", ["C", "\n"])])
+def test_a_context_or_input_is_part_of_the_users_turn(pair, key, value):
+    (user, answer), text = pair, "".join(value) if isinstance(value, str) else "C\n\n\n"
+    content = read({user: "Hi", answer: "Ho", key: value})["messages"][0]["content"]
+    assert content == f"Hi\n\n{text}"
+
+
+ROLE_NAMES = {"user": "user human Human prompter", "system": "system developer", "tool": "tool observation function"}
+ROLE_NAMES["assistant"] = "assistant gpt chatgpt bing bard model bot GPT"
+
+
+@pytest.mark.parametrize("role, name", [(role, name) for role, names in ROLE_NAMES.items() for name in names.split()])
+def test_roles_have_many_names(role, name):
+    turns = [{"from": name, "value": "A"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    assert read({"conversations": turns})["messages"] == [{"role": role, "content": "A"}, USER, ANSWER]
+
+
+def test_a_call_in_a_role_of_its_own_is_the_assistants():
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    turns = [USER, {"from": "function_call", "value": call}, {"from": "observation", "value": "2"}, ANSWER]
+    _, said, heard, _ = read({"conversations": turns})["messages"]
+    assert said == {"role": "assistant", "content": call, "function_call": [CALL]}
+    assert heard == {"role": "tool", "content": "2"}
+    turns[1]["value"] = "add(1)"
+    assert read({"conversations": turns})["messages"][1] == {"role": "assistant", "content": "add(1)"}
+
+
+FUNCTION = {"name": "add", "arguments": '{"a": 1}'}
+CALLS = {
+    "arguments in text": {"tool_calls": [{"type": "function", "function": FUNCTION}]},
+    "arguments in an object": {"content": None, "tool_calls": np.array([CALL], object)},
+    "without a wrapper": {"content": "", "tool_calls": [FUNCTION]},
+    "in text": {"content": "", "tool_calls": '[{"name": "add", "arguments": {"a": 1}}]'},
+    "OpenAI's first form": {"content": None, "function_call": FUNCTION},
+    "with the nulls of a table": {"content": "", "tool_calls": [{"function": FUNCTION | {"b": None}, "id": None}]},
+}
+
+
+@pytest.mark.parametrize("message", CALLS.values(), ids=CALLS)
+def test_calls_have_one_form_and_need_no_content(message):
+    said = read({"messages": [USER, {"role": "assistant"} | message]})["messages"][1]
+    assert said == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize(
+    "tools", [[{"name": "add"}], '[{"name": "add"}]', {"name": "add"}, [{"function": {"name": "add"}}]]
+)
+def test_descriptions_of_tools_have_one_form(key, tools):
+    document = read({"messages": [USER, ANSWER], key: tools})
+    assert [tool["function"] for tool in document.pop("tools")] == [{"name": "add"}] and document == TALK
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_one_name(key):
+    said = read({"messages": [USER, ANSWER | {key: "Hm."}]})["messages"][1]
+    assert said == ANSWER | {"reasoning_content": "Hm."}
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0}])
+def test_an_answer_without_weight_is_marked(flag):
+    record = {"messages": [USER, ANSWER | flag, USER, ANSWER | dict.fromkeys(flag, 1)]}
+    assert read(record)["messages"] == [USER, ANSWER | {"weight": 0}, USER, ANSWER]
+    with pytest.raises(BadRecord, match="every assistant turn of 'messages' has weight 0"):
+        read({"messages": [USER, ANSWER | flag]})
+
+
+def test_keys_that_nothing_comes_from_are_named():
+    record = {"messages": [USER, ANSWER], "id": 1, "url": "x", "weight": 0, "score": None, "history": [], "text": "Hi"}
+    assert read(record) == TALK | {"unused": ["id", "url", "weight"]}
+    assert read({"messages": [USER, ANSWER], "history": [["A", "B"]]})["unused"] == ["history"]
+    assert read({"prompt": [USER], "response": "Ho", "context": "C"})["unused"] == ["context"]
+    assert read({"prompt": "Hi", "response": "Ho"}, names=["prompt", "response", "image"])["unused"] == ["image"]
+    assert read({"text": "Hi", "id": 1}, chats=False) == {"text": "Hi"}, "metadata beside a text is ordinary"
+
+
+def test_values_that_are_nested_too_deeply_are_refused():
+    deep = functools.reduce(lambda value, _: [value], range(5000), 1)
+    assert refused({"messages": [USER, ANSWER | {"meta": deep}]}) == "its values are nested too deeply"
+
+
+def test_messages_keep_their_other_fields_but_null():
     turn = {"role": "tool", "content": "4", "name": "sum", "cost": 3, "call": None}
     kept = read({"messages": [turn, ANSWER]})["messages"][0]
-    assert kept == {"role": "tool", "content": "4", "name": "sum"}
+    assert kept == {"role": "tool", "content": "4", "name": "sum", "cost": 3}
 
 
 def test_a_conversation_goes_before_the_text_in_sft_only():
@@ -113,6 +225,11 @@ WRONG = {
     "half a pair": ({"prompt": "Hi"}, "neither 'messages' nor 'text' in it; it has prompt"),
     "pair": ({"prompt": "Hi", "response": 1}, "'response' must be a list of messages, not int"),
     "mute pair": ({"prompt": "Hi", "response": ""}, "'response' has no assistant turn that says something"),
+    "history": ({"prompt": "Hi", "response": "Ho", "history": ["A"]}, "'history'[0] must be [question, answer]"),
+    "weight": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "'messages'[1].weight must be 0 or 1, not '0.5'"),
+    "train": ({"messages": [USER, ANSWER | {"train": "no"}]}, "'messages'[1].train must be 0 or 1, not 'no'"),
+    "calls": ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, "'messages'[1].tool_calls must be"),
+    "tools": ({"messages": [USER, ANSWER], "tools": "add"}, "'tools' must be a list of tools"),
     "input": ({"instruction": "Hi", "input": 1, "output": "Ho"}, "'input' must be text, not int"),
 }
 

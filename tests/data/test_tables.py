@@ -1,11 +1,13 @@
 """Tables: any (block, row) is where a full read would have it, and damage and mistakes are named in one line."""
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import files, shards, tables
 from lowrank_jax.data.records import BadRecord
+from lowrank_jax.data.sources import open_source
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +88,8 @@ def test_parquet_fingerprints_follow_the_data_and_not_the_folder(tmp_path):
     (tmp_path / "moved").mkdir()
     first = parquet(write_parquet(tmp_path / "a.parquet", {"text": ["x"] * 10})).fingerprint
     assert parquet(write_parquet(tmp_path / "moved" / "a.parquet", {"text": ["x"] * 10})).fingerprint == first
-    assert parquet(write_parquet(tmp_path / "b.parquet", {"text": ["x"] * 10})).fingerprint != first
+    assert parquet(write_parquet(tmp_path / "b.parquet", {"text": ["x"] * 10})).fingerprint == first
+    assert parquet(write_parquet(tmp_path / "a.parquet", {"text": ["y"] * 10})).fingerprint != first
     assert parquet(write_parquet(tmp_path / "a.parquet", {"text": ["x"] * 11})).fingerprint != first
 
 
@@ -229,6 +233,116 @@ def test_a_folder_of_several_files_with_row_groups(tmp_path, capfd):
     with pytest.raises(UsageError, match="there is no split 'validation' in it; it has (train, test|test, train)"):
         hugging_face(tmp_path, "validation")
     assert capfd.readouterr() == ("", "")
+
+
+def test_files_that_belong_to_no_split_are_named_once(tmp_path, capfd):
+    """`datasets` reads the most frequent format, and only files with a split's name if there are any."""
+    for name in ("mixed", "splits"):
+        (tmp_path / name).mkdir()
+    for name in "abc":
+        WRITERS[".csv"](tmp_path / "mixed" / f"{name}.csv", [name])
+    write_jsonl(tmp_path / "mixed" / "d.jsonl", ["lost"])
+    for name in ("train", "more"):
+        write_jsonl(tmp_path / "splits" / f"{name}.jsonl", [name])
+    for folder, left_out in (("mixed", "3 files are read, as csv; left out: d.jsonl"), ("splits", "more.jsonl")):
+        for _ in range(2):
+            source = tables.hugging_face(f"{tmp_path}/{folder}", "", "train", *KEYS)
+        assert len(texts(source)) == (3 if folder == "mixed" else 1)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"source hf:{tmp_path}/{folder}: ") and left_out in line
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 20)}]\n" for i in range(1, 8))
+CARDS = {"bomb": BOMB + "configs: *a7", "deep": "configs: " + "[" * 10**5, "large": "license: mit\n" * 10**5}
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_that_grows_when_it_is_read_is_one_line_at_once(tmp_path, card, name):
+    write_jsonl(tmp_path / "a.jsonl", ["text"])
+    (tmp_path / name).write_text(CARDS[card] if name.endswith("yaml") else f"---\n{CARDS[card]}\n---\n# A corpus\n")
+    started = time.thread_time()
+    with pytest.raises(UsageError, match=f"{name}: its YAML may have 256 KiB, 50 levels and no aliases"):
+        tables.hugging_face(str(tmp_path), "", "train", *KEYS)
+    assert time.thread_time() - started < 1
+
+
+def test_a_card_of_the_usual_kind_is_read(tmp_path):
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [name])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\nconfigs:\n{configs}---\n# A corpus\n")
+    assert texts(tables.hugging_face(str(tmp_path), "two", "train", *KEYS)) == ["two"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".txt"])
+def test_a_table_that_is_not_utf8_is_one_line(tmp_path, suffix):
+    written = [f"Größe {i}" for i in range(50)]
+    WRITERS[suffix](tmp_path / f"a{suffix}", written)
+    for encoding in ("utf-16", "latin-1"):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_text().encode(encoding))
+        for location in (tmp_path / "b", tmp_path / "b" / f"b{suffix}"):
+            with pytest.raises(UsageError, match=f"b/b{suffix} is .*iconv -f"):
+                tables.hugging_face(str(location), "", "train", *KEYS)
+
+
+def test_a_path_that_is_no_file_is_named_for_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    os.symlink("nowhere", tmp_path / "link.csv")
+    for name, kind in (("pipe.csv", "a named pipe"), ("link.csv", "a broken link to nowhere")):
+        with pytest.raises(UsageError, match=f"^source hf:{tmp_path}/{name}: it is {kind}$"):
+            tables.hugging_face(f"{tmp_path}/{name}", "", "train", *KEYS)
+
+
+@pytest.mark.parametrize("column", [pa.timestamp("us"), pa.date32(), pa.duration("s")], ids=str)
+def test_a_value_that_python_cannot_hold_is_one_bad_record(tmp_path, column):
+    most = pa.array(
+        [2 ** (31 if column == pa.date32() else 63) - 1], pa.int32() if column == pa.date32() else pa.int64()
+    )
+    source = parquet(write_parquet(tmp_path / "a.parquet", {"text": most.cast(column)}))
+    with pytest.raises(BadRecord, match="a.parquet, row group 0, row 0: not readable: "):
+        documents(source, 0)
+
+
+def test_a_column_whose_name_is_not_utf8_is_one_line(tmp_path):
+    raw = pathlib.Path(write_parquet(tmp_path / "a.parquet", {"title": ["x"]})).read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw.replace(b"title", b"tit\xffe"))
+    with pytest.raises(UsageError, match="a.parquet is not a Parquet file, or damaged: "):
+        parquet(tmp_path / "a.parquet")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet")
+    pq.write_table(pa.table([pa.array(["a"])] * 3, names=["text", "x", "x"]), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match="a.parquet has more than one column 'text'; rename all but one"):
+        parquet(tmp_path / "b.parquet", tmp_path / "a.parquet")
+    assert texts(parquet(tmp_path / "b.parquet")) == ["a"]
+
+
+def damaged(raw: bytes, seed: int) -> bytes:
+    """Change bits, overwrite, insert or cut, by the seed."""
+    place = int(np.random.default_rng(seed).integers(len(raw)))
+    before, bit = raw[:place], bytes([raw[place] ^ 1 << seed % 8])
+    return before + (b"\xfe\0x" + raw[place:], bit + raw[place + 1 :], bytes(30) + raw[place + 30 :], b"")[seed % 4]
+
+
+@pytest.mark.parametrize("kind, name", [("parquet", "a.parquet"), *(("hf", f"a{suffix}") for suffix in WRITERS)])
+def test_damage_of_any_kind_is_a_bad_record_or_one_line(tmp_path, kind, name):
+    WRITERS[os.path.splitext(name)[1]](tmp_path / name, [f"document {i} " + "word " * (i % 7) for i in range(200)])
+    raw = (tmp_path / name).read_bytes()
+    for seed in range(12):
+        (tmp_path / name).write_bytes(damaged(raw, seed))
+        try:
+            source = open_source(read_sources([f"{kind}:{tmp_path}/{name}"], "sources")[0])
+        except UsageError as e:
+            assert "\n" not in str(e) and len(str(e)) < 500 + len(str(tmp_path))
+            continue
+        for block in range(source.blocks):
+            with contextlib.suppress(BadRecord):
+                for row in source.rows(block):
+                    with contextlib.suppress(BadRecord):
+                        source.document(row)
 
 
 def test_fields_of_mixed_types_are_read_as_they_are(tmp_path):
@@ -438,7 +552,7 @@ def test_foreign_and_damaged_folders_are_refused(tmp_path):
     check(write_shards(tmp_path / "old", format=0), "is not from this version")
     check(write_shards(tmp_path / "foreign", records=None), "is not from this version")
     check(write_shards(tmp_path / "few", (3, 3), records={"part-0.array_record": 3}), "part-1.array_record is damaged")
-    for broken in ("", "[]", "{"):
+    for broken in ("", "[]", "{", "[" * 10**5):
         (good / "meta.json").write_text(broken)
         check(good, "is not from this version")
     (good / "meta.json").unlink()

@@ -1,6 +1,10 @@
 """The tokenizer: ids give back exactly the text they came from, and no text ever becomes a control symbol."""
 
+import errno
 import io
+import pathlib
+import random
+import re
 import string
 
 import pytest
@@ -130,6 +134,13 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_in_one_line(make):
     with pytest.raises(UsageError, match=r"tokenizer.vocab_size=9000 cannot be learnt .*value <= \d+") as e:
         tokenizer.train([make.prose(100)], 9000)
     assert "\n" not in str(e.value)
+    advised = int(re.search(r"value <= (\d+)", str(e.value))[1])
+    assert tokenizer.train([make.prose(100)], advised).vocab_size == advised
+
+
+def test_no_vocabulary_is_advised_where_the_text_is_too_short_for_any():
+    with pytest.raises(UsageError, match="cannot be learnt from these sources: there is too little text in them$"):
+        tokenizer.train(["ba"], 9000)
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n\n\t"]])
@@ -155,6 +166,40 @@ def test_a_saved_tokenizer_gives_the_same_ids(tok, tmp_path):
         assert again.encode(text) == tok.encode(text) and again.vocab_size == tok.vocab_size
 
 
+def test_the_hash_of_the_files_is_that_of_any_copy_and_of_no_changed_one(tok, tmp_path):
+    for name in ("a", "b"):
+        tok.save(tmp_path / name)
+        assert (
+            tokenizer.folder_sha256(tmp_path / name)
+            == tok.files_sha256
+            == tokenizer.load(str(tmp_path / name)).files_sha256
+        )
+    for path in sorted((tmp_path / "a").iterdir()):
+        content = path.read_bytes()
+        for changed in (content[:-1], content.replace(b"e", b"f", 1), b""):
+            path.write_bytes(changed)
+            assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
+        path.write_bytes(content)
+    (tmp_path / "a" / tokenizer.TEMPLATE_FILE).unlink()
+    assert tokenizer.folder_sha256(tmp_path / "a") != tok.files_sha256
+
+
+def test_a_read_that_fails_once_is_tried_again_and_one_that_goes_on_failing_is_one_line(tok, tmp_path, monkeypatch):
+    tok.save(tmp_path)
+    errors, read = [OSError(errno.EIO, "Input/output error")], pathlib.Path.read_bytes
+    monkeypatch.setattr(tokenizer.storage, "PAUSES", (0.0,))
+    monkeypatch.setattr(
+        pathlib.Path, "read_bytes", lambda p: read(p) if not errors else (_ for _ in ()).throw(errors.pop())
+    )
+    assert tokenizer.load(str(tmp_path)).sha256 == tok.sha256
+    errors += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(OSError, match=f"^tokenizer {tmp_path}: cannot be read: .*Input/output error"):
+        tokenizer.load(str(tmp_path))
+    errors += [OSError(errno.EINVAL, "Invalid argument")]
+    with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}: cannot be read: Invalid argument"):
+        tokenizer.load(str(tmp_path))
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     for path in (tmp_path, tmp_path / "none.model"):
         with pytest.raises(UsageError, match=f"^tokenizer {path}: no such file$"):
@@ -166,6 +211,21 @@ def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.model").write_bytes(content)
     with pytest.raises(UsageError, match=f"^tokenizer {tmp_path}/a.model: not a SentencePiece model$"):
         tokenizer.load(str(tmp_path / "a.model"))
+
+
+def test_a_damaged_model_is_refused_in_one_line_or_works(tok, tmp_path):
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        i, kind = draw.randrange(len(tok.model)), draw.randrange(3)
+        middle = (bytes([tok.model[i] ^ 1 << draw.randrange(8)]), b"", b"\0" * 9)[kind]
+        (tmp_path / "a.model").write_bytes(tok.model[:i] + middle + tok.model[i + len(middle) :] * (kind != 1))
+        try:
+            damaged = tokenizer.load(str(tmp_path / "a.model"))
+            damaged.byte_lengths()
+        except UsageError as e:
+            refused += 1
+            assert "\n" not in str(e)
+    assert refused > 100
 
 
 def test_a_foreign_model_that_keeps_text_as_it_is_can_be_used(tmp_path):

@@ -157,6 +157,29 @@ def test_moments_are_those_of_an_explicit_forward_pass(dense):
             assert errors[i][name] == pytest.approx(share, rel=1e-3)
 
 
+def test_equal_matrices_keep_their_own_inputs(dense):
+    """As in a model whose Q and K share a tensor, or whose matrices are still zero."""
+    attention = dict(dense.params["blocks"]["attention"])
+    for name in "kvo":
+        attention[name] = attention["q"]
+    params = dense.params | {"blocks": dense.params["blocks"] | {"attention": attention}}
+    batch = {"tokens": np.arange(48, dtype=np.int32)[None], "segments": np.ones((1, 48), np.int32)}
+    row = row_inputs(dense.config.model, jax.tree.map(np.float64, params), batch["tokens"][0], batch["segments"][0])[0]
+    _, moments = next(compression.activations(dense.config.model, params, [batch]))
+    for name in "qkvo":
+        np.testing.assert_allclose(moments[name], row[name].T @ row[name], rtol=1e-3, atol=1e-3)
+    assert {"keys", "queries"} < set(moments)
+
+
+def test_weights_that_fp32_cannot_multiply_are_refused(dense):
+    text, held_out = compression.texts(dense, "", 960)
+    huge = dense._replace(params=dense.params | {"blocks": jax.tree.map(lambda w: w * 1e20, dense.params["blocks"])})
+    with pytest.raises(UsageError, match="the inputs of .* in layer 0 are not finite"):
+        compression.compress(huge, 16, (1, 1, 1, 1), 0, text)
+    with pytest.raises(UsageError, match="the loss on the text is not finite"):
+        compression.report([{}], float("nan"), 1.0)
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "dense"

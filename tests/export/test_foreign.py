@@ -1,13 +1,18 @@
 """Compression of small BLOOM and MPT models: exact at full rank, and loadable as the same class."""
 
+import json
+import pathlib
+import shutil
+
 import numpy as np
 import pytest
 import runs
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lowrank_jax import cli, compress
+from lowrank_jax.config import UsageError
 from lowrank_jax.export import foreign, hf_tokenizer
 
 torch.set_num_threads(1)
@@ -71,11 +76,61 @@ def test_weights_and_factors_have_the_lower_rank(folder, text, tmp_path, capsys)
             assert np.linalg.matrix_rank(w, tol=1e-4) == {"q": 2, "k": 2, "v": 6, "o": 6}[part]
             np.testing.assert_allclose(factors[f"{name}.{part}.down"] @ factors[f"{name}.{part}.up"], w, atol=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("ba").input_ids
+    generation = [
+        json.loads(pathlib.Path(path, "generation_config.json").read_text()) for path in (folder, tmp_path / "out")
+    ]
+    assert generation[0] == generation[1]
+
+
+def test_what_is_wrong_with_a_model_is_named(folder, text, tmp_path):
+    """Weights, config and tokenizer of a stranger: nothing is guessed, drawn at random or run, and nothing is left."""
+
+    def refused(*names, weights=None, config=None, tokenizer=None):
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        state, values = load_file(copy / "model.safetensors"), json.loads((copy / "config.json").read_text())
+        state = {k: w for k, w in (state | (weights or {})).items() if w is not None}
+        save_file(state, copy / "model.safetensors")
+        (copy / "config.json").write_text(json.dumps(values | (config or {})))
+        if tokenizer is not None:
+            (copy / "tokenizer_config.json").write_text(tokenizer)
+        with pytest.raises(UsageError) as e:
+            run(str(copy), tmp_path / "out", text, "--rank=4")
+        line = str(e.value)
+        assert all(name in line for name in names) and "\n" not in line and len(line) < 700, line
+        shutil.rmtree(copy)
+        assert not list(tmp_path.iterdir())
+
+    state = load_file(f"{folder}/model.safetensors")
+    values = json.loads(pathlib.Path(folder, "config.json").read_text())
+    name = next(name for name in state if name.endswith(foreign.FAMILIES[values["model_type"]][2] + ".weight"))
+    w = state[name]
+    refused(name, "NaN", "model.safetensors", weights={name: np.full_like(w, np.nan)})
+    refused(name, "I64", "model.safetensors", weights={name: w.astype(np.int64)})
+    refused(name, "[31, 32]", "[32, 32]", weights={name: w[:31]})
+    refused(name, "have no", weights={name: None})
+    refused("unknown 'stray'", weights={"stray": w})
+    refused("not finite", weights={k: np.full_like(v, 1e30) for k, v in state.items()})
+    for key in (key for names in foreign.SIZES for key in names if key in values):
+        for size in (10**9, 10**12, 10**400, 0, -1, "32", None, 1.5, float("nan")):
+            refused("config.json", key, config={key: size})
+    refused("layer_norm_epsilon", "inf", config={"layer_norm_epsilon": float("inf")})
+    refused("config.json", "initializer_range", config={"initializer_range": "wide"})
+    refused("quantization_config", config={"quantization_config": {"load_in_8bit": True}})
+    refused("the tokenizer of", tokenizer="[" * 100_000)
+    refused("the tokenizer of", tokenizer='{"eos_token": 3}')
 
 
 def test_mistakes_get_one_line_and_leave_nothing(folder, text, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("ba ce")
-    for args in (("--rank=33",), ("--rank=4", "--mlp_rank=3"), ("--rank=4", f"--data=text:{tmp_path}/short.txt")):
+    splits = [("--rank=4", f"--rank_split={split}") for split in ("nan,1,1,1", "1,inf,1,1", "0,1,1,1", "1e300,1,1,1")]
+    sizes = [("--rank=4", "--tokens=0"), ("--rank=4", f"--tokens={10**400}"), (f"--rank={10**400}",), ("--rank=0",)]
+    for args in (
+        *splits,
+        *sizes,
+        ("--rank=33",),
+        ("--rank=4", "--mlp_rank=3"),
+        ("--rank=4", f"--data=text:{tmp_path}/short.txt"),
+    ):
         with pytest.raises(SystemExit) as e:
             cli.main(lambda argv: run(folder, tmp_path / "out", text, *argv), list(args))
         runs.assert_one_line(e.value.code, capsys.readouterr().err, 2, args[-1].split("=")[0])

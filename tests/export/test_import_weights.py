@@ -123,11 +123,16 @@ def test_a_run_without_its_tokenizer_is_not_exported(reference, tmp_path):
 
 @pytest.mark.parametrize("again", ["hf"], indirect=True)
 def test_training_continues_and_other_commands_open_the_run(again, reference, data, tmp_path):
-    more = {"init_from": again, "pretrain__steps": 1, "sft__steps": 0}
+    """It continues with SFT alone, whose first evaluation is the last one of the run that was exported."""
+    more = {"init_from": again, "pretrain__steps": 0, "sft__steps": 1}
     code, _, err = runs.train(data, tmp_path / "more", **more)
     assert code == 0 and "first weights from step 0" in err and "not taken" not in err, err
     losses = lambda folder: [row["eval_loss"] for row in runs.rows(folder, "metrics.jsonl") if "split" in row]
-    assert losses(tmp_path / "more")[0] < 0.9 * losses(reference)[0]
+    assert losses(tmp_path / "more")[0] == pytest.approx(losses(reference)[-1], rel=1e-5)
+    trained_phases = {row["phase"] for row in runs.rows(tmp_path / "more", "metrics.jsonl")}
+    assert trained_phases == {"sft"} and runs.rows(tmp_path / "more", "events.jsonl")[-1]["step"] == 1
+    code, out, err = runs.run("evaluate", f"--workdir={tmp_path}/more", "--json")
+    assert code == 0 and runs.last_json(out)["results"][0]["loss"] == pytest.approx(losses(tmp_path / "more")[-1]), err
     code, out, err = runs.run("generate", f"--workdir={again}", "--prompt=The cat", "--max_tokens=3", "--json")
     assert code == 0 and len(runs.last_json(out)["tokens"]) <= 3, err
 

@@ -47,6 +47,15 @@ def test_bytes_that_are_no_json_object_are_refused(tok, body, is_chat):
     assert e.value.status == 400
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_k", "stop", "logit_bias", "messages"])
+def test_brackets_of_any_depth_are_refused(tok, name):
+    """Also of a depth that JSON's reader just takes, which leaves little room to show the value in the message."""
+    for depth in (2, *range(900, 1000), 10**5):
+        with pytest.raises(Problem) as e:
+            api.read(f'{{"prompt": "a", "{name}": {"[" * depth}{"]" * depth}}}'.encode(), False, tok, SETTINGS)
+        assert e.value.status == 400 and len(str(e.value)) < 400
+
+
 def test_defaults_are_openais(tok):
     call = read(tok)
     (request,) = call.requests

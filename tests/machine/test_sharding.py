@@ -153,6 +153,22 @@ def test_a_mesh_that_does_not_divide_the_rows_or_devices_is_an_error_in_one_line
     assert all(name in str(e.value) for name in names), e.value
 
 
+@pytest.mark.parametrize("devices", [7, 11, 14])
+@pytest.mark.parametrize("growth", ["64", "64,96", "64,80,96"])
+def test_the_advised_tokens_per_step_and_axes_of_0_are_accepted(devices, growth):
+    unit = math.lcm(*map(int, growth.split(",")))
+    grow = {"pretrain__auto_grow": True, "pretrain__grow_plan": growth, "pretrain__block": 64}
+    config = lambda **changes: run_config(model__heads=1, **grow | {"pretrain__tokens_per_step": 2 * unit} | changes)
+    with pytest.raises(UsageError) as e:
+        sharding.shape(config(), stages_of(config()), devices)
+    key, multiple = re.search(r"make config\.(\S+) a multiple of (\d+)", str(e.value)).groups()
+    changes = {key.replace(".", "__"): 3 * int(multiple)}
+    assert math.prod(sharding.shape(config(**changes), stages_of(config(**changes)), devices)) == devices
+    with pytest.raises(UsageError, match="; 0 takes what is left"):
+        mesh = {"mesh__data": devices - 1}
+        sharding.shape(config(**changes | mesh), stages_of(config(**changes | mesh)), devices)
+
+
 def device(process: int):
     return types.SimpleNamespace(process_index=process)
 

@@ -194,7 +194,7 @@ BREAK = {
 def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(run, states, template, harm):
     BREAK[harm](array_data(run, 3))
     with Checkpoints(run) as saved:
-        state, progress = saved.restore(template, delete_broken=True)
+        state, progress = saved.restore(template)
         assert progress.step == 2 and bits(state) == bits(states[1])
         assert failures(run) == [3] and saved.steps() == [2, 1]
         saved.save(states[0], progress_at(3))
@@ -206,14 +206,14 @@ def test_a_broken_newest_checkpoint_falls_back_to_the_one_before(run, states, te
 @pytest.mark.parametrize("harm", ["cut in half", "empty", "missing"])
 def test_a_broken_description_falls_back_too(run, template, name, harm):
     BREAK[harm](pathlib.Path(run, "checkpoints", "3", name))
-    assert restore(run, template, delete_broken=True)[1].step == 2
+    assert restore(run, template)[1].step == 2
     assert failures(run) == [3]
 
 
 def test_several_broken_checkpoints_are_passed_over(run, states, template):
     flip(array_data(run, 3))
     os.truncate(array_data(run, 2), 10)
-    state, progress = restore(run, template, delete_broken=True)
+    state, progress = restore(run, template)
     assert progress.step == 1 and bits(state) == bits(states[0])
     assert failures(run) == [3, 2]
     assert all(e["reason"] and "\n" not in e["reason"] for e in run_folder.read_rows(run, "events.jsonl"))
@@ -223,7 +223,7 @@ def test_checkpoints_of_which_none_can_be_restored_are_kept_and_named(run, make)
     other = step.abstract_state(make.run_config(model__d=32))
     for _ in range(2):
         with pytest.raises(UsageError, match=f"no checkpoint of {run} can be restored; step 3: "):
-            restore(run, other, delete_broken=True)
+            restore(run, other)
     with Checkpoints(run) as saved:
         assert saved.steps() == [3, 2, 1]
 
@@ -233,7 +233,7 @@ def test_progress_that_was_changed_on_disk_is_noticed(run, template):
     changed, count = re.subn(r'("offset": ?)3', r"\g<1>4", path.read_text(encoding="utf-8"))
     assert count == 1
     path.write_text(changed, encoding="utf-8")
-    assert restore(run, template, delete_broken=True)[1].step == 2
+    assert restore(run, template)[1].step == 2
     assert failures(run) == [3]
 
 
@@ -259,16 +259,16 @@ def test_a_lack_of_memory_is_no_damage(run, states, template, monkeypatch, reaso
     with Checkpoints(run) as saved, monkeypatch.context() as patch:
         patch.setattr(*((saved._manager, "restore") if place == "reading" else (checkpoint, "_checksum")), fail)
         with pytest.raises(type(NO_MEMORY[reason])) as e:
-            saved.restore(template, delete_broken=True)
+            saved.restore(template)
         assert e.value is NO_MEMORY[reason] and saved.steps() == [3, 2, 1] and failures(run) == []
-    state, progress = restore(run, template, delete_broken=True)
+    state, progress = restore(run, template)
     assert progress.step == 3 and bits(state) == bits(states[2])
 
 
 def test_a_write_that_was_killed_is_not_a_checkpoint(run, states, template):
     whole = pathlib.Path(run, "checkpoints", "3")
     whole.rename(whole.with_name("3.orbax-checkpoint-tmp"))
-    assert restore(run, template, delete_broken=True)[1].step == 2
+    assert restore(run, template)[1].step == 2
     assert failures(run) == []
 
 

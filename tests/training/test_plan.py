@@ -7,10 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from lowrank_jax.config import RunConfig
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.model import costs
 from lowrank_jax.training import optim
-from lowrank_jax.training.plan import milestones, stage_at, stages_of
+from lowrank_jax.training.plan import divisor, milestones, stage_at, stages_of
 
 MOST_STEPS = 60
 many = settings(max_examples=150, deadline=None)
@@ -195,6 +195,34 @@ def test_pretraining_without_steps_reads_tokens_per_param_tokens(tokens_per_para
 def test_pretraining_has_at_least_one_step():
     (stage,) = stages_of(run_config({"steps": 0, "tokens_per_param": 1e-6}))
     assert stage.steps == 1
+
+
+def test_more_steps_than_a_run_can_have_are_refused_with_the_key_that_gives_them():
+    with pytest.raises(
+        UsageError, match="^config.pretrain.tokens_per_param=1e[+]12 needs [0-9,]+ steps, more than 1,000"
+    ):
+        stages_of(run_config({"steps": -1, "tokens_per_param": 1e12}))
+
+
+def test_sft_alone_has_the_stages_of_sft_from_step_0():
+    values = run_config({}, {"steps": 4}).to_dict() | {"init_from": "runs/a"}
+    values["pretrain"]["steps"] = 0
+    (stage,) = stages_of(RunConfig.from_dict(values))
+    assert (stage.phase, stage.start, stage.phase_start, stage.end) == ("sft", 0, 0, 4)
+    due = milestones([stage], 9, 0)
+    assert due == [("eval", "sft", 0)]
+
+
+@many
+@given(st.integers(1, 3000), st.integers(1, 4000), st.integers(1, 6))
+def test_the_divisor_is_the_largest_that_fits(rows, most, of):
+    batch = rows * of
+    fitting = [n for n in range(of, min(batch, most) + 1, of) if batch % n == 0]
+    assert divisor(batch, most, of) == max(fitting, default=of)
+
+
+def test_the_divisor_of_a_huge_prime_is_found_at_once():
+    assert divisor(2**31 - 1, 2**30) == 1
 
 
 @many

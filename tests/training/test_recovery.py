@@ -268,14 +268,25 @@ def test_no_failure_waits_for_a_compiler(ends, failure, status):
 
 
 def test_signals_are_noted_and_told_once_and_handlers_put_back(ends, capfd):
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with interrupt.signals() as received:
         assert received == []
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
             signal.raise_signal(number)
-    assert set(received) == {signal.SIGTERM, signal.SIGINT} and received[0] == signal.SIGTERM
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-    assert [line.split(":")[0] for line in capfd.readouterr().err.splitlines()] == ["SIGTERM", "SIGINT"]
+    assert set(received) == {*numbers} and received[0] == signal.SIGTERM
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert [line.split(":")[0] for line in capfd.readouterr().err.splitlines()] == ["SIGTERM", "SIGINT", "SIGHUP"]
+
+
+def test_under_nohup_a_terminal_may_close(ends):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupt.signals() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert received == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_from_the_keyboard_ends_the_process_at_once(ends):

@@ -1,8 +1,12 @@
 """The report: the contents of its page and picture, also for runs that are young, old or in trouble."""
 
 import base64
+import html.parser
 import json
+import math
+import os
 import re
+import shutil
 
 import pytest
 
@@ -37,6 +41,8 @@ EVENTS += [
     for name, (start, _) in STAGES.items()
 ]
 EVENTS += [{"event": "sample", "step": 6, "phase": "pretrain", "prompt": "<b>O", "text": "Romeo & Juliet"}]
+COUNTS = {"documents": 21, "tokens": 1536, "epochs": 1.3, "skipped": 2}
+EVENTS += [{"event": "data", "step": 6, "phase": "pretrain", "sources": [{"source": "text:<x>"} | COUNTS]}]
 EVENTS += [{"event": "finish", "step": 8, "tokens": 2048, "params_sha256": "ab" * 32}]
 
 
@@ -85,11 +91,12 @@ def test_the_page_summarises_the_run(folder):
     assert "state finished steps 8 tokens 2.05k last loss 0.000 median tokens/s 512" in head
     assert "pretrain 2 4.000 2.000 2.000 50.0% sft 3 3.000 2.250 2.500 16.7%" in section(page, "Held-out text")
     assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
+    assert "pretrain text:&lt;x&gt; 21 1,536 1.3 2" in section(page, "Data")
     assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
     config = run_folder.read_config(str(folder))
     described = forecast.describe(config, make(config))
     assert forecast.table(described).splitlines()[0].split()[0] in section(page, "Plan")
-    assert "stage 3 6 start 1 0 sample 1 6 finish 1 8" in section(page, "Events")
+    assert "stage 3 6 start 1 0 sample 1 6 data 1 6 finish 1 8" in section(page, "Events")
     assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
 
 
@@ -177,3 +184,69 @@ def test_the_command_prints_the_page(folder, capsys):
     paths = command.command([f"--workdir={folder}"])
     assert capsys.readouterr().out.strip() == paths["report"] == str(folder / "report.html")
     assert json.dumps(paths)
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'-alert(1)-'</title></pre>",
+    "$\\frac{1$ ${body} $$ %s",
+    "\x1b[31m\x9b\u202e\u2066\x00",
+    "lone \ud800 and \udfff",
+    "_hidden",
+    "",
+    "x" * 5000,
+]
+ODD = [None, True, -1, 1e308, 10**400, math.nan, -math.inf, [], [["a"]], {"a": {"<b>": "\udc80"}}, *HOSTILE]
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.data = set(), set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.data += data
+
+
+def check_harmless(page: str) -> None:
+    parser = Tags()
+    parser.feed(page)
+    known = "html meta title style h1 h2 p dl div dt dd img table tr th td pre b".split()
+    assert parser.tags <= set(known) and parser.attributes <= {
+        "lang",
+        "charset",
+        "name",
+        "content",
+        "class",
+        "alt",
+        "src",
+    }
+    assert all(c in "\t\n" or c.isprintable() or c == "\xa0" for c in parser.data)
+
+
+def test_no_row_or_event_runs_as_a_script_or_breaks_the_report(folder):
+    rows, events = list(TRAIN + EVALS), list(EVENTS)
+    for i, value in enumerate(ODD):
+        for base, kept in ((TRAIN[0], rows), (EVALS[0], rows), *((event, events) for event in EVENTS)):
+            kept += [base | {key: value} for key in base] + [base | {"reason": value}]
+        text = value if isinstance(value, str) else f"key {i}"
+        rows += [row | {"phase": text, "split": text} for row in EVALS[:2]]
+        rows.append({text: value})
+        events += [{"event": text, "step": i, text: value, f"{i}_bytes": value}, {"event": value, "step": 1}]
+        events += [{"event": "compile", "step": 0, "stage": text, "peak_bytes": value}]
+    page = page_of(folder, rows, events)
+    check_harmless(page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;, bits per byte" in page and r"lone \ud800" in page
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_name_of_the_folder_is_text(tmp_path, folder):
+    evil = tmp_path / os.fsdecode(b"<script>$name \xff\x1b")
+    evil.mkdir()
+    shutil.copy(folder / "config.json", evil)
+    check_harmless(page_of(evil, TRAIN, EVENTS))

@@ -66,6 +66,7 @@ def test_rows_come_back_as_they_were_added(tmp_path):
     rows = [{"step": 1, "loss": math.inf, "name": "\u6f22\n}", "none": None, "list": [1, {"a": 2}]}, {}]
     for row in rows:
         run_folder.append(str(tmp_path), "metrics.jsonl", row)
+    rows[0]["loss"] = None  # JSON has no infinity
     assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == rows
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
@@ -119,10 +120,13 @@ def test_rewinding_a_new_folder_leaves_an_empty_file(tmp_path):
 
 
 def test_a_cut_line_is_gone_after_rewinding(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    run_folder.append(str(tmp_path), "metrics.jsonl", {"step": 1})
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 2, "lo')
     run_folder.rewind_metrics(str(tmp_path), 5)
     run_folder.append(str(tmp_path), "metrics.jsonl", {"step": 2})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -228,7 +232,8 @@ def test_a_change_that_a_resume_allows_is_accepted_and_listed(tmp_path, key):
 def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path):
     assert run_folder.newest_checkpoint(str(tmp_path)) is None
     for name in ("9", "100", "20", "300.orbax-checkpoint-tmp"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        for item in ("meta", "state"):
+            (tmp_path / "checkpoints" / name / item).mkdir(parents=True)
     assert run_folder.newest_checkpoint(str(tmp_path)) == 100
 
 

@@ -8,7 +8,6 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import json
 import pathlib
 import re
 import time
@@ -26,6 +25,7 @@ from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
 from lowrank_jax.inference.server.api import Call, Problem, Reply, Settings
 from lowrank_jax.inference.server.scheduler import Scheduler
+from lowrank_jax.machine.console import to_json
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
 MOST_BYTES = 4 << 20  # of a body
@@ -182,7 +182,7 @@ class Work:
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the events of a stream; an error is the last before its end."""
-        event = lambda value: f"data: {json.dumps(value)}\n\n"
+        event = lambda value: f"data: {to_json(value)}\n\n"
         try:
             for i in range(len(self._call.requests)) if self._call.is_chat else ():
                 yield event(self._reply.first(i))
@@ -260,7 +260,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _json(value: dict, status: int = 200, headers: dict | None = None) -> Response:
-    return Response(json.dumps(value), status, headers, "application/json")
+    return Response(to_json(value), status, headers, "application/json")
 
 
 def _refusal(problem: Problem, headers: dict | None = None) -> Response:

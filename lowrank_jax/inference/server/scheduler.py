@@ -5,7 +5,6 @@ No other thread touches the engine. Requests enter under a lock; pieces leave th
 
 import asyncio
 import collections
-import sys
 import threading
 import time
 import traceback
@@ -14,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import CHUNKS, Engine, Piece, Request
 from lowrank_jax.inference.server.api import Problem
+from lowrank_jax.machine import console
 
 STOPPING = 503, "the server is stopping", None, "stopping"
 
@@ -113,7 +113,7 @@ class Scheduler:
                     ticket, i = self.active.pop(slot) if piece.finish else self.active[slot]
                     ticket.put(i, piece)
         except Exception as e:
-            traceback.print_exc(file=sys.stderr)
+            console.say(traceback.format_exc())
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
     def _drop_cancelled(self) -> None:
