@@ -13,7 +13,6 @@ import platform
 import signal
 import sys
 import threading
-import time
 import traceback
 
 from absl import flags
@@ -107,11 +106,12 @@ def main(command, argv: list[str] | None = None) -> None:
         result = command(argv)
         if result is not None and "--json" in argv and processes.is_first():
             console.show(console.to_json(result))
+        processes.leave(0)
     except BrokenPipeError:  # the reader of our output is gone: there is nobody to report to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
     except (UsageError, RunFailure, OSError) as e:
-        _print_error(str(e))
+        _print_error(str(e) if isinstance(e, UsageError) else processes.lost() or str(e))
         leave(2 if isinstance(e, UsageError) else 1)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
@@ -120,6 +120,8 @@ def main(command, argv: list[str] | None = None) -> None:
     except Exception as e:
         if "RESOURCE_EXHAUSTED" in str(e):
             _print_error(f"out of memory: {str(e).splitlines()[0][:300]}")
+        elif lost := processes.lost(2, also_ended=True):  # the devices notice it first, each in its own words
+            _print_error(lost)
         elif problem := _unusable_platforms(e):
             _print_error(problem)
             leave(2)
@@ -155,8 +157,8 @@ def _unusable_platforms(error: Exception) -> str:
 
 
 def _leave(status: int | None) -> None:
-    if status and processes.count() > 1 and processes.is_first():
-        time.sleep(3)  # this process coordinates: without it, the others end with a stack trace
+    with contextlib.suppress(RunFailure, UsageError):
+        processes.leave(status or 0)
     is_abandoned = any(thread.name.startswith(console.ABANDONED) for thread in threading.enumerate())
     if not is_abandoned and (not status or processes.count() == 1):  # a failing process does not wait for the others
         sys.exit(status)
