@@ -41,6 +41,9 @@ JSON_FILE, CONFIG_FILE, NAMES_FILE = "tokenizer.json", "tokenizer_config.json", 
 CHATML = pathlib.Path(__file__).with_name("chatml.jinja").read_text("utf-8").removesuffix("\n")
 LEARNING = tomllib.loads(pathlib.Path(__file__).with_name("sentencepiece.toml").read_text("utf-8"))
 MOST_PIECES = 1 << 22  # the largest public vocabulary has 262,144
+# The byte of each letter of a ByteLevel piece: GPT-2's table. `tokenizers` has the letters, but not their bytes.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_LETTERS = dict(zip(map(chr, [*PRINTABLE, *range(256, 324)]), [*PRINTABLE, *sorted({*range(256)} - {*PRINTABLE})]))
 # Each of these is a piece, even if it is too rare for the 99.95% coverage.
 ASCII = "".join(map(chr, range(33, 127)))
 FIXED_PIECES = 256 + 4 + 2 + 1 + len(ASCII) + 1  # bytes, specials, chat tags, line feed, ASCII, space
@@ -212,19 +215,6 @@ class HuggingFace(Tokenizer):
 
 def _byte(piece: str) -> bytes:
     return bytes([int(piece[1:-1], 16)])
-
-
-def _byte_letters() -> dict[str, int]:
-    """Return the byte that each letter of a ByteLevel piece stands for: GPT-2's table, which has no unprintable letter.
-
-    `tokenizers` has the letters (ByteLevel.alphabet) but not the bytes.
-    """
-    same = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in same]
-    return {chr(byte): byte for byte in same} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-BYTE_LETTERS = _byte_letters()
 
 
 def folder_sha256(folder: str) -> str:

@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -298,7 +297,7 @@ class Circle:
         """End this process, whose main thread waits for the other one in JAX, where no exception reaches it."""
         if isinstance(self._stop, SystemExit):  # a signal, which has been said
             os._exit(self._stop.code)
-        print(f"process {self._index}: error: {line}", file=sys.stderr, flush=True)
+        say(f"error: {line}", everyone=True)
         os._exit(1)
 
     def join(self, facts: dict, remedy: str, wait: float, received: Sequence[int]) -> None:

@@ -135,7 +135,7 @@ async def listen(app: Callable, listener: socket.socket, url: str, scheduler: Sc
     """Serve until a signal arrives, give active requests GRACE seconds, and return the signal's number."""
     config = uvicorn.Config(
         app, lifespan="off", loop="asyncio", http=Connection, ws="none", log_level="error", access_log=False,
-        server_header=False, timeout_keep_alive=int(IDLE_SECONDS), timeout_graceful_shutdown=int(GRACE) + 2,
+        server_header=False, timeout_keep_alive=2 * int(IDLE_SECONDS + 1), timeout_graceful_shutdown=int(GRACE) + 2,
         backlog=BACKLOG,
     )  # fmt: skip
     server, loop, received = uvicorn.Server(config), asyncio.get_running_loop(), []
