@@ -173,6 +173,8 @@ class TextFiles(_Files):
 
     def document(self, row: tuple[str, int, bytes]) -> Document:
         path, offset, raw = row
+        if encodings.has_nuls(raw):  # such as UTF-16 that a shell appended
+            raise BadRecord(path, f"has NUL bytes, from byte {offset + raw.index(0)} on, so it is no UTF-8 text there")
         try:
             return {"text": raw.decode("utf-8-sig" if offset == 0 else "utf-8").strip("\r\n")}
         except UnicodeDecodeError as e:
