@@ -240,17 +240,19 @@ def test_a_short_sft_counts_the_conversations_in_its_batches_and_parts_of_an_epo
     )
 
 
-def test_conversations_are_mixed_by_their_tokens_in_the_rows(make, tok, tmp_path):
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_conversations_are_mixed_by_their_tokens_in_the_rows(make, tok, tmp_path, share):
     """A long conversation is cut to a row, and one that answers too late is not trained at all."""
     long = [talk("ba", make.prose(900, i)) if i % 3 else talk(make.prose(80, i), "ce") for i in range(40)]
     short = [talk("ba", make.prose(4, i)) for i in range(40)]
     specs = [make.write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("long", long), ("short", short))]
-    documents = stream.open_phase(make.phase(specs), tok, 0, True)
+    sources = f"{specs[0]}@{share}, {specs[1]}@{1 - share}"
+    documents = stream.open_phase(make.phase(sources), tok, 0, True)
     for step in range(60):
         documents.next(8, 128, step)
     own, other = stream.summary(documents.cursor())
     assert own["cut"] == own["documents"] > 0 and 10 <= own["unanswered"] <= 14
-    assert abs(own["tokens"] / (own["tokens"] + other["tokens"]) - 0.5) < 0.03
+    assert abs(own["tokens"] / (own["tokens"] + other["tokens"]) - share) < 0.03
 
 
 def without(cursor: dict, *keys: str) -> dict:
