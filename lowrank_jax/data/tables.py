@@ -25,6 +25,7 @@ class Parquet(InFiles):
         self._keys, self._columns = (text_key, messages_key, chats), records.roots(text_key, messages_key)
         facts = files.at_once(lambda path: _parquet_facts(path, self._columns), paths)
         self.number_blocks(paths, [groups for _, _, groups, _ in facts])
+        self._watch = files.Watch({path: digest for path, (digest, *_) in zip(paths, facts)})
         self.fingerprint = blocks.fingerprint_of_files([digest for digest, *_ in facts], "Parquet")
         self.old_fingerprint = blocks.fingerprint([(os.path.basename(p), *f) for p, (_, *f) in zip(paths, facts)])
         self._footer = functools.lru_cache(FOOTERS)(_parquet_footer)
@@ -47,6 +48,7 @@ class Parquet(InFiles):
         import pyarrow.parquet
 
         (path, group), first = self.locate(block), 0
+        self._watch.look(path)
         try:
             footer = self._footer(path)
             columns = [name for name in footer.schema.to_arrow_schema().names if name in self._columns]

@@ -331,3 +331,12 @@ def test_a_source_that_the_template_refuses_whole_is_named_before_training_and_e
         UsageError, match="a whole epoch has no document to train on; the last unusable record: .*system"
     ):
         stream.open_phase(p, strict, 0, True).next(1, 64)
+
+
+def test_a_source_that_gives_fewer_documents_than_were_read_is_named(make, tok, tmp_path):
+    spec = make.write_jsonl(tmp_path / "a.jsonl", [{"text": make.prose(9, i)} for i in range(60)])
+    documents = stream.open_phase(make.phase(spec), tok, 0, False)
+    documents.next(8, 64, 0)
+    other = make.phase([{"spec": spec, "text_key": "body"}], max_skipped=60)
+    with pytest.raises(UsageError, match=f"source {spec} has fewer documents at its place than were read before"):
+        stream.open_phase(other, tok, 0, False, (documents.cursor(), "")).next(8, 64, 1)
