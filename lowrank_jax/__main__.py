@@ -36,12 +36,16 @@ def summary(module: str, function: str) -> str:
 
 def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__, *(f"  {name:16} {summary(*COMMANDS[name])}" for name in COMMANDS), sep="\n")
-        return
     if name not in COMMANDS:
+        from lowrank_jax.machine import console  # imports tqdm, which `train` need not import before it restarts
+
+        startup.open_streams()
+        console.prepare_streams()
+        if name in ("-h", "--help"):
+            lines = [f"  {name:16} {summary(*COMMANDS[name])}" for name in COMMANDS]
+            return console.show("\n".join([__doc__, *lines]), needed=False)
         near = difflib.get_close_matches(name, COMMANDS) or COMMANDS
-        print(f"error: unknown command {name!r}; use {', '.join(near)}", file=sys.stderr)
+        console.say(f"error: unknown command {name!r}; use {', '.join(near)}")
         sys.exit(2)
     if name == "train":
         startup.prepare()  # before JAX is imported

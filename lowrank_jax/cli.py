@@ -8,21 +8,18 @@ on a frozen RunConfig.
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import signal
 import sys
 import threading
-import time
 import traceback
 
 from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
-from lowrank_jax.machine import processes, startup
-from lowrank_jax.machine.console import ABANDONED, say
+from lowrank_jax.machine import console, processes, startup
 
 LONGEST_ERROR = 2000  # characters of a message
 
@@ -75,18 +72,18 @@ def read_config(config_args: list[str]) -> RunConfig:
         raise UsageError(f"unknown argument {unused[0]}")
     checked = RunConfig.from_dict(config)
     if checked.pretrain.steps == -1 and config["pretrain"]["steps"] in (0, "0"):
-        say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
+        console.say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
     return checked
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR names a folder, or none by being empty."""
+    home = startup.cache_folder()  # also where other caches have their place
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     # A folder for each kind of CPU: a program for one with more instructions dies of a signal on another.
     cpu = hashlib.sha256(startup.cpu_features().encode()).hexdigest()[:8]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.join(home, "lowrank_jax", f"xla-{platform.machine()}-{cpu}")
+    folder = os.path.join(home, f"xla-{platform.machine()}-{cpu}")
     for name, value in {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.1}.items():
         if "jax" in sys.modules:
             sys.modules["jax"].config.update(name, value)
@@ -97,22 +94,24 @@ def use_compilation_cache() -> None:
 def main(command, argv: list[str] | None = None) -> None:
     """Run `command(argv) -> dict | None`, print the dict with `--json`, and exit with the status of the contract.
 
-    As the main program (without `argv`), it ends at once where threads named ABANDONED may be running, or where one of
-    several processes has failed. Nothing can stop such threads, and they would delay the exit for minutes.
+    As the main program (without `argv`), it ends at once where threads named console.ABANDONED may be running, or where
+    one of several processes has failed. Nothing can stop such threads, and they would delay the exit for minutes.
     """
     startup.open_streams()
+    console.prepare_streams()
     leave = _leave if argv is None else sys.exit
     argv = sys.argv[1:] if argv is None else argv
     try:
         use_compilation_cache()
         result = command(argv)
         if result is not None and "--json" in argv and processes.is_first():
-            print(json.dumps(result), flush=True)
+            console.show(console.to_json(result))
+        processes.leave(0)
     except BrokenPipeError:  # the reader of our output is gone: there is nobody to report to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(1)
     except (UsageError, RunFailure, OSError) as e:
-        _print_error(str(e))
+        _print_error(str(e) if isinstance(e, UsageError) else processes.lost() or str(e))
         leave(2 if isinstance(e, UsageError) else 1)
     except KeyboardInterrupt:
         leave(128 + signal.SIGINT)
@@ -121,8 +120,13 @@ def main(command, argv: list[str] | None = None) -> None:
     except Exception as e:
         if "RESOURCE_EXHAUSTED" in str(e):
             _print_error(f"out of memory: {str(e).splitlines()[0][:300]}")
-        elif processes.count() > 1:
-            traceback.print_exc()
+        elif lost := processes.lost(2, also_ended=True):  # the devices notice it first, each in its own words
+            _print_error(lost)
+        elif problem := _unusable_platforms(e):
+            _print_error(problem)
+            leave(2)
+        elif processes.count() > 1 or leave is _leave:
+            console.say(traceback.format_exc().rstrip(), everyone=True)
         else:
             raise
         leave(1)
@@ -131,14 +135,31 @@ def main(command, argv: list[str] | None = None) -> None:
 def _print_error(error: str) -> None:
     line = " ".join(error[: 2 * LONGEST_ERROR].split())  # a text of others in it may have gigabytes
     line = line if len(line) <= LONGEST_ERROR else f"{line[:LONGEST_ERROR]}..."
-    with contextlib.suppress(OSError):  # nobody reads stderr any more
-        print(f"{processes.name()}error: {line}", file=sys.stderr, flush=True)
+    console.say(f"error: {line}", everyone=True)
+
+
+def _unusable_platforms(error: Exception) -> str:
+    """Return what is wrong with JAX_PLATFORMS where JAX finds no device for it, or an empty text.
+
+    JAX's error for a missing plugin is an assertion without text, so any error asks for the devices again.
+    """
+    jax = sys.modules.get("jax")
+    if not (jax and jax.config.jax_platforms):
+        return ""
+    if "Unable to initialize backend" not in str(error):
+        try:
+            jax.devices()
+            return ""
+        except Exception as e:
+            error = e
+    reason = str(error).split(" (set ")[0].rstrip(".") or "its plugin for JAX is not installed"
+    return f"JAX_PLATFORMS={jax.config.jax_platforms} cannot be used ({reason}); set JAX_PLATFORMS=cpu, or unset it"
 
 
 def _leave(status: int | None) -> None:
-    if status and processes.count() > 1 and processes.is_first():
-        time.sleep(3)  # this process coordinates: without it, the others end with a stack trace
-    is_abandoned = any(thread.name.startswith(ABANDONED) for thread in threading.enumerate())
+    with contextlib.suppress(RunFailure, UsageError):
+        processes.leave(status or 0)
+    is_abandoned = any(thread.name.startswith(console.ABANDONED) for thread in threading.enumerate())
     if not is_abandoned and (not status or processes.count() == 1):  # a failing process does not wait for the others
         sys.exit(status)
     with contextlib.suppress(OSError, ValueError):

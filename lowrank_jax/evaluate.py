@@ -10,6 +10,7 @@ from lowrank_jax import cli
 from lowrank_jax.config import MOST_LENGTH, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.inference import quantize
+from lowrank_jax.machine import console
 from lowrank_jax.training import evaluation
 from lowrank_jax.training.trained import Trained, open_run
 
@@ -39,13 +40,13 @@ def command(argv: list[str]) -> dict:
         results.append({"length": length} | result)
         shown = f"length {length:6d}  loss {result['loss']:.4f}  perplexity {result['perplexity']:8.2f}"
         bits, tokens = result["bits_per_byte"], result["tokens"]
-        print(f"{shown}  bits per byte {bits:.4f}  ({tokens} tokens)", flush=True)
+        console.show(f"{shown}  bits per byte {bits:.4f}  ({tokens} tokens)")
         if args.weights:
             change = evaluation.compare_weights(run.config, run.params, batches, byte_lengths, args.weights)
             results[-1]["with"] = change
             before, after = change["weight_bytes_before"] / 1e6, change["weight_bytes"] / 1e6
             shown = f"  {args.weights} weights: {after:.1f} MB instead of {before:.1f} MB"
-            print(f"{shown}, bits per byte {change['change']:+.4f}", flush=True)
+            console.show(f"{shown}, bits per byte {change['change']:+.4f}")
     return {"workdir": args.workdir, "step": run.progress.step, "results": results}
 
 
@@ -62,7 +63,7 @@ def _batches(run: Trained, data: str, lengths: list[int], tokens: int) -> dict[i
             raise UsageError(f"the data does not fill one row of {length} tokens; use shorter --lengths or more data")
     shared = min(tokens, *(sum(batch["tokens"].size for batch in rows) for rows in batches.values()))
     if shared < tokens:
-        print(f"the data fills rows of every length with {shared} tokens, fewer than {tokens}", flush=True)
+        console.show(f"the data fills rows of every length with {shared} tokens, fewer than {tokens}")
     for rows in batches.values():
         evaluation.ignore_after(rows, shared)
     return batches

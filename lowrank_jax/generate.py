@@ -4,6 +4,7 @@ python -m lowrank_jax.generate --workdir=runs/quickstart --prompt="ROMEO:"
 python -m lowrank_jax.generate --workdir=runs/quickstart --chat
 """
 
+import functools
 import sys
 
 from lowrank_jax import cli
@@ -12,6 +13,7 @@ from lowrank_jax.inference import quantize
 from lowrank_jax.inference.engine import MOST_ALTERNATIVES, Request
 from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
 from lowrank_jax.inference.session import CONTEXT, Conversation, Model, answer
+from lowrank_jax.machine import console
 from lowrank_jax.training.trained import open_run
 
 
@@ -66,7 +68,7 @@ def command(argv: list[str]) -> dict:
     ask = lambda ids: Request(ids, args.max_tokens, sampling, args.logprobs)
     run = open_run(args.workdir)
     model = Model(run.config, run.tokenizer, run.params, args.weights)
-    show = lambda text: print(text, end="", flush=True)
+    show = functools.partial(console.show, end="")
     if args.chat:
         reads = args.prompt is None or (sys.stdin.isatty() and not args.json)
         chat = Conversation(model, ask, args.stop, args.context, args.system, show)

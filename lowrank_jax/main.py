@@ -9,7 +9,7 @@ if __name__ == "__main__":
     startup.prepare()
 from lowrank_jax import cli  # noqa: E402, which import JAX
 from lowrank_jax.machine import console, interrupt, processes  # noqa: E402, which import JAX
-from lowrank_jax.training import loop  # noqa: E402, which import JAX
+from lowrank_jax.training import loop, run_folder  # noqa: E402, which import JAX
 
 
 def command(argv: list[str]) -> dict:
@@ -20,13 +20,15 @@ def command(argv: list[str]) -> dict:
     many.add_argument("--processes", type=int, default=0, metavar="N", help="number of processes")
     many.add_argument("--process", type=int, default=-1, metavar="I", help="number of this process, from 0")
     many.add_argument("--cluster", action="store_true", help="detect TPU pods, SLURM, Open MPI and GKE")
+    many.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for all processes to join (300)")
     with interrupt.signals() as received:
         args, config = parser.parse_with_config(argv)
-        processes.start(args.coordinator, args.processes, args.process, args.cluster)
+        facts, numbers = run_folder.flatten({"config": config.to_dict()}), (args.processes, args.process)
+        processes.start(args.coordinator, *numbers, args.cluster, facts, args.wait, received)
         finish = loop.run(config, args.workdir, received)
     if processes.is_first():
         tokens, page = f"{finish['tokens']:,} tokens", f"report: {args.workdir}/report.html"
-        console.show(f"done: step {finish['step']}, {tokens}; {page}")
+        console.show(f"done: step {finish['step']}, {tokens}; {page}", needed=False)
     return finish
 
 

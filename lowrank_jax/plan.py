@@ -8,7 +8,7 @@ collectives and kernels. Times are estimates from the chip's published peaks, wh
 """
 
 from lowrank_jax import cli
-from lowrank_jax.machine import devices
+from lowrank_jax.machine import console, devices
 from lowrank_jax.training import forecast
 from lowrank_jax.training.plan import make
 
@@ -19,7 +19,7 @@ def command(argv: list[str]) -> dict:
     args, config = parser.parse_with_config(argv)
     config = forecast.resolve_vocab(config)
     plan = forecast.for_topology(config, args.topology) if args.topology else forecast.describe(config, make(config))
-    print(forecast.table(plan), flush=True)
+    console.show(forecast.table(plan))
     return plan
 
 

@@ -4,14 +4,17 @@ python -m lowrank_jax.report --workdir=runs/quickstart
 """
 
 from lowrank_jax import cli
-from lowrank_jax.training import report
+from lowrank_jax.machine import console
 
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_path("--workdir", required=True, help="the run")
-    paths = report.write(parser.parse_args(argv).workdir)
-    print(paths["report"], flush=True)
+    args = parser.parse_args(argv)
+    from lowrank_jax.training import report  # imports Matplotlib, after `cli.main` has seen to its cache
+
+    paths = report.write(args.workdir)
+    console.show(paths["report"])
     return paths
 
 

@@ -1,18 +1,18 @@
-# Sourced by the other scripts: create .venv with Python 3.11 or newer and install the named requirements files, once.
+# Sourced by the other scripts: create .venv with Python 3.11 to 3.14 and install the named requirements files, once.
 # Afterwards `python` is the environment's.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
   local candidate
-  for candidate in python3 python3.13 python3.12 python3.11 python; do
+  for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do
     if command -v "$candidate" > /dev/null &&
-      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2> /dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "error: Python 3.11 or newer with its venv module is needed (on Debian: apt-get install python3-venv)" >&2
+  echo "error: Python 3.11 to 3.14 with its venv module is needed (on Debian: apt-get install python3-venv)" >&2
   return 1
 }
 

@@ -25,6 +25,12 @@ if ! command -v chromium chromium-browser google-chrome > /dev/null; then
   }
 fi
 
+requirements() { cat requirements*.txt pyproject.toml; }
+if [ "$marks" = "not study" ] && ! requirements | cmp -s - .venv/resolved; then # changed since they were last resolved
+  echo "== requirements on every Python"
+  python scripts/resolve.py && requirements > .venv/resolved || [ $? = 75 ]
+fi
+
 echo "== style"
 ruff check .
 ruff format --check .

@@ -6,11 +6,12 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "lowrank_jax"
 ROOMS = ["config", "machine", "model", "data", "inference", "training", "export"]  # above them lie the commands
 APART = {("data", "model"), ("data", "jax"), ("data", "flax")}  # a room and what it does not know, though it lies below
-KEEPERS = {"orbax": "training/checkpoint", "flax": "model/network", "ml_collections": "cli", "uvicorn": "serve"}
-KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "pyarrow": "data/tables"}
+KEEPERS = {"orbax": "training/checkpoint", "flax": "model/network", "ml_collections": "cli", "pyarrow": "data/tables"}
+KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "qwix": "inference/quantize"}
 KEEPERS |= {"tensorboardX": "training/track", "wandb": "training/track", "mlflow": "training/track"}
-KEEPERS |= {"starlette": "inference/server/routes", "pydantic": "inference/server/api", "qwix": "inference/quantize"}
-KEEPERS |= {"gguf": "export/gguf", "onnx": "export/onnx", "onnxruntime": "export/onnx", "xllamacpp": "export/gguf"}
+KEEPERS |= {"starlette": "inference/server/routes", "pydantic": "inference/server/api", "onnx": "export/onnx"}
+KEEPERS |= {"uvicorn": "inference/server/connections", "gguf": "export/gguf", "xllamacpp": "export/gguf"}
+KEEPERS |= {"onnxruntime": "export/onnx"}
 
 
 def imports(tree: ast.Module) -> set[str]:

@@ -54,7 +54,7 @@ def test_the_script_allows_no_skip_and_needs_a_browser(tmp_path, browser):
     tools.mkdir()
     shutil.copy(script, tmp_path / "test.sh")
     (tmp_path / "setup.sh").write_text("")
-    for name in ("bash", "dirname", "id"):
+    for name in ("bash", "dirname", "id", "cat", "cmp"):
         (tools / name).symlink_to(shutil.which(name))
     says = {"python": 'echo "pytest $* no_skip=$LOWRANK_NO_SKIP"', "ruff": "", "apt-get": "exit 1", "sudo": "exit 1"}
     for name, line in (says | ({browser: ""} if browser else {})).items():

@@ -9,6 +9,7 @@ import lowrank_jax.__main__
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import pretokenize, stream, tokenizer
+from lowrank_jax.machine import console
 
 MOST_SHARDS, MOST_WORKERS = 99_999, 1024  # the names of shards have five digits
 MAX_SKIPPED = 100  # records of a source that may be unusable, as in configs/default.py
@@ -43,9 +44,9 @@ def tokenize(argv: list[str]) -> dict:
     facts, last = pretokenize.write(job, args.out, args.workers)
     size, seconds = sum(entry.stat().st_size for entry in os.scandir(args.out)), time.monotonic() - started
     if facts["skipped"]:
-        print(f"skipped {facts['skipped']:,} unusable records; for example, {last}", file=sys.stderr, flush=True)
+        console.say(f"skipped {facts['skipped']:,} unusable records; for example, {last}")
     totals = f"{facts['documents']:,} documents, {facts['tokens']:,} tokens in {facts['shards']} shards of {args.out}"
-    print(f"{totals}: {size / 1e6:,.1f} MB, {facts['tokens'] / seconds:,.0f} tokens/s", flush=True)
+    console.show(f"{totals}: {size / 1e6:,.1f} MB, {facts['tokens'] / seconds:,.0f} tokens/s")
     return facts | {"out": args.out, "bytes": size, "seconds": seconds}
 
 
@@ -65,7 +66,7 @@ def learn_tokenizer(argv: list[str]) -> dict:
     configs = read_sources(args.sources, "--sources")
     learnt = tokenizer.train(stream.source_texts(configs, args.train_bytes, MAX_SKIPPED), args.vocab_size)
     learnt.save(args.out)
-    print(f"{learnt.vocab_size} pieces in {args.out}", flush=True)
+    console.show(f"{learnt.vocab_size} pieces in {args.out}")
     return {"out": args.out, "vocab_size": learnt.vocab_size}
 
 

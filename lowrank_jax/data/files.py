@@ -16,6 +16,7 @@ import json
 import lzma
 import os
 import stat
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +24,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import fsspec
-from backports import zstd  # the standard library's of Python 3.14: zstandard does not notice a file that is cut short
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, encodings, records
 from lowrank_jax.data.blocks import BadRecord, Document, InFiles
 from lowrank_jax.machine.console import say
+
+if sys.version_info >= (3, 14):  # not zstandard, which does not notice a file that is cut short
+    from compression import zstd
+else:
+    from backports import zstd
 
 SMALLEST, BLOCKS = 2 << 10, 200  # small corpora get small blocks, so that there are blocks to shuffle
 REMOTE_BLOCK = 4 << 20  # a request to a bucket takes as long as reading a megabyte does

@@ -98,8 +98,12 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
     )
 
 
-def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
-    """Encode the first documents of every source; raises UsageError if there is nothing to learn from."""
+def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
+    """Encode the first documents of every source, and return the sources' fingerprints.
+
+    Raises UsageError if there is nothing to learn from.
+    """
+    fingerprints = {}
     if chats:
         chat.check(tokenizer)
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
@@ -121,6 +125,8 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
         if not learnt:
             reason = f"the assistant never speaks within the first {p.block} tokens; raise config.sft.block"
             raise UsageError(f"source {config.spec}: in its first {min(count, CHECK_ENCODED)} conversations {reason}")
+        fingerprints[config.spec] = source.fingerprint
+    return fingerprints
 
 
 def texts(phases: Sequence[PhaseConfig], max_bytes: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ from lowrank_jax.config import ModelConfig, RunConfig, UsageError, read_sources
 from lowrank_jax.data import stream
 from lowrank_jax.export import import_weights
 from lowrank_jax.machine import sharding
+from lowrank_jax.machine.console import show
 from lowrank_jax.model import network
 from lowrank_jax.training import evaluation, run_folder
 from lowrank_jax.training.trained import Trained, open_run
@@ -149,10 +150,10 @@ def report(rows: list[dict], before: float, after: float, ending: str = "") -> d
     """Print and return relative errors, with a row per layer, and bits per byte."""
     if not np.isfinite([before, after]).all():
         raise UsageError("--from: the loss on the text is not finite; the weights are damaged or too large")
-    print("layer " + "".join(f"{name:>8}" for name in rows[0]))
+    show("layer " + "".join(f"{name:>8}" for name in rows[0]))
     for i, row in enumerate(rows):
-        print(f"{i:5d} " + "".join(f"{value:8.3f}" for value in row.values()))
-    print(f"bits per byte {before:.4f} -> {after:.4f}{ending}", flush=True)
+        show(f"{i:5d} " + "".join(f"{value:8.3f}" for value in row.values()))
+    show(f"bits per byte {before:.4f} -> {after:.4f}{ending}")
     return {"errors": rows, "bits_per_byte_before": before, "bits_per_byte_after": after}
 
 

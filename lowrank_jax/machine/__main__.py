@@ -5,8 +5,7 @@
 
 Each process runs lowrank_jax.main with the arguments after `--`. Process I has GPU I, or with --devices=N, N devices of
 the CPU. Signals are passed on (SIGHUP, from a terminal that closes, as SIGTERM). Ten seconds after a process has failed
-or a second Ctrl-C, the processes that still run are killed: they would wait for the others forever. The exit status is
-that of the first process that failed.
+or a second Ctrl-C, the processes that still run are killed. The exit status is that of the first process that failed.
 """
 
 import os
@@ -19,6 +18,7 @@ import time
 
 from lowrank_jax import cli
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import console
 
 ROOT = pathlib.Path(__file__).parents[2]
 GRACE_SECONDS = 10  # for all processes to end by themselves after the first failure
@@ -29,11 +29,13 @@ def command(argv: list[str]) -> None:
     parser.usage = "python -m lowrank_jax launch_local [--processes=N] [--devices=N] -- --config=FILE --workdir=FOLDER"
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="number of processes (2)")
     parser.add_argument("--devices", type=int, default=0, metavar="N", help="CPU devices per process; 0: a GPU each")
+    parser.add_argument("--wait", type=float, metavar="SECONDS", help="for all processes to join (300)")
     parser.add_argument("args", nargs="+", metavar="--config=FILE ...", help="arguments of lowrank_jax.main")
     args = parser.parse_args(argv)
     if args.processes < 1 or args.devices < 0:
         raise UsageError("--processes must be at least 1, and --devices at least 0 (see --help)")
-    raise SystemExit(train_in_processes(args.args, args.processes, args.devices))
+    wait = [] if args.wait is None else [f"--wait={args.wait:g}"]
+    raise SystemExit(train_in_processes([*args.args, *wait], args.processes, args.devices))
 
 
 def train_in_processes(main_args: list[str], processes: int, devices: int) -> int:
@@ -81,7 +83,7 @@ def _wait(running: list[subprocess.Popen], received: list[int]) -> int:
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             deadline = float("inf")
-            print(f"exit statuses so far: {statuses}; killing the rest", file=sys.stderr)
+            console.say(f"exit statuses so far: {statuses}; killing the rest")
             for process in running:
                 process.kill()
         time.sleep(0.1)

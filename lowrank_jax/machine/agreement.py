@@ -3,7 +3,12 @@
 Without it, a process that acts by itself would leave the others waiting forever.
 """
 
+import contextlib
+import itertools
 import json
+import os
+import time
+import uuid
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,13 +17,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.machine import processes
+from lowrank_jax.machine import circle, processes
+
+SHARED_SECONDS = 10  # for a file of the first process to appear on other hosts; NFS may show it late
+_gathers = itertools.count()
 
 
 def gather(value) -> list:
     """Return the JSON values of all processes, in the processes' order. Every process waits for the others."""
     if processes.count() == 1:
         return [value]
+    processes.meet(f"gather {next(_gathers)}")  # says who is missing; the devices would wait in silence, and forever
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(encoded.size)).tolist()
     rows = multihost_utils.process_allgather(np.pad(encoded, (0, max(sizes) - encoded.size)))
@@ -39,6 +48,33 @@ def on_first(action: Callable[[], object]):
     if "error" in outcome:
         raise (UsageError if outcome["usage"] else RunFailure)(outcome["error"])
     return outcome["value"]
+
+
+def share_folder(folder: str) -> None:
+    """Raise UsageError, on all processes, where one of them does not see what the first one writes into the folder."""
+    if processes.count() == 1:
+        return
+    path = os.path.join(folder, ".shared")
+
+    def write() -> str:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        with open(path, "x") as f:
+            f.write(text := uuid.uuid4().hex)
+        return text
+
+    text, deadline, is_seen = on_first(write), time.monotonic() + SHARED_SECONDS, False
+    while not is_seen and time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError), open(path) as f:
+            is_seen = f.read() == text
+        time.sleep(0 if is_seen else 0.2)
+    absent = [i for i, sees in enumerate(gather(is_seen)) if not sees]
+    if processes.is_first():
+        with contextlib.suppress(OSError):
+            os.remove(path)
+    if absent:
+        line = f"--workdir={folder} is another folder in {circle.names(absent)} than in the first process"
+        raise UsageError(f"{line}; use one that all hosts share")
 
 
 class Signals:
@@ -67,6 +103,7 @@ class Signals:
         """Return whether it is time to save. All processes call this after each step, with a result of the step."""
         if processes.count() == 1:
             return save
+        processes.get_on(is_step=True)
         signal, any_save = (0, 0) if self._sent is None else np.asarray(self._sent).tolist()
         self._agreed = self._agreed or signal
         wishes = np.array([[next(iter(self._received), 0), save]], np.int32)
@@ -77,16 +114,3 @@ class Signals:
     def forget(self) -> None:
         """Drop the wishes that were sent after a step that failed."""
         self._sent = None
-
-
-def meet(place: str, seconds: float) -> bool:
-    """Return whether all processes reach this place within so many seconds; the devices play no part in it."""
-    if processes.count() == 1:
-        return True
-    from jax._src import distributed  # the coordination service has no public barrier with a time limit
-
-    try:
-        distributed.global_state.client.wait_at_barrier(place, round(1000 * seconds))
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True

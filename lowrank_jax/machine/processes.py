@@ -4,25 +4,46 @@ Only the first process writes the run's text files and prints. JAX is imported o
 reads data never pays for it.
 """
 
+import hashlib
+import importlib.metadata
 import os
+import pathlib
+import platform
+from collections.abc import Sequence
 
 from lowrank_jax.config import UsageError
 
-_index, _count = 0, 1
+PACKAGE = pathlib.Path(__file__).parents[1]
+LIBRARIES = "jax jaxlib numpy flax orbax-checkpoint sentencepiece tokenizers".split()  # what decides numbers and data
+ADVICE = "pass --coordinator=HOST:PORT, --processes=N and --process=I"
+
+_index, _count, _circle = 0, 1, None
 
 
-def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster: bool = False) -> None:
+def start(
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+    cluster: bool = False,
+    facts: dict | None = None,
+    wait: float = 300,
+    received: Sequence[int] = (),
+) -> None:
     """Join the other processes, at the address of the first one or by the environment of the cluster.
 
-    Without arguments, processes join where SLURM, Open MPI or GKE started several. Raises UsageError in one line.
+    Without arguments, processes join where SLURM, Open MPI or GKE started several. All must have the same `facts` and
+    software. Raises UsageError in one line where they do not, RunFailure where not all come within `wait` seconds, and
+    SystemExit for a signal in `received`.
     """
-    global _index, _count
+    global _index, _count, _circle
     is_explicit = bool(coordinator or processes or process >= 0)
     if is_explicit and not (coordinator and processes >= 1 and 0 <= process < processes):
         raise UsageError(
             f"--coordinator=HOST:PORT, --processes=N and --process=I (from 0 to N-1) go together, not {coordinator!r}, "
             f"{processes} and {process}"
         )
+    if not wait > 0:
+        raise UsageError(f"--wait={wait:g} must be above 0 seconds")
     env = os.environ
     by_srun = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS") or 1) > 1  # not a batch script's own shell
     many = by_srun or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", "")
@@ -30,13 +51,117 @@ def start(coordinator: str = "", processes: int = 0, process: int = -1, cluster:
         return
     import jax
 
+    from lowrank_jax.machine.circle import Circle
+
+    address, _count, _index, local = _detect(coordinator, processes, process, wait)
+    if _count == 1:
+        return
+    _circle = Circle(address, _index, _count)
+    remedy = "start all processes with the same command and the same software"
+    _circle.join({"--processes": _count} | (facts or {}) | _software(), remedy, wait, received)
     # JAX's preemption service would take SIGTERM. interrupt.py handles it, and `Signals` informs the other processes.
     jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between a process and its own forwarder
+    env["no_grpc_proxy"] = f"{env.get('no_grpc_proxy') or env.get('no_proxy') or ''},127.0.0.1".strip(",")
+    bind = {} if _index else {"coordinator_bind_address": _circle.service}
+    if "JAX_LOCAL_DEVICE_IDS" in env:
+        local = None  # JAX reads the variable
     try:
-        jax.distributed.initialize(coordinator or None, processes or None, process if is_explicit else None)
+        jax.distributed.initialize(_circle.service, _count, _index, local, **bind)
     except (RuntimeError, ValueError) as e:
         raise UsageError(f"the processes cannot join: {' '.join(str(e).split())[:200]}") from None
-    _index, _count = jax.process_index(), jax.process_count()
+    devices = {"backend": jax.default_backend(), "devices of a process": jax.local_device_count()}
+    devices["kind of device"] = jax.local_devices()[0].device_kind
+    agree("devices", devices, "give all processes the same devices")
+
+
+def _detect(coordinator: str, processes: int, process: int, wait: float) -> tuple:
+    """Return (the first process's address, processes, this one, its devices or None) as set, or else by the cluster."""
+    import jax
+
+    address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    explicit = (address or None, processes or None, process if process >= 0 else None, None)
+    try:
+        from jax._src import clusters  # jax.distributed.initialize has no public way to detect without joining
+
+        detected = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            *explicit, None, round(min(max(wait, 1), 1e6))
+        )
+    except (ImportError, AttributeError, TypeError):
+        if None in explicit[:3]:
+            raise UsageError(f"JAX {jax.__version__} detects clusters in an unknown way; {ADVICE}") from None
+        return explicit
+    except Exception as e:  # each cluster asks its own services
+        raise UsageError(f"the cluster cannot be detected: {' '.join(str(e).split())[:200]}") from None
+    if None in detected[:3]:
+        raise UsageError(f"no cluster is detected; {ADVICE}")
+    return detected
+
+
+def _software() -> dict[str, str]:
+    """Return the versions of what computes: this package, by its source text, and the libraries that decide numbers."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cc", ".h")):
+        digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size} ".encode() + path.read_bytes())
+    facts = {"hash of lowrank_jax's source": digest.hexdigest()[:12], "Python": platform.python_version()}
+    return facts | {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def difference(facts: dict[int, dict]) -> str:
+    """Return one line about the first process whose facts, as JSON, are not process 0's; empty where all agree."""
+    for index in sorted(facts):
+        first, other = facts.get(0, facts[index]), facts[index]
+        keys = [] if first == other else [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            mine, firsts = (each.get(keys[0], "nothing") for each in (other, first))
+            begin = max(len(os.path.commonprefix([mine, firsts])) - 20, 0)  # long values may differ at their end
+            if max(len(mine), len(firsts)) > 80:
+                mine, firsts = ("..." * (begin > 0) + text[begin : begin + 80] for text in (mine, firsts))
+            more = f" (and {len(keys) - 1} more: {', '.join(keys[1:6])})" if keys[1:] else ""
+            return f"process {index} has {keys[0]}={mine}, the first process has {firsts}{more}"
+    return ""
+
+
+def names(indices: Sequence[int]) -> str:
+    """Return "process 1" or "processes 1, 2, 3"."""
+    shown = ", ".join(map(str, indices[:20])) + ", ..." * (len(indices) > 20)
+    return f"process{'es' * (len(indices) > 1)} {shown}"
+
+
+def agree(place: str, facts: dict, remedy: str) -> None:
+    """Wait for all processes at this place; raises UsageError on all where one has other facts than the first."""
+    if _circle:
+        _circle.meet(place, facts, remedy)
+
+
+def meet(place: str, seconds: float = float("inf")) -> bool:
+    """Return whether all processes reach this place within so many seconds; the devices play no part in it.
+
+    Raises RunFailure where another process has ended or does not answer.
+    """
+    return _circle.meet(place, seconds=seconds) if _circle else True
+
+
+def get_on(is_step: bool = False) -> None:
+    """Note that a step has ended, or after it a part of other long work: a run that does not get on ends."""
+    if _circle:
+        _circle.get_on(is_step)
+
+
+def lost(seconds: float = 0, also_ended: bool = False) -> str:
+    """Return one line about a process that was lost, perhaps within so many seconds; empty where none was."""
+    return _circle.explain(seconds, also_ended) if _circle else ""
+
+
+def leave(status: int) -> None:
+    """Tell the other processes that this one ends, and wait for them where it does not fail."""
+    if _circle and status == 0:
+        import jax
+
+        meet("finished")
+        jax.distributed.shutdown()  # while all are present: its traffic needs the first process
+    if _circle:
+        _circle.leave(status)
 
 
 def count() -> int:

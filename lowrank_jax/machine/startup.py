@@ -1,8 +1,11 @@
-"""The start of a process: its environment before JAX is imported, its CPU, and the garbage collector."""
+"""The start of a process: its environment before JAX is imported, its caches, its CPU, and the garbage collector."""
 
+import functools
 import gc
 import os
+import stat
 import sys
+import tempfile
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 TUNABLES = "GLIBC_TUNABLES"  # glibc reads it once, when a process starts
@@ -39,6 +42,54 @@ def prepare() -> None:
     open_streams()
     if missing := environment():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | missing)
+
+
+@functools.cache
+def cache_folder() -> str:
+    """Return the folder for compiled programs, below $XDG_CACHE_HOME or ~/.cache; create it.
+
+    Where it cannot be written, or where there is no home folder, a temporary folder of this user takes its place. The
+    environment then names that folder, for libraries such as Matplotlib and for processes that this one starts.
+    """
+    if not os.environ.get("HOME", "unset"):
+        del os.environ["HOME"]
+    if not os.path.isabs(os.environ.get("XDG_CACHE_HOME", "")):  # to be ignored, says its specification
+        os.environ.pop("XDG_CACHE_HOME", None)
+    home, problem = os.path.expanduser("~"), ""
+    if not (os.path.isabs(home) and os.path.isdir(home)):  # libraries would create a folder named ~
+        os.environ["HOME"], problem = _temporary_folder(), "there is no home folder"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not _can_write(os.path.join(cache, "lowrank_jax")):
+        problem = f"{cache} cannot be written"
+        cache = os.environ["XDG_CACHE_HOME"] = os.path.join(_temporary_folder(), ".cache")
+        os.makedirs(os.path.join(cache, "lowrank_jax"), exist_ok=True)
+        os.environ.setdefault("MPLCONFIGDIR", os.path.join(cache, "matplotlib"))
+    if problem:
+        from lowrank_jax.machine import console  # imports tqdm
+
+        console.say(f"{problem}, so caches are in {cache}; set HOME or XDG_CACHE_HOME to a folder that can be written")
+    return os.path.join(cache, "lowrank_jax")
+
+
+def _can_write(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _temporary_folder() -> str:
+    """Return a folder that only this user can write: the same one for each process, unless its name is taken."""
+    folder = os.path.join(tempfile.gettempdir(), f"lowrank_jax-{os.getuid()}")
+    try:
+        os.mkdir(folder, 0o700)
+    except OSError:
+        facts = os.lstat(folder) if os.path.lexists(folder) else None
+        is_ours = facts and stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o22
+        if not (is_ours and os.access(folder, os.W_OK)):
+            return tempfile.mkdtemp(prefix="lowrank_jax-")
+    return folder
 
 
 def cpu_features() -> str:

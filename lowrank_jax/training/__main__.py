@@ -9,7 +9,6 @@ longer sequence. Hashes of weights and data, tokens, and all metrics but the spe
 Without --config, a tiny model reads made-up text several times; this needs the repository's configs/default.py.
 """
 
-import json
 import math
 import pathlib
 import random
@@ -20,6 +19,7 @@ import tempfile
 
 from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
+from lowrank_jax.machine import console
 from lowrank_jax.training import verify_resume
 
 
@@ -53,7 +53,7 @@ def command(argv: list[str]) -> dict:
     result = {"equal": not unequal, "kills": sum(len(row["struck"]) for row in rows), "arms": rows}
     if unequal:
         if args.json:
-            print(json.dumps(result), flush=True)
+            console.show(console.to_json(result))
         raise RunFailure(f"not equal: {', '.join(unequal)}; the runs are in {folder}")
     if not args.folder:
         shutil.rmtree(folder)

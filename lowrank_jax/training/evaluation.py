@@ -13,7 +13,7 @@ from lowrank_jax.config import ModelConfig, RunConfig
 from lowrank_jax.data import stream
 from lowrank_jax.inference import cpu_decoder, decoder, quantize
 from lowrank_jax.inference.engine import prepare
-from lowrank_jax.machine import faults, sharding
+from lowrank_jax.machine import faults, processes, sharding
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
 from lowrank_jax.model.kernels import build
@@ -61,6 +61,7 @@ def evaluate(config: RunConfig, params: dict, batches: Batches, byte_lengths, st
     nats, mesh = 0.0, jax.tree.leaves(params)[0].sharding.mesh
     for batch in batches:
         faults.strike_evaluation()
+        processes.get_on()
         if stop():
             raise Interrupted
         placed = {key: sharding.put(x, sharding.of_rows(mesh, len(x))) for key, x in batch.items()}

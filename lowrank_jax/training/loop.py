@@ -36,6 +36,10 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     faults.check()
     with contextlib.ExitStack() as stack:
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
+        agreement.share_folder(folder)
+        on_disk = {"the run's config.json": run_folder.holds_run(folder)}
+        on_disk["the run's newest checkpoint"] = run_folder.newest_checkpoint(folder)
+        processes.agree("folder", on_disk, f"start again when all hosts see the same files in {folder}")
         config, old, read_data = start.prepare(config, folder)
         plan, background = make(config, jax.devices()), ThreadPoolExecutor(2, ABANDONED)
         memory.check_weights(config, plan.mesh)
@@ -52,13 +56,12 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         with contextlib.suppress(Interrupted):  # after a signal the loop stops before its first step
             fits = programs.fit_all(newest or 0)
         if newest is None:
-            params = start.first_params(config, plan.mesh, reading.result)
+            params = start.first_params(config, plan.mesh, lambda: reading.result()[0])
             go_back.start = step.first_state(config, params, 0, plan.mesh), Progress()
-        table, tok = forecast.table(forecast.describe(config, plan, fits)), reading.result()
-        if len(set(agreement.gather(tok.sha256))) > 1:
-            raise RunFailure("the processes have different tokenizers; make sure that all of them read the same files")
+        table, (tok, data) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
+        processes.agree("data", data, "give all processes the same files")
         if processes.is_first():
-            show(table)
+            show(table, needed=False)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))

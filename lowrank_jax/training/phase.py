@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable
 
 import jax
@@ -60,8 +59,7 @@ def feed(r: Run, stage: Stage, progress: Progress, step_now: Callable[[], int]) 
 
     def place(step: int, batch: stream.Batch) -> dict:
         if is_chat and step == stage.phase_start:
-            marks = ("\x1b[32m", "\x1b[0m") if sys.stderr.isatty() else ("[[", "]]")
-            row = packing.show(batch, r.tokenizer, marks, SHOWN_TOKENS)
+            row = packing.show(batch, r.tokenizer, ("[[", "]]"), SHOWN_TOKENS)
             say(f"first row of {name}, with marks around the trained tokens:\n{row}")
         if faults.due("nan", "step", step + 1):
             batch["weights"] = batch["weights"] * np.float32("nan")

@@ -28,7 +28,8 @@ def lower_cap(r: Run, step: int, error: jax.errors.JaxRuntimeError) -> None:
     if not memory.is_out_of_memory(error):
         if processes.count() == 1:
             raise error
-        raise RunFailure(f"a step failed, perhaps because another process ended: {reason:.200}") from error
+        cause = processes.lost(2, also_ended=True)  # the devices notice it first
+        raise RunFailure(cause or f"a step failed, perhaps because another process ended: {reason:.200}") from error
     if not running:
         raise RunFailure(f"out of memory before the first step: {reason:.200}") from error
     cap, kind = memory.cap_below(running.fitted, r.plan.row_shards), sharding.a_device(r.plan.mesh).device_kind
@@ -37,7 +38,7 @@ def lower_cap(r: Run, step: int, error: jax.errors.JaxRuntimeError) -> None:
     def log(**who) -> None:
         run_folder.log_event(r.folder, "oom", step, **who, **facts, **(cap._asdict() if cap else {}))
 
-    if not agreement.meet(f"out of memory after step {step}", ALONE_SECONDS):
+    if not processes.meet(f"out of memory after step {step}", ALONE_SECONDS):
         log(everyone=True)
         alone = f"out of memory at step {step + 1}, only in this process"
         raise RunFailure(f"{alone}; run the same command again: it will use less")

@@ -17,6 +17,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.machine import storage
+from lowrank_jax.machine.console import visible
 from lowrank_jax.training import forecast, run_folder
 from lowrank_jax.training.plan import make
 
@@ -27,14 +28,17 @@ TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "pre
 ROUTINE = ("save", "sample", "fp8_check")  # only counted
 EACH, LATEST = 10, 30  # events shown of each kind of trouble, and of all others; events.jsonl has every one
 CHARACTERS = 160  # of one fact
+NUMBERS = "step time tokens seq_len loss lr tokens_per_s eval_loss bits_per_byte blocked_seconds".split()
+TEXTS = "event phase stage split prompt text".split()
 
 
 def write(folder: str) -> dict:
     """Write loss.png and report.html, and return their paths; raises UsageError where nothing was trained yet."""
-    config, rows = run_folder.read_config(folder), run_folder.read_rows(folder, "metrics.jsonl")
+    config, rows = run_folder.read_config(folder), _metrics(folder)
     if not rows:
         raise UsageError(f"--workdir={folder} has no metrics yet; let lowrank_jax.main run until its first step")
-    events, described = run_folder.read_rows(folder, "events.jsonl"), forecast.describe(config, make(config))
+    events = _usable(run_folder.read_rows(folder, "events.jsonl"), "event", "step")
+    described = forecast.describe(config, make(config))
     picture, page = os.path.join(folder, "loss.png"), os.path.join(folder, "report.html")
     with matplotlib.style.context(STYLE):
         figure = _figure(rows, events, described["stages"])
@@ -42,7 +46,7 @@ def write(folder: str) -> dict:
     image = base64.b64encode(pathlib.Path(picture).read_bytes()).decode()
     samples = "".join(_sample(event) for event in events if event["event"] == "sample")
     latest = [event for kind in TROUBLE for event in [e for e in events if e["event"] == kind][-EACH:]]
-    trouble = sorted(latest, key=lambda event: event.get("time", 0))
+    trouble = sorted(latest, key=lambda event: event.get("time") or 0)
     others = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
     last = {event["event"]: event["step"] for event in events}
     kinds = collections.Counter(event["event"] for event in events).most_common()
@@ -52,17 +56,45 @@ def write(folder: str) -> dict:
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
         ("Data", _table(_trained_on(events))),
         ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
-        ("Plan", f'<pre class="wide">{html.escape(forecast.table(described))}</pre>'),
+        ("Plan", f'<pre class="wide">{_escape(forecast.table(described))}</pre>'),
         ("Events", _table({"event": kind, "count": n, "last at step": last[kind]} for kind, n in kinds)),
         (f"Out of the ordinary: the last {EACH} of each kind", _table(map(_flat, trouble))),
         ("Latest events", _table(map(_flat, others[-LATEST:]))),
     ]
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
-    facts = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _glance(rows, events).items())
+    facts = "".join(
+        f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in _glance(rows, events).items()
+    )
     path = os.path.abspath(folder)
-    texts = {"name": html.escape(os.path.basename(path)), "path": html.escape(path), "facts": facts, "body": body}
+    texts = {"name": _escape(os.path.basename(path)), "path": _escape(path), "facts": facts, "body": body}
     run_folder.write_text(page, string.Template(PAGE.read_text(encoding="utf-8")).substitute(texts))
     return {"report": page, "picture": picture}
+
+
+def _usable(rows: list[dict], *needed: str) -> list[dict]:
+    """Return the rows that have what is needed, without values of NUMBERS and TEXTS that are of another type.
+
+    Whoever made the folder wrote the rows: nothing is known of their other values.
+    """
+    kinds = dict.fromkeys(NUMBERS, _is_number) | dict.fromkeys(TEXTS, lambda x: isinstance(x, str))
+    known = lambda row: {k: v for k, v in row.items() if v is None or k not in kinds or kinds[k](v)}
+    return [row for row in map(known, rows) if all(row.get(key) is not None for key in needed)]
+
+
+def _metrics(folder: str) -> list[dict]:
+    rows = _usable(run_folder.read_rows(folder, "metrics.jsonl"), "step", "phase")
+    evals = [row | {k: math.nan for k in ("eval_loss", "bits_per_byte") if row.get(k) is None} for row in rows]
+    needed = {True: ("split",), False: ("stage", "tokens", "seq_len")}
+    complete = lambda row: all(row.get(key) is not None for key in needed["split" in row])
+    return [ev if "split" in row else row for ev, row in zip(evals, rows) if complete(row)]
+
+
+def _is_number(x) -> bool:
+    return type(x) in (int, float) and abs(x) < 2**53
+
+
+def _escape(value) -> str:
+    return html.escape(visible(str(value)))
 
 
 def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplotlib.figure.Figure:
@@ -72,10 +104,10 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     for phase in dict.fromkeys(row["phase"] for row in rows):
         color = COLORS.get(phase, "#555555")
         of_train, of_evals = ([row for row in some if row["phase"] == phase] for some in (train, evals))
-        _line(loss, of_train, "loss", color, phase)
-        for axes, key, label in ((loss, "eval_loss", f"{phase}, held out"), (bits, "bits_per_byte", None)):
+        _line(loss, of_train, "loss", color, label := visible(phase)[:40])
+        for axes, key, name in ((loss, "eval_loss", f"{label}, held out"), (bits, "bits_per_byte", None)):
             x, y = _tokens(train, [row["step"] for row in of_evals]), [row[key] for row in of_evals]
-            axes.plot(x, y, "o-", color=color, mfc="white", ms=4, lw=1, label=label)
+            axes.plot(x, y, "o-", color=color, mfc="white", ms=4, lw=1, label=name)
         _line(speed, of_train, "tokens_per_s", color)
         _line(rate, of_train, "lr", color)
     length.plot(*_series(train, "seq_len"), color="#333333", drawstyle="steps-pre")
@@ -97,7 +129,8 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
         axes.set_ylim(bottom=0)
     for axis in (rate.xaxis, speed.yaxis):
         axis.set_major_formatter(lambda n, _: _short(n))
-    loss.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
+    for text in loss.legend(loc="upper right", bbox_to_anchor=(1, 0.9)).get_texts():
+        text.set_parse_math(False)
     rate.set_xlabel("tokens")
     for axes, label in zip(panels, ("loss (nats per token)", "bits per byte", "length", "tokens/s", "learning rate")):
         axes.set_ylabel(label)
@@ -154,7 +187,7 @@ def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
     lengths, table = {stage["name"]: stage["seq_len"] for stage in stages}, []
     peaks = {event.get("stage"): event.get("peak_bytes") for event in events if event["event"] == "compile"}
     for event in (event for event in events if event["event"] == "stage"):
-        name = event["stage"]
+        name = event.get("stage")
         row = {"step": event["step"], "stage": name, "length": event.get("seq_len") or lengths.get(name)}
         row |= {"compile, s": event.get("compile_seconds"), "stall, s": event.get("stall_seconds")}
         row |= {"stall, ordinary steps": event.get("stall_steps")}
@@ -179,14 +212,14 @@ def _saving(rows: list[dict], events: list[dict]) -> str:
 
 def _flat(event: dict) -> dict:
     facts = [f"{key} {_fact(key, value)}" for key, value in event.items() if key not in ("event", "step", "time")]
-    time = datetime.datetime.fromtimestamp(event.get("time", 0), datetime.UTC)
+    seconds = min(max(event.get("time") or 0, 0), 2**37)  # until the year 6325
     shown = {"step": event["step"], "event": event["event"], "facts": ", ".join(facts)}
-    return shown | {"UTC": f"{time:%Y-%m-%d %H:%M:%S}"}
+    return shown | {"UTC": f"{datetime.datetime.fromtimestamp(seconds, datetime.UTC):%Y-%m-%d %H:%M:%S}"}
 
 
 def _sample(event: dict) -> str:
-    prompt, text = html.escape(event["prompt"]), html.escape(event["text"])
-    return f"<p>step {event['step']:,}, after {event['phase']}</p><pre><b>{prompt}</b> {text}</pre>"
+    phase, prompt, text = (_escape(event.get(key, "")) for key in ("phase", "prompt", "text"))
+    return f"<p>step {event['step']:,}, after {phase}</p><pre><b>{prompt}</b> {text}</pre>"
 
 
 def _table(rows: Iterable[dict]) -> str:
@@ -196,13 +229,13 @@ def _table(rows: Iterable[dict]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     kinds = {c: "text" if any(isinstance(row.get(c), str) for row in rows) else "number" for c in columns}
     kinds |= {"facts": "facts"}
-    line = lambda tag, shown: "".join(f'<{tag} class="{kinds[c]}">{html.escape(shown[c])}</{tag}>' for c in columns)
+    line = lambda tag, shown: "".join(f'<{tag} class="{kinds[c]}">{_escape(shown[c])}</{tag}>' for c in columns)
     body = "".join(f"<tr>{line('td', {c: _show(row.get(c)) for c in columns})}</tr>\n" for row in rows)
     return f'<div class="wide"><table><tr>{line("th", dict(zip(columns, columns)))}</tr>\n{body}</table></div>'
 
 
 def _fact(key: str, value) -> str:
-    if key.endswith("_bytes") and isinstance(value, (int, float)):
+    if key.endswith("_bytes") and _is_number(value):
         return f"{value / 2**30:.2f} GiB"
     text = str(value)[:12] if key.endswith("_sha256") else _show(value)
     return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from lowrank_jax.config import RECORDED, RunConfig, UsageError, shown
 from lowrank_jax.machine import processes, storage
-from lowrank_jax.machine.console import say
+from lowrank_jax.machine.console import say, to_json
 
 # Keys that cannot change within a run: the weights' shapes, the tokens' meaning, the random draws, the held-out split.
 IDENTITY = """
@@ -34,7 +34,7 @@ LATER = {"tied": True}  # newer keys of config.model, with the value that every 
 
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
-NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase", "stage": "stage"}
+NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}
 NEEDED |= {"oom": "device", "compile": "stage microbatch remat precision attention peak_bytes note"}
 TEXTS = "event phase stage split note device precision attention prompt text".split()
 NUMBERS = """
@@ -144,12 +144,12 @@ def append(folder: str, name: str, row: dict, everyone: bool = False) -> None:
     """
     if not (everyone or processes.is_first()):
         return
-    line = json.dumps(row | {"crc": _checksum(row)}).encode()
+    line = to_json(row | {"crc": _checksum(row)}).encode()
     storage.again(lambda: storage.append_line(os.path.join(folder, name), line), _may_write_later)
 
 
 def _checksum(row: dict) -> str:
-    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+    return f"{zlib.crc32(to_json(row).encode()):08x}"
 
 
 def log_event(folder: str, event: str, step: int, everyone: bool = False, **facts) -> None:

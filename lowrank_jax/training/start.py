@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data import stream, tokenizer
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.machine import sharding
+from lowrank_jax.machine import processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import say
 from lowrank_jax.training import identity, optim, run_folder, step, track, trained, warmstart
@@ -57,11 +57,11 @@ class Run:
         return self.signals.agreed > 0
 
 
-def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], Tokenizer]]:
+def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], tuple[Tokenizer, dict]]]:
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
-    The function checks the data and returns the tokenizer, which a new run trains first; it takes about as long as
-    compiling. Raises UsageError where the folder holds a different run.
+    The function checks the data and returns (tokenizer, which a new run trains first; what all processes must share of
+    the data); it takes about as long as compiling. Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
     phases, t = config.phases.values(), config.tokenizer
@@ -72,14 +72,18 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
             raise UsageError(f"{folder} has checkpoints but no config.json that describes them; use another --workdir")
         old, tok = None, identity.first_tokenizer(config)
         config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
+    if tok:
+        processes.agree("tokenizer", {"the tokenizer's hash": tok.sha256}, "give all processes the same files")
     for p in phases:
         optim.rates(p, step.abstract_state(config).params)  # raises for a `freeze` that matches nothing
 
-    def read_data() -> Tokenizer:
+    def read_data() -> tuple[Tokenizer, dict]:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        facts = {}
         for p in phases:
-            stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
-        return run_tokenizer
+            fingerprints = stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
+            facts |= {f"the data of {spec}, by its hash": value for spec, value in fingerprints.items()}
+        return run_tokenizer, facts | {"the tokenizer's hash": run_tokenizer.sha256}
 
     return config, old, read_data
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from lowrank_jax.config import RunFailure
 from lowrank_jax.machine import faults
+from lowrank_jax.machine.console import show
 from lowrank_jax.training import run_folder
 from lowrank_jax.training.plan import stages_of
 
@@ -46,7 +47,7 @@ class Arm:
 
 def verify_arms(folder: pathlib.Path, arms: list[Arm], seed: int) -> list[dict]:
     """Return the result of every arm, each printed as it ends; arms in results.jsonl are not trained again."""
-    print(f"{'arm':12}", *(f"{title:>8}" for title in COLUMNS), flush=True)
+    show(" ".join([f"{'arm':12}", *(f"{title:>8}" for title in COLUMNS)]))
     rows, earlier = [], run_folder.read_rows(str(folder), "results.jsonl")
     for arm in arms:
         identity = {"arm": arm.folder.name, "config": arm.config, "seed": seed, "asked": arm.wanted}
@@ -55,8 +56,8 @@ def verify_arms(folder: pathlib.Path, arms: list[Arm], seed: int) -> list[dict]:
             row = identity | verify(arm)
             run_folder.append(str(folder), "results.jsonl", row)
         rows.append(row)
-        print(table_row(row["arm"], [row]), *row["notes"][:5], *row["why"].splitlines(), sep="\n  ", flush=True)
-    print(table_row("all", rows), flush=True)
+        show("\n  ".join([table_row(row["arm"], [row]), *row["notes"][:5], *row["why"].splitlines()]))
+    show(table_row("all", rows))
     return rows
 
 

@@ -26,9 +26,9 @@ from lowrank_jax.config import RunFailure
 from lowrank_jax.training import run_folder
 from scripts.bench import harness
 
-TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=400 pretrain.steps=60
+TINY = """model.d=32 model.layers=1 model.heads=2 model.rank=4 tokenizer.vocab_size=400 pretrain.steps=40
 pretrain.tokens_per_step=512 pretrain.block=16 pretrain.auto_grow=True pretrain.grow_plan=16,32
-pretrain.grow_every_steps=30 pretrain.eval_tokens=512 pretrain.sample= sft.steps=20 sft.tokens_per_step=512 sft.block=32
+pretrain.grow_every_steps=20 pretrain.eval_tokens=512 pretrain.sample= sft.steps=12 sft.tokens_per_step=512 sft.block=32
 sft.eval_tokens=256 sft.sample= every.log=1 every.eval=20 every.save=4 every.keep=3"""
 READS = (errno.EIO, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT)
 WRITES = (errno.ENOSPC, errno.EIO, errno.EACCES)
@@ -36,6 +36,7 @@ PARTS = "/checkpoints/ /state/ /meta/ manifest.ocdbt metrics.jsonl events.jsonl 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hang up": signal.SIGHUP}
 KINDS = (*SIGNALS, "stop", "failing reads", "failing writes", "torn lines", "strays", "damage", "two starters", "calm")
 STATUSES = {0, 1, *(128 + number for number in SIGNALS.values()), *(-number for number in SIGNALS.values())}
+NEVER = 999  # the status of a process that did not end
 HASHES = ("step", "data_sha256", "params_sha256")
 
 
@@ -48,6 +49,7 @@ class Storm:
         self.run, self._state = self.home / "run", self.home / "storm.json"
         empty = {
             "seed": seed,
+            "seconds": 20.0,
             "starts": 0,
             "runs": 0,
             "equal": 0,
@@ -69,14 +71,18 @@ class Storm:
             *settings,
         ]
         self.reference = self._undisturbed()
+        self.seconds = self.counts["seconds"]  # that an undisturbed run takes
         self.damaged = set(self.counts["damaged"])  # names of checkpoints that the storm itself has damaged
 
     def _undisturbed(self) -> dict:
         folder = self.home / "alone"
         if run_folder.finished_step(str(folder)) is None:
-            process = self.start(folder)
-            if self.wait(process, 900)[0] != 0:
-                raise RunFailure("the undisturbed run has failed")
+            for _ in range(2):  # the second with warm caches: faults strike within the time that it takes
+                shutil.rmtree(folder, ignore_errors=True)
+                started = time.monotonic()
+                if self.wait(self.start(folder), 900)[0] != 0:
+                    raise RunFailure("the undisturbed run has failed")
+                self.counts["seconds"] = time.monotonic() - started
         return finish_of(folder)
 
     def start(self, folder: pathlib.Path, fault: str = "") -> subprocess.Popen:
@@ -90,17 +96,19 @@ class Storm:
             err = process.communicate(timeout=seconds)[1]
         except subprocess.TimeoutExpired:
             process.kill()
-            return -1, process.communicate()[1].decode(errors="replace") + "\nit did not end"
+            return NEVER, process.communicate()[1].decode(errors="replace") + "\nit did not end"
         return process.returncode, err.decode(errors="replace")
 
-    def strike(self) -> None:
-        """Start the run once under a random fault, and note what went wrong."""
+    def strike(self) -> list[str]:
+        """Start the run once under a random fault; note and return what went wrong."""
         draw = random.Random(f"{self.seed}-{self.counts['starts']}")
         kind = draw.choice(KINDS) if self.run.is_dir() else draw.choice([*SIGNALS, "stop", "two starters", "calm"])
-        good = good_checkpoints(self.run, self.damaged)
         if kind in BEFORE:
             BEFORE[kind](self, draw)
+        good = good_checkpoints(self.run, self.damaged)
         ended = FAULTS.get(kind, calm)(self, draw)
+        renamed = {name for name in self.damaged if (self.run / "checkpoints" / f"{name}.damaged").exists()}
+        self.damaged -= renamed  # its step may be written again
         wrong = [f"{kind}: {text}" for text in (*judge(ended), *self.lost(good))]
         self.counts["starts"] += 1
         for name, value in (("kinds", kind), *(("statuses", str(status)) for status, _ in ended)):
@@ -110,6 +118,7 @@ class Storm:
         self.counts["wrong"] += [f"start {self.counts['starts']}, {text}" for text in wrong]
         self.counts["damaged"] = sorted(self.damaged)
         self._state.write_text(json.dumps(self.counts))
+        return wrong
 
     def lost(self, good: dict[str, str]) -> list[str]:
         """Return what has happened to checkpoints that were good before, beyond the rule of `every.keep`."""
@@ -164,9 +173,22 @@ def calm(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
     return end_by(storm, draw, signal.SIGTERM)
 
 
+def linger(storm: Storm, draw: random.Random, *processes: subprocess.Popen) -> None:
+    """Wait for a random moment: of the start-up by the clock, or of the training by the rows that it has logged."""
+    size = lambda: path.stat().st_size if path.exists() else 0
+    path, started = storm.run / "metrics.jsonl", time.monotonic()
+    enough, seconds = size() + draw.uniform(0, 6000), draw.uniform(0, storm.seconds / 3)
+    by_clock = draw.random() < 0.3
+    while any(process.poll() is None for process in processes):
+        elapsed = time.monotonic() - started
+        if (by_clock and elapsed > seconds) or (not by_clock and size() > enough) or elapsed > 4 * storm.seconds:
+            return
+        time.sleep(0.02)
+
+
 def end_by(storm: Storm, draw: random.Random, number: int, fault: str = "") -> list[tuple[int, str]]:
     process = storm.start(storm.run, fault)
-    time.sleep(draw.uniform(0.5, 14))
+    linger(storm, draw, process)
     if process.poll() is None:
         process.send_signal(number)
     return [storm.wait(process)]
@@ -175,10 +197,10 @@ def end_by(storm: Storm, draw: random.Random, number: int, fault: str = "") -> l
 def stop(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
     """Stop a process for a while; one that starts meanwhile is refused, or trains and refuses the first."""
     process = storm.start(storm.run)
-    time.sleep(draw.uniform(0.5, 12))
+    linger(storm, draw, process)
     process.send_signal(signal.SIGSTOP)
     other = storm.start(storm.run)
-    time.sleep(draw.uniform(0.5, 6))
+    time.sleep(draw.uniform(0, storm.seconds / 2))
     process.send_signal(signal.SIGCONT)
     return end_all(storm, draw, [process, other])
 
@@ -188,7 +210,7 @@ def two_starters(storm: Storm, draw: random.Random) -> list[tuple[int, str]]:
 
 
 def end_all(storm: Storm, draw: random.Random, processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    time.sleep(draw.uniform(3, 12))
+    linger(storm, draw, *processes)
     for process in processes:
         if process.poll() is None:
             process.send_signal(draw.choice([signal.SIGTERM, signal.SIGKILL]))
@@ -253,9 +275,8 @@ def command(argv: list[str]) -> dict:
     args = parser.parse_args(argv)
     storm, end = Storm(args.folder, args.seed), time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
-        storm.strike()
-        if storm.counts["wrong"]:
-            print(storm.counts["wrong"][-1], file=sys.stderr, flush=True)
+        for text in storm.strike():
+            print(text, file=sys.stderr, flush=True)
     counts = storm.counts
     rows = [("starts", counts["starts"]), *sorted(collections.Counter(counts["kinds"]).items())]
     rows += [(f"status {status}", count) for status, count in sorted(counts["statuses"].items())]

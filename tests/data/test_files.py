@@ -10,12 +10,12 @@ import os
 
 import fsspec
 import pytest
-from backports import zstd
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError, read_sources
 from lowrank_jax.data import files, sources
+from lowrank_jax.data.files import zstd
 from lowrank_jax.data.records import BadRecord
 
 SPACES = " \t\n\r\x0b\x0c"

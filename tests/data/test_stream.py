@@ -731,7 +731,8 @@ def test_more_mistakes_than_may_be_skipped_are_found_before_training(make, tok, 
         with pytest.raises(UsageError, match="a.jsonl"):
             stream.check(phase, tok, chats)
         source = make.write_jsonl(tmp_path / "b.jsonl", [rows[0]] + [rows[1]] * max_skipped)
-        stream.check(make.phase([corpus["chats"], source], max_skipped=max_skipped), tok, chats)
+        facts = stream.check(make.phase([corpus["chats"], source], max_skipped=max_skipped), tok, chats)
+        assert list(facts) == [corpus["chats"], source] and len(set(facts.values())) == 2  # to compare processes by
 
 
 def test_skipped_records_are_reported_counted_and_the_same_after_a_resume(make, tok, tmp_path):

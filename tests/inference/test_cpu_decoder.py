@@ -199,7 +199,6 @@ def test_two_processes_may_build_it_at_once_and_a_third_reuses_it(tmp_path):
         ({"CXX": "g++ '"}, "No closing quotation"),
         ({"CXX": "no-such-compiler"}, "No such file or directory: 'no-such-compiler'"),
         ({"PATH": "/nowhere"}, "there is no C++ compiler; install g++, or pip install ziglang"),
-        ({"LOWRANK_CACHE": "/proc/nowhere"}, "No such file or directory: '/proc/nowhere'"),
     ],
 )
 def test_where_it_cannot_be_compiled_one_line_says_why(tmp_path, environment, reason):

@@ -10,10 +10,9 @@ import httpx2
 import openai
 import pytest
 
-from lowrank_jax import serve
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import Piece, Request
-from lowrank_jax.inference.server import routes
+from lowrank_jax.inference.server import connections, routes
 from lowrank_jax.inference.server.api import Problem, Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler, Ticket
@@ -177,9 +176,10 @@ def test_closing_ends_every_request_and_nobody_waits_past_the_deadline():
     asyncio.run(run())
 
 
-def routes_over(tok, scheduler: Scheduler, timeout: float = 10.0, key: str = ""):
+def routes_over(tok, scheduler: Scheduler, timeout: float = 10.0, **access):
     """Return the routes as an application with a context so large that only `max_tokens` ends an answer."""
-    settings = Settings("m", tok.vocab_size, 10**9, max_tokens=10**8, answers=5, timeout=timeout, key=key)
+    access = {"hosts": ("test",)} | access
+    settings = Settings("m", tok.vocab_size, 10**9, max_tokens=10**8, answers=5, timeout=timeout, **access)
     return Server(scheduler, tok, settings).app()
 
 
@@ -202,12 +202,15 @@ ENDLESS = {"model": "m", "prompt": [500], "max_tokens": 10**8}
 def test_only_v1_needs_the_key(tok):
     async def run():
         async with scheduling() as (scheduler, *_):
-            app = routes_over(tok, scheduler, key="s3cret")
+            app = routes_over(tok, scheduler, keys=("s3cret",))
             async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
                 for path, body in ((CHAT, "{}"), (TEXT, "{"), ("/v1/nothing", "")):
                     for key in (None, "Bearer s3cre", "Bearer s3crets", "s3cret", "Bearer "):
                         response = await http.post(path, content=body, headers={"Authorization": key} if key else {})
                         assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+                for scheme in ("Bearer", "bearer", "BEARER"):
+                    response = await http.get("/v1/models", headers={"Authorization": f"{scheme} s3cret"})
+                    assert response.status_code == 200
                 assert (await http.get("/healthz")).status_code == 200 and "<html" in (await http.get("/")).text
             with pytest.raises(openai.AuthenticationError):
                 await client_of(app, "wrong").models.list()
@@ -300,13 +303,13 @@ def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_after_a_signal_a_short_answer_finishes_and_a_long_one_ends_with_an_error(tok, monkeypatch, number):
-    monkeypatch.setattr(serve, "GRACE", 0.5)
-    listener, url = serve.bind("127.0.0.1", 0)
+    monkeypatch.setattr(connections, "GRACE", 0.5)
+    listener, url = connections.bind("127.0.0.1", 0)
 
     async def run():
         async with scheduling() as (scheduler, *_), asyncio.timeout(30):
             app = routes_over(tok, scheduler)
-            serving = asyncio.create_task(serve.listen(app, listener, url, scheduler))
+            serving = asyncio.create_task(connections.listen(app, listener, url, scheduler))
             client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
             long = await client.completions.create(**ENDLESS, stream=True)
             short = await client.completions.create(**ENDLESS | {"max_tokens": 40}, stream=True)

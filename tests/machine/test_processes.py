@@ -24,13 +24,15 @@ FSDP = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 1}
 TWO_DEVICES = {"XLA_FLAGS": f"{runs.ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
 
 
-def together(data, folder, faults: str = "", patches: dict | None = None, **changes):
+def together(data, folder, faults: str = "", patches: dict | None = None, second: tuple = (), **changes):
     """Run two processes of two devices each; return (exit statuses, stdout, stderr).
 
-    As with launch_local, a process that still runs ten seconds after the other failed is killed.
+    `second` are arguments that the second process alone has. As with launch_local, a process that still runs ten
+    seconds after the other failed is killed.
     """
     args = [*runs.train_args(data, folder, **FSDP | changes), f"--coordinator={free_address()}", "--processes=2"]
-    start = lambda i: runs.launch("main", *args, f"--process={i}", faults=faults, patches=patches, env=TWO_DEVICES)
+    each = lambda i: [*args, f"--process={i}", *(second if i else ())]
+    start = lambda i: runs.launch("main", *each(i), faults=faults, patches=patches, env=TWO_DEVICES)
     with futures.ThreadPoolExecutor(2) as pool:
         both = [start(i) for i in range(2)]
         ends = [pool.submit(process.communicate, None, 300) for process in both]
@@ -156,6 +158,51 @@ def test_an_error_of_the_first_process_is_reported_by_all(data, tmp_path):
     assert statuses == [2, 2] and err.count(f"error: another process is training in {tmp_path}") == 2, err
 
 
+@pytest.mark.parametrize("what", ["config", "folder"])
+def test_another_config_or_folder_is_the_same_line_on_all_and_leaves_nothing(data, tmp_path, what):
+    if what == "config":
+        second, line = (
+            ["--config.optim.clip=2"],
+            "process 1 has config.optim.clip=2.0, the first process has 1.0; start all",
+        )
+    else:
+        second, line = (
+            [f"--workdir={tmp_path}/other"],
+            "is another folder in process 1 than in the first process; use one",
+        )
+    patches = {"lowrank_jax.machine.agreement.SHARED_SECONDS": 1}
+    statuses, _, err = together(data, tmp_path / "run", patches=patches, second=second)
+    lines = [text for text in err.splitlines() if "error: " in text]
+    assert statuses == [2, 2] and len(lines) == 2 and all(line in text for text in lines), err
+    assert not list(tmp_path.iterdir())
+
+
+FAULT = """
+import os, sys, time
+from lowrank_jax.machine import agreement, circle, processes
+circle.BEAT_SECONDS, circle.SILENT_SECONDS = 0.2, 2
+index, number = map(int, sys.argv[2:])
+processes.start(sys.argv[1], 2, index)
+agreement.gather(index)
+if index == 0:
+    os.kill(os.getpid(), number)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_first_process_that_is_killed_or_stopped_ends_the_other_with_one_line_and_no_stack(number):
+    address, env = free_address(), os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = lambda i: [sys.executable, "-c", FAULT, address, str(i), str(int(number))]
+    both = [subprocess.Popen(command(i), env=env, text=True, stderr=subprocess.PIPE) for i in range(2)]
+    _, err = both[1].communicate(timeout=60)
+    both[0].kill()
+    both[0].communicate()
+    reason = "has ended without a word" if number == signal.SIGKILL else "has not answered for"
+    (line,) = [text for text in err.splitlines() if not text.startswith("[Gloo]")]
+    assert both[1].returncode == 1 and line.startswith(f"process 1: error: the first process {reason}"), err
+
+
 def test_flags_of_several_processes_go_together(data, tmp_path):
     status, _, err = runs.run("main", *runs.train_args(data, tmp_path / "run"), "--processes=2")
     runs.assert_one_line(status, err, 2, "--coordinator", "--process=I")
@@ -175,11 +222,11 @@ try:
     agreement.on_first(refuse)
 except UsageError as e:
     print(e)
-print(agreement.meet("both", 30))
+print(processes.meet("both", 30))
 if index == 0:
-    print(agreement.meet("alone", 1))
+    print(processes.meet("alone", 1))
 sys.stdout.flush()
-agreement.meet("end", 30)
+processes.meet("end", 30)
 """
 
 

@@ -2,11 +2,14 @@
 
 import os
 import pathlib
+import pwd
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+from lowrank_jax import cli
 from lowrank_jax.machine import startup
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,3 +64,90 @@ def test_processes_that_read_data_do_not_import_jax():
     line = f"import sys, {modules}; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with a temporary folder, a home folder in its list of users or none, and no caches yet."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    for name in ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")  # so that what the test leaves in the environment is undone
+        monkeypatch.delenv(name)
+    startup.cache_folder.cache_clear()
+    yield tmp_path
+    startup.cache_folder.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("home", "cache", "expected"),
+    [
+        ("home", None, "home/.cache"),
+        ("home", "home/mine", "home/mine"),
+        ("home", "", "home/.cache"),
+        ("home", "~/relative", "home/.cache"),
+        (None, None, None),
+        ("", None, None),
+        ("relative", None, None),
+        ("nowhere", None, None),
+        ("file", None, None),
+        ("broken", None, None),
+        ("home", "file", None),
+        ("home", "file/below", None),
+        ("home", "broken", None),
+        (None, "file", None),
+    ],
+)
+def test_caches_have_a_folder_that_can_be_written(machine, monkeypatch, capsys, home, cache, expected):
+    place = lambda name: name if name in ("", "relative", "~/relative") else str(machine / name)
+    for name, value in (("HOME", home), ("XDG_CACHE_HOME", cache)):
+        if value is not None:
+            monkeypatch.setenv(name, place(value))
+    before, folder = set(os.listdir(machine)), pathlib.Path(startup.cache_folder())
+    message = capsys.readouterr().err
+    assert folder.is_dir() and folder.name == "lowrank_jax" and set(os.listdir(machine)) == before
+    assert os.path.isdir(os.path.expanduser("~"))  # no library creates a folder named ~
+    if expected:
+        assert folder.parent == machine / expected and message == ""
+    else:
+        assert folder.is_relative_to(machine / "tmp") and message.count("\n") == 1 and str(folder.parent) in message
+        assert (machine / "tmp" / f"lowrank_jax-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    startup.cache_folder.cache_clear()  # a process that this one starts
+    assert startup.cache_folder() == str(folder) and capsys.readouterr().err == ""
+
+
+def test_a_home_that_cannot_be_written_stays_the_home(machine, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(machine / "home"))
+    monkeypatch.setattr(os, "access", lambda path, mode: "home" not in path)  # root may write anywhere
+    folder = startup.cache_folder()
+    assert os.environ["HOME"] == str(machine / "home") and folder.startswith(str(machine / "tmp"))
+    assert (
+        os.environ["MPLCONFIGDIR"].startswith(str(machine / "tmp")) and "cannot be written" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("taken", ["a link", "a file", "open to all"])
+def test_a_temporary_folder_of_somebody_else_is_not_used(machine, taken):
+    folder = machine / "tmp" / f"lowrank_jax-{os.getuid()}"
+    if taken == "a link":
+        folder.symlink_to(machine / "home")
+    elif taken == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    assert not pathlib.Path(startup.cache_folder()).is_relative_to(folder) and not os.listdir(machine / "home")
+
+
+def test_compiled_programs_and_libraries_share_the_folder(machine, monkeypatch):
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setitem(sys.modules, "jax", None)
+    del sys.modules["jax"]
+    cli.use_compilation_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(startup.cache_folder())

@@ -421,7 +421,7 @@ startup.open_streams()
 f = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
 sys.stdout.isatty(), sys.stderr.isatty()
 for _ in range(3):
-    console.show("a line"), console.say("a warning")
+    console.show("a line", needed=False), console.say("a warning")
 os.write(f, b"%d" % f)
 """
 

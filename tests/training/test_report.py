@@ -1,8 +1,12 @@
 """The report: the contents of its page and picture, also for runs that are young, old or in trouble."""
 
 import base64
+import html.parser
 import json
+import math
+import os
 import re
+import shutil
 
 import pytest
 
@@ -180,3 +184,69 @@ def test_the_command_prints_the_page(folder, capsys):
     paths = command.command([f"--workdir={folder}"])
     assert capsys.readouterr().out.strip() == paths["report"] == str(folder / "report.html")
     assert json.dumps(paths)
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'-alert(1)-'</title></pre>",
+    "$\\frac{1$ ${body} $$ %s",
+    "\x1b[31m\x9b\u202e\u2066\x00",
+    "lone \ud800 and \udfff",
+    "_hidden",
+    "",
+    "x" * 5000,
+]
+ODD = [None, True, -1, 1e308, 10**400, math.nan, -math.inf, [], [["a"]], {"a": {"<b>": "\udc80"}}, *HOSTILE]
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.data = set(), set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.data += data
+
+
+def check_harmless(page: str) -> None:
+    parser = Tags()
+    parser.feed(page)
+    known = "html meta title style h1 h2 p dl div dt dd img table tr th td pre b".split()
+    assert parser.tags <= set(known) and parser.attributes <= {
+        "lang",
+        "charset",
+        "name",
+        "content",
+        "class",
+        "alt",
+        "src",
+    }
+    assert all(c in "\t\n" or c.isprintable() or c == "\xa0" for c in parser.data)
+
+
+def test_no_row_or_event_runs_as_a_script_or_breaks_the_report(folder):
+    rows, events = list(TRAIN + EVALS), list(EVENTS)
+    for i, value in enumerate(ODD):
+        for base, kept in ((TRAIN[0], rows), (EVALS[0], rows), *((event, events) for event in EVENTS)):
+            kept += [base | {key: value} for key in base] + [base | {"reason": value}]
+        text = value if isinstance(value, str) else f"key {i}"
+        rows += [row | {"phase": text, "split": text} for row in EVALS[:2]]
+        rows.append({text: value})
+        events += [{"event": text, "step": i, text: value, f"{i}_bytes": value}, {"event": value, "step": 1}]
+        events += [{"event": "compile", "step": 0, "stage": text, "peak_bytes": value}]
+    page = page_of(folder, rows, events)
+    check_harmless(page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;, bits per byte" in page and r"lone \ud800" in page
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_name_of_the_folder_is_text(tmp_path, folder):
+    evil = tmp_path / os.fsdecode(b"<script>$name \xff\x1b")
+    evil.mkdir()
+    shutil.copy(folder / "config.json", evil)
+    check_harmless(page_of(evil, TRAIN, EVENTS))

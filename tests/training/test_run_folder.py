@@ -66,6 +66,7 @@ def test_rows_come_back_as_they_were_added(tmp_path):
     rows = [{"step": 1, "loss": math.inf, "name": "\u6f22\n}", "none": None, "list": [1, {"a": 2}]}, {}]
     for row in rows:
         run_folder.append(str(tmp_path), "metrics.jsonl", row)
+    rows[0]["loss"] = None  # JSON has no infinity
     assert run_folder.read_rows(str(tmp_path), "metrics.jsonl") == rows
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 

@@ -5,7 +5,6 @@ No other thread touches the engine. Requests enter under a lock; pieces leave th
 
 import asyncio
 import collections
-import sys
 import threading
 import time
 import traceback
@@ -14,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import CHUNKS, Engine, Piece, Request
 from lowrank_jax.inference.server.api import Problem
+from lowrank_jax.machine import console
 
 STOPPING = 503, "the server is stopping", None, "stopping"
 
@@ -62,10 +62,11 @@ class Scheduler:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Make the engine, fill all slots and read chunks of every size, so that no request waits for a compilation."""
+        """Make the engine, fill each number of slots and read chunks of every size: later, nothing is compiled."""
         engine = self._engine = self._make()
-        slots = engine.free
-        for lengths in ([2] * slots, [min(CHUNKS[0], engine.context - 2)]):
+        slots, sizes = engine.free, [1 << n for n in range(engine.free.bit_length())]
+        rounds = [[2] * size for size in {*sizes, slots}] + [[min(size, engine.context - 2)] for size in CHUNKS]
+        for lengths in rounds:
             for length in lengths:
                 engine.add(Request([0] * length, 2))
             while engine.free < slots:
@@ -113,7 +114,7 @@ class Scheduler:
                     ticket, i = self.active.pop(slot) if piece.finish else self.active[slot]
                     ticket.put(i, piece)
         except Exception as e:
-            traceback.print_exc(file=sys.stderr)
+            console.say(traceback.format_exc())
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
     def _drop_cancelled(self) -> None:
