@@ -315,7 +315,7 @@ def _places(source: Source) -> Iterator[tuple[int, int]]:
 
 
 def _count_rows(source: Source, most: int) -> int:
-    return sum(1 for _ in itertools.islice(_places(source), most))
+    return sources.patiently(lambda: sum(1 for _ in itertools.islice(_places(source), most)))
 
 
 def _shares_blocks(source: Source, rows: int, count: int) -> bool:
@@ -329,4 +329,5 @@ def _held_out_every(source: Source, fraction: float) -> int:
     A source of one row, or of few that lie where the rows to hold out do, would have none left to train on.
     """
     period = round(1 / fraction) if fraction else 0
-    return period if period and any((block + row) % period for block, row in _places(source)) else 0
+    is_left = lambda: any((block + row) % period for block, row in _places(source))
+    return period if period and sources.patiently(is_left) else 0
