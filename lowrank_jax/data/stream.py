@@ -245,9 +245,10 @@ def summary(cursor: dict) -> list[dict]:
         summed = {key: sum(count[key][i] for count in counts) for key in packing.TRAINED}
         # With packed conversations, a lane's own counts are those at the window's start; "drawn" has the newest.
         summed |= {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in ("unanswered", "refused")}
-        cursors = [lane["readers"][i] for lane in lanes]
-        # A reader's "skipped" and "empty" leave out the records of its newest window; "met" counts those.
-        met = {key: sum(r[key] + r["met"][k] for r in cursors) for k, key in enumerate(("skipped", "empty"))}
+        newest = [
+            (lane["drawn"] or {}).get("passed") or list(map(packing.passed_over, lane["readers"])) for lane in lanes
+        ]
+        met = {key: sum(passed[i][k] for passed in newest) for k, key in enumerate(("skipped", "empty"))}
         rows.append({"source": name} | summed | met | {"epochs": round(summed["epochs"] / len(lanes), 3)})
     return rows
 
