@@ -11,7 +11,8 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .lowrank import Attention, Block, alibi
 
@@ -223,7 +224,7 @@ class LowRankModel(LowRankPreTrainedModel):
         inputs_embeds=None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """Run the layers. ALiBi counts positions along the row: `position_ids` only tell packed documents apart."""
         c, output_attentions = self.config, kwargs.get("output_attentions")
@@ -284,7 +285,7 @@ class LowRankForCausalLM(LowRankPreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         labels=None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         if labels is not None:
             rows = rows_of(labels.shape, attention_mask, position_ids, past_key_values, kwargs)

@@ -67,7 +67,7 @@ def cases() -> dict[str, type]:
     names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ours.LowRankConfig.model_type] = "LowRankForCausalLM"
 
     class Tester:
-        """What the mixins ask of a model's own tester."""
+        """A model's tester, as the mixins ask for it."""
 
         batch_size, seq_length, is_training, vocab_size = 5, 7, True, 99
 
