@@ -76,6 +76,21 @@ def append_line(path: str, line: bytes) -> None:
             rest = rest[f.write(rest) :]
 
 
+def read(path: str) -> bytes:
+    """Return a file's bytes, after failures that may pass; raises OSError with its name, also for what is no file.
+
+    Nobody may ever write to a named pipe: it is not waited for.
+    """
+
+    def attempt() -> bytes:
+        at_once = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        with _naming(path, "be read"), open(path, "rb", opener=at_once) as f:
+            _must_be_file(f.fileno())
+            return f.read()
+
+    return again(attempt)
+
+
 def again(read: Callable[[], T], may_pass: MayPass | None = None, note=lambda e, pause: None) -> T:
     """Return `read()`; where it fails for a reason that may pass, call it again after each of PAUSES.
 

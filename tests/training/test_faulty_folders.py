@@ -348,6 +348,40 @@ def test_foreign_lines_are_passed_over(ledger, tmp_path, line):
     read_everything(folder, config, plan)
 
 
+def test_what_an_editor_does_to_text_costs_no_line(ledger, tmp_path, capsys):
+    """A BOM at the start, CRLF line ends and blank lines at the end."""
+    source, config, _ = ledger
+    folder = shutil.copytree(source, tmp_path / "run")
+    for name in ("config.json", "metrics.jsonl", "events.jsonl"):
+        text = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n") + b"\r\n\r\n")
+    assert run_folder.read_config(str(folder)) == config and not capsys.readouterr().err
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert run_folder.read_rows(str(folder), name) == run_folder.read_rows(str(source), name)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_named_pipe_or_a_folder_in_place_of_a_ledger_is_named_and_not_waited_for(ledger, tmp_path, name):
+    for kind in (os.mkfifo, os.mkdir):
+        folder = shutil.copytree(ledger[0], tmp_path / kind.__name__)
+        (folder / name).unlink()
+        kind(folder / name)
+        with pytest.raises(OSError, match=f"{name} cannot be read: (it is no regular file|is a directory)"):
+            run_folder.read_rows(str(folder), name)
+
+
+def test_a_run_whose_checkpoints_are_away_does_not_begin_again_unseen(ledger, tmp_path, capsys):
+    folder = shutil.copytree(ledger[0], tmp_path / "run")
+    (folder / "checkpoints").symlink_to(tmp_path / "unmounted")
+    for look in (run_folder.newest_checkpoint, run_folder.strays):
+        with pytest.raises(UsageError, match="checkpoints is a broken link to .*unmounted"):
+            look(str(folder))
+    run_folder.rewind_metrics(str(folder), 0)
+    assert "has no checkpoint after step 0, so training begins again" in capsys.readouterr().err
+    run_folder.rewind_metrics(str(folder), 0)
+    assert not capsys.readouterr().err
+
+
 def test_nothing_is_written_through_links_in_a_run_folder(ledger, tmp_path):
     source, config, _ = ledger
     folder, outside = shutil.copytree(source, tmp_path / "run"), tmp_path / "outside"
