@@ -191,6 +191,21 @@ def test_a_checkpoint_of_another_step_is_damaged(run):
     assert restored_step(run) == 3 and "9.damaged" in entries(run)
 
 
+def test_a_checkpoint_that_the_run_did_not_save_is_told(run, tmp_path, capsys):
+    """It may be of another run, or an older copy; the same bytes, copied by hand, are the run's own."""
+    with Checkpoints(str(tmp_path / "other")) as checkpoints:
+        checkpoints.save(STATE | {"y": jnp.zeros((3, 4))}, Progress(step=9))
+    with Checkpoints(str(run)) as checkpoints:
+        run_folder.log_event(str(run), "save", 9, checksum=checkpoints.save(STATE, Progress(step=9)))
+    (run / "checkpoints" / "9").rename(tmp_path / "9")
+    for source, is_told in ((tmp_path / "9", False), (tmp_path / "other" / "checkpoints" / "9", True)):
+        shutil.rmtree(run / "checkpoints" / "9", ignore_errors=True)
+        shutil.copytree(source, run / "checkpoints" / "9")
+        for options in ({}, {"read_only": True}):
+            assert restored_step(run, **options) == 9
+            assert ("step 9 is not the one that" in capsys.readouterr().err) == is_told
+
+
 def add_strays(checkpoints: pathlib.Path) -> None:
     for name in ("999999", "12.orbax-checkpoint-tmp-17", "\u0661\u0662", "007", "5"):
         (checkpoints / name).mkdir()
