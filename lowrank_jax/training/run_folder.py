@@ -18,7 +18,7 @@ import time
 import zlib
 from typing import NamedTuple
 
-from lowrank_jax.config import RECORDED, RunConfig, UsageError, shown
+from lowrank_jax.config import RECORDED, RunConfig, RunFailure, UsageError, shown
 from lowrank_jax.machine import processes, storage
 from lowrank_jax.machine.console import say, to_json
 
@@ -71,6 +71,15 @@ def tokenizer_folder(folder: str) -> str:
 
 def holds_run(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, "config.json"))
+
+
+def check_presence(folder: str) -> None:
+    """Raise RunFailure where somebody has removed or moved a run that is being trained: its files would be scattered."""
+    try:  # another host may see a new file later
+        processes.is_first() and storage.again(lambda: os.lstat(os.path.join(folder, "config.json")))
+    except FileNotFoundError:
+        remedy = "put it back and run the same command again"
+        raise RunFailure(f"{folder} was removed or moved while it was trained; {remedy}") from None
 
 
 def read_config(folder: str, flag: str = "--workdir") -> RunConfig:

@@ -397,6 +397,23 @@ def test_a_run_whose_checkpoints_are_away_does_not_begin_again_unseen(ledger, tm
     assert not capsys.readouterr().err
 
 
+def test_a_run_whose_folder_is_moved_away_is_named(ledger, tmp_path, monkeypatch):
+    folder = shutil.copytree(ledger[0], tmp_path / "run")
+    lstat, failures = os.lstat, [OSError(errno.EIO, "Input/output error")] * 2
+
+    def fail(path, **options):
+        if failures:
+            raise failures.pop()
+        return lstat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", fail)
+        run_folder.check_presence(str(folder))
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(RunFailure, match="was removed or moved while it was trained"):
+        run_folder.check_presence(str(folder))
+
+
 def test_nothing_is_written_through_links_in_a_run_folder(ledger, tmp_path):
     source, config, _ = ledger
     folder, outside = shutil.copytree(source, tmp_path / "run"), tmp_path / "outside"
