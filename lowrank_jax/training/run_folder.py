@@ -74,7 +74,7 @@ def holds_run(folder: str) -> bool:
 
 
 def check_presence(folder: str) -> None:
-    """Raise RunFailure where somebody has removed or moved a run that is being trained: its files would be scattered."""
+    """Raise RunFailure where a run that is being trained was removed or moved: its files would be scattered."""
     try:  # another host may see a new file later
         processes.is_first() and storage.again(lambda: os.lstat(os.path.join(folder, "config.json")))
     except FileNotFoundError:
