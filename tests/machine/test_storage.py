@@ -142,13 +142,8 @@ def test_without_locks_a_file_locks_and_is_gone_at_the_end(tmp_path, no_locks, c
     assert f"{path}-owner locks the folder instead" in capsys.readouterr().err
 
 
-STRANGE = {
-    "empty": "",
-    "a list": "[]",
-    "deep": "[" * 10**5,
-    "NUL": '{"token": "\\u0000"}',
-    "long": '{"token": "%0999d"}' % 1,
-}
+STRANGE = {"empty": "", "a list": "[]", "deep": "[" * 10**5}
+STRANGE |= {"NUL": json.dumps({"token": "\0"}), "long": json.dumps({"token": "a" * 999})}
 
 
 @pytest.mark.parametrize("case", ["another host", *STRANGE, "of the future", "another process of that number"])
