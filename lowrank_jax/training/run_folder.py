@@ -46,6 +46,10 @@ NUMBERS = """
 def lock(folder: str):
     """Create the folder and lock it for this process; raises UsageError where another process trains in it."""
     path = os.path.join(folder, ".lock")
+    try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError:  # TensorStore would refuse it at the first save
+        raise UsageError(f"--workdir={folder}: checkpoints need a path in UTF-8; rename its folders") from None
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(folder, exist_ok=True)

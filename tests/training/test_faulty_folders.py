@@ -397,6 +397,13 @@ def test_a_run_whose_checkpoints_are_away_does_not_begin_again_unseen(ledger, tm
     assert not capsys.readouterr().err
 
 
+def test_a_folder_that_no_checkpoint_can_be_in_is_refused_before_anything_is_written(tmp_path):
+    folder = tmp_path / "caf\udce9"  # Latin-1
+    with pytest.raises(UsageError, match="need a path in UTF-8"), run_folder.lock(str(folder)):
+        pass
+    assert not os.listdir(tmp_path)
+
+
 def test_a_run_whose_folder_is_moved_away_is_named(ledger, tmp_path, monkeypatch):
     folder = shutil.copytree(ledger[0], tmp_path / "run")
     lstat, failures = os.lstat, [OSError(errno.EIO, "Input/output error")] * 2
