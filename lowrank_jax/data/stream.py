@@ -261,7 +261,12 @@ def describe(counts: dict) -> str:
 
 
 def check_sources(cursor: dict, p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
-    """Raise UsageError if a phase now names sources of other contents than its cursor; names may change with files."""
+    """Raise UsageError if a phase now has readers or sources of other contents than its cursor.
+
+    The sources' names may change with their files.
+    """
+    if cursor["readers"] > 1:  # small sources have one, whatever the config says
+        _check_readers(cursor, readers(p))
     if cursor["sources"] != [s.spec for s in p.sources]:
         _check_contents(cursor, _open(p.sources, tokenizer, chats), p)
 
@@ -274,7 +279,11 @@ def _refuse_names(cursor: dict, p: PhaseConfig) -> None:
 
 def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
     _check_contents(cursor, all_sources, p)
-    if cursor["readers"] != (count := facts["readers"]):
+    _check_readers(cursor, facts["readers"])
+
+
+def _check_readers(cursor: dict, count: int) -> None:
+    if cursor["readers"] != count:
         remedy = f"set readers={cursor['readers']} to resume it"
         raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")
 

@@ -249,12 +249,15 @@ class Circle:
             try:
                 reader, self._writer = await asyncio.open_connection(*self._address, limit=LONGEST_LINE)
                 _send(self._writer, **hello)
-                while line := await reader.readline():
+                most = LATE_SECONDS if self._no_hub else None  # for a stranger at this port to show what it is
+                while line := await asyncio.wait_for(reader.readline(), most):
                     self._heard = time.monotonic()
                     self._take(json.loads(line))
                 self._reason = GONE
             except OSError as e:
-                self._reason = SILENT if self._is_silent else os.strerror(e.errno or errno.ECONNREFUSED)
+                is_unknown = isinstance(e, socket.gaierror)  # the host; its errno is none of the system's
+                reason = e.strerror if is_unknown else os.strerror(e.errno or errno.ECONNREFUSED)
+                self._reason = SILENT if self._is_silent else reason
             except (ValueError, AttributeError, TypeError, RecursionError):
                 self._reason = "something else answers there"
             self._heard = 0.0

@@ -221,8 +221,10 @@ def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progre
     if progress.cursor:  # each process knows only its own part of the data
         cursor = stream.merge(agreement.gather(progress.cursor))
         progress = dataclasses.replace(progress, cursor=cursor, data_sha256=stream.data_sha256(cursor))
-    if r.checkpoints.save(state, progress):
-        facts = {"data_sha256": progress.data_sha256, "blocked_seconds": round(time.monotonic() - started, 3)}
+    run_folder.check_presence(r.folder)
+    if checksum := r.checkpoints.save(state, progress):
+        facts = {"data_sha256": progress.data_sha256, "checksum": checksum}
+        facts["blocked_seconds"] = round(time.monotonic() - started, 3)
         run_folder.log_event(r.folder, "save", progress.step, **facts)
     meter.restart_clock()
     return progress

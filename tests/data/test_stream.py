@@ -375,10 +375,12 @@ def test_a_small_source_has_one_reader(corpus, open_stream):
     assert open_stream(corpus["many"], **SHARED).cursor()["readers"] == 1
 
 
-def test_another_number_of_readers_is_refused(large, open_stream):
+def test_another_number_of_readers_is_refused(large, open_stream, make):
     cursor = open_stream(large, **SHARED).cursor()
     with pytest.raises(UsageError, match="began with readers=8 and the config now gives 4"):
         open_stream(large, cursor=cursor, readers=4, **SHARED)
+    with pytest.raises(UsageError, match="began with readers=8 and the config now gives 4"):  # before config.json is
+        stream.check_sources(cursor, make.phase(large, readers=4, **SHARED), None, chats=False)
 
 
 def spent(tok, batches: list[stream.Batch], lanes: int) -> list[list[tuple[str, int]]]:

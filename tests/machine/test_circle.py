@@ -167,6 +167,22 @@ def test_one_that_leaves_before_all_have_come_may_come_again(address):
     assert [type(e) for e in ends] == 3 * [Quiet], ends
 
 
+def test_a_port_that_a_silent_program_has_is_named(address, monkeypatch):
+    monkeypatch.setattr(circle, "LATE_SECONDS", 0.2)
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))), pytest.raises(UsageError, match=f"port {port} cannot be used here"):
+        join(address, 0, 2, wait=3)
+
+
+def test_an_unknown_host_is_named_as_such(monkeypatch):
+    async def look_up(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(circle.asyncio, "open_connection", look_up)
+    with pytest.raises(RunFailure, match="the first process, at nowhere:80 .Name or service not known., did not join"):
+        join("nowhere:80", 1, 2, wait=0.5)
+
+
 def test_a_first_process_that_is_not_there_is_named_with_its_address(address, said):
     with pytest.raises(
         RunFailure, match=f"the first process, at {address} .Connection refused., did not join within 0.5 s"
