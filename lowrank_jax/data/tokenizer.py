@@ -142,19 +142,7 @@ class HuggingFace(Tokenizer):
     """A tokenizer.json and its tokenizer_config.json; without a chat template it gets ChatML and its symbols."""
 
     def __init__(self, text: str, config: dict, chat_template: str | None):
-        facts = json.loads(text)
-        for token in facts.get("added_tokens", []):  # they would swallow the white space around them
-            token |= {"lstrip": False, "rstrip": False}
-        if "dropout" in facts.get("model", {}):  # it would give a text other ids each time
-            facts["model"]["dropout"] = None
-        if (prefix := facts["model"].get("continuing_subword_prefix")) and not all(
-            (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix)
-            for merge in facts["model"].get("merges", [])
-        ):  # `tokenizers` would panic, and perhaps abort
-            raise UsageError(f"a merge of {JSON_FILE} lacks the continuing_subword_prefix")
-        self._tok = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
-        self._tok.no_truncation()
-        self._tok.no_padding()
+        self._tok = _reversible(text)
         self.chat_template = chat_template or CHATML
         if not chat_template:
             tags = [tokenizers.AddedToken(tag, special=True, normalized=False) for tag in (TURN_START, TURN_END)]
@@ -167,9 +155,7 @@ class HuggingFace(Tokenizer):
             raise UsageError(f"two pieces of {JSON_FILE} have the same id")
         self.vocab_size = max(ids) + 1
         if self.vocab_size > MOST_PIECES:
-            raise UsageError(
-                f"{JSON_FILE} has an id of {self.vocab_size - 1:,}, and at most {MOST_PIECES:,} are allowed"
-            )
+            raise UsageError(f"{JSON_FILE} has an id of {max(ids):,}, and at most {MOST_PIECES:,} are allowed")
         named = {key: value for key, value in config.items() if key.endswith("_token") and value}
         named = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
         self.names = {key: value for key, value in named.items() if value in self.specials}
@@ -211,6 +197,24 @@ class HuggingFace(Tokenizer):
         if i in self.added or not self._in_bytes:
             return _byte(piece) if re.fullmatch("<0x[0-9A-F]{2}>", piece) else piece.replace(SPACE_MARK, " ").encode()
         return bytes(BYTE_LETTERS.get(letter, ord("?")) for letter in piece)
+
+
+def _reversible(text: str) -> tokenizers.Tokenizer:
+    """Return a tokenizer.json's tokenizer without the settings that lose text or draw ids at random."""
+    facts = json.loads(text)
+    for token in facts.get("added_tokens", []):  # they would swallow the white space around them
+        token |= {"lstrip": False, "rstrip": False}
+    model = facts["model"]
+    if "dropout" in model:  # it would give a text other ids each time
+        model["dropout"] = None
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    prefix = model.get("continuing_subword_prefix") or ""
+    if not all(right.startswith(prefix) for *_, right in merges):  # `tokenizers` would panic, and perhaps abort
+        raise UsageError(f"a merge of {JSON_FILE} lacks the continuing_subword_prefix")
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _byte(piece: str) -> bytes:

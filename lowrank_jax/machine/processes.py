@@ -49,25 +49,31 @@ def start(
     many = by_srun or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     if not (is_explicit or cluster or many):
         return
-    import jax
-
     from lowrank_jax.machine.membership import Member
 
-    address, _count, _index, local = _detect(coordinator, processes, process, wait)
+    address, _count, _index, local_devices = _detect(coordinator, processes, process, wait)
     if _count == 1:
         return
     _member = Member(address, _index, _count)
     remedy = "start all processes with the same command and the same software"
     _member.join({"--processes": _count} | (facts or {}) | _software(), remedy, wait, received)
+    _start_jax(local_devices)
+
+
+def _start_jax(local_devices) -> None:
+    """Start JAX's coordination service, behind the coordinator's port; raises UsageError where devices differ."""
+    import jax
+
     # JAX's preemption service would take SIGTERM. interrupt.py handles it, and `Signals` informs the other processes.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between a process and its own forwarder
+    env = os.environ
     env["no_grpc_proxy"] = f"{env.get('no_grpc_proxy') or env.get('no_proxy') or ''},127.0.0.1".strip(",")
     bind = {} if _index else {"coordinator_bind_address": _member.service}
     if "JAX_LOCAL_DEVICE_IDS" in env:
-        local = None  # JAX reads the variable
+        local_devices = None  # JAX reads the variable
     try:
-        jax.distributed.initialize(_member.service, _count, _index, local, **bind)
+        jax.distributed.initialize(_member.service, _count, _index, local_devices, **bind)
     except (RuntimeError, ValueError) as e:
         raise UsageError(f"the processes cannot join: {' '.join(str(e).split())[:200]}") from None
     devices = {"backend": jax.default_backend(), "devices of a process": jax.local_device_count()}
