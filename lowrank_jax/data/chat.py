@@ -86,9 +86,7 @@ def check(tokenizer: Tokenizer) -> None:
     for more in NEXT[:3]:
         if not all(behind for _, behind in _symbols(tokenizer, EXCHANGE + more)):
             reason = "puts no control symbol behind an answer, so a model could not learn to stop"
-            remedy = (
-                "write {{ eos_token }} behind the assistant's content in it, inside {% generation %} if it has that"
-            )
+            remedy = "write {{ eos_token }} behind the assistant's content, inside {% generation %} if it has that"
             raise UsageError(f"the chat template {reason}; {remedy}")
 
 
@@ -140,9 +138,10 @@ def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool, tools: list
     specials, words = tuple(tokenizer.specials), template.words(tokenizer.chat_template)
     safe = [_guard(_fit(message, words), specials) for message in messages]
     variables = {"tools": _guard(tools, specials) or None, "documents": None} | tokenizer.names
-    draw = lambda part, prompt: template.render(
-        tokenizer.chat_template, part, variables | {"add_generation_prompt": prompt}
-    )
+
+    def draw(part: list[dict], prompt: bool) -> str:
+        return template.render(tokenizer.chat_template, part, variables | {"add_generation_prompt": prompt})
+
     if prompt:
         return draw(safe, True)
     muted = [m.get("weight") == 0 for m in messages if m["role"] == "assistant"]

@@ -59,7 +59,6 @@ def open_phase(
     for i, limit in enumerate(limits if cursor else ()):
         limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in cursors.values())
     parts = [Part(_held_out_every(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
-
     piece = max(p.tokens_per_step // count, SMALLEST_PIECE if p.tokens_per_step < SMALL_STEP else 0)
 
     def lane(index: int) -> Lane:
@@ -93,9 +92,8 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
     weights = [config.weight[0][1] or 1.0 for config, _ in own]
     shares = tuple(w / sum(weights) for w in weights)
     facts = {"sources": [config.spec for config, _ in own], "fingerprints": [], "readers": 1}
-    return Stream(
-        [Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "", 0)], facts, (0, 1)
-    )
+    lane = Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "", 0)
+    return Stream([lane], facts, (0, 1))
 
 
 def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:

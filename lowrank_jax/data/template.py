@@ -240,9 +240,9 @@ def _count(parts: list[nodes.Node]) -> int:
 
 
 def _is_constant(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Const) or (
-        isinstance(node, nodes.List | nodes.Tuple) and all(map(_is_constant, node.items))
-    )
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return all(map(_is_constant, node.items))
+    return isinstance(node, nodes.Const)
 
 
 def _tick(units: int) -> bool:
