@@ -44,7 +44,9 @@ def open_phase(
     """
     (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
-    count, is_old = readers(p), cursor is not None and not any(lane.get("piece") for lane in cursor["lanes"].values())
+    lane_cursors = cursor["lanes"] if cursor else {}
+    is_old = cursor is not None and not any(lane.get("piece") for lane in lane_cursors.values())  # of before pieces
+    count = readers(p)
     rows = [_count_rows(source, ROWS_TO_COUNT * count) for source in all_sources]
     if min(rows) < MIN_ROWS_PER_LANE * count and not (is_old and cursor["readers"] == count):
         count = 1
@@ -53,7 +55,7 @@ def open_phase(
     if cursor is not None:
         _check_cursor(cursor, facts, all_sources, p)
     indices = range(host * count // hosts, -(-(host + 1) * count // hosts))
-    cursors = {i: cursor["lanes"][str(i)] if cursor else None for i in indices}
+    cursors = {i: lane_cursors.get(str(i)) for i in indices}
     by_blocks = [None if is_old else _shares_blocks(*pair, count) for pair in zip(all_sources, rows)]
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
     for i, limit in enumerate(limits if cursor else ()):
