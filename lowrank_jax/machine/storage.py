@@ -25,8 +25,8 @@ TRANSIENT = """
     ECONNRESET EHOSTDOWN EHOSTUNREACH EPERM EPIPE EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT
 """.split()
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # flock on Lustre, NFS, FUSE
-BEAT_SECONDS = 10  # between two signs of life of a lock file's owner
-STALE_SECONDS = 120  # without a sign of life, after which the lock of another host is free
+BEAT_SECONDS = 10  # between two heartbeats of a lock file's owner
+STALE_SECONDS = 120  # without a heartbeat, after which the lock of another host is free
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 T, MayPass = TypeVar("T"), Callable[[BaseException], bool]
 
@@ -131,7 +131,7 @@ def lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _owned(path: str) -> Iterator[None]:
-    """Own a file that `_take` creates until the end, and keep showing signs of life."""
+    """Own a file that `_take` creates until the end, with a heartbeat."""
     me = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": secrets.token_hex(8)}
     _take(path, json.dumps(me))
     is_over = threading.Event()
@@ -158,7 +158,7 @@ def _owned(path: str) -> Iterator[None]:
 def _take(path: str, me: str) -> None:
     """Create the file with this content, or take it over from an owner that is gone; raises BlockingIOError.
 
-    Of several that would take it over, the one may that takes a further file, named after the owner that is gone.
+    Of several processes that try at once, the one that first takes a further file, named after the lost owner, wins.
     """
     try:
         with open(os.open(path, NEW | os.O_WRONLY, 0o666), "w") as f:
