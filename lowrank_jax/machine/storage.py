@@ -26,8 +26,8 @@ TRANSIENT = """
 """.split()
 # Of flock on Lustre, NFS, FUSE, 9p.
 NO_LOCKS = {getattr(errno, name) for name in "ENOSYS ENOTSUP EOPNOTSUPP ENOLCK EINVAL EPERM ENOTTY".split()}
-BEAT_SECONDS = 10  # between two signs of life of a lock file's owner
-STALE_SECONDS = 120  # without a sign of life, after which the lock of another host is free
+BEAT_SECONDS = 10  # between two heartbeats of a lock file's owner
+STALE_SECONDS = 120  # without a heartbeat, after which the lock of another host is free
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 T, MayPass = TypeVar("T"), Callable[[BaseException], bool]
 
@@ -147,7 +147,7 @@ def lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _owned(path: str) -> Iterator[None]:
-    """Own a file that `_take` creates until the end, and keep showing signs of life."""
+    """Own a file that `_take` creates until the end, with a heartbeat."""
     me = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": secrets.token_hex(8)}
     _take(path, json.dumps(me))
     is_over = threading.Event()
@@ -174,7 +174,7 @@ def _owned(path: str) -> Iterator[None]:
 def _take(path: str, me: str) -> None:
     """Create the file with this content, or take it over from an owner that is gone; raises BlockingIOError.
 
-    Of several that would take it over, the one may that takes a further file, named after the owner that is gone.
+    Of several processes that try at once, the one that first takes a further file, named after the lost owner, wins.
     """
     try:
         with open(os.open(path, NEW | os.O_WRONLY, 0o666), "w") as f:
@@ -229,17 +229,9 @@ def _started(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/stat") as f:
             state, *fields = f.read().rpartition(")")[2].split()
-        return "" if state == "Z" else fields[18]
     except OSError:
-        if os.path.isdir("/proc/self"):
-            return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
         return ""
-    except PermissionError:
-        pass
-    return "running"
+    return "" if state == "Z" else fields[18]
 
 
 def _must_be_file(fd: int) -> None:

@@ -209,25 +209,29 @@ class Checkpoints:
         if not self._read_only:
             self.wait()
         for _ in range(LISTINGS):
-            broken, steps = [], run_folder.checkpoint_steps(self.folder)
+            damaged, steps = {}, run_folder.checkpoint_steps(self.folder)
             for step in steps:
                 try:
-                    state, progress = self._read(step, template)
+                    restored = self._read(step, template)
                 except _Damaged as e:
-                    broken.append((step, str(e)))
-                    if self._read_only and run_folder.checkpoint_steps(self.folder) != steps:
-                        break  # training has deleted it meanwhile, and has a newer one
-                    continue
-                for failed, reason in broken:
-                    self._condemn(failed, reason, step)
-                return state, progress
-            else:
-                if not (self._read_only and not steps and run_folder.strays(self.folder)):  # one is half deleted
-                    break
+                    damaged[step] = str(e)
+                    if self._is_changing(steps):
+                        break
+                else:
+                    for failed, reason in damaged.items():
+                        self._condemn(failed, reason, step)
+                    return restored
+            if not self._is_changing(steps):
+                break
             time.sleep(LISTING_PAUSE)
-        if broken:
-            raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")
+        for step, reason in damaged.items():
+            raise UsageError(f"no checkpoint of {self.folder} can be restored; step {step}: {reason}")
         return None
+
+    def _is_changing(self, steps: list[int]) -> bool:
+        """Return whether a training has saved and deleted checkpoints since we, who only read, listed these."""
+        is_half_deleted = not steps and run_folder.strays(self.folder)
+        return self._read_only and bool(is_half_deleted or run_folder.checkpoint_steps(self.folder) != steps)
 
     def _read(self, step: int, template) -> tuple[object, Progress]:
         """Return a checkpoint's (state, progress); raises _Damaged where two attempts find damage, else RunFailure."""

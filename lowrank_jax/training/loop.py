@@ -129,9 +129,8 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             stage = stage_at(r.plan.stages, progress.step)
             if stage.phase != phase_name and progress.step < r.plan.end:
                 feeds.close()
-                state, batches = _enter_phase(
-                    r, stage, state, progress, meter
-                )  # before the evaluation, which reads no batches
+                # Before the evaluation, which reads no batches.
+                state, batches = _enter_phase(r, stage, state, progress, meter)
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
             if due := [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]:

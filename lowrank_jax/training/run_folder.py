@@ -29,8 +29,6 @@ IDENTITY = """
     pretrain.eval_fraction sft.eval_fraction
 """.split()
 LATER = {"tied": True}  # newer keys of config.model, with the value that every older run has
-
-
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
 NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}
@@ -116,7 +114,7 @@ def write_config(folder: str, config: RunConfig, tokenizer_sha256: str = "") -> 
     write_text(os.path.join(folder, "config.json"), json.dumps(values, indent=2) + "\n")
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str, text: str | bytes) -> None:
     """Replace a file in one move, so that a kill leaves the old or the new one."""
     if processes.is_first():
         storage.again(lambda: storage.replace(path, text), _may_write_later)
@@ -227,15 +225,14 @@ def rewind_metrics(folder: str, step: int) -> None:
     """
     lines, path = _read_lines(folder, "metrics.jsonl"), os.path.join(folder, "metrics.jsonl")
     damaged = [line for line in lines if line.row is None]
-    if damaged and processes.is_first():
+    if processes.is_first():
         _tell(path, *(line.number for line in damaged))
         for line in damaged:
             storage.append_line(f"{path}.damaged", line.raw)
     rows = [line.raw for line in lines if line.row is not None and line.row.get("step", 0) <= step]
     if step == 0 and len(rows) + len(damaged) < len(lines):
         say(f"warning: {folder} has no checkpoint after step 0, so training begins again")
-    if processes.is_first():
-        storage.again(lambda: storage.replace(path, b"".join(raw + b"\n" for raw in rows)), _may_write_later)
+    write_text(path, b"".join(raw + b"\n" for raw in rows))
 
 
 def milestones(folder: str) -> set[tuple[str, str, int]]:

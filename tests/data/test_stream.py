@@ -757,7 +757,7 @@ def test_skipped_records_are_reported_counted_and_the_same_after_a_resume(make, 
 
 
 def test_a_passing_error_is_retried_and_reported_and_no_record_counts_twice(make, tok, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(reader.storage, "PAUSES", (0, 0, 0, 0, 0))
     rows = [{"texts": i} if i in (0, 1, 5) else {"text": "ba ce"} for i in range(20)]
     source = make.write_jsonl(tmp_path / "a.jsonl", rows)
     phase, notes, failing = make.phase(source, readers=1, max_skipped=3), [], [3]
