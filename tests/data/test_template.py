@@ -97,7 +97,8 @@ def test_templates_in_many_threads_are_stopped_each_for_itself():
     assert answers[1::2] == ["Hi"] * 6 and all("is stopped: it takes more steps" in answer for answer in answers[::2])
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # another thread uses up its work during this template
         other = lambda: pool.submit(run, HANG["loops"]).result()
-        assert template.render("{{ other()[:0] }}{% for i in range(9) %}x{% endfor %}", CHAT, {"other": other}) == "x" * 9
+        program = "{{ other()[:0] }}{% for i in range(9) %}x{% endfor %}"
+        assert template.render(program, CHAT, {"other": other}) == "x" * 9
 
 
 def test_a_long_conversation_is_no_reason_to_stop():
