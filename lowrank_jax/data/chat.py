@@ -5,6 +5,7 @@ A template has the meaning that Hugging Face gives it, and runs in `template.ren
 symbol: the names of symbols in it are split before rendering, and joined after the text is cut at the real symbols.
 """
 
+import contextlib
 import functools
 import itertools
 import os.path
@@ -20,7 +21,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 
 KNOWN = {"role", "content", "weight", "function_call", "tool_call_id", "name"}  # names and ids may go with a call
 _MARKS = re.compile(f"[{OPEN}{CLOSE}{BREAK}]")
-_HAS_GENERATION = re.compile(r"\{%-?\s*generation\b")
+USER_TEXT, ANSWER_TEXT = "\ufdd3", "\ufdd4"  # noncharacters, which a template cannot write by itself
 
 
 def encode(
@@ -77,10 +78,11 @@ NEXT = [[], EXCHANGE, *([{"role": role, "content": "c"}] for role in ("user", "t
 
 
 def check(tokenizer: Tokenizer) -> None:
-    """Raise UsageError unless a trained symbol ends each answer, so that a model learns to stop.
+    """Raise UsageError unless answers alone are trained, and a symbol that ends each, so that a model learns to stop.
 
     Nothing is proved of a template that refuses an exchange of two turns, also behind a system turn.
     """
+    _check_texts(tokenizer)
     for more in NEXT[:3]:
         if not all(behind for _, behind in _symbols(tokenizer, EXCHANGE + more)):
             reason = "puts no control symbol behind an answer, so a model could not learn to stop"
@@ -88,6 +90,23 @@ def check(tokenizer: Tokenizer) -> None:
                 "write {{ eos_token }} behind the assistant's content in it, inside {% generation %} if it has that"
             )
             raise UsageError(f"the chat template {reason}; {remedy}")
+
+
+def _check_texts(tokenizer: Tokenizer) -> None:
+    """Raise UsageError if a template omits an answer's text, or marks the text of a user as the assistant's."""
+    messages = [{"role": "user", "content": USER_TEXT}, {"role": "assistant", "content": ANSWER_TEXT}]
+    for start in ([], [{"role": "system", "content": "c"}]):
+        with contextlib.suppress(UsageError):
+            text = render(tokenizer, [*start, *messages], False)
+            spoken = "".join(span.split(CLOSE)[0] for span in text.split(OPEN)[1:])
+            break
+    else:
+        return
+    remedy = "put {% generation %} and {% endgeneration %} around the assistant's content, which is text"
+    if ANSWER_TEXT not in text:
+        raise UsageError(f"the chat template does not render the text of an answer; {remedy}")
+    if USER_TEXT in spoken or ANSWER_TEXT not in spoken:
+        raise UsageError(f"the chat template marks other text than the assistant's for training; {remedy}")
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
@@ -111,7 +130,7 @@ def _symbols(tokenizer: Tokenizer, messages: list[dict]) -> list[tuple[set[int],
     specials, answers = set(tokenizer.specials.values()), []
     for speaks, stretch in itertools.groupby(zip([*ids, tokenizer.eos], [*said, is_open]), lambda pair: pair[1]):
         spoken = [i for i, _ in stretch if speaks]
-        if texts := [k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i])]:
+        if texts := [k for k, i in enumerate(spoken) if i not in specials and "b" in tokenizer.decode([i]).lower()]:
             answers.append((specials.intersection(spoken[: texts[-1]]), specials.intersection(spoken[texts[-1] :])))
     return answers
 
@@ -127,7 +146,7 @@ def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool, tools: list
     if prompt:
         return draw(safe, True)
     muted = [m.get("weight") == 0 for m in messages if m["role"] == "assistant"]
-    if not _HAS_GENERATION.search(tokenizer.chat_template):
+    if OPEN not in template.words(tokenizer.chat_template):
         return _mark_turns(draw, safe, muted, specials)
     text = draw(safe, False)
     if any(muted):
@@ -156,30 +175,38 @@ def _mark_turns(draw: Callable, messages: list[dict], muted: list[bool], special
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = _before(draw, messages, i), draw(messages[: i + 1], False)
-        if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
+        after, symbols = draw(messages[: i + 1], False), _parts(specials)
+        if is_last := not text.startswith(after):  # as the last, it may end in another symbol, or in one more
+            after = after[: max([m.start() for m in symbols.finditer(after)], default=0)]
+        before = _before(draw, messages, i, after)
+        symbol_ends = [m.end() for m in symbols.finditer(after, len(before))]
+        end = symbol_ends[-1] if symbol_ends else len(after)
+        stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
+        ends = not is_last or (symbol_ends and stop == end) or symbols.match(text, len(after))
+        if not (text.startswith(after) and after.startswith(before) and len(before) >= done and ends):
             reason = "does not begin a conversation with the text of its first turns, which hides the assistant's text"
             raise UsageError(f"the chat template {reason}; put {{% generation %}} and {{% endgeneration %}} around it")
-        *_, end = [m.end() for m in _parts(specials).finditer(after, len(before))] or [len(after)]
-        stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
         answer = text[len(before) : stop]
         marked += text[done : len(before)] + (answer if next(muted) else OPEN + answer + CLOSE)
         done = stop
     return marked + text[done:]
 
 
-def _before(draw: Callable, messages: list[dict], i: int) -> str:
-    """Return the text before the answer `messages[i]`.
+def _before(draw: Callable, messages: list[dict], i: int, after: str) -> str:
+    """Return the text before the answer `messages[i]`, which should begin the text `after` it.
 
-    Templates that read `messages[0]` cannot render the empty list before a first answer. The text is then what two
-    conversations have in common that differ in the answer alone.
+    Templates that read `messages[0]` cannot render the empty list before a first answer, or render too little. The text
+    is then what two conversations have in common that differ in the answer alone.
     """
     try:
-        return draw(messages[:i], True)
+        before = draw(messages[:i], True)
     except UsageError:
         if i:
             raise
-        return os.path.commonprefix([draw([{"role": "assistant", "content": x}], False) for x in "\ufdd3\ufdd4"])
+        before = None
+    if i or (before is not None and after.startswith(before)):
+        return before
+    return os.path.commonprefix([draw([{"role": "assistant", "content": x}], False) for x in USER_TEXT + ANSWER_TEXT])
 
 
 def _guard(value, specials: tuple[str, ...]):

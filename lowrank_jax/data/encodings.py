@@ -12,6 +12,7 @@ UTF8_BOM = codecs.BOM_UTF8
 WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first: one begins with the mark of UTF-16
 WIDE |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 FEW = 2  # lines with bytes that are not UTF-8, or such bytes: these are damage to single records, not an encoding
+UNPACK = {".gz": "zcat", ".bz2": "bzcat", ".xz": "xzcat", ".zst": "zstdcat"}
 # (place, bytes, kind and remedy)
 FOREIGN = [(257, b"ustar", "a tar archive; unpack it, for example with `tar -xf`, and name the files in it")]
 FOREIGN += [(0, b"PK\x03\x04", "a zip archive; unpack it, for example with `unzip`, and name the files in it")]
@@ -21,6 +22,16 @@ FOREIGN += [(0, b"\xfd7zXZ\0", "compressed by xz; give it a name that ends in .x
 FOREIGN += [(0, b"\x28\xb5\x2f\xfd", "compressed by zstd; give it a name that ends in .zst")]
 FOREIGN += [(4, b"1AY&SY", "compressed by bzip2; give it a name that ends in .bz2")]
 FOREIGN += [(0, b"PAR1\x15", "a Parquet file; read it with parquet:"), (0, b"ARROW1\0\0", "an Arrow file; use hf:")]
+FOREIGN += [
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4; unpack it"),
+    (0, b"\x1f\x9d", "compressed by compress; unpack it"),
+]
+FOREIGN += [
+    (0, b"\x89PNG\r\n", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x93NUMPY", "an array of NumPy"),
+]
+FOREIGN += [(0, b"version https://git-lfs", "a pointer of Git LFS and not the data; fetch them with `git lfs pull`")]
 FOREIGN += [(0, b"%PDF-", "a PDF file; extract its text"), (0, b"SQLite format 3\0", "an SQLite database; export it")]
 
 
@@ -34,14 +45,18 @@ def detect(head: bytes, path: str) -> str:
     for place, magic, kind in FOREIGN:
         if head.startswith(magic, place):
             raise UsageError(f"{path} is {kind}")
-    nuls = head.count(0)
-    if nuls > max(FEW, len(head) // 100):
+    if has_nuls(head):
         what = f"has NUL bytes, from byte {head.index(0)} on: it is UTF-16 without a byte order mark, or no text"
-        raise UsageError(f"{path} {what}; convert it, {_remedy('UTF-16LE', path)}")
+        raise UsageError(f"{path} {what}; convert it, {remedy('UTF-16LE' if head.index(0) % 2 else 'UTF-16BE', path)}")
     if not head.isascii() and (first := _first_foreign_byte(head)) is not None:
         what = f"is not UTF-8 text (byte {first} is 0x{head[first]:02x}), and it has no byte order mark"
-        raise UsageError(f"{path} {what}; convert it, {_remedy('WINDOWS-1252', path)}")
+        raise UsageError(f"{path} {what}; convert it, {remedy('WINDOWS-1252', path)}")
     return "utf-8"
+
+
+def has_nuls(raw: bytes) -> bool:
+    """Return whether bytes have more NULs than a text that is damaged in a few places."""
+    return raw.count(0) > max(FEW, len(raw) // 100)
 
 
 def begins(head: bytes, letter: str) -> bool:
@@ -65,21 +80,28 @@ def _first_foreign_byte(head: bytes) -> int | None:
     return len(text[: text.index(escaped[0])].encode())
 
 
-def _remedy(encoding: str, path: str) -> str:
-    return f"for example with `iconv -f {encoding} -t UTF-8 {path} > NEW` if that is its encoding"
+def remedy(encoding: str, path: str) -> str:
+    """Return the words that name the command that converts a file."""
+    unpack = next((f"{cat} {path} | " for suffix, cat in UNPACK.items() if path.endswith(suffix)), "")
+    name = "" if unpack else f"{path} "
+    return f"for example with `{unpack}iconv -f {encoding} -t UTF-8 {name}> NEW` if that is its encoding"
 
 
 class AsUtf8(io.RawIOBase):
     """A file in UTF-16 or UTF-32, read as UTF-8. Half of a surrogate pair stays one, as in JSON's escapes."""
 
     def __init__(self, file: BinaryIO, encoding: str):
-        self._text, self._rest = io.TextIOWrapper(file, encoding, errors="surrogatepass", newline=""), b""
+        self._file, self._rest, self._is_whole = file, b"", False
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        self._rest = self._rest or self._text.read(HEAD).encode("utf-8", "surrogatepass")
+        while not (self._rest or self._is_whole):
+            raw = self._file.read(HEAD)
+            self._is_whole = not raw  # half a character at the end raises when all before it is read
+            self._rest = self._decoder.decode(raw, self._is_whole).encode("utf-8", "surrogatepass")
         n = min(len(buffer), len(self._rest))
         buffer[:n], self._rest = self._rest[:n], self._rest[n:]
         return n

@@ -28,6 +28,7 @@ import fsspec
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, encodings, records
 from lowrank_jax.data.blocks import BadRecord, Document, InFiles
+from lowrank_jax.machine.console import say
 
 if sys.version_info >= (3, 14):  # not zstandard, which does not notice a file that is cut short
     from compression import zstd
@@ -146,6 +147,23 @@ def at_once(look: Callable[[str], tuple], paths: Sequence[str]) -> list[tuple]:
         return facts + list(pool.map(look, paths[2:]))
 
 
+class Watch:
+    """Says once if a local file is no longer what it was when its source was opened; buckets keep their objects."""
+
+    def __init__(self, digests: dict[str, str]):
+        self._digests, self._looks = digests, {}
+
+    def look(self, path: str) -> None:
+        """Compare the size and time of a file with the last look, and if they differ its contents with the first."""
+        with contextlib.suppress(OSError, UsageError):  # which reading reports
+            facts = None if _is_remote(path) else os.stat(path)
+            if facts and self._looks.get(path) != (looks := (facts.st_size, facts.st_mtime_ns)):
+                self._looks[path] = looks
+                if sample(path)[1] != self._digests[path]:
+                    what = "has changed while it is read, so a resume of this run will refuse it until it is put back"
+                    say(f"warning: {blocks.printable(path)} {what}", everyone=True)
+
+
 class _Files(InFiles):
     """Blocks of `largest` bytes at most: `_part` reads one of a plain file, and `_whole` a file that is one block."""
 
@@ -155,11 +173,13 @@ class _Files(InFiles):
         largest = REMOTE_BLOCK if any(map(_is_remote, paths)) else self.largest
         self.size = min(max(sum(sizes) // BLOCKS, SMALLEST), largest)
         self.number_blocks(paths, [bool(n) if p in self._wholes else -(-n // self.size) for p, n in zip(paths, sizes)])
+        self._watch = Watch({path: digest for path, (_, digest, _) in zip(paths, facts)})
         self.fingerprint = blocks.fingerprint_of_files([digest for _, digest, _ in facts], type(self).__name__)
         self.old_fingerprint = blocks.fingerprint([(os.path.basename(p), n) for p, n in zip(paths, sizes)])
 
     def rows(self, block: int, start: int = 0) -> Iterator:
         path, k = self.locate(block)
+        self._watch.look(path)
         return itertools.islice(self._whole(path) if path in self._wholes else self._part(path, k), start, None)
 
     def _facts(self, path: str) -> tuple[int, str, bool]:
@@ -178,6 +198,8 @@ class TextFiles(_Files):
 
     def document(self, row: tuple[str, int, bytes]) -> Document:
         path, offset, raw = row
+        if encodings.has_nuls(raw):  # such as UTF-16 that a shell appended
+            raise BadRecord(path, f"has NUL bytes, from byte {offset + raw.index(0)} on, so it is no UTF-8 text there")
         try:
             return {"text": raw.decode("utf-8-sig" if offset == 0 else "utf-8").strip("\r\n")}
         except UnicodeDecodeError as e:

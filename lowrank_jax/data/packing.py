@@ -211,7 +211,7 @@ class Lane:
             first.setdefault(drawn.source, drawn.epochs[0])
             last[drawn.source] = drawn.epochs[1]
             n, answers = min(len(drawn.ids) - 1, length), drawn.said[1 : length + 1].any()
-            self._give_back(drawn.source, len(drawn.ids) - (n + 1 if answers else 0))
+            self._give_back(drawn.source, len(drawn.ids) - (n + 1 if answers else 0), step)
             if answers:
                 window.append(drawn)
                 size, unanswered = size + n, 0
@@ -226,14 +226,14 @@ class Lane:
         self._each = {source: (last[source] - first[source]) / count for source, count in counts.items()}
         return window
 
-    def _give_back(self, source: int, tokens: int) -> None:
+    def _give_back(self, source: int, tokens: int, step: int) -> None:
         """Return to a source the tokens that its documents were charged for and that no row has room for.
 
         A few of them wait: the shares do not need them, and the order of runs of older versions stays.
         """
         self._debt[source] += tokens if self._piece else 0
         if self._debt[source] > DEBT:
-            self._credit = [c + self._debt[source] * (i == source) for i, c in enumerate(self._credit)]
+            self._credit = self._charged(source, self._shares(step), -self._debt[source])
             self._debt[source] = 0
 
     def _pack(self, documents: list[Drawn], length: int) -> list[list[Drawn]]:

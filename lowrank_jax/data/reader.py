@@ -152,6 +152,9 @@ class Reader:
     def _fill(self) -> None:
         if self._window is None:
             self._window, self._end = self._patiently(self._read_window)
+            if self._taken > len(self._window):
+                reason = "has fewer documents at its place than were read before the run stopped"
+                raise UsageError(f"source {self.limit.name} {reason}; put it and its keys back, or use a new --workdir")
             places, blocks = (self._start, self._end), self._source.blocks
             self._span = [place["epoch"] + (place["block"] - self._first) / blocks for place in places]
 

@@ -22,7 +22,9 @@ ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "claude", "model", "bo
 ROLES |= dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool")
 CALLERS = ("function_call", "tool_call")  # roles of an assistant whose text is a call
 REASONING = ("reasoning_content", "thinking", "reasoning")
-TRAINED = ("weight", "train", "loss")  # OpenAI's, axolotl's and swift's keys of a turn: 0 or false is not trained
+TRAINED = ("weight", "train", "training", "loss")  # keys of a turn: OpenAI's, axolotl's and swift's
+FLAGS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # what they mean, also as text: 0 is not trained
+ARGUMENTS = ("arguments", "parameters", "args", "input")  # keys of a call
 SHOWN_KEYS, SHOWN_LETTERS = 8, 30
 
 
@@ -41,8 +43,13 @@ def document(record, text_key: str, messages_key: str, chats: bool, where: str, 
             shape = _shape(record) if text is None or chats else None
         if shape is not None:
             roots = {key.split(".")[0] for key in (text_key, messages_key)}  # a text is the conversation's other form
-            return _conversation(*shape, record, [n for n in names if n not in {text_key, *roots}])
+            names = [n for n in names if n not in {text_key, *roots}] + _beside(record, messages_key)
+            return _conversation(*shape, record, names)
         if text is None:
+            pairs = [key for pair in PAIRS for key in pair if any(record.get(k) is not None for k in pair)]
+            keys = dict.fromkeys((messages_key, text_key, *pairs))
+            if nulls := [repr(key) for key in keys if _is_null(record, key)]:
+                raise ValueError(f"{' and '.join(nulls)} read{'s'[len(nulls) > 1 :]} null where text should be")
             raise ValueError(f"neither {messages_key!r} nor {text_key!r} in it{_listed(names)}")
         return {"text": _text(text, repr(text_key))}
     except ValueError as e:
@@ -65,8 +72,9 @@ def _shape(record: dict) -> tuple[list[dict], str, set[str]] | None:
         if prompt is not None and answer is not None:
             used = {prompt_key, answer_key, HISTORY}
             if isinstance(prompt, str | bytes):
-                more = [_joined(record[key], repr(key)) for key in INPUT if not _is_empty(record.get(key))]
-                prompt = "\n\n".join([_text(prompt, repr(prompt_key)), *(text for text in more if text.strip())])
+                parts = [_joined(record[key], repr(key)) for key in INPUT if not _is_empty(record.get(key))]
+                parts = [_text(prompt, repr(prompt_key)), *parts]
+                prompt = "\n\n".join(text for text in parts if text.strip())
                 used |= set(INPUT)
             turns = _history(record.get(HISTORY)) + _side(prompt, "user", repr(prompt_key))
             return turns + _side(answer, "assistant", repr(answer_key)), repr(answer_key), used
@@ -75,7 +83,7 @@ def _shape(record: dict) -> tuple[list[dict], str, set[str]] | None:
 
 def _history(value) -> list[dict]:
     """Return the earlier turns of a pair: a list of [question, answer], or messages."""
-    earlier, turns = [] if _is_empty(value) else _list(value), []
+    earlier, turns = [] if _is_empty(value) else _list(_unfolded(value)), []
     if earlier is None:
         raise ValueError(f"'history' must be a list of [question, answer], not {_kind(value)}")
     if any(isinstance(turn, dict) for turn in earlier):
@@ -90,18 +98,26 @@ def _history(value) -> list[dict]:
 
 def _side(value, role: str, key: str) -> list[dict]:
     """Return the messages of half a pair, which is a text or messages."""
-    return [{"role": role, "content": _text(value, key)}] if isinstance(value, str | bytes) else _messages(value, key)
+    if isinstance(value, str | bytes):
+        return [{"role": role, "content": _text(value, key)}]
+    if not isinstance(value, dict) and _list(value) is None:
+        raise ValueError(f"{key} must be text or messages, not {_kind(value)}")
+    return _messages(value, key)
 
 
 def _conversation(messages: list[dict], key: str, used: set[str], record: dict, names: list[str]) -> Document:
     """Return a document of messages, its `tools`, and `unused`: the names of the keys that nothing came from."""
-    spoken = [m for m in messages if m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    answers = [m for m in messages if m["role"] == "assistant"]
+    spoken = [m for m in answers if m["content"].strip() or m.get("tool_calls")]
     if not spoken:
         raise ValueError(f"{key} has no assistant turn that says something, so there is nothing to learn from it")
     if all(m.get("weight") == 0 for m in spoken):
         raise ValueError(f"every assistant turn of {key} has weight 0, so there is nothing to learn from it")
-    if name := next((name for name in SYSTEM if record.get(name)), None):
-        first, used = _joined(record[name], repr(name)), used | {name}
+    if len(spoken) < len(answers):  # nobody should learn to answer with nothing
+        messages = [m | {"weight": 0} if m["role"] == "assistant" and m not in spoken else m for m in messages]
+    systems = {name: _joined(record[name], repr(name)) for name in SYSTEM if not _is_empty(record.get(name))}
+    if name := next((name for name, text in systems.items() if text.strip()), None):
+        first, used = systems[name], used | {name}
         if messages[0]["role"] == "system":
             text, messages = messages[0]["content"], messages[1:]
             first = text if first in text else f"{first}\n\n{text}"
@@ -114,7 +130,8 @@ def _conversation(messages: list[dict], key: str, used: set[str], record: dict, 
 
 
 def _messages(value, key: str) -> list[dict]:
-    """Return messages from a list of dicts or, as `datasets` and TFDS give it, a dict of lists."""
+    """Return messages from a list of dicts, its JSON text or, as `datasets` and TFDS give it, a dict of lists."""
+    value = _unfolded(value)
     if isinstance(value, dict):
         columns = {name: _list(column) for name, column in value.items()}
         if not columns or None in columns.values() or len({len(c) for c in columns.values()}) > 1:
@@ -130,18 +147,19 @@ def _messages(value, key: str) -> list[dict]:
 def _message(turn, key: str) -> dict:
     if not isinstance(turn, dict):
         raise ValueError(f"{key} must be an object with a 'role' and a 'content', not {_kind(turn)}")
-    turn = {k: v for k, v in turn.items() if v is not None}
+    nulls, turn = [k for k, v in turn.items() if v is None], {k: v for k, v in turn.items() if v is not None}
     role, content = turn.get("role"), turn.get("content")
     if len(turn) == 2 and isinstance(role, str) and role in ROLES and isinstance(content, str):  # most turns
         return {"role": ROLES[role], "content": _text(content, key)}
-    who, what = ("from", "value") if "role" not in turn and "from" in turn else ("role", "content")
+    who = "from" if "role" not in turn and "from" in turn else "role"
+    what = next((k for k in ("content", "value") if k in turn), "value" if who == "from" else "content")
     calls = next((turn[k] for k in ("tool_calls", "function_call") if not _is_empty(turn.get(k))), None)
     if who not in turn or not (what in turn or calls):
+        if missing := next((k for k in (who, what) if k in nulls), None):
+            raise ValueError(f"{key}.{missing} reads null where text should be")
         raise ValueError(f"{key} must have a {who!r} and a {what!r}{_listed(turn)}")
-    role, content = _text(turn[who], f"{key}.{who}"), turn.get(what, "")
-    if (parts := _list(content)) is not None:
-        content = "".join(_part(part, f"{key}.{what}") for part in parts)
-    content, named = _text(content, f"{key}.{what}"), role.strip().lower()
+    role, named = _text(turn[who], f"{key}.{who}"), _text(turn[who], f"{key}.{who}").strip().lower()
+    content, thoughts = _content(turn.get(what, ""), ROLES.get(named), f"{key}.{what}")
     taken = {who, what, "tool_calls", "function_call", *TRAINED, *REASONING}
     message = {k: _plain(v, f"{key}.{k}") for k, v in turn.items() if k not in taken}
     message |= {"role": "assistant" if named in CALLERS else ROLES.get(named, role), "content": content}
@@ -150,12 +168,41 @@ def _message(turn, key: str) -> dict:
     elif named in CALLERS:
         with contextlib.suppress(ValueError):  # text of another form stays text
             message["function_call"] = _calls(content, key)
-    if reasoning := next((turn[k] for k in REASONING if turn.get(k)), None):
+    if reasoning := next((turn[k] for k in REASONING if not _is_empty(turn.get(k))), thoughts):
         message["reasoning_content"] = _text(reasoning, f"{key}.reasoning_content")
-    flags = [turn[k] for k in TRAINED if k in turn]
-    if wrong := [k for k in TRAINED if k in turn and turn[k] not in (0, 1)]:
+    flags = {k: FLAGS.get(str(turn[k]).strip().lower()) for k in TRAINED if k in turn}
+    if wrong := [k for k, flag in flags.items() if flag is None]:
         raise ValueError(f"{key}.{wrong[0]} must be 0 or 1, not {str(turn[wrong[0]])[:SHOWN_LETTERS]!r}")
-    return message | ({"weight": 0} if 0 in flags else {})
+    return message | ({"weight": 0} if 0 in flags.values() else {})
+
+
+def _content(value, role: str | None, key: str) -> tuple[str, str]:
+    """Return the text of a message and the reasoning in it: a text, a list of parts, or any value of a tool."""
+    parts = _list(value)
+    if role == "tool" and not isinstance(value, str | bytes) and not (parts and all(map(_part_text, parts))):
+        return "" if parts == [] else json.dumps(_plain(value, key), ensure_ascii=False), ""
+    if parts is None:
+        return _text(value, key), ""
+    texts, thoughts = [], []
+    for part in parts:
+        kind, text = _part_text(part) or (None, None)
+        if text is None:
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise ValueError(f"{key} has a part that is not text{f', of type {kind!r}' if kind else ''}")
+        (thoughts if kind in REASONING else texts).append(_text(text, key))
+    return "".join(texts), "\n\n".join(thoughts)
+
+
+def _part_text(part) -> tuple[str, str | bytes] | None:
+    """Return the type and the text of a part of a message, or None for a part without text, such as an image."""
+    if isinstance(part, str | bytes):
+        return "text", part
+    kind = part.get("type") or "text" if isinstance(part, dict) else None
+    kind = kind.decode("utf-8", "replace") if isinstance(kind, bytes) else kind
+    if kind not in ("text", "input_text", "output_text", *REASONING):
+        return None
+    text = next((part[k] for k in (kind, "text") if part.get(k) is not None), None)
+    return None if text is None else (kind, text)
 
 
 def _calls(value, key: str) -> list[dict]:
@@ -167,18 +214,20 @@ def _calls(value, key: str) -> list[dict]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"{key} must be a list of calls with a 'name' and 'arguments'")
     wrapped = [call if "function" in call else {"function": call} for call in calls]
-    texts = [call["function"].get("arguments", {}) for call in wrapped]
-    arguments = [parsed if isinstance(parsed := _parsed(text), dict) else text for text in texts]
-    return [
-        {"type": "function", **call, "function": call["function"] | {"arguments": argument}}
-        for call, argument in zip(wrapped, arguments)
-    ]
+    for call in wrapped:
+        function = call["function"]
+        text = next((function[name] for name in ARGUMENTS if name in function), {})
+        argument = parsed if isinstance(parsed := _parsed(text), dict) else text
+        rest = {name: value for name, value in function.items() if name not in ARGUMENTS}
+        call["function"] = rest | {"arguments": argument}
+    return [{"type": "function"} | call for call in wrapped]
 
 
 def _tools(value, key: str) -> list[dict]:
     """Return descriptions of tools as `{"type": "function", "function": {"name": ...}}`, from JSON or its text."""
     tools = _parsed(_plain(value, key))
     tools = [tools] if isinstance(tools, dict) else tools
+    tools = [_parsed(tool) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{key} must be a list of tools")
     return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]
@@ -189,6 +238,12 @@ def _parsed(value):
     with contextlib.suppress(ValueError):
         return json.loads(value) if isinstance(value, str) else value
     return value
+
+
+def _unfolded(value):
+    """Return the list that a JSON text of one holds, and anything else as it is."""
+    parsed = _parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    return parsed if isinstance(parsed, list) else value
 
 
 def _plain(value, key: str):
@@ -213,12 +268,6 @@ def _is_empty(value) -> bool:
     return value is None or (hasattr(value, "__len__") and not len(value))
 
 
-def _part(part, key: str) -> str:
-    if not isinstance(part, dict) or part.get("text") is None or part.get("type", "text") not in ("text", b"text"):
-        raise ValueError(f"{key} has a part that is not text")
-    return _text(part["text"], key)
-
-
 def _list(value) -> list | None:
     """Return a list, a tuple or an array of at least one dimension as a list, and None for anything else."""
     if hasattr(value, "tolist") and getattr(value, "ndim", 0):
@@ -233,6 +282,23 @@ def _get(record: dict, key: str):
     for part in key.split("."):
         record = record.get(part) if isinstance(record, dict) else None
     return record
+
+
+def _is_null(record: dict, key: str) -> bool:
+    """Return whether a key or a path a.b.c is in a record, and null."""
+    *path, last = [key] if key in record else key.split(".")
+    parent = _get(record, ".".join(path)) if path else record
+    return isinstance(parent, dict) and last in parent and parent[last] is None
+
+
+def _beside(record: dict, key: str) -> list[str]:
+    """Return the paths of the keys beside those of a path a.b.c, below the first."""
+    path, names = [] if key in record else key.split("."), []
+    for i in range(1, len(path)):
+        parent = _get(record, root := ".".join(path[:i]))
+        if isinstance(parent, dict):
+            names += [f"{root}.{name}" for name, v in parent.items() if name != path[i] and not _is_empty(v)]
+    return names
 
 
 def _text(value, key: str) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import blocks, files, records
+from lowrank_jax.data import blocks, encodings, files, records
 from lowrank_jax.data.blocks import BadRecord, Document, InFiles, Source, may_pass, one_line
 from lowrank_jax.machine.console import say
 
@@ -25,6 +25,7 @@ class Parquet(InFiles):
         self._keys, self._columns = (text_key, messages_key, chats), records.roots(text_key, messages_key)
         facts = files.at_once(lambda path: _parquet_facts(path, self._columns), paths)
         self.number_blocks(paths, [groups for _, _, groups, _ in facts])
+        self._watch = files.Watch({path: digest for path, (digest, *_) in zip(paths, facts)})
         self.fingerprint = blocks.fingerprint_of_files([digest for digest, *_ in facts], "Parquet")
         self.old_fingerprint = blocks.fingerprint([(os.path.basename(p), *f) for p, (_, *f) in zip(paths, facts)])
         self._footer = functools.lru_cache(FOOTERS)(_parquet_footer)
@@ -47,6 +48,7 @@ class Parquet(InFiles):
         import pyarrow.parquet
 
         (path, group), first = self.locate(block), 0
+        self._watch.look(path)
         try:
             footer = self._footer(path)
             columns = [name for name in footer.schema.to_arrow_schema().names if name in self._columns]
@@ -85,8 +87,10 @@ def _parquet_facts(path: str, columns: Container[str]) -> tuple[str, int, int, i
     return digest, n, footer.num_row_groups, footer.num_rows
 
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text"}  # builders of `datasets`
-FORMATS |= {".parquet": "parquet", ".arrow": "arrow"}
+FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json"}  # builders of `datasets`
+FORMATS |= {".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+# Of files beside the data. All others of a folder are named if they are left out.
+NO_DATA = {"", ".md", ".rst", ".py", ".yaml", ".yml", ".cff", ".bib", ".pdf", ".png", ".jpg", ".svg", ".crc", ".lock"}
 CARDS = ("README.md", ".huggingface.yaml")  # files in a folder that `datasets` reads as YAML
 # As in huggingface_hub, whose import is slow
 FRONT_MATTER = re.compile(r"^(\s*---[\r\n]+)([\S\s]*?)([\r\n]+---(\r\n|\n|$))")
@@ -245,7 +249,7 @@ def _check_encodings(paths: Sequence[str], kind: str) -> None:
     for path in paths if kind in ("csv", "text") else ():
         with contextlib.suppress(BadRecord):  # damage, which reading reports
             if (encoding := files.encoding(path)) != "utf-8":
-                remedy = f"for example with `iconv -f {encoding} -t utf-8 {path} > NEW`"
+                remedy = encodings.remedy(encoding.upper(), path)
                 raise UsageError(f"{path} is in {encoding}, and {kind} files must be in utf-8; convert it, {remedy}")
 
 
@@ -258,12 +262,17 @@ def _tell_left_out(folder: str, kind: str, used: Sequence[str]) -> None:
     """Say which data files of a folder belong to no split: those of another format, or without a split's name."""
     known = {os.path.realpath(path) for path in used}
     below = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name not in METADATA)
-    unused = sorted(path for path in below if _suffix(path) in FORMATS and os.path.realpath(path) not in known)
+    unused = sorted(path for path in below if _is_data(path, folder) and os.path.realpath(path) not in known)
     if unused:
         shown = ", ".join(os.path.relpath(path, folder) for path in unused[:SHOWN])
         more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
         what = f"{len(known)} files are read, as {kind}; left out: {shown}{more}"
         _say_once(blocks.printable(f"source hf:{folder}: {what}; name those as sources of their own to read them"))
+
+
+def _is_data(path: str, folder: str) -> bool:
+    is_hidden = "/." in f"/{os.path.relpath(path, folder)}"
+    return _suffix(path) in FORMATS or not (is_hidden or _suffix(path).lower() in NO_DATA)
 
 
 def _suffix(path: str) -> str:

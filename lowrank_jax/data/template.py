@@ -107,11 +107,12 @@ def compiled(template: str) -> jinja2.Template | Exception:
 
 @functools.lru_cache
 def words(template: str) -> frozenset[str]:
-    """Return the names of variables, attributes and keys that a template mentions; none if it does not compile."""
+    """Return the names of variables, attributes and keys in a template, and OPEN if it marks text."""
     _work.start(0)
     try:
         tree = _environment().parse(template[:LONGEST_TEMPLATE])
         names = {node.name for node in tree.find_all(nodes.Name)} | {n.attr for n in tree.find_all(nodes.Getattr)}
+        names |= {OPEN} if any(n.data == OPEN for n in tree.find_all(nodes.TemplateData)) else set()
         return frozenset(names | {n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)})
     except Exception:  # `render` reports it
         return frozenset()

@@ -171,8 +171,8 @@ class HuggingFace(Tokenizer):
                 f"{JSON_FILE} has an id of {self.vocab_size - 1:,}, and at most {MOST_PIECES:,} are allowed"
             )
         named = {key: value for key, value in config.items() if key.endswith("_token") and value}
-        named = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
-        self.names = {key: value for key, value in named.items() if value in self.specials}
+        named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        self.names = {key: name for key, name in named.items() if isinstance(name, str) and name in self.specials}
         if "eos_token" not in self.names:
             raise UsageError(f"{CONFIG_FILE} must name an eos_token that tokenizer.json has as a special token")
         self.names.setdefault("bos_token", self.names["eos_token"])  # GPT-2 and Qwen put it between documents
@@ -314,9 +314,9 @@ def _load(path: str) -> Tokenizer:
         return tokenizer
     config = _object(texts, NAMES_FILE) | _object(texts, CONFIG_FILE)
     inside = config.get("chat_template")
-    if isinstance(inside, list):  # several, by name
+    if isinstance(inside, list) and all(isinstance(t, dict) for t in inside):  # several, by name
         first = inside[0] if inside else {"template": None}
-        inside = next((t for t in inside if t.get("name") == "default"), first)["template"]
+        inside = next((t for t in inside if t.get("name") == "default"), first).get("template")
     if not isinstance(inside, str | None):
         raise UsageError(f"{CONFIG_FILE} has a chat_template that is no text")
     return HuggingFace(content.decode("utf-8"), config, template or inside)

@@ -14,6 +14,7 @@ import numpy as np
 
 from lowrank_jax.config import UsageError, read_sources, shown
 from lowrank_jax.data import blocks, sources
+from lowrank_jax.data.reader import ONCE, Limit, Reader
 from lowrank_jax.export import checked, compression, verify, weights
 from lowrank_jax.export.folder import as_json
 from lowrank_jax.machine import console
@@ -165,8 +166,9 @@ def _one_line(path: str) -> Iterator[None]:
 
 def _rows(tok, vocab: int, data: str, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids [N, LENGTH] of the text to calibrate with, and of the part that is held out."""
-    ids, readers = [], [sources.open_source(config) for config in read_sources(data, "--data")]
-    documents = (s.document(row) for s in readers for block in range(s.blocks) for row in s.rows(block))
+    ids, configs = [], read_sources(data, "--data")
+    readers = [Reader(sources.open_source(c), ONCE, Limit(c.spec, 0), chats=False) for c in configs]
+    documents = (document for reader in readers for document in iter(reader.next, None))
     wanted = tokens * PARTS // (PARTS - 1) + LENGTH * PARTS
     for document in documents:
         if "text" not in document:

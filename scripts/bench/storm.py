@@ -124,7 +124,8 @@ class Storm:
         """Return what has happened to checkpoints that were good before, beyond the rule of `every.keep`."""
         now, keep = good_checkpoints(self.run, self.damaged), 3
         changed = [f"checkpoint {name} has changed" for name in good if name in now and now[name] != good[name]]
-        newer = lambda name: sum(int(other) > int(name) for other in now)
+        kept = run_folder.checkpoint_steps(str(self.run))  # with a damaged one that its checksum does not condemn
+        newer = lambda name: sum(step > int(name) for step in kept)
         gone = [f"checkpoint {name} is gone" for name in good if name not in now and newer(name) < keep]
         return changed + gone
 

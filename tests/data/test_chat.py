@@ -246,9 +246,13 @@ def test_weights_need_a_mark_for_each_answer(tok):
 LOOKING = "{% if messages[0].role != 'system' %}<|im_start|>system\nga<|im_end|>\n{% endif %}" + UNMARKED
 
 
+INSIDE = UNMARKED.replace("%}<|im", "%}{% if loop.first and message.role != 'system' %}<s>ga{% endif %}<|im", 1)
+
+
+@pytest.mark.parametrize("template", [LOOKING, INSIDE], ids=["before", "inside"])
 @pytest.mark.parametrize("first", [0, 1, 2], ids=["system", "user", "assistant"])
-def test_a_template_that_reads_the_first_message_takes_any_chat(tok, first):
-    ids, said = chat.encode(tokenizer.SentencePiece(tok.model, LOOKING), MULTI_TURN[first:])
+def test_a_template_that_reads_the_first_message_takes_any_chat(tok, first, template):
+    ids, said = chat.encode(tokenizer.SentencePiece(tok.model, template), MULTI_TURN[first:])
     assert runs(ids, said) == [[*tok.encode(MULTI_TURN[i]["content"]), tok.special(TURN_END)] for i in (2, 4)]
 
 
@@ -299,6 +303,45 @@ def test_what_ends_the_reasoning_alone_does_not_stop_an_answer(tok):
     both = "{% generation %}{{ m.thinking }}<s>{{ m.content }}<s></s>"  # one symbol ends the reasoning and the text
     both = MARKED.replace("{% generation %}{{ m.content }}", both).replace("END", "")
     assert chat.stop_ids(tokenizer.SentencePiece(tok.model, both)) == [tok.eos]
+
+
+def test_a_conversation_may_end_in_one_more_symbol_or_in_another(tok):
+    more = tokenizer.SentencePiece(tok.model, UNMARKED.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}"))
+    other = UNMARKED.replace("<|im_end|>", "{{ '</s>' if loop.last and message.role[0] == 'a' else '<|im_end|>' }}")
+    other = tokenizer.SentencePiece(tok.model, other)
+    answers = [tok.encode(MULTI_TURN[i]["content"]) for i in (2, 4)]
+    for model, last in (more, [tok.special(TURN_END), *tok.encode("\n"), tok.eos]), (other, [tok.eos]):
+        chat.check(model)
+        ends = ([tok.special(TURN_END)], last)
+        assert runs(*chat.encode(model, MULTI_TURN)) == [a + end for a, end in zip(answers, ends)]
+    text = tokenizer.SentencePiece(tok.model, UNMARKED.replace("<|im_end|>", "{{ '</s>' if loop.last else '!' }}"))
+    with pytest.raises(UsageError, match="does not begin a conversation"):
+        chat.encode(text, MULTI_TURN)
+
+
+HIDING = {
+    "no text": (UNMARKED.replace("message.content", "message.contents"), "does not render the text of an answer"),
+    "parts": (
+        UNMARKED.replace("{{ message.content }}", "{% for p in message.content %}{{ p.text }}{% endfor %}"),
+        "text",
+    ),
+    "all marked": ("{% generation %}" + UNMARKED + "{% endgeneration %}", "marks other text than the assistant's"),
+    "questions marked": (MARKED.replace("== 'assistant'", "== 'user'"), "marks other text than the assistant's"),
+}
+
+
+@pytest.mark.parametrize("template, reason", HIDING.values(), ids=HIDING)
+def test_a_template_that_trains_no_answer_or_a_question_is_refused(tok, template, reason):
+    with pytest.raises(UsageError, match=f"the chat template .*{reason}.*; put {{% generation %}}"):
+        chat.check(tokenizer.SentencePiece(tok.model, template))
+
+
+def test_a_mark_counts_however_it_is_written_but_not_in_a_comment(tok):
+    document = [MULTI_TURN[1], MULTI_TURN[2] | {"weight": 0}, *MULTI_TURN[3:]]
+    plain = chat.encode(tokenizer.SentencePiece(tok.model, UNMARKED), document)
+    assert chat.encode(tokenizer.SentencePiece(tok.model, "{# {% generation %} #}" + UNMARKED), document) == plain
+    signed = tokenizer.SentencePiece(tok.model, tokenizer.CHATML.replace("{% generation", "{%+ generation"))
+    assert chat.encode(signed, document) == chat.encode(tok, document)
 
 
 @pytest.mark.parametrize("template", [tokenizer.CHATML, UNMARKED, LOOKING], ids=["chatml", "unmarked", "looking"])

@@ -76,6 +76,8 @@ def test_a_file_that_is_neither_utf8_nor_marked_is_one_line(tmp_path, encoding, 
         first = next(i for i in range(len(raw)) if raw[i] == 0 or raw[i] > 127)
         assert str(path) in reason and f"byte {first} " in reason and "iconv -f" in reason
         assert ("NUL" in reason) == encoding.startswith("utf-")
+        assert suffix == "" or f"`zcat {path} | iconv -f " in reason  # iconv does not unpack
+        assert not encoding.startswith("utf-16") or encoding.upper().replace("-", "") in reason.replace("-", "")
 
 
 def test_bad_bytes_in_a_file_that_is_utf8_cost_their_records_alone(tmp_path):
@@ -94,6 +96,16 @@ def test_bad_bytes_in_a_file_that_is_utf8_cost_their_records_alone(tmp_path):
     assert len(documents) == 50 and len(bad) == 1 and "head.jsonl, record 1: " in bad[0]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_text_in_another_encoding_that_was_appended_is_no_document(tmp_path, suffix):
+    """`>>` of PowerShell appends UTF-16 to a file in UTF-8."""
+    raw = b"plain words\n\n" * 3000 + "other words\n\n".encode("utf-16-le") * 300
+    (tmp_path / f"a.txt{suffix}").write_bytes(PACKERS[suffix](raw))
+    pieces, bad = read(f"text:{tmp_path}/a.txt{suffix}")
+    assert bad and all("a.txt" in line and "NUL bytes, from byte 390" in line for line in bad[:1])
+    assert len(pieces) > 15 and all(piece["text"].count("\0") <= len(piece["text"]) // 100 for piece in pieces)
+
+
 def test_a_line_never_decides_the_encoding(tmp_path):
     """A JSON parser that is given bytes takes a line with a NUL in the second place for UTF-16."""
     utf16 = json.dumps({"text": "another encoding"}).encode("utf-16-le")
@@ -105,7 +117,7 @@ def test_a_line_never_decides_the_encoding(tmp_path):
 def test_a_marked_file_that_is_cut_short_is_damaged_from_there_on(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(RECORDS.encode("utf-16")[:-5] + b"\n")
     documents, bad = read(f"json:{tmp_path}/a.jsonl")
-    assert len(documents) <= 80 and len(bad) == 1 and "a.jsonl, record" in bad[0]
+    assert len(documents) == 79 and len(bad) == 1 and "a.jsonl, record 80" in bad[0]
     half = '{"text": "a\ud83d b"}\n{"text": "next"}\n'.encode("utf-16", "surrogatepass")
     (tmp_path / "b.jsonl").write_bytes(half)
     assert read(f"json:{tmp_path}/b.jsonl") == ([{"text": "a? b"}, {"text": "next"}], [])
@@ -130,6 +142,9 @@ def test_archives_and_other_kinds_of_files_are_named_with_the_remedy(tmp_path):
     cases |= {f"a.tar{end}": (PACKERS[end](archive("tar", text)), "a tar archive") for end in PACKERS if end}
     cases |= {f"hidden{end[1:]}": (PACKERS[end](text), f"ends in {end}") for end in PACKERS if end}
     cases |= {"a.txt": (b"%PDF-1.7\n" + text, "a PDF file"), "b.txt": (b"PAR1\x15\x04" + bytes(99), "parquet:")}
+    cases |= {"c.txt": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "`git lfs pull`")}
+    cases |= {"a.png": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "a PNG image")}
+    cases |= {"a.jsonl.lz4": (b"\x04\x22\x4d\x18" + text, "compressed by lz4")}
     for name, (content, reason) in cases.items():
         (tmp_path / name).write_bytes(content)
         for kind in ("text", "json"):

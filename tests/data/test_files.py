@@ -333,3 +333,18 @@ def test_an_unknown_kind_is_refused_with_the_known_ones():
 def test_an_unknown_builtin_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="builtin:novels is not one of builtin:plays, .*builtin:quickchat"):
         opened("builtin:novels")
+
+
+def test_a_file_that_changes_while_it_is_read_is_said_once(tmp_path, capfd):
+    """It then has other records than the run began with; appended ones are never read."""
+    spec = json_file(tmp_path / "a.jsonl", '{"text": "one"}\n' * 500)
+    source, path = sources.open_source(read_sources(spec, "sources")[0]), tmp_path / "a.jsonl"
+    read = lambda: [row for block in range(source.blocks) for row in source.rows(block)]
+    read(), path.touch(), read()
+    assert capfd.readouterr().err == ""
+    path.write_text('{"text": "one"}\n' * 499 + '{"text": "two"}\n')
+    read(), read()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith(
+        f"{path} has changed while it is read, so a resume of this run will refuse it until it is put back"
+    )

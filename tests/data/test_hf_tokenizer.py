@@ -356,6 +356,9 @@ BROKEN = {
     ("tokenizer_config.json", b'{"eos_token":\n'): "tokenizer_config.json is not JSON: Expecting value",
     ("tokenizer_config.json", b"[]"): "tokenizer_config.json must hold a JSON object",
     ("tokenizer_config.json", b'{"chat_template": 3}'): "tokenizer_config.json has a chat_template that is no text",
+    ("tokenizer_config.json", b'{"chat_template": ["a"]}'): "tokenizer_config.json has a chat_template that is no text",
+    ("tokenizer_config.json", b'{"eos_token": ["a"]}'): "tokenizer_config.json must name an eos_token",
+    ("tokenizer_config.json", b'{"eos_token": {"id": 1}}'): "tokenizer_config.json must name an eos_token",
     ("special_tokens_map.json", b"[" * 100_000): "special_tokens_map.json is not JSON: ",
     ("chat_template.jinja", b"caf\xe9"): "chat_template.jinja is not UTF-8 text at byte 3",
 }

@@ -1,6 +1,7 @@
 """Records: every shape becomes the same document, and whatever cannot is refused with the key and the reason."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -31,6 +32,15 @@ SHAPES = {
     "dict of arrays of bytes": {
         "messages": {"role": np.array([b"user", b"assistant"], object), "content": [b"Hi", b"Ho"]}
     },
+    "words of both": {"messages": [{"role": "user", "value": "Hi"}, {"from": "gpt", "content": "Ho"}]},
+    "JSON in text": {"messages": json.dumps([USER, ANSWER])},
+    "OpenAI's other parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "H"}, "o"]},
+        ]
+    },
+    "only an input": {"instruction": " ", "input": "Hi", "output": "Ho", "system": "\n"},
     "parts": {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "H"}, {"text": "o"}]}]},
     "messages in ShareGPT's words": {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
     "conversations": {"conversations": [{"from": "user", "value": "Hi"}, {"from": "model", "value": "Ho"}]},
@@ -48,10 +58,10 @@ SHAPES = {
 
 @pytest.mark.parametrize("record", SHAPES.values(), ids=SHAPES)
 def test_every_shape_of_a_conversation_is_the_same_document(record):
-    assert read(record) == TALK
-    assert read(record, chats=False) == TALK
+    nothing = {"unused": ["system"]} if record.get("system") else {}
+    assert read(record) == read(record, chats=False) == TALK | nothing
     nulls = dict.fromkeys(records.KEYS) | {"messages": None, "text": None}  # a table has every column in every row
-    assert read(nulls | record) == TALK
+    assert read(nulls | record) == TALK | nothing
 
 
 def test_the_optional_keys_beside_a_pair_join_it():
@@ -83,7 +93,9 @@ def test_a_second_system_prompt_follows_the_first():
     assert read(record)["messages"][0] == {"role": "system", "content": "Be kind.\n\nBe brief."}
 
 
-@pytest.mark.parametrize("history", [[["A", "B"]], (("A", "B"),), np.array([["A", "B"]], object), EARLIER])
+@pytest.mark.parametrize(
+    "history", [[["A", "B"]], (("A", "B"),), np.array([["A", "B"]], object), '[["A", "B"]]', EARLIER]
+)
 def test_the_history_of_a_pair_is_its_earlier_turns(history):
     assert read({"instruction": "Hi", "output": "Ho", "history": history}) == {"messages": [*EARLIER, USER, ANSWER]}
 
@@ -121,6 +133,8 @@ CALLS = {
     "arguments in text": {"tool_calls": [{"type": "function", "function": FUNCTION}]},
     "arguments in an object": {"content": None, "tool_calls": np.array([CALL], object)},
     "without a wrapper": {"content": "", "tool_calls": [FUNCTION]},
+    "parameters": {"tool_calls": [{"name": "add", "parameters": {"a": 1}}]},
+    "input": {"tool_calls": [{"name": "add", "input": {"a": 1}}]},
     "in text": {"content": "", "tool_calls": '[{"name": "add", "arguments": {"a": 1}}]'},
     "OpenAI's first form": {"content": None, "function_call": FUNCTION},
     "with the nulls of a table": {"content": "", "tool_calls": [{"function": FUNCTION | {"b": None}, "id": None}]},
@@ -135,7 +149,8 @@ def test_calls_have_one_form_and_need_no_content(message):
 
 @pytest.mark.parametrize("key", ["tools", "functions"])
 @pytest.mark.parametrize(
-    "tools", [[{"name": "add"}], '[{"name": "add"}]', {"name": "add"}, [{"function": {"name": "add"}}]]
+    "tools",
+    [[{"name": "add"}], '[{"name": "add"}]', {"name": "add"}, ['{"name": "add"}'], [{"function": {"name": "add"}}]],
 )
 def test_descriptions_of_tools_have_one_form(key, tools):
     document = read({"messages": [USER, ANSWER], key: tools})
@@ -148,9 +163,31 @@ def test_reasoning_has_one_name(key):
     assert said == ANSWER | {"reasoning_content": "Hm."}
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"loss": 0}])
+@pytest.mark.parametrize(
+    "result, text", [({"a": "\xe9"}, '{"a": "\xe9"}'), ([{"a": 1}], '[{"a": 1}]'), (3, "3"), ([], "")]
+)
+def test_the_result_of_a_tool_may_be_any_value(result, text):
+    heard = {"role": "tool", "content": text}
+    assert read({"messages": [USER, {"role": "function", "content": result}, ANSWER]})["messages"][1] == heard
+
+
+@pytest.mark.parametrize("part", [{"type": "thinking", "thinking": "Hm."}, {"type": "reasoning", "text": "Hm."}])
+def test_reasoning_may_be_a_part_of_an_answer(part):
+    said = read({"messages": [USER, ANSWER | {"content": [part, {"type": "text", "text": "Ho"}]}]})["messages"][1]
+    assert said == ANSWER | {"reasoning_content": "Hm."}
+
+
+def test_an_empty_answer_is_context():
+    silent = {"role": "assistant", "content": " "}
+    assert read({"messages": [USER, silent, USER, ANSWER]})["messages"][1] == silent | {"weight": 0}
+
+
+FLAGS = [{"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"train": False}, {"training": "False"}, {"loss": False}]
+
+
+@pytest.mark.parametrize("flag", [*FLAGS, {"loss": 0}])
 def test_an_answer_without_weight_is_marked(flag):
-    record = {"messages": [USER, ANSWER | flag, USER, ANSWER | dict.fromkeys(flag, 1)]}
+    record = {"messages": [USER, ANSWER | flag, USER, ANSWER | dict.fromkeys(flag, "1")]}
     assert read(record)["messages"] == [USER, ANSWER | {"weight": 0}, USER, ANSWER]
     with pytest.raises(BadRecord, match="every assistant turn of 'messages' has weight 0"):
         read({"messages": [USER, ANSWER | flag]})
@@ -162,6 +199,8 @@ def test_keys_that_nothing_comes_from_are_named():
     assert read({"messages": [USER, ANSWER], "history": [["A", "B"]]})["unused"] == ["history"]
     assert read({"prompt": [USER], "response": "Ho", "context": "C"})["unused"] == ["context"]
     assert read({"prompt": "Hi", "response": "Ho"}, names=["prompt", "response", "image"])["unused"] == ["image"]
+    nested = {"talk": {"turns": [USER, ANSWER], "system": "Be kind.", "id": None}}
+    assert read(nested, messages_key="talk.turns")["unused"] == ["talk.system"]
     assert read({"text": "Hi", "id": 1}, chats=False) == {"text": "Hi"}, "metadata beside a text is ordinary"
 
 
@@ -189,7 +228,7 @@ def test_a_key_may_be_a_path_and_a_literal_key_wins():
     assert read({"meta": {"body": "path"}}, text_key="meta.body") == {"text": "path"}
     assert read({"meta": {"body": "path"}, "meta.body": "literal"}, text_key="meta.body") == {"text": "literal"}
     assert read({"a": {"b": {"c": [USER, ANSWER]}}}, messages_key="a.b.c") == TALK
-    for record in ({"meta": "no object"}, {"meta": None}, {"meta": {"body": None}}, {"body": "x"}):
+    for record in ({"meta": "no object"}, {"meta": None}, {"meta": {"b": "x"}}, {"body": "x"}):
         assert "neither 'messages' nor 'meta.body' in it" in refused(record, text_key="meta.body")
     assert {"a", "a.b", "messages", "prompt"} <= records.roots("a.b", "messages")
 
@@ -213,17 +252,24 @@ WRONG = {
     "no turns": ({"messages": []}, "'messages' is empty"),
     "turn": ({"messages": ["Hi"]}, "'messages'[0] must be an object with a 'role' and a 'content', not str"),
     "no content": ({"messages": [{"role": "user"}]}, "'messages'[0] must have a 'role' and a 'content'; it has role"),
-    "null content": ({"messages": [USER, {"role": "assistant", "content": None}]}, "'messages'[1] must have"),
+    "null content": (
+        {"messages": [USER, {"role": "assistant", "content": None}]},
+        "[1].content reads null where text should be",
+    ),
     "role": ({"messages": [{"role": 1, "content": ""}]}, "'messages'[0].role must be text, not int"),
     "content": ({"messages": [{"role": "user", "content": 1}]}, "'messages'[0].content must be text, not int"),
-    "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has a part that is not text"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text, of type 'image'"),
     "silent": ({"messages": [USER]}, "'messages' has no assistant turn that says something"),
     "blank": ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "no assistant turn that says something"),
     "ragged": ({"messages": {"role": ["user"], "content": ["a", "b"]}}, "'messages' must be a list of messages"),
     "one message": ({"messages": USER}, "'messages' must be a list of messages; it has role, content"),
     "conversations": ({"conversations": []}, "'conversations' is empty"),
     "half a pair": ({"prompt": "Hi"}, "neither 'messages' nor 'text' in it; it has prompt"),
-    "pair": ({"prompt": "Hi", "response": 1}, "'response' must be a list of messages, not int"),
+    "pair": ({"prompt": "Hi", "response": 1}, "'response' must be text or messages, not int"),
+    "null text": ({"text": None, "id": 1}, "'text' reads null where text should be"),
+    "nulls of a table": ({"text": None, "messages": None}, "'messages' and 'text' read null where text should be"),
+    "half a pair is null": ({"prompt": "Hi", "response": None}, "'response' reads null where text should be"),
+    "null in a path": ({"a": {"b": None}}, "'a.b' reads null where text should be", {"text_key": "a.b"}),
     "mute pair": ({"prompt": "Hi", "response": ""}, "'response' has no assistant turn that says something"),
     "history": ({"prompt": "Hi", "response": "Ho", "history": ["A"]}, "'history'[0] must be [question, answer]"),
     "weight": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "'messages'[1].weight must be 0 or 1, not '0.5'"),
@@ -234,10 +280,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("record, reason", WRONG.values(), ids=WRONG)
-def test_unusable_records_are_refused_with_the_reason(record, reason):
+@pytest.mark.parametrize("record, reason, keys", [(*case, {})[:3] for case in WRONG.values()], ids=WRONG)
+def test_unusable_records_are_refused_with_the_reason(record, reason, keys):
     for chats in (True, False):
-        assert reason in refused(record, chats)
+        assert reason in refused(record, chats, **keys)
 
 
 def test_the_keys_of_a_record_are_listed_but_not_all_of_many():

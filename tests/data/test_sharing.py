@@ -241,17 +241,19 @@ def test_a_short_sft_counts_the_conversations_in_its_batches_and_parts_of_an_epo
     )
 
 
-def test_conversations_are_mixed_by_their_tokens_in_the_rows(make, tok, tmp_path):
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_conversations_are_mixed_by_their_tokens_in_the_rows(make, tok, tmp_path, share):
     """A long conversation is cut to a row, and one that answers too late is not trained at all."""
     long = [talk("ba", make.prose(900, i)) if i % 3 else talk(make.prose(80, i), "ce") for i in range(40)]
     short = [talk("ba", make.prose(4, i)) for i in range(40)]
     specs = [make.write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("long", long), ("short", short))]
-    documents = stream.open_phase(make.phase(specs), tok, 0, True)
+    sources = f"{specs[0]}@{share}, {specs[1]}@{1 - share}"
+    documents = stream.open_phase(make.phase(sources), tok, 0, True)
     for step in range(60):
         documents.next(8, 128, step)
     own, other = stream.summary(documents.cursor())
     assert own["cut"] == own["documents"] > 0 and 10 <= own["unanswered"] <= 14
-    assert abs(own["tokens"] / (own["tokens"] + other["tokens"]) - 0.5) < 0.03
+    assert abs(own["tokens"] / (own["tokens"] + other["tokens"]) - share) < 0.03
 
 
 def without(cursor: dict, *keys: str) -> dict:
@@ -330,3 +332,12 @@ def test_a_source_that_the_template_refuses_whole_is_named_before_training_and_e
         UsageError, match="a whole epoch has no document to train on; the last unusable record: .*system"
     ):
         stream.open_phase(p, strict, 0, True).next(1, 64)
+
+
+def test_a_source_that_gives_fewer_documents_than_were_read_is_named(make, tok, tmp_path):
+    spec = make.write_jsonl(tmp_path / "a.jsonl", [{"text": make.prose(9, i)} for i in range(60)])
+    documents = stream.open_phase(make.phase(spec), tok, 0, False)
+    documents.next(8, 64, 0)
+    other = make.phase([{"spec": spec, "text_key": "body"}], max_skipped=60)
+    with pytest.raises(UsageError, match=f"source {spec} has fewer documents at its place than were read before"):
+        stream.open_phase(other, tok, 0, False, (documents.cursor(), "")).next(8, 64, 1)

@@ -237,14 +237,26 @@ def test_a_folder_of_several_files_with_row_groups(tmp_path, capfd):
 
 def test_files_that_belong_to_no_split_are_named_once(tmp_path, capfd):
     """`datasets` reads the most frequent format, and only files with a split's name if there are any."""
-    for name in ("mixed", "splits"):
+    for name in ("mixed", "splits", "unknown"):
         (tmp_path / name).mkdir()
     for name in "abc":
         WRITERS[".csv"](tmp_path / "mixed" / f"{name}.csv", [name])
     write_jsonl(tmp_path / "mixed" / "d.jsonl", ["lost"])
     for name in ("train", "more"):
         write_jsonl(tmp_path / "splits" / f"{name}.jsonl", [name])
-    for folder, left_out in (("mixed", "3 files are read, as csv; left out: d.jsonl"), ("splits", "more.jsonl")):
+    WRITERS[".csv"](tmp_path / "unknown" / "a.csv", ["a"])
+    for name in (
+        "b.xlsx",
+        "c.ndjson",
+        "README.md",
+        ".gitattributes",
+        "LICENSE",
+        "d.py",
+    ):  # a package, more data, no data
+        (tmp_path / "unknown" / name).write_text("")
+    left_outs = {"mixed": "3 files are read, as csv; left out: d.jsonl", "splits": "more.jsonl"}
+    left_outs["unknown"] = "1 files are read, as csv; left out: b.xlsx, c.ndjson;"
+    for folder, left_out in left_outs.items():
         for _ in range(2):
             source = tables.hugging_face(f"{tmp_path}/{folder}", "", "train", *KEYS)
         assert len(texts(source)) == (3 if folder == "mixed" else 1)

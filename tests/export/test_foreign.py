@@ -135,3 +135,9 @@ def test_mistakes_get_one_line_and_leave_nothing(folder, text, tmp_path, capsys)
             cli.main(lambda argv: run(folder, tmp_path / "out", text, *argv), list(args))
         runs.assert_one_line(e.value.code, capsys.readouterr().err, 2, args[-1].split("=")[0])
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_a_bad_record_of_the_text_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ba"}\n{"text": null}\n')
+    with pytest.raises(UsageError, match="a.jsonl, record 2: 'text' reads null where text should be$"):
+        foreign._rows(lambda text: {"input_ids": [1]}, 10, f"json:{tmp_path}/a.jsonl", 1000)
