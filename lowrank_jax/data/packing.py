@@ -66,6 +66,14 @@ def trained(lane: dict) -> dict:
     return lane.get("trained") or {key: counts[key] for key in TRAINED[:3]} | {"epochs": epochs}
 
 
+def passed_over(reader: dict) -> list[int]:
+    """Return how many records were skipped and empty up to a reader's cursor.
+
+    Its "skipped" and "empty" leave out the records of its newest window; "met" counts those.
+    """
+    return [reader[key] + reader["met"][k] for k, key in enumerate(("skipped", "empty"))]
+
+
 class Lane:
     """Rows from one reader of each source; a `cursor` continues them exactly.
 
@@ -107,6 +115,7 @@ class Lane:
         """Return where the next row begins, as JSON values."""
         if self._packed:
             position, drawn = self._window_start, {key: list(values) for key, values in self._counts.items()}
+            drawn["passed"] = [passed_over(reader.cursor()) for reader in self._readers]
         else:
             position, drawn = self._buffer[0][0] if self._buffer else self._position(self._draw_step), None
         counts = {key: list(values) for key, values in self._trained.items()}

@@ -168,8 +168,9 @@ def _message(turn, key: str) -> dict:
     elif named in CALLERS:
         with contextlib.suppress(ValueError):  # text of another form stays text
             message["function_call"] = _calls(content, key)
-    if reasoning := next((turn[k] for k in REASONING if not _is_empty(turn.get(k))), thoughts):
-        message["reasoning_content"] = _text(reasoning, f"{key}.reasoning_content")
+    reasoning = next((turn[k] for k in REASONING if not _is_empty(turn.get(k))), thoughts)
+    if not _is_empty(reasoning):
+        message["reasoning_content"] = "".join(_content(reasoning, None, f"{key}.reasoning_content"))
     flags = {k: FLAGS.get(str(turn[k]).strip().lower()) for k in TRAINED if k in turn}
     if wrong := [k for k, flag in flags.items() if flag is None]:
         raise ValueError(f"{key}.{wrong[0]} must be 0 or 1, not {str(turn[wrong[0]])[:SHOWN_LETTERS]!r}")
@@ -216,7 +217,7 @@ def _calls(value, key: str) -> list[dict]:
     wrapped = [call if "function" in call else {"function": call} for call in calls]
     for call in wrapped:
         function = call["function"]
-        text = next((function[name] for name in ARGUMENTS if name in function), {})
+        text = next((function[name] for name in ARGUMENTS if function.get(name) and str(function[name]).strip()), {})
         argument = parsed if isinstance(parsed := _parsed(text), dict) else text
         rest = {name: value for name, value in function.items() if name not in ARGUMENTS}
         call["function"] = rest | {"arguments": argument}

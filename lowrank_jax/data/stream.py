@@ -245,9 +245,10 @@ def summary(cursor: dict) -> list[dict]:
         summed = {key: sum(count[key][i] for count in counts) for key in packing.TRAINED}
         # With packed conversations, a lane's own counts are those at the window's start; "drawn" has the newest.
         summed |= {key: sum((lane["drawn"] or lane)[key][i] for lane in lanes) for key in ("unanswered", "refused")}
-        cursors = [lane["readers"][i] for lane in lanes]
-        # A reader's "skipped" and "empty" leave out the records of its newest window; "met" counts those.
-        met = {key: sum(r[key] + r["met"][k] for r in cursors) for k, key in enumerate(("skipped", "empty"))}
+        newest = [
+            (lane["drawn"] or {}).get("passed") or list(map(packing.passed_over, lane["readers"])) for lane in lanes
+        ]
+        met = {key: sum(passed[i][k] for passed in newest) for k, key in enumerate(("skipped", "empty"))}
         rows.append({"source": name} | summed | met | {"epochs": round(summed["epochs"] / len(lanes), 3)})
     return rows
 
@@ -315,7 +316,7 @@ def _places(source: Source) -> Iterator[tuple[int, int]]:
 
 
 def _count_rows(source: Source, most: int) -> int:
-    return sum(1 for _ in itertools.islice(_places(source), most))
+    return sources.patiently(lambda: sum(1 for _ in itertools.islice(_places(source), most)))
 
 
 def _shares_blocks(source: Source, rows: int, count: int) -> bool:
@@ -329,4 +330,5 @@ def _held_out_every(source: Source, fraction: float) -> int:
     A source of one row, or of few that lie where the rows to hold out do, would have none left to train on.
     """
     period = round(1 / fraction) if fraction else 0
-    return period if period and any((block + row) % period for block, row in _places(source)) else 0
+    is_left = lambda: any((block + row) % period for block, row in _places(source))
+    return period if period and sources.patiently(is_left) else 0

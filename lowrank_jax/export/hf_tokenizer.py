@@ -10,6 +10,20 @@ from lowrank_jax.data.tokenizer import CONFIG_FILE, JSON_FILE, SPACE_MARK, TEMPL
 
 BPE = pathlib.Path(__file__).parent / "cards" / "tokenizer.json"  # without its pieces
 
+# Goes before a template that takes text alone: clients of the OpenAI API also send lists of parts.
+PARTS_TO_TEXT = """\
+{%- set read = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is defined and message.content is iterable and message.content is not string -%}
+{%- if message.content | rejectattr('type', 'equalto', 'text') | list -%}
+{{- raise_exception('this model reads parts of type text alone') -}}
+{%- endif -%}
+{%- set message = dict(message, content=message.content | map(attribute='text') | join) -%}
+{%- endif -%}
+{%- set read.messages = read.messages + [message] -%}
+{%- endfor -%}
+{%- set messages = read.messages %}"""
+
 
 def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
     """Return contents by file name; raises UsageError for a SentencePiece model that tokenizer.json cannot describe.
@@ -18,7 +32,7 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
     control symbol gets that symbol's id, unless `split_special_tokens=True`: the template needs its tags found by name.
     """
     model = _from_pieces(pieces(tokenizer)) if isinstance(tokenizer, SentencePiece) else json.loads(tokenizer.json)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "padding_side": "left"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "padding_side": "right"}
     config |= {"clean_up_tokenization_spaces": False, **tokenizer.names}
     config.setdefault("pad_token", tokenizer.names["eos_token"])
     described = {JSON_FILE: model | {"post_processor": _bos_in_front(tokenizer)}, CONFIG_FILE: config}
@@ -27,13 +41,22 @@ def files(tokenizer: Tokenizer, longest: int) -> dict[str, str]:
 
 
 def template(tokenizer: Tokenizer) -> str:
-    """Return the chat template with a BOS in front, for programs that add none when they tokenize rendered text."""
+    """Return the chat template for other programs: with a BOS in front if it has none, and taking parts of text."""
+    text, user = tokenizer.chat_template, {"role": "user", "content": "a"}
     try:
-        if chat.render(tokenizer, [{"role": "user", "content": "a"}], True).startswith(tokenizer.names["bos_token"]):
-            return tokenizer.chat_template
+        plain = chat.render(tokenizer, [user], True)
     except UsageError:  # the template does not take such a conversation
-        pass
-    return "{{ bos_token }}" + tokenizer.chat_template
+        return "{{ bos_token }}" + text
+    bos = "" if plain.startswith(tokenizer.names["bos_token"]) else "{{ bos_token }}"
+    return bos + ("" if _takes_parts(tokenizer, plain) else PARTS_TO_TEXT) + text
+
+
+def _takes_parts(tokenizer: Tokenizer, plain: str) -> bool:
+    try:
+        parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+        return chat.render(tokenizer, parts, True) == plain
+    except UsageError:
+        return False
 
 
 def without_generation(template: str) -> str:

@@ -85,13 +85,16 @@ class Attention(nn.Module):
     def heads(self, c, linear):
         return linear.expand(c).unflatten(-1, (self.H, self.K)).transpose(1, 2)
 
+    def factor(self, linear, x):
+        return linear.up.weight
+
     def folded(self, q_BHTK, k_BSR, v_BSR, bias_BHTS):
         """Attend to the latents themselves: q_h . (U_h c) = (q_h U_h) . c, and likewise for the output.
 
         All heads are in one product, [B, H T, R] with [B, R, S]: torch would copy the latents for each head.
         """
         B, H, T, K = q_BHTK.shape
-        up_k_HKR, up_v_HKR = (linear.up.weight.view(H, K, -1) for linear in (self.k, self.v))
+        up_k_HKR, up_v_HKR = (self.factor(linear, q_BHTK).view(H, K, -1) for linear in (self.k, self.v))
         scores_BXS = (q_BHTK @ up_k_HKR).reshape(B, H * T, -1) @ k_BSR.mT
         scores_BHTS = scores_BXS.view(B, H, T, -1).float() + bias_BHTS
         p_BXS = scores_BHTS.softmax(-1).to(q_BHTK.dtype).view(B, H * T, -1)

@@ -4,6 +4,7 @@ import bz2
 import errno
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -14,9 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowrank_jax.config import UsageError, read_sources
-from lowrank_jax.data import files, sources
+from lowrank_jax.data import files, sources, stream
 from lowrank_jax.data.files import zstd
 from lowrank_jax.data.records import BadRecord
+from lowrank_jax.machine import storage
 
 SPACES = " \t\n\r\x0b\x0c"
 
@@ -333,6 +335,23 @@ def test_an_unknown_kind_is_refused_with_the_known_ones():
 def test_an_unknown_builtin_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="builtin:novels is not one of builtin:plays, .*builtin:quickchat"):
         opened("builtin:novels")
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_failure_of_the_first_reads_of_a_source_may_pass(make, tok, tmp_path, monkeypatch, capfd, failing):
+    """They open it, hash it, and count its records; readers come later."""
+    spec, opens = make.write_jsonl(tmp_path / "a.jsonl", [{"text": "ba"}] * 20), itertools.count(1)
+
+    def fails_once(path, *args, **kwargs):
+        if str(path).endswith("a.jsonl") and next(opens) == failing:
+            raise OSError(errno.EIO, "Input/output error", path)
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(files, "open", fails_once, raising=False)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    files._digest.cache_clear()
+    assert stream.open_phase(make.phase(spec, eval_fraction=0.1), tok, 0, False).next(1, 4, 0)
+    assert f"retry in 0 s: [Errno 5] Input/output error: '{tmp_path}/a.jsonl'" in capfd.readouterr().err
 
 
 def test_a_file_that_changes_while_it_is_read_is_said_once(tmp_path, capfd):

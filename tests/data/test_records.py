@@ -147,6 +147,13 @@ def test_calls_have_one_form_and_need_no_content(message):
     assert said == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
+@pytest.mark.parametrize("arguments", [None, "", " ", {}, "{}"])
+def test_a_call_without_arguments_has_an_empty_object(arguments):
+    call = {"name": "now", "arguments": arguments}
+    (said,) = read({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]})["messages"][1]["tool_calls"]
+    assert said["function"] == {"name": "now", "arguments": {}}
+
+
 @pytest.mark.parametrize("key", ["tools", "functions"])
 @pytest.mark.parametrize(
     "tools",
@@ -158,8 +165,9 @@ def test_descriptions_of_tools_have_one_form(key, tools):
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning_has_one_name(key):
-    said = read({"messages": [USER, ANSWER | {key: "Hm."}]})["messages"][1]
+@pytest.mark.parametrize("value", ["Hm.", np.array(["H", "m."], object), [{"type": "reasoning", "text": "Hm."}]])
+def test_reasoning_has_one_name(key, value):
+    said = read({"messages": [USER, ANSWER | {key: value}]})["messages"][1]
     assert said == ANSWER | {"reasoning_content": "Hm."}
 
 

@@ -229,16 +229,15 @@ def talk(user: str, answer: str) -> dict:
 
 
 def test_a_short_sft_counts_the_conversations_in_its_batches_and_parts_of_an_epoch(make, tok, tmp_path):
-    rows = [talk(f"ba {i}", "ce") for i in range(60)]
+    rows = [talk(f"ba {i}", "ce") for i in range(60)] + [{"messages": []}, {"messages": None}]
     documents = stream.open_phase(make.phase(make.write_jsonl(tmp_path / "a.jsonl", rows)), tok, 0, True)
     batches = [documents.next(2, 100, step) for step in range(2)]
     (read,) = stream.summary(documents.cursor())
     assert read["documents"] == sum(batch["segments"].max(1).sum() for batch in batches)
     assert read["tokens"] == sum((batch["segments"] > 0).sum() for batch in batches)
     assert read["epochs"] == round(read["documents"] / 60, 3) and 0 < read["epochs"] < 1
-    assert stream.describe(read).endswith(
-        f"{read['documents']} documents, {read['tokens']} tokens, {read['epochs']} epochs"
-    )
+    counted = f"{read['documents']} documents, {read['tokens']} tokens, {read['epochs']} epochs, 2 skipped"
+    assert stream.describe(read).endswith(counted), "of a window that is not used up"
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25])

@@ -117,10 +117,41 @@ def test_int8_is_smaller_and_reports_its_changes(model_and_folder, tmp_path, mon
     assert 1e-3 < facts["max_abs_err"] < 1 and 0 < facts["kl"] < 1e-2
     assert f"bits per byte {facts['bits_per_byte']:.4f} ({facts['bits_per_byte_change']:+.4f})" in err
     graph = reader.load(str(tmp_path / "out" / "model.onnx")).graph
-    large = [w for w in graph.initializer if len(w.dims) == 2]
-    assert [32, 521] in [list(w.dims) for w in large]  # the head, tied though it is
-    assert len(large) > 10 and all(w.data_type in (reader.TensorProto.UINT8, reader.TensorProto.INT8) for w in large)
+    large = [
+        w for w in graph.initializer if len(w.dims) > 1 and np.prod(w.dims) > 500 and not w.name.endswith("scales")
+    ]
+    assert len(large) > 10 and all(w.data_type == reader.TensorProto.UINT8 for w in large)
+    assert [list(w.dims) for w in large].count([521, 1, 32]) == 1  # the table and its head are one
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(exact))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("quant", onnx.TYPES)
+def test_a_row_is_the_same_beside_any_others(quant, name, written, tmp_path):
+    model, folder = written(name)
+    if quant == "int8":
+        os.mkdir(tmp_path / "out")
+        with pytest.MonkeyPatch.context() as patch:
+            if "dense" in name:
+                patch.setattr(onnx, "ONE_FILE", 0)
+            onnx._quantize(os.path.join(folder, "model.onnx"), str(tmp_path / "out" / "model.onnx"))
+        folder = str(tmp_path / "out")
+        expected = verify.logits(model, np.arange(4, 40), np.arange(36))
+        assert np.abs(onnx._reader(model, folder)(np.arange(4, 40), np.arange(36), None)[0] - expected).max() < 0.5
+    (session, widths), ids = open_session(folder), np.random.default_rng(3).integers(4, 521, size=(1, 9))
+    others = [np.zeros((1, 9), int), np.full((1, 9), 7), np.random.default_rng(4).integers(4, 521, size=(4, 9))]
+    read = lambda ids, past, seen: step(session, ids, np.ones((len(ids), seen), np.int64), past)
+    alone, past = read(ids, empty(widths, 1), 9)
+    next_alone, _ = read(ids[:, :1], past, 10)
+    for other in others:
+        rows = np.concatenate([ids, other])
+        logits, past = read(rows, empty(widths, len(rows)), 9)
+        next_logits, _ = read(rows[:, :1], past, 10)
+        assert np.abs(logits[0] - alone[0]).max() <= 2e-6 and np.abs(next_logits[0] - next_alone[0]).max() <= 2e-6
+        mask = np.ones((len(rows), 9), np.int64)
+        mask[1:, :6] = 0
+        logits, _ = step(session, rows, mask, empty(widths, len(rows)))
+        assert np.abs(logits[0] - alone[0]).max() <= 2e-6
 
 
 @pytest.fixture(scope="module")

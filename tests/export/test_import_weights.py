@@ -12,7 +12,7 @@ import pytest
 import runs
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_jax import cli, importer
 from lowrank_jax.config import ModelConfig, UsageError
@@ -137,17 +137,43 @@ def test_training_continues_and_other_commands_open_the_run(again, reference, da
     assert code == 0 and len(runs.last_json(out)["tokens"]) <= 3, err
 
 
-def test_folders_saved_by_transformers_are_read(as_hf, model, tmp_path):
-    net = AutoModelForCausalLM.from_pretrained(as_hf, trust_remote_code=True, dtype=torch.bfloat16)
-    net.save_pretrained(tmp_path / "saved")
-    for name in ("lowrank_jax.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(as_hf / name, tmp_path / "saved")
+@pytest.mark.parametrize("how", ["fp32", "bf16", "5 shards", "tokenizer saved too"])
+def test_folders_saved_by_transformers_are_read(how, as_hf, model, tmp_path):
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
+    net = AutoModelForCausalLM.from_pretrained(as_hf, trust_remote_code=True, dtype=dtype)
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    net.save_pretrained(tmp_path / "saved", max_shard_size=size // 9 if how == "5 shards" else "1GB")
+    shards = [name for name in os.listdir(tmp_path / "saved") if name.endswith(".safetensors")]
+    assert len(shards) >= 5 if how == "5 shards" else len(shards) == 1
+    if how == "tokenizer saved too":
+        AutoTokenizer.from_pretrained(as_hf, trust_remote_code=False).save_pretrained(tmp_path / "saved")
+    else:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(as_hf / name, tmp_path / "saved")
+    shutil.copy(as_hf / "lowrank_jax.json", tmp_path / "saved")
     imported = import_weights.open_export(str(tmp_path / "saved"))
-    half = lambda w: np.asarray(jax.numpy.asarray(w).astype(jax.numpy.bfloat16), np.float32)
-    jax.tree.map(lambda w, old: np.testing.assert_array_equal(w, half(old)), imported.params, model.params)
+    rounded = lambda w: np.asarray(jax.numpy.asarray(w).astype(jax.numpy.bfloat16), np.float32) if how == "bf16" else w
+    jax.tree.map(lambda w, old: np.testing.assert_array_equal(w, rounded(old)), imported.params, model.params)
     assert imported.progress.tokens == 1234
     for text in ("Bace di, fo.", "<|im_end|> \u2581 \U0001f600"):
         assert imported.tokenizer.encode(text) == model.tokenizer.encode(text)
+
+
+def test_a_resized_model_is_read_with_a_tokenizer_of_its_size(as_hf, model, tmp_path, capsys):
+    net = AutoModelForCausalLM.from_pretrained(as_hf, trust_remote_code=True)
+    tok = AutoTokenizer.from_pretrained(as_hf, trust_remote_code=False)
+    tok.add_special_tokens({"additional_special_tokens": ["<|tool|>", "<|end_tool|>"]})
+    for size in (len(tok), 528):
+        net.resize_token_embeddings(size)
+        net.save_pretrained(tmp_path / str(size))
+        tok.save_pretrained(tmp_path / str(size))
+        shutil.copy(as_hf / "lowrank_jax.json", tmp_path / str(size))
+    imported = import_weights.open_export(str(tmp_path / "523"))
+    np.testing.assert_array_equal(imported.params["embed"]["table"][:521], model.params["embed"]["table"])
+    assert imported.tokenizer.vocab_size == imported.config.model.vocab == 523
+    assert imported.tokenizer.special("<|tool|>") == 521
+    run = command(importer, capsys, f"--from={tmp_path}/528", f"--workdir={tmp_path}/run")
+    refused(run, "the weights have 528 pieces, but the tokenizer has 523")
 
 
 def test_state_dicts_are_read(as_hf, as_torch, model, tmp_path):
