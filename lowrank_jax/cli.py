@@ -55,10 +55,8 @@ def read_config(config_args: list[str]) -> RunConfig:
         raise UsageError(f"--config={path}: no such file")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
-    argv, sys.argv = (
-        sys.argv,
-        ["lowrank_jax", f"--config={path}", *config_args[1:]],
-    )  # config_flags looks for overrides in sys.argv
+    # config_flags looks for overrides in sys.argv.
+    argv, sys.argv = sys.argv, ["lowrank_jax", f"--config={path}", *config_args[1:]]
     try:
         unused = values(sys.argv)[1:]
         config = values["config"].value.to_dict()

@@ -20,6 +20,10 @@ from lowrank_jax.data.template import BREAK, CLOSE, OPEN
 from lowrank_jax.data.tokenizer import Tokenizer
 
 KNOWN = {"role", "content", "weight", "function_call", "tool_call_id", "name"}  # names and ids may go with a call
+HIDDEN = (
+    "the chat template does not begin a conversation with the text of its first turns, which hides the assistant's "
+    "text; put {% generation %} and {% endgeneration %} around it"
+)
 _MARKS = re.compile(f"[{OPEN}{CLOSE}{BREAK}]")
 USER_TEXT, ANSWER_TEXT = "\ufdd3", "\ufdd4"  # noncharacters, which a template cannot write by itself
 
@@ -86,9 +90,7 @@ def check(tokenizer: Tokenizer) -> None:
     for more in NEXT[:3]:
         if not all(behind for _, behind in _symbols(tokenizer, EXCHANGE + more)):
             reason = "puts no control symbol behind an answer, so a model could not learn to stop"
-            remedy = (
-                "write {{ eos_token }} behind the assistant's content in it, inside {% generation %} if it has that"
-            )
+            remedy = "write {{ eos_token }} behind the assistant's content, inside {% generation %} if it has that"
             raise UsageError(f"the chat template {reason}; {remedy}")
 
 
@@ -140,9 +142,10 @@ def render(tokenizer: Tokenizer, messages: list[dict], prompt: bool, tools: list
     specials, words = tuple(tokenizer.specials), template.words(tokenizer.chat_template)
     safe = [_guard(_fit(message, words), specials) for message in messages]
     variables = {"tools": _guard(tools, specials) or None, "documents": None} | tokenizer.names
-    draw = lambda part, prompt: template.render(
-        tokenizer.chat_template, part, variables | {"add_generation_prompt": prompt}
-    )
+
+    def draw(part: list[dict], prompt: bool) -> str:
+        return template.render(tokenizer.chat_template, part, variables | {"add_generation_prompt": prompt})
+
     if prompt:
         return draw(safe, True)
     muted = [m.get("weight") == 0 for m in messages if m["role"] == "assistant"]
@@ -170,26 +173,35 @@ def _fit(message: dict, words: frozenset[str]) -> dict:
 
 
 def _mark_turns(draw: Callable, messages: list[dict], muted: list[bool], specials: tuple[str, ...]) -> str:
-    """Mark each answer: it lies between the text without it and the text up to it, which must both begin the whole."""
+    """Render messages with a template that marks nothing, and mark the answers that carry weight."""
     text, marked, done, muted = draw(messages, False), "", 0, iter(muted)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        after, symbols = draw(messages[: i + 1], False), _parts(specials)
-        if is_last := not text.startswith(after):  # as the last, it may end in another symbol, or in one more
-            after = after[: max([m.start() for m in symbols.finditer(after)], default=0)]
-        before = _before(draw, messages, i, after)
-        symbol_ends = [m.end() for m in symbols.finditer(after, len(before))]
-        end = symbol_ends[-1] if symbol_ends else len(after)
-        stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
-        ends = not is_last or (symbol_ends and stop == end) or symbols.match(text, len(after))
-        if not (text.startswith(after) and after.startswith(before) and len(before) >= done and ends):
-            reason = "does not begin a conversation with the text of its first turns, which hides the assistant's text"
-            raise UsageError(f"the chat template {reason}; put {{% generation %}} and {{% endgeneration %}} around it")
-        answer = text[len(before) : stop]
-        marked += text[done : len(before)] + (answer if next(muted) else OPEN + answer + CLOSE)
-        done = stop
+        if message["role"] == "assistant":
+            start, stop = _answer_span(draw, text, messages, i, _parts(specials))
+            if start < done:
+                raise UsageError(HIDDEN)
+            marks = ("", "") if next(muted) else (OPEN, CLOSE)
+            marked += text[done:start] + text[start:stop].join(marks)
+            done = stop
     return marked + text[done:]
+
+
+def _answer_span(draw: Callable, text: str, messages: list[dict], i: int, symbols: re.Pattern) -> tuple[int, int]:
+    """Return where in the whole text the answer `messages[i]` starts and stops.
+
+    It lies between the text without it and the text up to it, which must both begin the whole.
+    """
+    after = draw(messages[: i + 1], False)
+    if is_last := not text.startswith(after):  # as the last, it may end in another symbol, or in one more
+        after = after[: max([m.start() for m in symbols.finditer(after)], default=0)]
+    before = _before(draw, messages, i, after)
+    symbol_ends = [m.end() for m in symbols.finditer(after, len(before))]
+    end = symbol_ends[-1] if symbol_ends else len(after)
+    stop = len(after) if after[end:].strip() else end  # white space behind the symbol belongs to the next turn
+    ends = not is_last or (symbol_ends and stop == end) or symbols.match(text, len(after))
+    if not (text.startswith(after) and after.startswith(before) and ends):
+        raise UsageError(HIDDEN)
+    return len(before), stop
 
 
 def _before(draw: Callable, messages: list[dict], i: int, after: str) -> str:

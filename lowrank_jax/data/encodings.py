@@ -13,26 +13,26 @@ WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # first: 
 WIDE |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 FEW = 2  # lines with bytes that are not UTF-8, or such bytes: these are damage to single records, not an encoding
 UNPACK = {".gz": "zcat", ".bz2": "bzcat", ".xz": "xzcat", ".zst": "zstdcat"}
-# (place, bytes, kind and remedy)
-FOREIGN = [(257, b"ustar", "a tar archive; unpack it, for example with `tar -xf`, and name the files in it")]
-FOREIGN += [(0, b"PK\x03\x04", "a zip archive; unpack it, for example with `unzip`, and name the files in it")]
-FOREIGN += [(0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"), (0, b"Rar!\x1a\x07", "a rar archive; unpack it")]
-FOREIGN += [(0, b"\x1f\x8b", "compressed by gzip; give it a name that ends in .gz")]
-FOREIGN += [(0, b"\xfd7zXZ\0", "compressed by xz; give it a name that ends in .xz")]
-FOREIGN += [(0, b"\x28\xb5\x2f\xfd", "compressed by zstd; give it a name that ends in .zst")]
-FOREIGN += [(4, b"1AY&SY", "compressed by bzip2; give it a name that ends in .bz2")]
-FOREIGN += [(0, b"PAR1\x15", "a Parquet file; read it with parquet:"), (0, b"ARROW1\0\0", "an Arrow file; use hf:")]
-FOREIGN += [
+FOREIGN = (  # (place, bytes, kind and remedy)
+    (257, b"ustar", "a tar archive; unpack it, for example with `tar -xf`, and name the files in it"),
+    (0, b"PK\x03\x04", "a zip archive; unpack it, for example with `unzip`, and name the files in it"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (0, b"Rar!\x1a\x07", "a rar archive; unpack it"),
+    (0, b"\x1f\x8b", "compressed by gzip; give it a name that ends in .gz"),
+    (0, b"\xfd7zXZ\0", "compressed by xz; give it a name that ends in .xz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd; give it a name that ends in .zst"),
+    (4, b"1AY&SY", "compressed by bzip2; give it a name that ends in .bz2"),
     (0, b"\x04\x22\x4d\x18", "compressed by lz4; unpack it"),
     (0, b"\x1f\x9d", "compressed by compress; unpack it"),
-]
-FOREIGN += [
+    (0, b"PAR1\x15", "a Parquet file; read it with parquet:"),
+    (0, b"ARROW1\0\0", "an Arrow file; use hf:"),
     (0, b"\x89PNG\r\n", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"\x93NUMPY", "an array of NumPy"),
-]
-FOREIGN += [(0, b"version https://git-lfs", "a pointer of Git LFS and not the data; fetch them with `git lfs pull`")]
-FOREIGN += [(0, b"%PDF-", "a PDF file; extract its text"), (0, b"SQLite format 3\0", "an SQLite database; export it")]
+    (0, b"version https://git-lfs", "a pointer of Git LFS and not the data; fetch them with `git lfs pull`"),
+    (0, b"%PDF-", "a PDF file; extract its text"),
+    (0, b"SQLite format 3\0", "an SQLite database; export it"),
+)
 
 
 def detect(head: bytes, path: str) -> str:

@@ -64,9 +64,8 @@ def find(spec: str, pattern: str) -> list[str]:
         paths = sorted(path for path in matches if kinds[path] == "a file")
         for path, kind in kinds.items():
             if kind not in ("a file", "a folder"):
-                raise UsageError(
-                    f"source {spec}: {path} is {kind}; name regular files, because they are read several times"
-                )
+                remedy = "name regular files, because they are read several times"
+                raise UsageError(f"source {spec}: {path} is {kind}; {remedy}")
     if matches and not paths:
         raise UsageError(f"source {spec}: {matches[0]} is a folder; name its files, as in {matches[0].rstrip('/')}/*")
     if not paths:
@@ -124,7 +123,7 @@ def beginning(path: str) -> bytes:
     """Return the first bytes of a file."""
     if _is_remote(path):  # an open file would fetch megabytes ahead
         system, inner = fsspec.core.url_to_fs(path)
-        return system.cat_file(inner, 0, min(encodings.HEAD, size(path)))
+        return system.cat_file(inner, 0, min(encodings.HEAD, system.size(inner)))
     with _listed(path), open(path, "rb", buffering=0) as f:
         return f.read(encodings.HEAD)
 
@@ -291,14 +290,6 @@ def _is_remote(path: str) -> bool:
 def open_file(path: str) -> BinaryIO:
     """Open a file to read, local or in a bucket."""
     return fsspec.open(path, "rb").open() if _is_remote(path) else open(path, "rb")
-
-
-def size(path: str) -> int:
-    """Return the bytes of a file, local or in a bucket."""
-    if not _is_remote(path):
-        return os.path.getsize(path)
-    system, inner = fsspec.core.url_to_fs(path)
-    return system.size(inner)
 
 
 @contextlib.contextmanager

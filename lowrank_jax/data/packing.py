@@ -85,25 +85,22 @@ class Lane:
         self, readers: list[Reader], tokenizer: Tokenizer, chats: bool, shares: Callable, cursor, sha256, piece
     ):
         self._readers, self._tokenizer, self._chats, self._shares = readers, tokenizer, chats, shares
-        start, zeros = (
-            cursor or {"step": 0, "offset": 0, "packed": [], "sha256": sha256, "piece": piece},
-            [0] * len(readers),
-        )
+        start = cursor or {"step": 0, "offset": 0, "packed": [], "sha256": sha256, "piece": piece}
+        zeros = [0] * len(readers)
         self._piece = start.get("piece", 0)  # cursors of older versions have none, and keep their order
         self._credit = list(start.get("credit", [0.0] * len(readers)))  # tokens that each source is behind its share
         self._counts = {key: list(start.get(key, zeros)) for key in COUNTS}
         counts = trained(cursor) if cursor else {key: zeros for key in TRAINED}
         self._trained = {key: list(values) for key, values in counts.items()}
-        self._open: dict[
-            int, tuple[dict, Drawn]
-        ] = {}  # by source: (reader's cursor before it, document) not drawn whole
+        # By source: (the reader's cursor before it, a document that is not drawn whole).
+        self._open: dict[int, tuple[dict, Drawn]] = {}
         self._used = list(start.get("used", zeros))  # tokens of each source's open document that are drawn
         self._debt = list(start.get("debt", zeros))  # tokens of each source that were charged and are not trained
         self._offset, self._packed, self._sha256 = start["offset"], [list(p) for p in start["packed"]], start["sha256"]
         self._buffer: list[tuple[dict, Drawn]] = []  # (position before it, document or piece) not used up yet
         self._draw_step = start["step"]  # at which the cursor's document was drawn: shares may depend on it
         self._resumed = cursor is not None  # the first document to draw was then drawn before
-        self._window_start, self._rows, self._each = None, [], {}
+        self._window_start, self._rows, self._epochs_each = None, [], {}
         if self._packed:  # draw the window again, and pack it as often as its length grew
             self._window_start = self._position(start["step"])
             documents = self._draw_window(self._packed[0][0], start["step"])
@@ -166,10 +163,9 @@ class Lane:
             is_whole = self._offset == size
             self._trained["tokens"][drawn.source] += n
             self._trained["documents"][drawn.source] += is_whole and drawn.is_end
-            self._trained["epochs"][drawn.source] = (
-                after if is_whole else before + (after - before) * self._offset / size
-            )
+            self._trained["epochs"][drawn.source] = before + (after - before) * self._offset / size
             if is_whole:
+                self._trained["epochs"][drawn.source] = after
                 self._buffer.pop(0)
                 self._offset = 0
 
@@ -185,14 +181,9 @@ class Lane:
                 batch["tokens"][span], batch["targets"][span] = drawn.ids[:n], drawn.ids[1 : n + 1]
                 batch["weights"][span], batch["segments"][span] = drawn.said[1 : n + 1], segment
                 start += n
-                each = {
-                    "documents": 1,
-                    "tokens": n,
-                    "cut": int(len(drawn.ids) - 1 > n),
-                    "epochs": self._each[drawn.source],
-                }
-                for key, value in each.items():
-                    self._trained[key][drawn.source] += value
+                counts = {"documents": 1, "tokens": n, "cut": int(len(drawn.ids) - 1 > n)}
+                for key, count in (counts | {"epochs": self._epochs_each[drawn.source]}).items():
+                    self._trained[key][drawn.source] += count
         return batch if batch["segments"].any() else None
 
     def _take_row(self, length: int, step: int) -> list[Drawn]:
@@ -213,7 +204,7 @@ class Lane:
         return row
 
     def _draw_window(self, length: int, step: int) -> list[Drawn]:
-        """Return conversations for WINDOW_ROWS rows; `_each` is the part of an epoch that each of a source is."""
+        """Return conversations for WINDOW_ROWS rows; set `_epochs_each`, the part of an epoch of one conversation."""
         window, size, unanswered, first, last = [], 0, 0, {}, {}
         while size < WINDOW_ROWS * length and (position_and_document := self._draw(step)) is not None:
             drawn = position_and_document[1]
@@ -232,7 +223,7 @@ class Lane:
                 where = f"in {PATIENCE:,} conversations in a row the assistant"
                 raise UsageError(f"{where} does not speak within the first {length} tokens; raise config.sft.block")
         counts = collections.Counter(drawn.source for drawn in window)
-        self._each = {source: (last[source] - first[source]) / count for source, count in counts.items()}
+        self._epochs_each = {source: (last[source] - first[source]) / count for source, count in counts.items()}
         return window
 
     def _give_back(self, source: int, tokens: int, step: int) -> None:

@@ -5,21 +5,20 @@ the next blocks (a window). The cursor is the window's start and the number of i
 """
 
 import functools
+import itertools
 import sys
 import threading
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data.blocks import BadRecord, Document, Source
-from lowrank_jax.machine import faults
+from lowrank_jax.machine import faults, storage
 
 WINDOW, HELD_OUT_WINDOW = 1 << 20, 1 << 16  # bytes of documents that are shuffled together
 MOST_KEYS = 50  # unused keys of a source that are reported: records may have names or dates as keys
-ATTEMPTS, FIRST_WAIT = 6, 0.5  # a read is tried 6 times over 15 seconds
 PLENTY = 4  # blocks for each reader; with fewer, the readers' parts would differ too much in size
 BARREN_ROUNDS = 32  # epochs for each reader, in which a document that can be used would have come to this one
 
@@ -180,17 +179,7 @@ class Reader:
             block = _shuffled_block(*order, place["block"]) if is_shuffled else place["block"]
             rows, self._rows = self._rows or self._source.rows(block, place["row"]), None
             try:
-                for row in rows:
-                    number = place["row"]
-                    place["row"] += 1
-                    held_out = self._part.period > 0 and (block + number) % self._part.period == 0
-                    if held_out != self._part.held_out:
-                        continue
-                    is_own = self._owns(place, number)
-                    if "number" in place:
-                        place["number"] += 1
-                    if not is_own:
-                        continue
+                for number, row in self._own_rows(rows, block, place):
                     faults.strike_read()
                     try:
                         document = self._document(row)
@@ -209,6 +198,19 @@ class Reader:
             place["block"], place["row"] = place["block"] + self._stride, 0
         first = {"block": self._first} | {key: 0 for key in ("row", "number") if key in place}
         return self._shuffled(window), place | first | {"epoch": place["epoch"] + 1}
+
+    def _own_rows(self, rows: Iterator, block: int, place: dict) -> Iterator[tuple[int, Any]]:
+        """Yield the number and the row of each row that this reader takes, and move the place past it."""
+        for row in rows:
+            number = place["row"]
+            place["row"] += 1
+            held_out = self._part.period > 0 and (block + number) % self._part.period == 0
+            if held_out == self._part.held_out:
+                is_own = self._owns(place, number)
+                if "number" in place:
+                    place["number"] += 1
+                if is_own:
+                    yield number, row
 
     def _owns(self, place: dict, row: int) -> bool:
         """Return whether this reader takes the record at a place: the readers take an epoch's records in turn.
@@ -239,20 +241,21 @@ class Reader:
         return [window[i] for i in np.random.default_rng(seed).permutation(len(window))]
 
     def _patiently(self, read: Callable):
-        """Call `read` again if it fails, each time after twice as long; raises OSError after the last attempt."""
-        self._reported = 0  # bad records that an earlier attempt reported: each attempt meets the same ones first
-        for attempt in range(ATTEMPTS):
+        """Return `read()`, called again after an OSError; each attempt meets the same bad records first."""
+        self._reported = self._skipped = 0  # bad records: of earlier attempts, and of this one
+        attempts = itertools.count(1)
+
+        def note(e: BaseException, pause: float) -> None:
+            self.limit.take_back(self._skipped)
+            self._reported = max(self._reported, self._skipped)
             self._skipped = 0
-            try:
-                return read()
-            except OSError as e:
-                self.limit.take_back(self._skipped)
-                self._reported = max(self._reported, self._skipped)
-                if attempt == ATTEMPTS - 1:
-                    raise OSError(f"source {self.limit.name}: {e} (tried {ATTEMPTS} times)") from e
-                wait = FIRST_WAIT * 2**attempt
-                self.limit.note("retry", source=self.limit.name, reason=str(e), attempt=attempt + 1, wait_seconds=wait)
-                time.sleep(wait)
+            facts = {"reason": str(e), "attempt": next(attempts), "wait_seconds": pause}
+            self.limit.note("retry", source=self.limit.name, **facts)
+
+        try:
+            return storage.again(read, lambda e: isinstance(e, OSError), note)
+        except OSError as e:
+            raise OSError(f"source {self.limit.name}: {e}") from e
 
 
 @functools.lru_cache(maxsize=1 << 12)

@@ -117,16 +117,20 @@ def _conversation(messages: list[dict], key: str, used: set[str], record: dict, 
         messages = [m | {"weight": 0} if m["role"] == "assistant" and m not in spoken else m for m in messages]
     systems = {name: _joined(record[name], repr(name)) for name in SYSTEM if not _is_empty(record.get(name))}
     if name := next((name for name, text in systems.items() if text.strip()), None):
-        first, used = systems[name], used | {name}
-        if messages[0]["role"] == "system":
-            text, messages = messages[0]["content"], messages[1:]
-            first = text if first in text else f"{first}\n\n{text}"
-        messages = [{"role": "system", "content": first}, *messages]
+        messages, used = _with_system(systems[name], messages), used | {name}
     result = {"messages": messages}
     if name := next((name for name in TOOLS if not _is_empty(record.get(name))), None):
         result["tools"], used = _tools(record[name], repr(name)), used | {name}
     unused = [n for n in names if n not in used and not (n in record and _is_empty(record[n]))]
     return result | ({"unused": unused} if unused else {})
+
+
+def _with_system(text: str, messages: list[dict]) -> list[dict]:
+    """Return messages with a system turn of this text, joined with their own."""
+    if messages[0]["role"] == "system":
+        own, messages = messages[0]["content"], messages[1:]
+        text = own if text in own else f"{text}\n\n{own}"
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _messages(value, key: str) -> list[dict]:
@@ -171,10 +175,15 @@ def _message(turn, key: str) -> dict:
     reasoning = next((turn[k] for k in REASONING if not _is_empty(turn.get(k))), thoughts)
     if not _is_empty(reasoning):
         message["reasoning_content"] = "".join(_content(reasoning, None, f"{key}.reasoning_content"))
+    return message | ({"weight": 0} if _is_muted(turn, key) else {})
+
+
+def _is_muted(turn: dict, key: str) -> bool:
+    """Return whether a turn says that it is not trained."""
     flags = {k: FLAGS.get(str(turn[k]).strip().lower()) for k in TRAINED if k in turn}
     if wrong := [k for k, flag in flags.items() if flag is None]:
         raise ValueError(f"{key}.{wrong[0]} must be 0 or 1, not {str(turn[wrong[0]])[:SHOWN_LETTERS]!r}")
-    return message | ({"weight": 0} if 0 in flags.values() else {})
+    return 0 in flags.values()
 
 
 def _content(value, role: str | None, key: str) -> tuple[str, str]:

@@ -44,7 +44,9 @@ def open_phase(
     """
     (cursor, data_so_far), (host, hosts) = start, share
     all_sources = _open(p.sources, tokenizer, chats)
-    count, is_old = readers(p), cursor is not None and not any(lane.get("piece") for lane in cursor["lanes"].values())
+    lane_cursors = cursor["lanes"] if cursor else {}
+    is_old = cursor is not None and not any(lane.get("piece") for lane in lane_cursors.values())  # of before pieces
+    count = readers(p)
     rows = [_count_rows(source, ROWS_TO_COUNT * count) for source in all_sources]
     if min(rows) < MIN_ROWS_PER_LANE * count and not (is_old and cursor["readers"] == count):
         count = 1
@@ -53,13 +55,12 @@ def open_phase(
     if cursor is not None:
         _check_cursor(cursor, facts, all_sources, p)
     indices = range(host * count // hosts, -(-(host + 1) * count // hosts))
-    cursors = {i: cursor["lanes"][str(i)] if cursor else None for i in indices}
+    cursors = {i: lane_cursors.get(str(i)) for i in indices}
     by_blocks = [None if is_old else _shares_blocks(*pair, count) for pair in zip(all_sources, rows)]
     limits = [Limit(s.spec, p.max_skipped, note) for s in p.sources]
     for i, limit in enumerate(limits if cursor else ()):
         limit.skipped = sum(lane["readers"][i]["skipped"] + lane["refused"][i] for lane in cursors.values())
     parts = [Part(_held_out_every(source, p.eval_fraction), False, True, endless=True) for source in all_sources]
-
     piece = max(p.tokens_per_step // count, SMALLEST_PIECE if p.tokens_per_step < SMALL_STEP else 0)
 
     def lane(index: int) -> Lane:
@@ -93,9 +94,8 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
     weights = [config.weight[0][1] or 1.0 for config, _ in own]
     shares = tuple(w / sum(weights) for w in weights)
     facts = {"sources": [config.spec for config, _ in own], "fingerprints": [], "readers": 1}
-    return Stream(
-        [Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "", 0)], facts, (0, 1)
-    )
+    lane = Lane([reader for _, reader in own], tokenizer, chats, lambda step: shares, None, "", 0)
+    return Stream([lane], facts, (0, 1))
 
 
 def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
@@ -261,7 +261,12 @@ def describe(counts: dict) -> str:
 
 
 def check_sources(cursor: dict, p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> None:
-    """Raise UsageError if a phase now names sources of other contents than its cursor; names may change with files."""
+    """Raise UsageError if a phase now has readers or sources of other contents than its cursor.
+
+    The sources' names may change with their files.
+    """
+    if cursor["readers"] > 1:  # small sources have one, whatever the config says
+        _check_readers(cursor, readers(p))
     if cursor["sources"] != [s.spec for s in p.sources]:
         _check_contents(cursor, _open(p.sources, tokenizer, chats), p)
 
@@ -274,7 +279,11 @@ def _refuse_names(cursor: dict, p: PhaseConfig) -> None:
 
 def _check_cursor(cursor: dict, facts: dict, all_sources: Sequence[Source], p: PhaseConfig) -> None:
     _check_contents(cursor, all_sources, p)
-    if cursor["readers"] != (count := facts["readers"]):
+    _check_readers(cursor, facts["readers"])
+
+
+def _check_readers(cursor: dict, count: int) -> None:
+    if cursor["readers"] != count:
         remedy = f"set readers={cursor['readers']} to resume it"
         raise UsageError(f"the run began with readers={cursor['readers']} and the config now gives {count}; {remedy}")
 

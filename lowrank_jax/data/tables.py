@@ -201,9 +201,7 @@ def _hf_builder(name: str, config: str):
         if not os.path.isdir(path):
             return datasets.load_dataset_builder(name, config or None)
         builder = datasets.load_dataset_builder(path, config or None)
-        _tell_left_out(
-            path, _hf_format(builder), [file for of_split in _hf_files(builder).values() for file in of_split]
-        )
+        _tell_left_out(path, builder)
         return builder
 
 
@@ -258,15 +256,15 @@ def _say_once(line: str) -> None:
     say(line)
 
 
-def _tell_left_out(folder: str, kind: str, used: Sequence[str]) -> None:
+def _tell_left_out(folder: str, builder) -> None:
     """Say which data files of a folder belong to no split: those of another format, or without a split's name."""
-    known = {os.path.realpath(path) for path in used}
+    known = {os.path.realpath(path) for paths in _hf_files(builder).values() for path in paths}
     below = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name not in METADATA)
     unused = sorted(path for path in below if _is_data(path, folder) and os.path.realpath(path) not in known)
     if unused:
         shown = ", ".join(os.path.relpath(path, folder) for path in unused[:SHOWN])
         more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
-        what = f"{len(known)} files are read, as {kind}; left out: {shown}{more}"
+        what = f"{len(known)} files are read, as {_hf_format(builder)}; left out: {shown}{more}"
         _say_once(blocks.printable(f"source hf:{folder}: {what}; name those as sources of their own to read them"))
 
 

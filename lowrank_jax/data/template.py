@@ -181,17 +181,18 @@ class _Limits(NodeTransformer):
     """Puts the counting into a parsed template."""
 
     def visit_For(self, node):
-        units = LOOP + _count(node.body)
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(units), "_tick"), lineno=node.lineno))
+        self._count_runs(node, LOOP)
         if node.test is not None:  # it runs for elements that the body does not get
-            node.test = nodes.And(
-                _filter(nodes.Const(LOOP + _count([node.test])), "_tick"), node.test, lineno=node.lineno
-            )
+            units = nodes.Const(LOOP + _count([node.test]))
+            node.test = nodes.And(_filter(units, "_tick"), node.test, lineno=node.lineno)
         return node
 
     def visit_Macro(self, node):
-        units = CALL + _count(node.body)
+        return self._count_runs(node, CALL)
+
+    def _count_runs(self, node, units: int):
+        """Let each run of a body charge its nodes, and `units` more."""
+        units += _count(node.body)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(units), "_tick"), lineno=node.lineno))
         return node
@@ -211,10 +212,9 @@ class _Limits(NodeTransformer):
 
     def visit_Compare(self, node):
         self.generic_visit(node)
-        for operand in node.ops:
-            if operand.op in ("in", "notin"):
-                operand.expr = operand.expr if _is_constant(operand.expr) else _filter(operand.expr, "_compared")
-            elif not (_is_constant(node.expr) or _is_constant(operand.expr)):
+        for operand in node.ops:  # a comparison ends with the shorter value, a search with the container
+            is_short = operand.op not in ("in", "notin") and _is_constant(node.expr)
+            if not (is_short or _is_constant(operand.expr)):
                 operand.expr = _filter(operand.expr, "_compared")
         return node
 
@@ -240,9 +240,9 @@ def _count(parts: list[nodes.Node]) -> int:
 
 
 def _is_constant(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.Const) or (
-        isinstance(node, nodes.List | nodes.Tuple) and all(map(_is_constant, node.items))
-    )
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return all(map(_is_constant, node.items))
+    return isinstance(node, nodes.Const)
 
 
 def _tick(units: int) -> bool:

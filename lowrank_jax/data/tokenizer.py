@@ -5,7 +5,6 @@ line feed, so it encodes line by line: the same ids, faster than as one string. 
 space, is encoded as three UTF-8 bytes.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -14,17 +13,15 @@ import json
 import os
 import pathlib
 import re
-import tempfile
-import threading
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import sentencepiece as spm
 import tokenizers
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data import probes
+from lowrank_jax.data import panics, probes
 from lowrank_jax.data.blocks import one_line
 from lowrank_jax.machine import storage
 from lowrank_jax.machine.console import say
@@ -142,19 +139,7 @@ class HuggingFace(Tokenizer):
     """A tokenizer.json and its tokenizer_config.json; without a chat template it gets ChatML and its symbols."""
 
     def __init__(self, text: str, config: dict, chat_template: str | None):
-        facts = json.loads(text)
-        for token in facts.get("added_tokens", []):  # they would swallow the white space around them
-            token |= {"lstrip": False, "rstrip": False}
-        if "dropout" in facts.get("model", {}):  # it would give a text other ids each time
-            facts["model"]["dropout"] = None
-        if (prefix := facts["model"].get("continuing_subword_prefix")) and not all(
-            (merge.split(" ") if isinstance(merge, str) else merge)[-1].startswith(prefix)
-            for merge in facts["model"].get("merges", [])
-        ):  # `tokenizers` would panic, and perhaps abort
-            raise UsageError(f"a merge of {JSON_FILE} lacks the continuing_subword_prefix")
-        self._tok = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
-        self._tok.no_truncation()
-        self._tok.no_padding()
+        self._tok = _reversible(text)
         self.chat_template = chat_template or CHATML
         if not chat_template:
             tags = [tokenizers.AddedToken(tag, special=True, normalized=False) for tag in (TURN_START, TURN_END)]
@@ -167,9 +152,7 @@ class HuggingFace(Tokenizer):
             raise UsageError(f"two pieces of {JSON_FILE} have the same id")
         self.vocab_size = max(ids) + 1
         if self.vocab_size > MOST_PIECES:
-            raise UsageError(
-                f"{JSON_FILE} has an id of {self.vocab_size - 1:,}, and at most {MOST_PIECES:,} are allowed"
-            )
+            raise UsageError(f"{JSON_FILE} has an id of {max(ids):,}, and at most {MOST_PIECES:,} are allowed")
         named = {key: value for key, value in config.items() if key.endswith("_token") and value}
         named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         self.names = {key: name for key, name in named.items() if isinstance(name, str) and name in self.specials}
@@ -191,7 +174,7 @@ class HuggingFace(Tokenizer):
         try:
             ids = self._tok.encode(text, add_special_tokens=False).ids
         except BaseException as e:  # such as a piece for unknown characters that the model lacks
-            if not _is_failure(e):
+            if not panics.is_failure(e):
                 raise
             raise UsageError(f"the tokenizer cannot encode a text: {one_line(e)}") from None
         if self._special_ids.isdisjoint(ids):
@@ -213,15 +196,32 @@ class HuggingFace(Tokenizer):
         return bytes(BYTE_LETTERS.get(letter, ord("?")) for letter in piece)
 
 
+def _reversible(text: str) -> tokenizers.Tokenizer:
+    """Return a tokenizer.json's tokenizer without the settings that lose text or draw ids at random."""
+    facts = json.loads(text)
+    for token in facts.get("added_tokens", []):  # they would swallow the white space around them
+        token |= {"lstrip": False, "rstrip": False}
+    model = facts["model"]
+    if "dropout" in model:  # it would give a text other ids each time
+        model["dropout"] = None
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    prefix = model.get("continuing_subword_prefix") or ""
+    if not all(right.startswith(prefix) for *_, right in merges):  # `tokenizers` would panic, and perhaps abort
+        raise UsageError(f"a merge of {JSON_FILE} lacks the continuing_subword_prefix")
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(facts, ensure_ascii=False))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _byte(piece: str) -> bytes:
     return bytes([int(piece[1:-1], 16)])
 
 
 def folder_sha256(folder: str) -> str:
     """Return a hash of a tokenizer's files in a folder, without loading them; the folder's name is not part of it."""
-    names = (MODEL_FILE, JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE)
-    paths = [path for name in names if (path := pathlib.Path(folder, name)).is_file()]
-    return _files_sha256({path.name: path.read_bytes() for path in paths})
+    paths = [pathlib.Path(folder, n) for n in (MODEL_FILE, JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE)]
+    return _files_sha256({path.name: path.read_bytes() for path in paths if path.is_file()})
 
 
 def _files_sha256(files: dict[str, bytes]) -> str:
@@ -244,7 +244,7 @@ def load(path: str) -> Tokenizer:
         failure = OSError if storage.is_transient(e) else UsageError
         raise failure(f"tokenizer {path}: cannot be read: {e.strerror or one_line(e)}") from e
     except BaseException as e:
-        if not _is_failure(e):
+        if not panics.is_failure(e):
             raise
         raise UsageError(f"tokenizer {path}: not a {JSON_FILE if _is_json(path) else 'SentencePiece model'}") from None
     if change:
@@ -256,45 +256,12 @@ def load(path: str) -> Tokenizer:
 
 def _probed(path: str) -> tuple[Tokenizer, str, str]:
     """Return a tokenizer, where it changes a text, and where it composes characters."""
-    with _without_panics():
+    with panics.without_output():
         tokenizer = _load(path)
         tokenizer.byte_lengths()
         change = probes.change(tokenizer, [*probes.TEXTS, *probes.names(tokenizer)])
         change = change or probes.change(tokenizer, probes.EQUIVALENT, probes.composed)
         return tokenizer, change, probes.change(tokenizer, probes.EQUIVALENT)
-
-
-def _is_failure(e: BaseException) -> bool:
-    """Return whether `tokenizers` raised this: it has no type of its own, and its panics are no Exception."""
-    return isinstance(e, Exception) or type(e).__name__ == "PanicException"
-
-
-_stderr = threading.Lock()  # of two that replaced it at once, one would put back the other's file
-
-
-@contextlib.contextmanager
-def _without_panics() -> Iterator[None]:
-    """Keep back what is written to stderr, and drop it if a library panics: that writes a page before it raises."""
-    with _stderr:
-        try:
-            kept, stderr = tempfile.TemporaryFile(), os.dup(2)
-        except OSError:  # there is no room for a file, or stderr is closed
-            yield
-            return
-        os.dup2(kept.fileno(), 2)
-        try:
-            yield
-        except BaseException as e:
-            if type(e).__name__ == "PanicException":
-                kept.truncate(0)
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            kept.seek(0)
-            with contextlib.suppress(OSError):
-                os.write(2, kept.read())
-            kept.close()
 
 
 def _load(path: str) -> Tokenizer:
@@ -313,13 +280,17 @@ def _load(path: str) -> Tokenizer:
             tokenizer.special(tag)
         return tokenizer
     config = _object(texts, NAMES_FILE) | _object(texts, CONFIG_FILE)
-    inside = config.get("chat_template")
-    if isinstance(inside, list) and all(isinstance(t, dict) for t in inside):  # several, by name
-        first = inside[0] if inside else {"template": None}
-        inside = next((t for t in inside if t.get("name") == "default"), first).get("template")
-    if not isinstance(inside, str | None):
+    return HuggingFace(content.decode("utf-8"), config, template or _template_of(config))
+
+
+def _template_of(config: dict) -> str | None:
+    template = config.get("chat_template")
+    if isinstance(template, list) and all(isinstance(t, dict) for t in template):  # several, by name
+        default = [t for t in template if t.get("name") == "default"]
+        template = next((t.get("template") for t in default + template), None)
+    if not isinstance(template, str | None):
         raise UsageError(f"{CONFIG_FILE} has a chat_template that is no text")
-    return HuggingFace(content.decode("utf-8"), config, template or inside)
+    return template
 
 
 def _text(path: pathlib.Path) -> str:
@@ -348,11 +319,11 @@ def _download(name: str) -> str:
     try:
         import huggingface_hub
 
-        wanted = [JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE]
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=wanted)
+        files = [JSON_FILE, CONFIG_FILE, NAMES_FILE, TEMPLATE_FILE]
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=files)
     except Exception as e:  # from the network, the hub, or a missing package
-        reason = " ".join(str(e).split())[:200]
-        raise UsageError(f"no such file, and the Hugging Face hub did not give one of that name: {reason}") from None
+        reason = f"the Hugging Face hub did not give one of that name: {one_line(e)}"
+        raise UsageError(f"no such file, and {reason}") from None
     if not os.path.isfile(os.path.join(folder, JSON_FILE)):
         raise UsageError(f"the Hugging Face hub has no {JSON_FILE} of that name")
     return folder

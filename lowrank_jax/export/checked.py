@@ -28,8 +28,7 @@ ADVICE = "save one with torch.save(net.state_dict(), path)"
 
 def read_json(path: str) -> dict:
     """Return the object in a JSON file that anyone may have written; raises UsageError for any other content."""
-    if not os.path.isfile(path):
-        raise UsageError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
+    _require_file(path)
     try:
         with open(path, "rb") as f:
             content = f.read(JSON_BYTES + 1)
@@ -38,11 +37,11 @@ def read_json(path: str) -> dict:
         values = json.loads(content.decode("utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"expected an object of keys, not {shown(values)}")
+        return values
     except RecursionError:
         raise UsageError(f"{path} is damaged: its brackets are nested too deeply") from None
     except ValueError as e:
         raise UsageError(f"{path} is damaged: {' '.join(str(e).split())}") from None
-    return values
 
 
 def arrays(files: list[str]) -> dict[str, np.ndarray]:
@@ -77,9 +76,13 @@ def weight_files(path: str) -> list[str]:
     for file in files:
         if not file.endswith((SAFE, *PICKLED)):
             raise UsageError(f"--from={file} must be a folder, or end in {SAFE}, {', '.join(PICKLED)}")
-        if not os.path.isfile(file):
-            raise UsageError(f"{file} is {'no regular file' if os.path.lexists(file) else 'missing'}")
+        _require_file(file)
     return files
+
+
+def _require_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
 
 
 def refuse_larger(files: list[str], parameters: int, sizes: dict[str, int]) -> None:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.machine import circle, processes
+from lowrank_jax.machine import processes
 
 SHARED_SECONDS = 10  # for a file of the first process to appear on other hosts; NFS may show it late
 _gathers = itertools.count()
@@ -27,7 +27,7 @@ def gather(value) -> list:
     """Return the JSON values of all processes, in the processes' order. Every process waits for the others."""
     if processes.count() == 1:
         return [value]
-    processes.meet(f"gather {next(_gathers)}")  # says who is missing; the devices would wait in silence, and forever
+    processes.barrier(f"gather {next(_gathers)}")  # says who is missing; the devices would wait in silence, and forever
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(encoded.size)).tolist()
     rows = multihost_utils.process_allgather(np.pad(encoded, (0, max(sizes) - encoded.size)))
@@ -73,7 +73,7 @@ def share_folder(folder: str) -> None:
         with contextlib.suppress(OSError):
             os.remove(path)
     if absent:
-        line = f"--workdir={folder} is another folder in {circle.names(absent)} than in the first process"
+        line = f"--workdir={folder} is another folder in {processes.names(absent)} than in the first process"
         raise UsageError(f"{line}; use one that all hosts share")
 
 
@@ -103,7 +103,7 @@ class Signals:
         """Return whether it is time to save. All processes call this after each step, with a result of the step."""
         if processes.count() == 1:
             return save
-        processes.get_on(is_step=True)
+        processes.record_progress(is_step=True)
         signal, any_save = (0, 0) if self._sent is None else np.asarray(self._sent).tolist()
         self._agreed = self._agreed or signal
         wishes = np.array([[next(iter(self._received), 0), save]], np.int32)

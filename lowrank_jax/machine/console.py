@@ -58,9 +58,9 @@ def show(text: str, end: str = "\n", needed: bool = True) -> None:
     """
     try:
         print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
-    except OSError:
+    except OSError as e:
         if needed:
-            raise
+            raise OSError(e.errno, e.strerror, "stdout") from None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

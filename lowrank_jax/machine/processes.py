@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 LIBRARIES = "jax jaxlib numpy flax orbax-checkpoint sentencepiece tokenizers".split()  # what decides numbers and data
 ADVICE = "pass --coordinator=HOST:PORT, --processes=N and --process=I"
 
-_index, _count, _circle = 0, 1, None
+_index, _count, _member = 0, 1, None
 
 
 def start(
@@ -35,7 +35,7 @@ def start(
     software. Raises UsageError in one line where they do not, RunFailure where not all come within `wait` seconds, and
     SystemExit for a signal in `received`.
     """
-    global _index, _count, _circle
+    global _index, _count, _member
     is_explicit = bool(coordinator or processes or process >= 0)
     if is_explicit and not (coordinator and processes >= 1 and 0 <= process < processes):
         raise UsageError(
@@ -49,25 +49,31 @@ def start(
     many = by_srun or int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     if not (is_explicit or cluster or many):
         return
-    import jax
+    from lowrank_jax.machine.membership import Member
 
-    from lowrank_jax.machine.circle import Circle
-
-    address, _count, _index, local = _detect(coordinator, processes, process, wait)
+    address, _count, _index, local_devices = _detect(coordinator, processes, process, wait)
     if _count == 1:
         return
-    _circle = Circle(address, _index, _count)
+    _member = Member(address, _index, _count)
     remedy = "start all processes with the same command and the same software"
-    _circle.join({"--processes": _count} | (facts or {}) | _software(), remedy, wait, received)
+    _member.join({"--processes": _count} | (facts or {}) | _software(), remedy, wait, received)
+    _start_jax(local_devices)
+
+
+def _start_jax(local_devices) -> None:
+    """Start JAX's coordination service, behind the coordinator's port; raises UsageError where devices differ."""
+    import jax
+
     # JAX's preemption service would take SIGTERM. interrupt.py handles it, and `Signals` informs the other processes.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between a process and its own forwarder
+    env = os.environ
     env["no_grpc_proxy"] = f"{env.get('no_grpc_proxy') or env.get('no_proxy') or ''},127.0.0.1".strip(",")
-    bind = {} if _index else {"coordinator_bind_address": _circle.service}
+    bind = {} if _index else {"coordinator_bind_address": _member.service}
     if "JAX_LOCAL_DEVICE_IDS" in env:
-        local = None  # JAX reads the variable
+        local_devices = None  # JAX reads the variable
     try:
-        jax.distributed.initialize(_circle.service, _count, _index, local, **bind)
+        jax.distributed.initialize(_member.service, _count, _index, local_devices, **bind)
     except (RuntimeError, ValueError) as e:
         raise UsageError(f"the processes cannot join: {' '.join(str(e).split())[:200]}") from None
     devices = {"backend": jax.default_backend(), "devices of a process": jax.local_device_count()}
@@ -107,61 +113,46 @@ def _software() -> dict[str, str]:
     return facts | {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def difference(facts: dict[int, dict]) -> str:
-    """Return one line about the first process whose facts, as JSON, are not process 0's; empty where all agree."""
-    for index in sorted(facts):
-        first, other = facts.get(0, facts[index]), facts[index]
-        keys = [] if first == other else [key for key in first | other if first.get(key) != other.get(key)]
-        if keys:
-            mine, firsts = (each.get(keys[0], "nothing") for each in (other, first))
-            begin = max(len(os.path.commonprefix([mine, firsts])) - 20, 0)  # long values may differ at their end
-            if max(len(mine), len(firsts)) > 80:
-                mine, firsts = ("..." * (begin > 0) + text[begin : begin + 80] for text in (mine, firsts))
-            more = f" (and {len(keys) - 1} more: {', '.join(keys[1:6])})" if keys[1:] else ""
-            return f"process {index} has {keys[0]}={mine}, the first process has {firsts}{more}"
-    return ""
-
-
 def names(indices: Sequence[int]) -> str:
     """Return "process 1" or "processes 1, 2, 3"."""
     shown = ", ".join(map(str, indices[:20])) + ", ..." * (len(indices) > 20)
     return f"process{'es' * (len(indices) > 1)} {shown}"
 
 
-def agree(place: str, facts: dict, remedy: str) -> None:
-    """Wait for all processes at this place; raises UsageError on all where one has other facts than the first."""
-    if _circle:
-        _circle.meet(place, facts, remedy)
+def agree(barrier: str, facts: dict, remedy: str) -> None:
+    """Wait for all processes at a barrier; raises UsageError on all where one has other facts than the first."""
+    if _member:
+        _member.barrier(barrier, facts, remedy)
 
 
-def meet(place: str, seconds: float = float("inf")) -> bool:
-    """Return whether all processes reach this place within so many seconds; the devices play no part in it.
+def barrier(name: str, seconds: float = float("inf")) -> bool:
+    """Return whether all processes reach this barrier within so many seconds; it does not involve the devices.
 
     Raises RunFailure where another process has ended or does not answer.
     """
-    return _circle.meet(place, seconds=seconds) if _circle else True
+    return _member.barrier(name, seconds=seconds) if _member else True
 
 
-def get_on(is_step: bool = False) -> None:
-    """Note that a step has ended, or after it a part of other long work: a run that does not get on ends."""
-    if _circle:
-        _circle.get_on(is_step)
+def record_progress(is_step: bool = False) -> None:
+    """Note that a step has ended, or after it a part of other long work: a run without progress is ended."""
+    if _member:
+        _member.record_progress(is_step)
 
 
 def lost(seconds: float = 0, also_ended: bool = False) -> str:
     """Return one line about a process that was lost, perhaps within so many seconds; empty where none was."""
-    return _circle.explain(seconds, also_ended) if _circle else ""
+    return _member.lost_process(seconds, also_ended) if _member else ""
 
 
 def leave(status: int) -> None:
     """Tell the other processes that this one ends, and wait for them where it does not fail."""
-    if _circle and status == 0:
+    if _member and status == 0:
         import jax
 
-        meet("finished")
+        barrier("finished")
         jax.distributed.shutdown()  # while all are present: its traffic needs the first process
-    if _circle:
-        _circle.leave(status)
+    if _member:
+        _member.leave(status)
 
 
 def count() -> int:

@@ -24,9 +24,10 @@ TRANSIENT = """
     EIO EACCES EAGAIN EBUSY EINTR EMFILE ENFILE ENETDOWN ENETUNREACH ENOTCONN ENOLINK ECONNABORTED ECONNREFUSED
     ECONNRESET EHOSTDOWN EHOSTUNREACH EPERM EPIPE EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT
 """.split()
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # flock on Lustre, NFS, FUSE
-BEAT_SECONDS = 10  # between two signs of life of a lock file's owner
-STALE_SECONDS = 120  # without a sign of life, after which the lock of another host is free
+# Of flock on Lustre, NFS, FUSE, 9p.
+NO_LOCKS = {getattr(errno, name) for name in "ENOSYS ENOTSUP EOPNOTSUPP ENOLCK EINVAL EPERM ENOTTY".split()}
+BEAT_SECONDS = 10  # between two heartbeats of a lock file's owner
+STALE_SECONDS = 120  # without a heartbeat, after which the lock of another host is free
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 T, MayPass = TypeVar("T"), Callable[[BaseException], bool]
 
@@ -74,6 +75,21 @@ def append_line(path: str, line: bytes) -> None:
         rest = b"\n" * is_cut_short + line + b"\n"
         while rest:
             rest = rest[f.write(rest) :]
+
+
+def read(path: str) -> bytes:
+    """Return a file's bytes, after failures that may pass; raises OSError with its name, also for what is no file.
+
+    Nobody may ever write to a named pipe: it is not waited for.
+    """
+
+    def attempt() -> bytes:
+        at_once = lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        with _naming(path, "be read"), open(path, "rb", opener=at_once) as f:
+            _must_be_file(f.fileno())
+            return f.read()
+
+    return again(attempt)
 
 
 def again(read: Callable[[], T], may_pass: MayPass | None = None, note=lambda e, pause: None) -> T:
@@ -131,7 +147,7 @@ def lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _owned(path: str) -> Iterator[None]:
-    """Own a file that `_take` creates until the end, and keep showing signs of life."""
+    """Own a file that `_take` creates until the end, with a heartbeat."""
     me = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": secrets.token_hex(8)}
     _take(path, json.dumps(me))
     is_over = threading.Event()
@@ -158,7 +174,7 @@ def _owned(path: str) -> Iterator[None]:
 def _take(path: str, me: str) -> None:
     """Create the file with this content, or take it over from an owner that is gone; raises BlockingIOError.
 
-    Of several that would take it over, the one may that takes a further file, named after the owner that is gone.
+    Of several processes that try at once, the one that first takes a further file, named after the lost owner, wins.
     """
     try:
         with open(os.open(path, NEW | os.O_WRONLY, 0o666), "w") as f:
@@ -179,11 +195,11 @@ def _take(path: str, me: str) -> None:
 
 
 def _owner(path: str) -> dict:
-    """Return what a lock's file says; nothing where a kill left it empty, or it is gone."""
-    with contextlib.suppress(OSError, ValueError):
+    """Return what a lock's file says; nothing where a kill left it empty, it is gone, or nobody here wrote it."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as f:
             owner = json.load(f)
-        return owner if isinstance(owner, dict) and "/" not in str(owner.get("token")) else {}
+        return owner if re.fullmatch("[A-Za-z0-9]{1,64}", str(owner["token"])) else {}
     return {}
 
 
@@ -193,7 +209,7 @@ def _is_gone(path: str, owner: dict) -> bool:
     probe = f"{path}-{secrets.token_hex(4)}"  # the clock of the file system, which may differ from this host's
     replace(probe, b"")
     try:
-        return os.lstat(probe).st_mtime - os.lstat(path).st_mtime > STALE_SECONDS
+        return abs(os.lstat(probe).st_mtime - os.lstat(path).st_mtime) > STALE_SECONDS  # a copy may lie in the future
     except FileNotFoundError:  # its owner has just ended
         return False
     finally:
@@ -213,17 +229,9 @@ def _started(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/stat") as f:
             state, *fields = f.read().rpartition(")")[2].split()
-        return "" if state == "Z" else fields[18]
     except OSError:
-        if os.path.isdir("/proc/self"):
-            return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
         return ""
-    except PermissionError:
-        pass
-    return "running"
+    return "" if state == "Z" else fields[18]
 
 
 def _must_be_file(fd: int) -> None:

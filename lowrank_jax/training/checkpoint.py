@@ -178,10 +178,13 @@ class Checkpoints:
         """Return the steps that have a checkpoint, newest first."""
         return sorted(self._manager.all_steps(), reverse=True) if self._manager else []
 
-    def save(self, state, progress: Progress) -> bool:
-        """Start writing a checkpoint; return False where the step has one. Raises RunFailure for a failed write."""
+    def save(self, state, progress: Progress) -> str:
+        """Start writing a checkpoint; return its checksum, or "" where the step has one.
+
+        Raises RunFailure for a failed write.
+        """
         if progress.step in self.steps():
-            return False
+            return ""
         if name := agreement.on_first(lambda: self._set_aside(progress.step, "stray")):
             say(f"warning: {self.folder}/checkpoints/{progress.step} was no checkpoint; it is {name} from now on")
         meta = dataclasses.asdict(progress)
@@ -192,7 +195,7 @@ class Checkpoints:
             self._manager.save(progress.step, args=items, force=True)
         self._saves += 1
         faults.strike("save", self._saves)
-        return True
+        return meta["checksum"]
 
     def restore(self, template) -> tuple[object, Progress] | None:
         """Return (state like `template`, progress) of the newest whole checkpoint; None where there is no checkpoint.
@@ -206,25 +209,29 @@ class Checkpoints:
         if not self._read_only:
             self.wait()
         for _ in range(LISTINGS):
-            broken, steps = [], run_folder.checkpoint_steps(self.folder)
+            damaged, steps = {}, run_folder.checkpoint_steps(self.folder)
             for step in steps:
                 try:
-                    state, progress = self._read(step, template)
+                    restored = self._read(step, template)
                 except _Damaged as e:
-                    broken.append((step, str(e)))
-                    if self._read_only and run_folder.checkpoint_steps(self.folder) != steps:
-                        break  # training has deleted it meanwhile, and has a newer one
-                    continue
-                for failed, reason in broken:
-                    self._condemn(failed, reason, step)
-                return state, progress
-            else:
-                if not (self._read_only and not steps and run_folder.strays(self.folder)):  # one is half deleted
-                    break
+                    damaged[step] = str(e)
+                    if self._is_changing(steps):
+                        break
+                else:
+                    for failed, reason in damaged.items():
+                        self._condemn(failed, reason, step)
+                    return restored
+            if not self._is_changing(steps):
+                break
             time.sleep(LISTING_PAUSE)
-        if broken:
-            raise UsageError(f"no checkpoint of {self.folder} can be restored; step {broken[0][0]}: {broken[0][1]}")
+        for step, reason in damaged.items():
+            raise UsageError(f"no checkpoint of {self.folder} can be restored; step {step}: {reason}")
         return None
+
+    def _is_changing(self, steps: list[int]) -> bool:
+        """Return whether a training has saved and deleted checkpoints since we, who only read, listed these."""
+        is_half_deleted = not steps and run_folder.strays(self.folder)
+        return self._read_only and bool(is_half_deleted or run_folder.checkpoint_steps(self.folder) != steps)
 
     def _read(self, step: int, template) -> tuple[object, Progress]:
         """Return a checkpoint's (state, progress); raises _Damaged where two attempts find damage, else RunFailure."""
@@ -234,10 +241,11 @@ class Checkpoints:
         def read() -> tuple[object, Progress]:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             meta = dict(restored.meta)
-            if meta.pop("checksum") != _checksum(restored.state, meta):
+            if (checksum := meta.pop("checksum")) != _checksum(restored.state, meta):
                 raise ValueError("its contents do not match their checksum")
             if meta["step"] != step:
                 raise ValueError(f"it is the checkpoint of step {meta['step']}")
+            self._tell_foreign(step, checksum)
             return restored.state, Progress(**{f.name: meta[f.name] for f in dataclasses.fields(Progress)})
 
         def may_pass(e: BaseException) -> bool:
@@ -258,6 +266,14 @@ class Checkpoints:
             stays = "it stays as it is; run the same command again later, or rename it to use the one before"
             where, count = os.path.join(self._path, str(step)), len(verdicts)
             raise RunFailure(f"{where} cannot be read: {_reason(e)} ({count} attempts); {stays}") from None
+
+    def _tell_foreign(self, step: int, checksum: str) -> None:
+        """Tell where the run saved another checkpoint at this step: whoever put this one in its place may want it."""
+        with contextlib.suppress(OSError):
+            rows = run_folder.read_rows(self.folder, "events.jsonl")
+            logged = [row.get("checksum", checksum) for row in rows if row["event"] == "save" and row["step"] == step]
+            if logged and logged[-1] != checksum:
+                say(f"warning: the checkpoint of step {step} is not the one that {self.folder} saved; whose is it?")
 
     def _condemn(self, step: int, reason: str, used: int) -> None:
         """Tell that a checkpoint is damaged and, unless we only read, rename it."""

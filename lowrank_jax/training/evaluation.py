@@ -61,7 +61,7 @@ def evaluate(config: RunConfig, params: dict, batches: Batches, byte_lengths, st
     nats, mesh = 0.0, jax.tree.leaves(params)[0].sharding.mesh
     for batch in batches:
         faults.strike_evaluation()
-        processes.get_on()
+        processes.record_progress()
         if stop():
             raise Interrupted
         placed = {key: sharding.put(x, sharding.of_rows(mesh, len(x))) for key, x in batch.items()}

@@ -129,9 +129,8 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
             stage = stage_at(r.plan.stages, progress.step)
             if stage.phase != phase_name and progress.step < r.plan.end:
                 feeds.close()
-                state, batches = _enter_phase(
-                    r, stage, state, progress, meter
-                )  # before the evaluation, which reads no batches
+                # Before the evaluation, which reads no batches.
+                state, batches = _enter_phase(r, stage, state, progress, meter)
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
             if due := [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]:
@@ -221,8 +220,10 @@ def _save(r: Run, meter: Meter, state: TrainState, progress: Progress) -> Progre
     if progress.cursor:  # each process knows only its own part of the data
         cursor = stream.merge(agreement.gather(progress.cursor))
         progress = dataclasses.replace(progress, cursor=cursor, data_sha256=stream.data_sha256(cursor))
-    if r.checkpoints.save(state, progress):
-        facts = {"data_sha256": progress.data_sha256, "blocked_seconds": round(time.monotonic() - started, 3)}
+    run_folder.check_presence(r.folder)
+    if checksum := r.checkpoints.save(state, progress):
+        facts = {"data_sha256": progress.data_sha256, "checksum": checksum}
+        facts["blocked_seconds"] = round(time.monotonic() - started, 3)
         run_folder.log_event(r.folder, "save", progress.step, **facts)
     meter.restart_clock()
     return progress

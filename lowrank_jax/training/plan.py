@@ -168,8 +168,7 @@ def _phase_steps(config: RunConfig, p: PhaseConfig, phase: str) -> int:
         return p.steps
     steps = max(1, round(costs.parameters(config.model)["total"] * p.tokens_per_param / p.tokens_per_step))
     if steps > MOST_STEPS:
-        shown = (
-            f"config.{phase}.tokens_per_param={p.tokens_per_param:g} needs {steps:,} steps, more than {MOST_STEPS:,}"
-        )
-        raise UsageError(f"{shown}; lower it, or raise config.{phase}.tokens_per_step")
+        setting, remedy = f"config.{phase}.tokens_per_param={p.tokens_per_param:g}", "lower it, or raise"
+        needed = f"needs {steps:,} steps, more than {MOST_STEPS:,}"
+        raise UsageError(f"{setting} {needed}; {remedy} config.{phase}.tokens_per_step")
     return steps

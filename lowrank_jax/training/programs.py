@@ -41,7 +41,7 @@ class Programs:
         compilation cache has the others. Raises UsageError for a stage that cannot fit, and Interrupted where a signal
         comes first.
         """
-        stages = [stage for stage in self.plan.stages if stage.end >= done]
+        stages = [stage for stage in self.plan.stages if stage.end >= done] or self.plan.stages  # `done` may be wrong
         first = self._get(stages[0])
         known = {stages[0]: first} | self._known
         for stage in (stage for stage in stages if stage not in known):

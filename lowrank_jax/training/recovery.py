@@ -38,7 +38,7 @@ def lower_cap(r: Run, step: int, error: jax.errors.JaxRuntimeError) -> None:
     def log(**who) -> None:
         run_folder.log_event(r.folder, "oom", step, **who, **facts, **(cap._asdict() if cap else {}))
 
-    if not processes.meet(f"out of memory after step {step}", ALONE_SECONDS):
+    if not processes.barrier(f"out of memory after step {step}", ALONE_SECONDS):
         log(everyone=True)
         alone = f"out of memory at step {step + 1}, only in this process"
         raise RunFailure(f"{alone}; run the same command again: it will use less")

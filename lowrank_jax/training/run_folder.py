@@ -13,13 +13,12 @@ import contextlib
 import functools
 import json
 import os
-import pathlib
 import re
 import time
 import zlib
 from typing import NamedTuple
 
-from lowrank_jax.config import RECORDED, RunConfig, UsageError, shown
+from lowrank_jax.config import RECORDED, RunConfig, RunFailure, UsageError, shown
 from lowrank_jax.machine import processes, storage
 from lowrank_jax.machine.console import say, to_json
 
@@ -30,8 +29,6 @@ IDENTITY = """
     pretrain.eval_fraction sft.eval_fraction
 """.split()
 LATER = {"tied": True}  # newer keys of config.model, with the value that every older run has
-
-
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
 NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}
@@ -47,6 +44,10 @@ NUMBERS = """
 def lock(folder: str):
     """Create the folder and lock it for this process; raises UsageError where another process trains in it."""
     path = os.path.join(folder, ".lock")
+    try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError:  # TensorStore would refuse it at the first save
+        raise UsageError(f"--workdir={folder}: checkpoints need a path in UTF-8; rename its folders") from None
     with contextlib.ExitStack() as stack:
         try:
             os.makedirs(folder, exist_ok=True)
@@ -74,6 +75,15 @@ def holds_run(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, "config.json"))
 
 
+def check_presence(folder: str) -> None:
+    """Raise RunFailure where a run that is being trained was removed or moved: its files would be scattered."""
+    try:  # another host may see a new file later
+        processes.is_first() and storage.again(lambda: os.lstat(os.path.join(folder, "config.json")))
+    except FileNotFoundError:
+        remedy = "put it back and run the same command again"
+        raise RunFailure(f"{folder} was removed or moved while it was trained; {remedy}") from None
+
+
 def read_config(folder: str, flag: str = "--workdir") -> RunConfig:
     """Return the config of the run in `folder`, which `flag` names; raises UsageError where there is no run."""
     return read_identity(folder, flag)[0]
@@ -83,9 +93,9 @@ def read_identity(folder: str, flag: str = "--workdir") -> tuple[RunConfig, str]
     """Return the config of the run in `folder` and the hash of its tokenizer's files, "" for a run of before."""
     if not holds_run(folder):
         raise UsageError(f"{flag}={folder} holds no run (no config.json); train one with lowrank_jax.main")
-    path = pathlib.Path(folder, "config.json")
+    path = os.path.join(folder, "config.json")
     try:
-        values = json.loads(storage.again(lambda: path.read_text(encoding="utf-8")))
+        values = json.loads(storage.read(path).decode("utf-8-sig"))  # an editor may have added a BOM
         older = isinstance(values, dict) and RECORDED not in values
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             values["model"] = LATER | values["model"]
@@ -104,7 +114,7 @@ def write_config(folder: str, config: RunConfig, tokenizer_sha256: str = "") -> 
     write_text(os.path.join(folder, "config.json"), json.dumps(values, indent=2) + "\n")
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str, text: str | bytes) -> None:
     """Replace a file in one move, so that a kill leaves the old or the new one."""
     if processes.is_first():
         storage.again(lambda: storage.replace(path, text), _may_write_later)
@@ -172,7 +182,7 @@ def read_rows(folder: str, name: str) -> list[dict]:
 
 def _read_lines(folder: str, name: str) -> list[_Line]:
     try:
-        raw = storage.again(pathlib.Path(folder, name).read_bytes)
+        raw = storage.read(os.path.join(folder, name))
     except FileNotFoundError:
         return []
     numbered, count = enumerate(raw.split(b"\n"), 1), raw.count(b"\n")
@@ -181,7 +191,7 @@ def _read_lines(folder: str, name: str) -> list[_Line]:
 
 def _read_row(name: str, line: bytes) -> dict | None:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):  # of brackets, thousands deep
         return None
     if not isinstance(row, dict):
@@ -215,13 +225,14 @@ def rewind_metrics(folder: str, step: int) -> None:
     """
     lines, path = _read_lines(folder, "metrics.jsonl"), os.path.join(folder, "metrics.jsonl")
     damaged = [line for line in lines if line.row is None]
-    if damaged and processes.is_first():
+    if processes.is_first():
         _tell(path, *(line.number for line in damaged))
         for line in damaged:
             storage.append_line(f"{path}.damaged", line.raw)
     rows = [line.raw for line in lines if line.row is not None and line.row.get("step", 0) <= step]
-    if processes.is_first():
-        storage.again(lambda: storage.replace(path, b"".join(raw + b"\n" for raw in rows)), _may_write_later)
+    if step == 0 and len(rows) + len(damaged) < len(lines):
+        say(f"warning: {folder} has no checkpoint after step 0, so training begins again")
+    write_text(path, b"".join(raw + b"\n" for raw in rows))
 
 
 def milestones(folder: str) -> set[tuple[str, str, int]]:
@@ -248,14 +259,19 @@ def strays(folder: str) -> list[str]:
 
 def _numbered(folder: str) -> list[tuple[str, bool]]:
     """Return (name, whether Orbax wrote it) of the entries of `checkpoints` with a number for a name."""
+    home = os.path.join(folder, "checkpoints")
 
     def look() -> list[tuple[str, bool]]:
-        entries = list(os.scandir(os.path.join(folder, "checkpoints")))
+        entries = list(os.scandir(home))
         return [(e.name, _is_checkpoint(e)) for e in entries if re.fullmatch("0|[1-9][0-9]{0,17}", e.name)]
 
     try:
         return storage.again(look)
     except FileNotFoundError:
+        if os.path.islink(home):  # perhaps its disk is not mounted: the run must not begin again
+            raise UsageError(
+                f"{home} is a broken link to {os.readlink(home)}; mount that, or remove the link"
+            ) from None
         return []
 
 

@@ -34,9 +34,8 @@ class Recovery:
     def take(self) -> tuple[step.TrainState, Progress] | None:
         """Return (state on the devices, progress), and forget both."""
         start, self.start = self.start, None
-        return start and jax.tree.map(
-            lambda x: x() if callable(x) else x, start
-        )  # a first state never left the devices
+        to_device = lambda x: x() if callable(x) else x  # a first state never left the devices
+        return start and jax.tree.map(to_device, start)
 
 
 @dataclass(frozen=True)

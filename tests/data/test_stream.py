@@ -375,10 +375,12 @@ def test_a_small_source_has_one_reader(corpus, open_stream):
     assert open_stream(corpus["many"], **SHARED).cursor()["readers"] == 1
 
 
-def test_another_number_of_readers_is_refused(large, open_stream):
+def test_another_number_of_readers_is_refused(large, open_stream, make):
     cursor = open_stream(large, **SHARED).cursor()
     with pytest.raises(UsageError, match="began with readers=8 and the config now gives 4"):
         open_stream(large, cursor=cursor, readers=4, **SHARED)
+    with pytest.raises(UsageError, match="began with readers=8 and the config now gives 4"):  # before config.json is
+        stream.check_sources(cursor, make.phase(large, readers=4, **SHARED), None, chats=False)
 
 
 def spent(tok, batches: list[stream.Batch], lanes: int) -> list[list[tuple[str, int]]]:
@@ -755,7 +757,7 @@ def test_skipped_records_are_reported_counted_and_the_same_after_a_resume(make, 
 
 
 def test_a_passing_error_is_retried_and_reported_and_no_record_counts_twice(make, tok, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(reader.storage, "PAUSES", (0, 0, 0, 0, 0))
     rows = [{"texts": i} if i in (0, 1, 5) else {"text": "ba ce"} for i in range(20)]
     source = make.write_jsonl(tmp_path / "a.jsonl", rows)
     phase, notes, failing = make.phase(source, readers=1, max_skipped=3), [], [3]

@@ -179,8 +179,8 @@ def test_another_config_or_folder_is_the_same_line_on_all_and_leaves_nothing(dat
 
 FAULT = """
 import os, sys, time
-from lowrank_jax.machine import agreement, circle, processes
-circle.BEAT_SECONDS, circle.SILENT_SECONDS = 0.2, 2
+from lowrank_jax.machine import agreement, coordinator, processes
+coordinator.HEARTBEAT_SECONDS, coordinator.SILENT_SECONDS = 0.2, 2
 index, number = map(int, sys.argv[2:])
 processes.start(sys.argv[1], 2, index)
 agreement.gather(index)
@@ -222,11 +222,11 @@ try:
     agreement.on_first(refuse)
 except UsageError as e:
     print(e)
-print(processes.meet("both", 30))
+print(processes.barrier("both", 30))
 if index == 0:
-    print(processes.meet("alone", 1))
+    print(processes.barrier("alone", 1))
 sys.stdout.flush()
-processes.meet("end", 30)
+processes.barrier("end", 30)
 """
 
 

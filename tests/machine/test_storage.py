@@ -124,7 +124,7 @@ def test_a_cause_counts_too():
 # ----------------------------------------------------------------------------------------------------------- locks
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EPERM])
 def no_locks(request, monkeypatch):
     def flock(*_):
         raise OSError(request.param, os.strerror(request.param))
@@ -142,16 +142,21 @@ def test_without_locks_a_file_locks_and_is_gone_at_the_end(tmp_path, no_locks, c
     assert f"{path}-owner locks the folder instead" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["another host", "empty", "a list", "another process of that number"])
+STRANGE = {"empty": "", "a list": "[]", "deep": "[" * 10**5}
+STRANGE |= {"NUL": json.dumps({"token": "\0"}), "long": json.dumps({"token": "a" * 999})}
+
+
+@pytest.mark.parametrize("case", ["another host", *STRANGE, "of the future", "another process of that number"])
 def test_a_lock_without_signs_of_life_is_taken_over(tmp_path, no_locks, case):
     path, owner = str(tmp_path / ".lock"), tmp_path / ".lock-owner"
     record = {"host": storage._host(), "pid": os.getpid(), "started": "1", "token": "a"}
-    record |= {"host": "elsewhere"} if case == "another host" else {}
-    owner.write_text({"empty": "", "a list": "[]"}.get(case, json.dumps(record)))
+    record |= {"host": "elsewhere"} if case in ("another host", "of the future") else {}
+    owner.write_text(STRANGE.get(case, json.dumps(record)))
     if case != "another process of that number":  # a process that is gone from this host is known at once
         with pytest.raises(BlockingIOError):
             storage.lock(path).__enter__()
-        os.utime(owner, (owner.stat().st_mtime - storage.STALE_SECONDS - 1,) * 2)
+        away = storage.STALE_SECONDS + 1
+        os.utime(owner, (owner.stat().st_mtime + (away if case == "of the future" else -away),) * 2)
     with storage.lock(path):
         assert json.loads(owner.read_text())["pid"] == os.getpid()
     assert os.listdir(tmp_path) == [".lock"]

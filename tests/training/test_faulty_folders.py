@@ -192,6 +192,21 @@ def test_a_checkpoint_of_another_step_is_damaged(run):
     assert restored_step(run) == 3 and "9.damaged" in entries(run)
 
 
+def test_a_checkpoint_that_the_run_did_not_save_is_told(run, tmp_path, capsys):
+    """It may be of another run, or an older copy; the same bytes, copied by hand, are the run's own."""
+    with Checkpoints(str(tmp_path / "other")) as checkpoints:
+        checkpoints.save(STATE | {"y": jnp.zeros((3, 4))}, Progress(step=9))
+    with Checkpoints(str(run)) as checkpoints:
+        run_folder.log_event(str(run), "save", 9, checksum=checkpoints.save(STATE, Progress(step=9)))
+    (run / "checkpoints" / "9").rename(tmp_path / "9")
+    for source, is_told in ((tmp_path / "9", False), (tmp_path / "other" / "checkpoints" / "9", True)):
+        shutil.rmtree(run / "checkpoints" / "9", ignore_errors=True)
+        shutil.copytree(source, run / "checkpoints" / "9")
+        for options in ({}, {"read_only": True}):
+            assert restored_step(run, **options) == 9
+            assert ("step 9 is not the one that" in capsys.readouterr().err) == is_told
+
+
 def add_strays(checkpoints: pathlib.Path) -> None:
     for name in ("999999", "12.orbax-checkpoint-tmp-17", "\u0661\u0662", "007", "5"):
         (checkpoints / name).mkdir()
@@ -347,6 +362,64 @@ def test_foreign_lines_are_passed_over(ledger, tmp_path, line):
         (folder / name).write_bytes(line + b"\n" + (folder / name).read_bytes())
     assert [run_folder.read_rows(str(folder), name) for name in names] == before
     read_everything(folder, config, plan)
+
+
+def test_what_an_editor_does_to_text_costs_no_line(ledger, tmp_path, capsys):
+    """A BOM at the start, CRLF line ends and blank lines at the end."""
+    source, config, _ = ledger
+    folder = shutil.copytree(source, tmp_path / "run")
+    for name in ("config.json", "metrics.jsonl", "events.jsonl"):
+        text = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n") + b"\r\n\r\n")
+    assert run_folder.read_config(str(folder)) == config and not capsys.readouterr().err
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert run_folder.read_rows(str(folder), name) == run_folder.read_rows(str(source), name)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_a_named_pipe_or_a_folder_in_place_of_a_ledger_is_named_and_not_waited_for(ledger, tmp_path, name):
+    for kind in (os.mkfifo, os.mkdir):
+        folder = shutil.copytree(ledger[0], tmp_path / kind.__name__)
+        (folder / name).unlink()
+        kind(folder / name)
+        with pytest.raises(OSError, match=f"{name} cannot be read: (it is no regular file|is a directory)"):
+            run_folder.read_rows(str(folder), name)
+
+
+def test_a_run_whose_checkpoints_are_away_does_not_begin_again_unseen(ledger, tmp_path, capsys):
+    folder = shutil.copytree(ledger[0], tmp_path / "run")
+    (folder / "checkpoints").symlink_to(tmp_path / "unmounted")
+    for look in (run_folder.newest_checkpoint, run_folder.strays):
+        with pytest.raises(UsageError, match="checkpoints is a broken link to .*unmounted"):
+            look(str(folder))
+    run_folder.rewind_metrics(str(folder), 0)
+    assert "has no checkpoint after step 0, so training begins again" in capsys.readouterr().err
+    run_folder.rewind_metrics(str(folder), 0)
+    assert not capsys.readouterr().err
+
+
+def test_a_folder_that_no_checkpoint_can_be_in_is_refused_before_anything_is_written(tmp_path):
+    folder = tmp_path / "caf\udce9"  # Latin-1
+    with pytest.raises(UsageError, match="need a path in UTF-8"), run_folder.lock(str(folder)):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_a_run_whose_folder_is_moved_away_is_named(ledger, tmp_path, monkeypatch):
+    folder = shutil.copytree(ledger[0], tmp_path / "run")
+    lstat, failures = os.lstat, [OSError(errno.EIO, "Input/output error")] * 2
+
+    def fail(path, **options):
+        if failures:
+            raise failures.pop()
+        return lstat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", fail)
+        run_folder.check_presence(str(folder))
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(RunFailure, match="was removed or moved while it was trained"):
+        run_folder.check_presence(str(folder))
 
 
 def test_nothing_is_written_through_links_in_a_run_folder(ledger, tmp_path):

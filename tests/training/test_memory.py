@@ -87,6 +87,13 @@ def test_a_stage_that_cannot_fit_is_refused_by_name_need_and_limit():
         programs.Programs(config, Plan(stages_of(config), CPU), [], lambda: False).fit_all(0)
 
 
+def test_a_checkpoint_beyond_the_plan_ends_no_start_before_it_is_read():
+    """It may be a copy under another number, or the config may have fewer steps now: its restore says which."""
+    config = config_of()
+    every_stage = programs.Programs(config, Plan(stages_of(config), CPU), [], lambda: False).fit_all(10**6)
+    assert [fit.stage for fit in every_stage] == list(stages_of(config))
+
+
 @given(
     batch=st.integers(1, 60),
     length=st.integers(1, 64),

@@ -73,6 +73,7 @@ def begin(config_of, tok, tmp_path):
 
         def run_and_meter(config: RunConfig | None = None, folder: str = str(tmp_path), **parts) -> tuple[Run, Meter]:
             config = config or config_of()
+            run_folder.write_config(folder, config)
             saved, plan = stack.enter_context(Checkpoints(folder)), Plan(stages_of(config), sharding.one_device())
             r = dataclasses.replace(Run(config, tok, folder, plan, None, saved, Signals([]), start.Recovery()), **parts)
             return r, stack.enter_context(contextlib.closing(Meter(config, folder, END, SWITCH)))

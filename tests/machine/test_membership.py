@@ -1,4 +1,4 @@
-"""The circle of processes, with a thread for each: who is missing, different, lost or stuck is said in one line."""
+"""The members of a run, with a thread for each: who is missing, different, lost or stuck is said in one line."""
 
 import contextlib
 import socket
@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.machine import circle
+from lowrank_jax.machine import coordinator, membership
 
 FACTS = {"--processes": 2, "config.optim.lr": 0.01, "config.seed": 0}
 
 
-class Quiet(circle.Circle):
-    """A circle whose process does not quit; it notes the line instead."""
+class Quiet(membership.Member):
+    """A member whose process does not quit; it notes the line instead."""
 
     def _quit(self, line: str) -> None:
         self.quit = line
@@ -25,28 +25,22 @@ class Quiet(circle.Circle):
         self._loop.call_soon_threadsafe(self._writer.transport.abort)
 
     def fall_silent(self) -> None:
-        self._loop.call_soon_threadsafe(self._beats.cancel)
+        self._loop.call_soon_threadsafe(self._heartbeat.cancel)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     """Seconds become tenths or less."""
-    for name, seconds in {
-        "BEAT": 0.05,
-        "SILENT": 0.6,
-        "LATE": 0.5,
-        "FIRST_WORD": 0.3,
-        "WORD": 0.4,
-        "LOST": 0.1,
-    }.items():
-        monkeypatch.setattr(circle, f"{name}_SECONDS", seconds)
-    monkeypatch.setattr(circle, "ENDED_SECONDS", 0.1)
+    for name, seconds in {"HEARTBEAT": 0.05, "SILENT": 0.6, "DIFFERENCE": 0.5}.items():
+        monkeypatch.setattr(coordinator, f"{name}_SECONDS", seconds)
+    for name, seconds in {"FIRST_NOTE": 0.3, "NOTE": 0.4, "LOST": 0.1, "ENDED": 0.1}.items():
+        monkeypatch.setattr(membership, f"{name}_SECONDS", seconds)
 
 
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(circle, "say", lambda line, everyone=False: lines.append(line))
+    monkeypatch.setattr(membership, "say", lambda line, everyone=False: lines.append(line))
     return lines
 
 
@@ -104,7 +98,9 @@ def wait_for(condition) -> None:
 )
 def test_a_difference_names_process_key_and_both_values(others, line):
     facts = FACTS | {"sources": "x" * 300 + "a"}
-    text = circle.difference({i: circle._texts(each) for i, each in enumerate((facts, facts | others, facts))})
+    text = coordinator.difference(
+        {i: membership.as_json(each) for i, each in enumerate((facts, facts | others, facts))}
+    )
     assert line in text and len(text) < 300 and bool(text) == bool(line)
 
 
@@ -144,7 +140,7 @@ def test_one_that_comes_after_all_have_joined_is_refused_and_the_others_go_on(ad
         join(address, 1)
     with pytest.raises(UsageError, match="the run of 2 processes at this address has begun; start process 3"):
         join(address, 3, 4)
-    assert all_of(lambda: first.meet("later"), lambda: second.meet("later")) == [True, True]
+    assert all_of(lambda: first.barrier("later"), lambda: second.barrier("later")) == [True, True]
 
 
 def test_who_is_missing_is_said_again_and_again_and_at_last_by_all(address, said):
@@ -165,6 +161,22 @@ def test_one_that_leaves_before_all_have_come_may_come_again(address):
 
     ends = all_of(lambda: join(address, 0, 3), come_twice, lambda: join(address, 2, 3, pause=1))
     assert [type(e) for e in ends] == 3 * [Quiet], ends
+
+
+def test_a_port_that_a_silent_program_has_is_named(address, monkeypatch):
+    monkeypatch.setattr(membership, "ANSWER_SECONDS", 0.2)
+    host, port = address.split(":")
+    with socket.create_server((host, int(port))), pytest.raises(UsageError, match=f"port {port} cannot be used here"):
+        join(address, 0, 2, wait=3)
+
+
+def test_an_unknown_host_is_named_as_such(monkeypatch):
+    async def look_up(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(membership.asyncio, "open_connection", look_up)
+    with pytest.raises(RunFailure, match="the first process, at nowhere:80 .Name or service not known., did not join"):
+        join("nowhere:80", 1, 2, wait=0.5)
 
 
 def test_a_first_process_that_is_not_there_is_named_with_its_address(address, said):
@@ -194,7 +206,7 @@ def test_another_program_at_the_address_is_named(address, said):
 @pytest.mark.parametrize("text", ["host", "host:", "host:0x1", ":1234", "host:99999"])
 def test_an_address_without_host_or_port_is_refused(text):
     with pytest.raises(UsageError, match="must be HOST:PORT"):
-        circle.Circle(text, 0, 2)
+        membership.Member(text, 0, 2)
 
 
 def test_a_signal_ends_the_waiting_at_once(address, said):
@@ -208,11 +220,11 @@ def test_a_signal_before_the_first_step_ends_all_and_a_later_one_waits(address, 
     both = all_of(lambda: join(address, 0), lambda: join(address, 1, received=received))
     received.append(2)
     for each in both:
-        each.get_on(is_step=True)
-    assert all_of(*(lambda each=each: each.meet("save") for each in both)) == [True, True]
+        each.record_progress(is_step=True)
+    assert all_of(*(lambda each=each: each.barrier("save") for each in both)) == [True, True]
     for each in both:
-        each._got_on = 0.0
-    ends = all_of(lambda: both[0].meet("compile"), lambda: time.sleep(0.2) or both[1].meet("other"))
+        each._last_progress = 0.0
+    ends = all_of(lambda: both[0].barrier("compile"), lambda: time.sleep(0.2) or both[1].barrier("other"))
     assert [(type(e), e.code) for e in ends] == 2 * [(SystemExit, 130)]
     assert sum("SIGINT: ending" in line for line in said) == 1
     for each in both:
@@ -225,12 +237,12 @@ def test_a_process_that_is_killed_or_stopped_ends_the_others_with_a_line(address
     both = joined(address)
     gone, other = both[lost], both[1 - lost]
     getattr(gone, how)()
-    if how == "fall_silent" and lost == 0:  # the hub stops with the first process
+    if how == "fall_silent" and lost == 0:  # the coordinator stops with the first process
         gone._loop.call_soon_threadsafe(gone._watch.cancel)
     name = "the first process" if lost == 0 and how == "fall_silent" else f"process {lost}"
-    reason = circle.GONE if how == "vanish" else circle.SILENT
+    reason = coordinator.GONE if how == "vanish" else coordinator.SILENT
     with pytest.raises(RunFailure) as e:  # it waits for the other one
-        other.meet("step")
+        other.barrier("step")
     assert str(e.value) == f"{name} {reason}"
     wait_for(lambda: getattr(other, "quit", "") == str(e.value))  # in JAX no exception would reach it
 
@@ -252,25 +264,25 @@ def test_processes_that_end_together_say_nothing_of_each_other(address, status):
     assert not any(each.lost or each.ended or hasattr(each, "quit") for each in both)
 
 
-def test_a_run_that_does_not_get_on_after_a_step_ends(address, monkeypatch):
+def test_a_run_that_makes_no_progress_after_a_step_ends(address, monkeypatch):
     both = joined(address)
-    monkeypatch.setattr(circle, "STUCK_SECONDS", 0.3)
+    monkeypatch.setattr(coordinator, "STUCK_SECONDS", 0.3)
     time.sleep(0.6)
     assert not any(each.lost for each in both)  # no step yet: the data may be on its way
     for each in both:
-        each.get_on(is_step=True)
+        each.record_progress(is_step=True)
     for _ in range(5):
-        both[1].get_on()  # one of them gets on
+        both[1].record_progress()  # one of them makes progress
         time.sleep(0.1)
     assert not any(each.lost for each in both)
-    wait_for(lambda: all(each.lost == circle.STUCK for each in both))
+    wait_for(lambda: all(each.lost == coordinator.STUCK for each in both))
 
 
 def test_a_place_with_a_time_limit_tells_who_came_alone(address):
     first, second = joined(address)
-    assert not first.meet("alone", seconds=0.3)
-    assert all_of(lambda: first.meet("both", seconds=5), lambda: second.meet("both", seconds=5)) == [True, True]
-    ends = all_of(lambda: first.meet("data", {"hash": "a"}, "fix it"), lambda: second.meet("data", {"hash": "b"}))
+    assert not first.barrier("alone", seconds=0.3)
+    assert all_of(lambda: first.barrier("both", seconds=5), lambda: second.barrier("both", seconds=5)) == [True, True]
+    ends = all_of(lambda: first.barrier("data", {"hash": "a"}, "fix it"), lambda: second.barrier("data", {"hash": "b"}))
     assert {str(e) for e in ends} == {'process 1 has hash="b", the first process has "a"; fix it'}
 
 
