@@ -300,6 +300,9 @@ def test_what_ends_the_reasoning_alone_does_not_stop_an_answer(tok):
     thinks = UNMARKED.replace("{{ message.content }}", "{{ message.thinking }}<s>{{ message.content }}")
     thinks = thinks.replace("<|im_end|>", "{{ '</s>' if loop.last else '<s>' }}")
     assert chat.stop_ids(tokenizer.SentencePiece(tok.model, thinks)) == [tok.eos]
+    both = "{% generation %}{{ m.thinking }}<s>{{ m.content }}<s></s>"  # one symbol ends the reasoning and the text
+    both = MARKED.replace("{% generation %}{{ m.content }}", both).replace("END", "")
+    assert chat.stop_ids(tokenizer.SentencePiece(tok.model, both)) == [tok.eos]
 
 
 def test_a_conversation_may_end_in_one_more_symbol_or_in_another(tok):

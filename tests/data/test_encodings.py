@@ -91,6 +91,9 @@ def test_bad_bytes_in_a_file_that_is_utf8_cost_their_records_alone(tmp_path):
     (tmp_path / "ascii.txt").write_bytes(b"plain words\n" * 3000 + b"caf\xe9\n" + b"plain words\n" * 3000)
     pieces, bad = read(f"text:{tmp_path}/ascii.txt")
     assert len(pieces) > 20 and bad == [f"{tmp_path}/ascii.txt: not UTF-8 text at byte 36003"]
+    (tmp_path / "head.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' + b'{"text": "plain"}\n' * 50)
+    documents, bad = read(f"json:{tmp_path}/head.jsonl")
+    assert len(documents) == 50 and len(bad) == 1 and "head.jsonl, record 1: " in bad[0]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

@@ -165,6 +165,7 @@ def test_a_document_in_pieces_trains_each_of_its_tokens_once_and_resumes_exactly
     values, counts = np.unique(joined["targets"][joined["weights"] > 0], return_counts=True)
     assert set(counts[(values > 9) & (values < 10**8)]) == {1}
     assert set(range(11, 10 + 8_999)) < set(values.tolist()), "the first document is whole"
+    assert sum(lane.cursor()["trained"]["documents"]) == (joined["tokens"] == 2).sum(), "each counts once, at its EOS"
     own = (joined["tokens"] > 9) & (joined["targets"] > 9) & (joined["weights"] > 0)
     assert (joined["targets"][own] == joined["tokens"][own] + 1).all(), "no token is learnt from another document"
     for stop in range(0, 60, 7):

@@ -95,6 +95,10 @@ def test_templates_in_many_threads_are_stopped_each_for_itself():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(run, [HANG["loops"], "{{ messages[0].content }}"] * 6))
     assert answers[1::2] == ["Hi"] * 6 and all("is stopped: it takes more steps" in answer for answer in answers[::2])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # another thread uses up its work during this template
+        other = lambda: pool.submit(run, HANG["loops"]).result()
+        program = "{{ other()[:0] }}{% for i in range(9) %}x{% endfor %}"
+        assert template.render(program, CHAT, {"other": other}) == "x" * 9
 
 
 def test_a_long_conversation_is_no_reason_to_stop():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax.inference.text_stream import Writer
+from lowrank_jax.inference.text_stream import StopString, Writer
 
 TEXTS = st.text(
     st.sampled_from("abc. \n") | st.sampled_from("äß漢字🙂👩‍👩‍👧é\ufffd") | st.characters(codec="utf-8"), max_size=60
@@ -44,6 +44,17 @@ def test_it_ends_before_the_first_stop_string_wherever_ids_are_cut(tok, text, st
         assert whole.startswith(done) and not any(stop in done for stop in stops)
     assert done + writer.end() == (whole[: min(ends)[1]] if ends else whole)
     assert writer.stopped == bool(ends)
+
+
+@pytest.mark.parametrize("stop, text", [("aab", "aaab"), ("abac", "ababac"), ("##a", "b####a")])
+def test_a_stop_string_is_found_behind_a_part_of_itself(stop, text):
+    assert StopString(stop).ends_at(text) == len(text)
+    assert [end for end in map(StopString(stop).ends_at, text) if end] == [1]
+
+
+def test_of_two_stop_strings_in_one_piece_the_one_that_ends_first_counts(tok):
+    for stops in (["fo", "ce"], ["ce", "fo"]):
+        assert Writer(tok, stops).add(tok.encode("ba ce di fo gu")) == "ba "
 
 
 def test_long_texts_do_not_take_longer_with_every_id(tok):

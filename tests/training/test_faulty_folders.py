@@ -74,6 +74,7 @@ VERDICTS = [
     (ValueError(f"RESOURCE_EXHAUSTED: {AT}Too many open files"), "unread"),
     (ValueError(f"NOT_FOUND: {AT}No such device or address"), "unread"),
     (ValueError(f"FAILED_PRECONDITION: {AT}Transport endpoint is not connected"), "unread"),
+    (ValueError("UNAVAILABLE: the storage server sends no answer"), "unread"),
     (FileNotFoundError("File /r/checkpoints/3/meta/metadata not found."), "damaged"),
     (IsADirectoryError(errno.EISDIR, "Is a directory"), "damaged"),
     (
