@@ -4,14 +4,17 @@ python -m lowrank_jax.serve --workdir=runs/quickstart
 python -m lowrank_jax.serve --workdir=runs/quickstart --host=0.0.0.0 --port=8000 --slots=16   # with LOWRANK_API_KEY set
 
 Routes: POST /v1/chat/completions and /v1/completions (api.py lists their fields), GET /v1/models, /healthz, /metrics
-(Prometheus) and / (the page). Only /v1 needs the API key. After SIGTERM or SIGINT the server takes no new requests and
-gives active ones a few seconds to finish.
+(Prometheus) and / (the page). Only /v1 needs an API key. Without a key, the server answers only to the names and
+addresses of this machine, and to pages of other sites only with --allow-origin. After SIGTERM or SIGINT it takes no new
+requests and gives active ones a few seconds to finish.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,6 +27,7 @@ from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.inference import engine, quantize
 from lowrank_jax.inference.server.api import Settings
+from lowrank_jax.inference.server.connections import BACKLOG, IDLE_SECONDS, Connection, report_once
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.machine import console
@@ -44,7 +48,24 @@ def arguments(argv: list[str]):
     add("--queue", type=int, default=64, help="most answers that wait for a slot (default 64)")
     add("--max_tokens", type=int, help="most new tokens of an answer (default: the context)")
     add("--timeout", type=float, default=600.0, help="most seconds per request (default 600)")
-    add("--api_key", help="key that clients must send; LOWRANK_API_KEY sets it without showing it in process lists")
+    add(
+        "--api_key",
+        help="key that clients must send, or several, separated by commas; LOWRANK_API_KEY sets them "
+        "without showing them in process lists",
+    )
+    add(
+        "--allow-origin",
+        "--allow_origin",
+        default="",
+        metavar="URL,...",
+        help="pages of other sites that may use the server (default: none without a key, all with one)",
+    )
+    add(
+        "--reuse",
+        choices=("all", "key"),
+        help="whose earlier prompts speed up a prompt that begins alike: the time to "
+        "the first token tells that somebody has sent one (default: key if there are several keys, else all)",
+    )
     add("--weights", default="auto", choices=("auto", *quantize.KINDS), help="format of the weights in memory")
     add("--model_name", help="the model's name in the API (default: the name of the run's folder)")
     args = parser.parse_args(argv)
@@ -55,7 +76,14 @@ def arguments(argv: list[str]):
         raise UsageError(f"--timeout={args.timeout} must be a number of seconds between 0 and 1e6")
     if args.api_key == "" or args.model_name == "":
         raise UsageError("--api_key and --model_name must not be empty")
+    for origin in _listed(args.allow_origin):
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise UsageError(f"--allow-origin={origin} must be like https://example.org, without a path, or *")
     return args
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, text.split(","))))
 
 
 def prepare(args) -> tuple[Server, Scheduler]:
@@ -64,9 +92,22 @@ def prepare(args) -> tuple[Server, Scheduler]:
     weights, stop_ids = engine.prepare(run.config, run.params, args.weights), chat.stop_ids(run.tokenizer)
     make = lambda: engine.Engine(run.config.model, weights, stop_ids, args.slots, args.context)
     name = args.model_name or os.path.basename(os.path.abspath(args.workdir))
-    key, answers = args.api_key or os.environ.get("LOWRANK_API_KEY", ""), args.slots + args.queue
-    limits = args.context, args.max_tokens or args.context, answers, args.timeout
-    settings, scheduler = Settings(name, run.config.model.vocab, *limits, key), Scheduler(make, answers)
+    keys = _listed(args.api_key or os.environ.get("LOWRANK_API_KEY", ""))
+    answers = args.slots + args.queue
+    settings = Settings(
+        model=name,
+        vocab=run.config.model.vocab,
+        context=args.context,
+        max_tokens=args.max_tokens or args.context,
+        answers=answers,
+        timeout=args.timeout,
+        keys=keys,
+        origins=_listed(args.allow_origin),
+        hosts=(args.host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"),
+        most_letters=args.context * int(run.tokenizer.byte_lengths().max()),
+        reuses_prefixes_of_all=(args.reuse or ("key" if len(keys) > 1 else "all")) == "all",
+    )
+    scheduler = Scheduler(make, answers)
     return Server(scheduler, run.tokenizer, settings), scheduler
 
 
@@ -86,14 +127,21 @@ def bind(host: str, port: int) -> tuple[socket.socket, str]:
     return listener, f"http://{name}:{listener.getsockname()[1]}"
 
 
+def listener_is_local(listener: socket.socket) -> bool:
+    """Return whether only this machine can connect."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
 async def listen(app: Callable, listener: socket.socket, url: str, scheduler: Scheduler) -> int:
     """Serve until a signal arrives, give active requests GRACE seconds, and return the signal's number."""
     config = uvicorn.Config(
-        app, lifespan="off", loop="asyncio", http="h11", ws="none", log_level="warning", access_log=False,
-        server_header=False, timeout_keep_alive=75, timeout_graceful_shutdown=int(GRACE) + 2,
+        app, lifespan="off", loop="asyncio", http=Connection, ws="none", log_level="error", access_log=False,
+        server_header=False, timeout_keep_alive=int(IDLE_SECONDS), timeout_graceful_shutdown=int(GRACE) + 2,
+        backlog=BACKLOG,
     )  # fmt: skip
     server, loop, received = uvicorn.Server(config), asyncio.get_running_loop(), []
     server.capture_signals = contextlib.nullcontext  # uvicorn would end the process
+    loop.set_exception_handler(report_once)
 
     def stop(number: int) -> None:
         if received and number == signal.SIGINT:
@@ -116,6 +164,8 @@ def command(argv: list[str]) -> dict:
     for number in (signal.SIGTERM, signal.SIGINT):  # at once, until `listen` has requests to finish
         signal.signal(number, lambda number, _: os._exit(128 + number))
     server, scheduler = prepare(args)
+    if not server.settings.keys and not listener_is_local(listener):
+        console.say(f"warning: everybody who reaches {url} can use this server; set LOWRANK_API_KEY")
     scheduler.start()
     number = asyncio.run(listen(server.app(), listener, url, scheduler))
     scheduler.close()

@@ -5,8 +5,8 @@ slot, and its prompt is read in chunks. Then one loop on the device adds up to M
 latents of a call's tokens are collected in a window, which the call's end writes to the cache: XLA would copy the whole
 cache at every step of a loop that also writes to it. A request's output never depends on other requests in the batch.
 
-The compiled programs depend on slots, context and a few fixed sizes: the chunk sizes, and the numbers of rows and of
-logit biases, rounded up to powers of two. Attention reads only the filled part of a row.
+The compiled programs depend on slots, context and a few fixed sizes: the chunk sizes, and the number of rows, rounded
+up to a power of two. Attention reads only the filled part of a row.
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ REUSED = 32  # tokens that a new prompt must share with an old one before the ol
 class Request:
     """A request to the engine: continue the prompt `ids` by at most `max_new` tokens.
 
-    With `logprobs`, every token comes with its log-probability and those of that many most likely tokens.
+    With `logprobs`, every token comes with its log-probability and those of that many most likely tokens. Latents of
+    an earlier prompt are reused only if its `owner` was the same: the time to the first token would tell of it.
     Raises UsageError for values that no engine takes.
     """
 
@@ -45,6 +46,7 @@ class Request:
     max_new: int
     sampling: Sampling = Sampling()
     logprobs: int = 0
+    owner: str = ""
 
     def __post_init__(self):
         if not self.ids:
@@ -89,6 +91,7 @@ class Engine:
         self._cache, self._tokens = jax.jit(empty, out_shardings=sharding.whole(weights.norm.sharding.mesh))()
         self._requests: dict[int, Request] = {}  # by slot, in the order in which they came
         self._ids: list[list[int]] = [[] for _ in range(slots)]  # each slot's newest prompt and its answer
+        self._owners = [""] * slots  # whose they are
         self._read = [0] * slots  # how many of these tokens have latents in the cache
 
     @property
@@ -110,8 +113,10 @@ class Engine:
         free = [slot for slot in range(self.slots) if slot not in self._requests]
         if not free:
             raise UsageError("all slots are taken")
-        shared = {slot: _shared(self._ids[slot][: self._read[slot]], ids) for slot in free}
+        mine = lambda slot: self._ids[slot][: self._read[slot]] if self._owners[slot] == request.owner else []
+        shared = {slot: _shared(mine(slot), ids) for slot in free}
         slot = max(free, key=shared.get)
+        self._owners[slot] = request.owner
         # The last token of the prompt is read by the first decoding step, which needs the logits after it.
         self._ids[slot], self._read[slot] = ids, min(shared[slot], len(ids) - 1)
         self._requests[slot] = dataclasses.replace(request, max_new=min(request.max_new, self.context - len(ids)))

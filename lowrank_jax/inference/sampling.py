@@ -98,7 +98,7 @@ PRESETS = {
 
 
 # The Sampling of B rows as arrays for a compiled function: its numbers [B]; `bias_ids` and `bias_values` [B, M], padded
-# with 0, where M is a power of two, at least 8: few shapes are compiled; `key` [B, 2], the threefry key of
+# with 0 to M = MOST_BIASED, so that one shape is compiled; `key` [B, 2], the threefry key of
 # jax.random.key(seed), with all 63 bits of the seed.
 Rows = collections.namedtuple("Rows", [*(n for n in NUMBERS if n != "seed"), "bias_ids", "bias_values", "key"])
 
@@ -108,12 +108,13 @@ def rows(samplings: Sequence[Sampling]) -> Rows:
     changes = lambda s: {"temperature": max(s.temperature, COLDEST)} if s.temperature > 0 else UNFILTERED
     values = [vars(s) | changes(s) for s in samplings]
     dtypes = {n: np.int32 if field.type is int else np.float32 for n, field in NUMBERS.items() if n in Rows._fields}
-    M = 1 << (max([8, *(len(s.logit_bias) for s in samplings)]) - 1).bit_length()
-    bias = [(*s.logit_bias, *[(0, 0.0)] * (M - len(s.logit_bias))) for s in samplings]
+    bias = np.zeros((2, len(samplings), MOST_BIASED), np.float64)
+    for row, s in enumerate(samplings):
+        bias[:, row, : len(s.logit_bias)] = np.asarray(s.logit_bias, np.float64).reshape(-1, 2).T
     return Rows(
         **{name: np.asarray([v[name] for v in values], dtype) for name, dtype in dtypes.items()},
-        bias_ids=np.asarray([[token for token, _ in row] for row in bias], np.int32),
-        bias_values=np.asarray([[value for _, value in row] for row in bias], np.float32),
+        bias_ids=bias[0].astype(np.int32),
+        bias_values=bias[1].astype(np.float32),
         key=np.asarray([[int(s.seed) >> 32, int(s.seed) & 0xFFFFFFFF] for s in samplings], np.uint32),
     )
 

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -114,11 +115,12 @@ class Load:
                     self.mixed += [i] if answer.text != self.expected[i] else []
 
 
-def start(args) -> tuple[subprocess.Popen, int]:
-    """Start a server of the run; return its process and port."""
+def start(args, files: int = 0) -> tuple[subprocess.Popen, int]:
+    """Start a server of the run, with so many open `files` at most; return its process and port."""
     flags = [f"--workdir={args.workdir}", "--port=0", f"--slots={args.slots}", f"--queue={args.clients}"]
     command = [sys.executable, "-m", "lowrank_jax.serve", *flags, f"--weights={args.weights}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=os.getcwd())
+    limited = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=os.getcwd(), preexec_fn=limited)
     for line in process.stderr:
         if line.startswith("listening on "):
             threading.Thread(target=lambda: print(process.stderr.read(), end="", file=sys.stderr), daemon=True).start()

@@ -1,5 +1,7 @@
 """API calls of any content are read or refused, and answers have the text and tokens of their pieces."""
 
+import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from lowrank_jax.inference.engine import Piece, Request
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.api import Call, Problem, Reply, Settings
+from lowrank_jax.inference.server.answers import Reply
+from lowrank_jax.inference.server.api import Call, Problem, Settings
 
 SETTINGS = Settings("m", 521, context=100, max_tokens=50, answers=8)
 
@@ -112,13 +115,83 @@ def test_pieces_of_any_size_give_the_same_text_and_tokens(tok, size, stop):
     assert choice["logprobs"]["top_logprobs"] == [{tok.decode([7]): -2.0} | {t.text: -1.0} for t in tokens]
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_parts_of_characters_have_their_bytes_and_the_letters_behind_them_their_places(tok, size):
+    letter = "\u6f22".encode()
+    ids = [*tok.encode("ba "), *(byte_id(tok, b) for b in letter), *tok.encode("x")]
+    ids += [byte_id(tok, letter[0]), *tok.encode("gu")]  # this letter never gets its other bytes
+    call = Call(True, (Request([1], 50),), 1, (), 0, stream=False, include_usage=False)
+    reply = Reply(call, tok, "m")
+    for piece in pieces(ids, size):
+        reply.answers[0].add(piece)
+    text = reply.answers[0].text
+    assert text == "ba \u6f22x\ufffdgu"
+    tokens = reply.answers[0].logprobs
+    assert [t.data for t in tokens] == [tok.bytes_of(i) for i in ids]
+    for token in tokens:
+        with contextlib.suppress(UnicodeDecodeError):
+            assert text[token.offset :].startswith(token.data.decode())
+    content = reply.whole()["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(t["bytes"]) for t in content) == b"ba " + letter + b"x" + letter[:1] + b"gu"
+
+
+def byte_id(tok, byte: int) -> int:
+    return next(i for i in range(tok.vocab_size) if tok.bytes_of(i) == bytes([byte]))
+
+
+def test_a_prompt_too_long_for_the_context_is_refused_before_it_is_encoded(tok, monkeypatch):
+    monkeypatch.setattr(type(tok), "encode", lambda *_: pytest.fail("it was encoded"))
+    settings = dataclasses.replace(SETTINGS, most_letters=1000)
+    many = [{"role": "user", "content": ""}] * 100
+    for is_chat, fields in (
+        (False, {"prompt": "\u2581" * 1001}),
+        (False, {"prompt": ["a" * 1001]}),
+        (True, {"messages": [{"role": "user", "content": "a" * 999}] * 2}),
+        (True, {"messages": many}),
+    ):
+        with pytest.raises(Problem) as e:
+            api.read(json.dumps(fields).encode(), is_chat, tok, settings)
+        assert (e.value.status, e.value.code) == (400, "context_length_exceeded")
+
+
+def test_nothing_is_encoded_for_a_client_that_has_left(tok):
+    calls = []
+    with pytest.raises(Problem) as e:
+        api.read(
+            b'{"prompt": ["a", "b", "c"]}', False, tok, SETTINGS, is_gone=lambda: calls.append(0) or len(calls) > 2
+        )
+    assert e.value.status == 499 and len(calls) == 3
+
+
+def test_the_log_probabilities_of_a_response_are_bounded_and_those_of_a_stream_are_not(tok):
+    settings = dataclasses.replace(SETTINGS, context=10_000, max_tokens=10_000)
+    fields = {"prompt": "a", "logprobs": 19, "max_tokens": 1250, "n": 4}
+    ask = lambda **more: api.read(json.dumps(fields | more).encode(), False, tok, settings)
+    assert len(ask().requests) == 4  # 100,000
+    with pytest.raises(Problem, match="105,000 log-probabilities"):
+        ask(logprobs=20)
+    assert len(ask(logprobs=20, stream=True).requests) == 4
+
+
+def test_a_stream_keeps_nothing_that_it_has_sent(tok):
+    call = Call(False, (Request([1], 50),), 1, (), 2, stream=True, include_usage=False)
+    reply, sent = Reply(call, tok, "m"), []
+    for piece in pieces(tok.encode("ba ce di fo gu"), 2):
+        sent.append(reply.answers[0].add(piece))
+    assert "".join(text for text, _ in sent) == "ba ce di fo gu" and all(tokens for _, tokens in sent)
+    assert reply.answers[0].text == "" and reply.answers[0].logprobs == []
+
+
 MESSAGES = [  # (chat?, fields, the whole message, param)
     (False, {"n": 0}, "n=0 must be an integer, at least 1", "n"),
     (False, {"n": True}, "n=true must be an integer, at least 1", "n"),
     (False, {"max_tokens": 1.5}, "max_tokens=1.5 must be an integer, at least 1", "max_tokens"),
     (False, {"stream": "yes"}, 'stream="yes" must be true or false', "stream"),
     (False, {"top_p": "x"}, "top_p='x' must be a number from 0 to 1", "top_p"),
-    (False, {"stop": ["a", ""]}, 'stop=["a", ""] must be a text or at most 4 texts, none of them empty', "stop"),
+    (False, {"stop": ["a", ""]}, 'stop=["a", ""] must be a text or at most 4 texts, each of 1 to 1024 letters', "stop"),
+    (False, {"stop": "a" * 1025}, 'stop="' + "a" * 59 + " must be a text or at most 4 texts, each", "stop"),
+    (False, {"stream_options": {}}, "stream_options needs stream to be true", "stream_options"),
+    (True, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not supported", "stream_options.x"),
     (False, {"logit_bias": {"1": 101}}, "logit_bias has (1, 101), which must be (token id, number", "logit_bias"),
     (False, {"preset": "x"}, 'preset="x" must be one of det, balanced, creative', "preset"),
     (False, {"prompt": None}, "prompt is missing; it must be a text", "prompt"),

@@ -210,6 +210,16 @@ def test_a_prompt_that_begins_like_the_last_one_is_not_read_again(alone):
     assert answers(alone, [(other, 10, GREEDY)]) == expected
 
 
+def test_latents_are_reused_for_their_owner_alone(alone):
+    ids = prompt(300, seed=11)
+    answers(alone, [(ids, 1, GREEDY)])
+    for owner, read in (("a", 0), ("a", 299), ("b", 0), ("", 0)):
+        alone.add(Request(ids, 1, GREEDY, owner=owner))
+        assert alone._read[0] == read, owner
+        while alone.free == 0:
+            alone.step()
+
+
 def test_a_request_gets_the_slot_that_has_read_most_of_it(together):
     first, second = prompt(100), prompt(101)
     answers(together, [([i], 1, GREEDY) for i in range(4)])

@@ -335,9 +335,9 @@ def jitted_logprobs(n):
     return jax.jit(functools.partial(sampling.logprobs, n=n))
 
 
-def test_one_program_serves_all_settings_and_bias_compiles_few():
+def test_one_program_serves_all_settings_and_any_number_of_biases():
     shape = lambda n: rows([OFF, Sampling(logit_bias=tuple((i, 1.0) for i in range(n)))]).bias_ids.shape[1]
-    assert [shape(n) for n in (0, 1, 2, 3, 17, 256, 257, 300)] == [8, 8, 8, 8, 32, 256, 512, 512]
+    assert {shape(n) for n in (0, 1, 2, 3, 17, 256, 257, 300)} == {300}
     c, counted = case(0), jax.jit(lambda *x: sampling.choose(*x))
     for s in (OFF, *PRESETS.values(), Sampling(0.5, 3, 0.5, 0.1, 1.2, 1.0, 1.0, 5, 2, ((3, -100.0),), 2**40)):
         counted(c.logits, rows([s] * B), c.tokens, c.lengths)

@@ -177,9 +177,10 @@ def test_closing_ends_every_request_and_nobody_waits_past_the_deadline():
     asyncio.run(run())
 
 
-def routes_over(tok, scheduler: Scheduler, timeout: float = 10.0, key: str = ""):
+def routes_over(tok, scheduler: Scheduler, timeout: float = 10.0, **access):
     """Return the routes as an application with a context so large that only `max_tokens` ends an answer."""
-    settings = Settings("m", tok.vocab_size, 10**9, max_tokens=10**8, answers=5, timeout=timeout, key=key)
+    access = {"hosts": ("test",)} | access
+    settings = Settings("m", tok.vocab_size, 10**9, max_tokens=10**8, answers=5, timeout=timeout, **access)
     return Server(scheduler, tok, settings).app()
 
 
@@ -202,12 +203,15 @@ ENDLESS = {"model": "m", "prompt": [500], "max_tokens": 10**8}
 def test_only_v1_needs_the_key(tok):
     async def run():
         async with scheduling() as (scheduler, *_):
-            app = routes_over(tok, scheduler, key="s3cret")
+            app = routes_over(tok, scheduler, keys=("s3cret",))
             async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as http:
                 for path, body in ((CHAT, "{}"), (TEXT, "{"), ("/v1/nothing", "")):
                     for key in (None, "Bearer s3cre", "Bearer s3crets", "s3cret", "Bearer "):
                         response = await http.post(path, content=body, headers={"Authorization": key} if key else {})
                         assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+                for scheme in ("Bearer", "bearer", "BEARER"):
+                    response = await http.get("/v1/models", headers={"Authorization": f"{scheme} s3cret"})
+                    assert response.status_code == 200
                 assert (await http.get("/healthz")).status_code == 200 and "<html" in (await http.get("/")).text
             with pytest.raises(openai.AuthenticationError):
                 await client_of(app, "wrong").models.list()

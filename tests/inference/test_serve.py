@@ -319,6 +319,9 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
     monkeypatch.setenv("LOWRANK_API_KEY", "of the environment")
     ends = sorted([model.tokenizer.eos, model.tokenizer.special(TURN_END)])
 
+    name = socket.gethostname().lower()
+    mine = lambda host: (host, name, f"{name}.local")
+
     def start(*flags: str) -> tuple[Settings, int]:
         server, scheduler = serve.prepare(serve.arguments(["--workdir=/runs/mine/", *flags]))
         scheduler.start()
@@ -327,12 +330,19 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
         assert not scheduler.thread.is_alive()
         return server.settings, scheduler.room
 
-    expected = Settings("mine", 400, 4096, 4096, answers=72, timeout=600.0, key="of the environment")
+    limits = {"hosts": mine("127.0.0.1"), "most_letters": 4096 * int(model.tokenizer.byte_lengths().max())}
+    expected = Settings("mine", 400, 4096, 4096, answers=72, timeout=600.0, keys=("of the environment",), **limits)
     assert start() == (expected, 72) and Idle.settings == {"stop_ids": ends, "slots": 8, "context": 4096}
     whole = Idle.weight_bytes
-    flags = ["--slots=3", "--context=99", "--queue=2", "--weights=int8", "--api_key=k", "--model_name=m"]
-    expected = Settings("m", 400, 99, 7, answers=5, timeout=2.5, key="k")
+    flags = ["--slots=3", "--context=99", "--queue=2", "--weights=int8", "--api_key=k,l", "--model_name=m"]
+    limits = {"hosts": mine("my.site"), "most_letters": 99 * int(model.tokenizer.byte_lengths().max())}
+    limits |= {"origins": ("https://a.b", "http://c:1"), "reuses_prefixes_of_all": False}
+    expected = Settings("m", 400, 99, 7, answers=5, timeout=2.5, keys=("k", "l"), **limits)
+    flags += ["--host=my.site", "--allow-origin=https://a.b, http://c:1"]
     assert start(*flags, "--max_tokens=7", "--timeout=2.5") == (expected, 5)
+    assert start("--reuse=key")[0].reuses_prefixes_of_all is False
+    assert start("--api_key=k,l", "--reuse=all")[0].reuses_prefixes_of_all is True
+    start(*flags)
     assert Idle.settings == {"stop_ids": ends, "slots": 3, "context": 99} and Idle.weight_bytes < 0.35 * whole
 
 
@@ -361,6 +371,7 @@ FLAGS = {
     "context": (["--workdir=x", "--context=1"], ["--context"]),
     "timeout": (["--workdir=x", "--timeout=nan"], ["--timeout"]),
     "key": (["--workdir=x", "--api_key="], ["--api_key"]),
+    "origin": (["--workdir=x", "--allow-origin=example.org"], ["--allow-origin", "https://"]),
     "weights": (["--workdir=x", "--weights=int3"], ["--weights", "int8"]),
 }
 

@@ -21,7 +21,8 @@ from lowrank_jax.data.tokenizer import EOS, TURN_END, TURN_START
 from lowrank_jax.inference import quantize, session
 from lowrank_jax.inference.engine import Request
 from lowrank_jax.inference.sampling import PRESETS, Sampling
-from lowrank_jax.inference.session import Conversation, Model, Writer
+from lowrank_jax.inference.session import Conversation, Model
+from lowrank_jax.inference.text_stream import Writer
 
 IMPORT = """
 import sys

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax.inference.session import Writer
+from lowrank_jax.inference.text_stream import Writer
 
 TEXTS = st.text(
     st.sampled_from("abc. \n") | st.sampled_from("äß漢字🙂👩‍👩‍👧é\ufffd") | st.characters(codec="utf-8"), max_size=60

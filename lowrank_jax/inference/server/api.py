@@ -1,4 +1,4 @@
-"""OpenAI's text API: bodies of requests (Chat and Completion below), checked and read, and answers in its shapes.
+"""OpenAI's text API: the bodies of requests (Chat and Completion below), checked and read; answers.py has the rest.
 
 - A field that is null, or has the value that the server implies (NEUTRAL), counts as absent.
 - Fields that do not change the answer are ignored (IGNORED).
@@ -13,33 +13,34 @@ import json
 import operator
 import re
 import secrets
-import time
-import uuid
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.data.tokenizer import Tokenizer
-from lowrank_jax.inference.engine import MOST_ALTERNATIVES, Piece, Request
+from lowrank_jax.inference.engine import MOST_ALTERNATIVES, Request
 from lowrank_jax.inference.sampling import NUMBERS, PRESETS, Sampling
-from lowrank_jax.inference.session import Writer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions
-MOST_STOPS = 4
+MOST_STOPS, MOST_STOP_LETTERS = 4, 1024
+MOST_LOGPROBS = 100_000  # of one response, chosen tokens and alternatives: about 30 MB; a stream has no limit
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 IGNORED |= {"service_tier", "parallel_tool_calls"}
 NEUTRAL = {"tools": ([],), "functions": ([],), "echo": (False,), "suffix": ("",), "best_of": (1,)}
 NEUTRAL |= {"tool_choice": ("none", "auto"), "function_call": ("none", "auto")}
 NEUTRAL |= {"response_format": ({"type": "text"},), "modalities": (["text"],)}
 DRAWN = NUMBERS.keys() - {"seed"}
-Text = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP_LETTERS)]
 Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
-Stops = Text | Annotated[list[Text], Field(max_length=MOST_STOPS, fail_fast=True)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
 Prompts = str | Ids | Annotated[list[str | Ids], Field(min_length=1, fail_fast=True)]
 PROMPTS = "a text, a list of texts, a list of token ids or a list of such lists, none of them empty"
+
+
+CLIENT_GONE = 499  # the status in the metrics of a request whose client disconnected
 
 
 class Problem(Exception):
@@ -89,7 +90,10 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool | None = Field(False, strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False  # OpenAI pads its events; ours are not padded
 
 
 class Body(BaseModel):
@@ -100,9 +104,9 @@ class Body(BaseModel):
     model: str | None = _field(None, "a text")
     max_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
     n: int = _field(1, "an integer, at least 1", ge=1)
-    stop: Stops = _field([], f"a text or at most {MOST_STOPS} texts, none of them empty")
+    stop: Stops = _field([], f"a text or at most {MOST_STOPS} texts, each of 1 to {MOST_STOP_LETTERS} letters")
     stream: bool = _field(False, "true or false")
-    stream_options: StreamOptions = _field(StreamOptions(), "an object in which include_usage is true or false")
+    stream_options: StreamOptions | None = _field(None, "an object with include_usage, which is true or false")
     preset: Literal[*PRESETS] | None = _field(None, f"one of {', '.join(PRESETS)}")
     logit_bias: dict = _field({}, "an object of token ids with a number from -100 to 100 each")
     seed: int | None = _field(None, "an integer")
@@ -139,7 +143,11 @@ class Settings:
     max_tokens: int  # of an answer
     answers: int  # of one API call
     timeout: float = 600.0  # seconds from a call to the end of its answers
-    key: str = ""  # empty: no key is needed
+    keys: tuple[str, ...] = ()  # one of which clients must send; none: no key is needed
+    origins: tuple[str, ...] = ()  # of pages of other sites that may use the server; "*": all
+    hosts: tuple[str, ...] = ()  # names of this machine, beside its addresses and localhost
+    most_letters: int = 1 << 22  # of a prompt: more never fit in the context
+    reuses_prefixes_of_all: bool = True  # False: an answer is sped up by prompts of the same key alone
 
 
 @dataclass(frozen=True)
@@ -155,28 +163,46 @@ class Call:
     include_usage: bool  # at the end of a stream
 
 
-def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> Call:
-    """Return the API call in a body of JSON; raises Problem if the server cannot answer it as it is meant."""
+def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, owner="", is_gone=lambda: False) -> Call:
+    """Return the API call in a body of JSON; raises Problem if the server cannot answer it as it is meant.
+
+    `owner` is the key's holder, whose prompts may share a prefix. Once `is_gone()` is true no further prompt is
+    encoded.
+    """
     fields = _json(data)
     drawn = {name: value for name in DRAWN if (value := fields.pop(name, None)) is not None}
     model = fields.get("model")
     if isinstance(model, str) and model != settings.model:
         message = f"the model {model[:100]!r} does not exist: this is {settings.model!r}"
         raise Problem(404, message, "model", "model_not_found")
+    name = "messages" if is_chat else "prompt"
+    if isinstance(listed := fields.get(name), list) and len(listed) > max(settings.context, settings.answers):
+        message = f"{name} of {len(listed):,} parts do not fit in a context of {settings.context} tokens"
+        raise Problem(400, message, name, "context_length_exceeded")  # before each is checked: 110,000 take a second
     body = _checked(Chat if is_chat else Completion, fields)
     sources = [body.messages] if is_chat else body.prompts()
     if body.n * len(sources) > settings.answers:  # before any of them is encoded
         name = "prompt" if len(sources) > settings.answers else "n"
         raise Problem(400, f"this server gives at most {settings.answers} answers to a request", name)
-    prompts = [_ids(source, is_chat, tokenizer, settings) for source in sources]
     if is_chat and body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    if body.stream_options and not body.stream:
+        raise Problem(400, "stream_options needs stream to be true", "stream_options")
     logprobs = (body.top_logprobs if body.logprobs else None) if is_chat else body.logprobs
     sampling, max_new = _sampling(body, drawn, settings), _max_tokens(body, is_chat, settings)
-    samplings = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n)]
     alternatives = 0 if logprobs is None else max(1, logprobs)
-    requests = tuple(Request(ids, max_new, drawing, alternatives) for ids in prompts for drawing in samplings)
-    usage, length = bool(body.stream_options.include_usage), sum(map(len, prompts))
+    entries = body.n * len(sources) * max_new * (alternatives and 1 + alternatives)
+    if entries > MOST_LOGPROBS and not body.stream:
+        message = f"{entries:,} log-probabilities are more than the {MOST_LOGPROBS:,} of one response"
+        raise Problem(400, f"{message}; ask for fewer tokens or alternatives, or for a stream", "logprobs")
+    prompts = []
+    for source in sources:
+        if is_gone():
+            raise Problem(CLIENT_GONE, "the client has left")
+        prompts.append(_ids(source, is_chat, tokenizer, settings))
+    samplings = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n)]
+    requests = tuple(Request(ids, max_new, drawing, alternatives, owner) for ids in prompts for drawing in samplings)
+    usage, length = bool(body.stream_options and body.stream_options.include_usage), sum(map(len, prompts))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     return Call(is_chat, requests, length, stop, logprobs, body.stream, usage)
 
@@ -204,10 +230,11 @@ def _checked(kind: type[Body], fields: dict) -> Body:
         return kind.model_validate(fields)
     except ValidationError as e:
         error = e.errors(include_url=False, include_context=False)[0]
-    place = error["loc"][: 3 if error["loc"][:1] == ("messages",) else 1]  # of the wrong field
+    depth = {"messages": 3, "stream_options": 2 if error["type"] == "extra_forbidden" else 1}
+    place = error["loc"][: depth.get(error["loc"][0], 1)]  # of the wrong field
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:100]}" for part in place)[1:]
     if error["type"] == "extra_forbidden":
-        code = "unsupported_parameter" if len(place) == 1 else None
+        code = None if place[0] == "messages" else "unsupported_parameter"
         raise Problem(400, f"{path} is not supported by this server", path, code)
     field = {1: kind.model_fields, 3: Message.model_fields}.get(len(place), {}).get(place[-1])
     description = field.description if field else "an object with role and content"
@@ -219,6 +246,10 @@ def _checked(kind: type[Body], fields: dict) -> Body:
 
 def _ids(source: list[Message] | str | list[int], is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> list[int]:
     name = "messages" if is_chat else "prompt"
+    letters = sum(len(m.plain()["content"]) + 1 for m in source) if is_chat else len(source)
+    if letters > settings.most_letters or (is_chat and len(source) >= settings.context):
+        message = f"a prompt of {letters:,} letters does not fit in a context of {settings.context} tokens"
+        raise Problem(400, message, name, "context_length_exceeded")
     try:
         if is_chat:
             ids = [tokenizer.bos, *chat.encode(tokenizer, [message.plain() for message in source], prompt=True)[0]]
@@ -256,114 +287,3 @@ def _sampling(body: Body, drawn: dict, settings: Settings) -> Sampling:
     except UsageError as e:
         setting = re.match(r"\w+", str(e))  # the message begins with the setting's name
         raise Problem(400, str(e), setting[0] if setting and setting[0] in values | drawn else None) from None
-
-
-class Token(NamedTuple):
-    """A token of an answer with its log-probability."""
-
-    offset: int  # the place in the answer's text where it begins
-    text: str
-    logprob: float
-    top: list[tuple[str, float]]  # the most likely tokens, in order
-
-
-class Answer:
-    """An answer as its pieces arrive: `text` and `logprobs` are what the client may see of it so far.
-
-    A token is sent with the text that it begins. So the symbol that ends an answer and the tokens behind a stop string
-    are never sent.
-    """
-
-    def __init__(self, call: Call, tokenizer: Tokenizer):
-        self.text, self.finish = "", None
-        self.tokens = 0  # up to and including the one that ended it
-        self.logprobs: list[Token] = []
-        self._call, self._tokenizer, self._writer = call, tokenizer, Writer(tokenizer, call.stop)
-        self._waiting: list[Token] = []
-        self._symbols = {i: name for name, i in tokenizer.specials.items()}
-
-    def add(self, piece: Piece) -> tuple[str, list[Token]]:
-        """Return the new text, and its tokens if the call asks for log-probabilities."""
-        new = ""
-        for n, i in enumerate(piece.ids):
-            self.tokens += 1
-            if self._call.logprobs is not None:
-                logprob, top = piece.logprobs[n]
-                top = [(self._text_of(other), p) for other, p in top[: self._call.logprobs]]
-                self._waiting.append(Token(self._writer.decoded, self._text_of(i), logprob, top))
-            new += self._writer.add([i])
-            if self._writer.stopped:
-                break
-        if piece.finish and not self._writer.stopped:
-            new += self._writer.end()
-        self.finish = "stop" if self._writer.stopped else piece.finish
-        self.text += new
-        tokens = [token for token in self._waiting if token.offset < len(self.text)]
-        self._waiting = self._waiting[len(tokens) :]
-        self.logprobs += tokens
-        return new, tokens
-
-    def _text_of(self, i: int) -> str:
-        return self._symbols[i] if i in self._symbols else self._tokenizer.decode([i])
-
-
-class Reply:
-    """The answers to one call, and the JSON objects that show them: whole, or as the events of a stream."""
-
-    def __init__(self, call: Call, tokenizer: Tokenizer, model: str):
-        self.answers = [Answer(call, tokenizer) for _ in call.requests]
-        self._call, name = call, "chatcmpl" if call.is_chat else "cmpl"
-        self._head = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self) -> dict:
-        """Return the response to a call that is no stream."""
-        message = lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}}
-        content = message if self._call.is_chat else lambda text: {"text": text}
-        choices = [self._choice(i, content(a.text), a.logprobs, a.finish) for i, a in enumerate(self.answers)]
-        kind = "chat.completion" if self._call.is_chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
-
-    def first(self, i: int) -> dict:
-        """Return the event of a chat stream that opens answer i."""
-        return self._event(self._choice(i, {"delta": {"role": "assistant", "content": ""}}, [], None))
-
-    def piece(self, i: int, text: str, tokens: list[Token]) -> dict:
-        """Return the event of a stream for a new piece of answer i."""
-        content = {"delta": {"content": text} if text else {}} if self._call.is_chat else {"text": text}
-        return self._event(self._choice(i, content, tokens, self.answers[i].finish))
-
-    def last(self) -> dict:
-        """Return the event that ends a stream with `include_usage`."""
-        return self._event() | {"usage": self._usage()}
-
-    def _usage(self) -> dict:
-        read, written = self._call.prompt_tokens, sum(answer.tokens for answer in self.answers)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-    def _event(self, *choices: dict) -> dict:
-        kind = "chat.completion.chunk" if self._call.is_chat else "text_completion"
-        usage = {"usage": None} if self._call.include_usage else {}
-        return {**self._head, "object": kind, "choices": choices, **usage}
-
-    def _choice(self, i: int, content: dict, tokens: list[Token], finish: str | None) -> dict:
-        shape = _chat_logprobs if self._call.is_chat else _completion_logprobs
-        logprobs = None if self._call.logprobs is None else shape(tokens)
-        return {"index": i, **content, "logprobs": logprobs, "finish_reason": finish}
-
-
-def _chat_logprobs(tokens: list[Token]) -> dict:
-    # A text with U+FFFD is part of a character, whose bytes it does not show.
-    bytes_of = lambda text: None if "\ufffd" in text else list(text.encode())
-    entry = lambda text, logprob: {"token": text, "logprob": logprob, "bytes": bytes_of(text)}
-    content = [entry(t.text, t.logprob) | {"top_logprobs": [entry(*other) for other in t.top]} for t in tokens]
-    return {"content": content, "refusal": None}
-
-
-def _completion_logprobs(tokens: list[Token]) -> dict:
-    return {
-        "tokens": [t.text for t in tokens],
-        "token_logprobs": [t.logprob for t in tokens],
-        # If several tokens have the same text, the most likely one counts. The chosen token is always included.
-        "top_logprobs": [{t.text: t.logprob} | dict(reversed(t.top)) for t in tokens],
-        "text_offset": [t.offset for t in tokens],
-    }

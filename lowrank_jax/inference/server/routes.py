@@ -6,17 +6,23 @@ Every error has OpenAI's shape and leaves the server running. A client that disc
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
+import io
+import ipaddress
 import json
 import pathlib
 import re
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 
 import prometheus_client as prometheus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -24,13 +30,14 @@ from starlette.routing import Route
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
-from lowrank_jax.inference.server.api import Call, Problem, Reply, Settings
+from lowrank_jax.inference.server.answers import Reply
+from lowrank_jax.inference.server.api import CLIENT_GONE, Call, Problem, Settings
 from lowrank_jax.inference.server.scheduler import Scheduler
 
 PAGE = pathlib.Path(__file__).with_name("chat.html")
 MOST_BYTES = 4 << 20  # of a body
+READERS = 4  # threads that read bodies: their turns of the interpreter must leave time for the event loop
 SLOW = 30.0  # seconds that a client may take to send its body, and to read its answer
-CLIENT_GONE = 499  # the status in the metrics of a request whose client disconnected
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}  # of errors
 
@@ -61,6 +68,8 @@ class Server:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, settings: Settings):
         self.scheduler, self.tokenizer, self.settings = scheduler, tokenizer, settings
         self.metrics = Metrics(scheduler)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._writing = asyncio.Lock()
         self._page = PAGE.read_text(encoding="utf-8")
         openai = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "lowrank_jax"}
         limits = {"context": settings.context, "max_tokens": min(settings.max_tokens, settings.context)}
@@ -73,6 +82,7 @@ class Server:
             Route("/", self.page),
             Route("/v1/chat/completions", self.answer, methods=["POST"]),
             Route("/v1/completions", self.answer, methods=["POST"]),
+            Route("/v1/responses", self.no_responses, methods=["GET", "POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/healthz", self.health),
@@ -80,6 +90,14 @@ class Server:
         ]
         handlers = dict.fromkeys((Problem, HTTPException, ClientDisconnect, 500), _respond_to)
         inside = Starlette(routes=routes, exception_handlers=handlers)
+
+        async def guarded(scope, receive, send):
+            problem = self._unwelcome(scope)
+            await (_refusal(problem) if problem else inside)(scope, receive, send)
+
+        if origins := self.settings.origins or (("*",) if self.settings.keys else ()):
+            shared = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"], "max_age": 600}
+            guarded = CORSMiddleware(guarded, allow_origins=origins, **shared)  # answers a browser that asks first
 
         async def app(scope, receive, send):
             status = CLIENT_GONE
@@ -92,8 +110,7 @@ class Server:
                 await send(message)
 
             try:
-                problem = self._unwelcome(scope)
-                await (_refusal(problem) if problem else inside)(scope, receive, sending)
+                await guarded(scope, receive, sending)
             finally:
                 status = CLIENT_GONE if "client_gone" in scope else status
                 route = scope["route"].path if "route" in scope else "other"
@@ -102,15 +119,26 @@ class Server:
         return app
 
     def _unwelcome(self, scope) -> Problem | None:
+        """Return the reason why this caller gets no answer; set the scope's `owner` to the holder of its key."""
+        headers, settings = dict(scope["headers"]), self.settings
+        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin", b"").decode("latin-1")
+        # A page of another site can give its own name this machine's address (DNS rebinding): it sends that name.
+        if not settings.keys and not _is_own(host, settings.hosts):
+            message = f"without an API key, this server does not answer to the name {host[:100]!r}"
+            return Problem(403, f"{message}; start it with --host=NAME or with a key", code="unknown_host")
         if not scope["path"].startswith("/v1/"):
             return None
-        headers, key = dict(scope["headers"]), self.settings.key
-        if key and not hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode()):
-            return Problem(401, "the API key is missing or wrong", code="invalid_api_key")
         # Browsers name the page that sends a request. Without a key, any page could use this server.
-        origin = headers.get(b"origin")
-        if not key and origin is not None and origin.partition(b"//")[2] != headers.get(b"host"):
-            return Problem(403, "pages of other sites need a server with an API key", code="foreign_origin")
+        is_foreign = bool(origin) and origin.partition("//")[2] != host
+        if is_foreign and not (settings.keys and not settings.origins) and not {"*", origin} & set(settings.origins):
+            message = "pages of other sites need --allow-origin, or a server with an API key"
+            return Problem(403, message, code="foreign_origin")
+        scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
+        matches = [hmac.compare_digest(sent.strip(), key.encode()) for key in settings.keys]
+        if settings.keys and not (scheme.lower() == b"bearer" and any(matches)):
+            return Problem(401, "the API key is missing or wrong", code="invalid_api_key")
+        if not settings.reuses_prefixes_of_all:
+            scope["owner"] = str(matches.index(True)) if matches else ""
         return None
 
     async def page(self, request: Request) -> Response:
@@ -134,11 +162,16 @@ class Server:
             raise Problem(404, f"the model {name[:100]!r} does not exist", "model", "model_not_found")
         return _json(self._model)
 
+    async def no_responses(self, request: Request) -> Response:
+        message = "this server has no Responses API; use /v1/chat/completions (client.chat.completions.create)"
+        raise Problem(404, message, code="unsupported_endpoint")
+
     async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
         data, is_chat = await _body(request), request.url.path.endswith("/chat/completions")
-        # Encoding a long prompt takes a while, for which other requests need not wait.
-        call = await asyncio.to_thread(api.read, data, is_chat, self.tokenizer, self.settings)
+        call = await self._read(request, data, is_chat)
+        if call is None:
+            return Response(status_code=CLIENT_GONE)
         work = Work(self, call, deadline)
         if call.stream:
             return self._stream(work)
@@ -146,7 +179,23 @@ class Server:
             response = await _while_connected(request.scope, request.receive, work.whole())
         finally:
             work.ticket.cancel()
-        return Response(status_code=CLIENT_GONE) if response is None else _json(response)
+        if response is None:
+            return Response(status_code=CLIENT_GONE)
+        async with self._writing:  # one at a time: log-probabilities take ten times the memory of their JSON
+            return Response(await asyncio.to_thread(_in_pieces, response), media_type="application/json")
+
+    async def _read(self, request: Request, data: bytes, is_chat: bool) -> Call | None:
+        """Read the call in a thread, for which other requests need not wait; return None if the client leaves."""
+        has_left = threading.Event()
+        owner = request.scope.get("owner", "")
+        read = functools.partial(api.read, owner=owner, is_gone=has_left.is_set)
+        work = asyncio.get_running_loop().run_in_executor(
+            self._readers, read, data, is_chat, self.tokenizer, self.settings
+        )
+        try:
+            return await _while_connected(request.scope, request.receive, _awaited(work))
+        finally:
+            has_left.set()
 
     def _stream(self, work: "Work") -> Callable:
         """Return an ASGI response of server-sent events, for as long as the client stays and reads."""
@@ -257,6 +306,26 @@ async def _body(request: Request) -> bytes:
     if size > MOST_BYTES:
         raise Problem(413, f"the body must have at most {MOST_BYTES} bytes")
     return b"".join(parts)
+
+
+async def _awaited(future):
+    return await future
+
+
+def _in_pieces(value: dict) -> bytes:
+    """Return JSON, encoded in Python: C's encoder would hold all threads until a large value is done."""
+    text = io.StringIO()
+    for piece in json.JSONEncoder().iterencode(value):
+        text.write(piece)
+    return text.getvalue().encode()
+
+
+def _is_own(host: str, names: tuple[str, ...]) -> bool:
+    """Return whether a Host header names this machine: an address, localhost, or one of `names`; or nothing."""
+    name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name in ("", "localhost", *names) or name.endswith(".localhost")
 
 
 def _json(value: dict, status: int = 200, headers: dict | None = None) -> Response:

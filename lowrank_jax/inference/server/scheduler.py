@@ -62,10 +62,11 @@ class Scheduler:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Make the engine, fill all slots and read chunks of every size, so that no request waits for a compilation."""
+        """Make the engine, fill each number of slots and read chunks of every size: later, nothing is compiled."""
         engine = self._engine = self._make()
-        slots = engine.free
-        for lengths in ([2] * slots, [min(CHUNKS[0], engine.context - 2)]):
+        slots, sizes = engine.free, [1 << n for n in range(engine.free.bit_length())]
+        rounds = [[2] * size for size in {*sizes, slots}] + [[min(size, engine.context - 2)] for size in CHUNKS]
+        for lengths in rounds:
             for length in lengths:
                 engine.add(Request([0] * length, 2))
             while engine.free < slots:
