@@ -31,6 +31,7 @@ from lowrank_jax.inference.server.connections import BACKLOG, IDLE_SECONDS, Conn
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.machine import console
+from lowrank_jax.model import costs
 from lowrank_jax.training.trained import open_run
 
 GRACE = 3.0  # seconds that active requests have after a signal
@@ -104,6 +105,7 @@ def prepare(args) -> tuple[Server, Scheduler]:
         keys=keys,
         origins=_listed(args.allow_origin),
         hosts=(args.host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"),
+        cache_bytes=tuple(costs.kv_bytes_per_token(run.config.model, weights.norm.dtype.itemsize).values()),
         most_letters=args.context * int(run.tokenizer.byte_lengths().max()),
         reuses_prefixes_of_all=(args.reuse or ("key" if len(keys) > 1 else "all")) == "all",
     )
