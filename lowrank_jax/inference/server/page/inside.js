@@ -12,20 +12,15 @@ const FINISH = { stop: "the model ended it", length: "limit of new tokens", cont
 // Returns tokens as units that can be shown: those that are parts of one character are together.
 function unitsOf(tokens) {
   const units = [];
-  let bytes = [];
+  let bytes = [];  // of the last unit, as long as its character may lack some
   tokens.forEach((token, i) => {
-    if (bytes.length && token.bytes) {
-      bytes.push(...token.bytes);
-      units.at(-1).logprob += token.logprob;
-    } else {
-      bytes = token.bytes ? [...token.bytes] : [];
-      units.push({ ...token, at: i });
-    }
+    if (bytes.length && token.bytes) units.at(-1).logprob += token.logprob;
+    else units.push({ ...token, at: i });
+    bytes = token.bytes ? [...bytes, ...token.bytes] : [];
     if (!bytes.length) return;
-    try {
-      units.at(-1).text = new TextDecoder("utf-8", { fatal: true }).decode(new Uint8Array(bytes));
-      bytes = [];
-    } catch {}  // more bytes follow
+    const text = new TextDecoder().decode(new Uint8Array(bytes));
+    units.at(-1).text = text;
+    if (!text.includes("\ufffd") || bytes.length > 3) bytes = [];
   });
   return units;
 }
