@@ -96,11 +96,12 @@ async function answerFrom(which, before, reply, signal) {
   const continues = Boolean(reply.content), own = continues ? [{ ...reply }] : [];
   const records = preferences.record && (!continues || Boolean(reply.tokens));  // never of a part alone
   if (!records) delete reply.tokens;
-  let turns = fitting(turnsOf([...before, ...own]), which.settings, tokensPerLetter(before));
+  const settings = settingsOf(which);
+  let turns = fitting(turnsOf([...before, ...own]), settings, tokensPerLetter(before));
   for (;;) {
     reply.from = turns[0].id;
     try {
-      const body = requestFor(turns, which.settings, continues, records);
+      const body = requestFor(turns, settings, continues, records);
       return await receive(reply, body, lettersIn(turns), signal);
     } catch (e) {
       const shorter = e.code === "context_length_exceeded" ? withoutOldest(turns) : null;

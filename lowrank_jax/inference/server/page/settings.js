@@ -14,6 +14,9 @@ function loadPreferences() {
   return { theme: theme ?? "auto", record: record ?? true, chat: { ...CHAT_DEFAULTS, ...own } };
 }
 
+// Returns a chat's own settings, and those of new chats for what it leaves open.
+const settingsOf = which => ({ ...preferences.chat, ...which.settings });
+
 function keepPreferences() {
   try { localStorage.setItem(PREFERENCES, JSON.stringify(preferences)) } catch {}
   paint();
@@ -25,7 +28,7 @@ function paint() {
 }
 
 function openChatSettings() {
-  const form = $("chat-settings").querySelector("form"), values = { ...CHAT_DEFAULTS, ...chat.settings };
+  const form = $("chat-settings").querySelector("form"), values = settingsOf(chat);
   form.preset.replaceChildren(...Object.keys(model?.presets ?? { [values.preset]: 0 }).map(name => new Option(name, name)));
   for (const name of Object.keys(CHAT_DEFAULTS)) form[name].value = values[name] ?? "";
   if (model) form.max_tokens.max = model.max_tokens;

@@ -121,7 +121,9 @@ function checkedChat(value) {
   const time = (x, otherwise) => Number.isFinite(x) ? x : otherwise;
   const object = x => x && typeof x === "object" && !Array.isArray(x) ? x : null;
   const chat = { id: text(value.id, newId()), time: time(value.time, Date.now()), shown: object(value.shown) ?? {} };
-  chat.settings = object(value.settings) ?? {};
+  const isSetting = ([name, x]) => ["system", "preset"].includes(name) ? typeof x === "string"
+    : ["temperature", "top_p", "max_tokens"].includes(name) && Number.isFinite(x);
+  chat.settings = Object.fromEntries(Object.entries(object(value.settings) ?? {}).filter(isSetting));
   let after = "";
   chat.messages = value.messages.filter(m => m?.role !== "system" && m?.role !== "developer").map((m, i) => {
     if (!["user", "assistant"].includes(m?.role) || typeof m.content !== "string") {
