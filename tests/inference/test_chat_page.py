@@ -52,7 +52,9 @@ def visit(browser, server, reference):
     def watch(page):
         page.on("pageerror", lambda e: errors.append(str(e)))
         page.on("console", lambda m: errors.append(m.text) if "Content Security" in m.text else None)
-        page.on("request", lambda r: errors.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else 0)
+        page.on(
+            "request", lambda r: errors.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else 0
+        )
 
     def open_page(width: int = 1000, height: int = 700, max_tokens: int = 30, key: str = KEY, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
@@ -247,7 +249,11 @@ def test_two_tabs_of_one_chat_show_and_keep_what_both_write(visit):
 
 def test_chats_of_earlier_versions_are_taken_over_and_what_cannot_be_read_stays(visit):
     page = visit()
-    old = {"id": "abc", "time": 5, "messages": [{"role": "user", "content": "Old"}, {"role": "assistant", "content": "Yes"}]}
+    old = {
+        "id": "abc",
+        "time": 5,
+        "messages": [{"role": "user", "content": "Old"}, {"role": "assistant", "content": "Yes"}],
+    }
     page.evaluate("old => { localStorage['lowrank.chat.abc'] = JSON.stringify(old) }", old)
     page.evaluate("localStorage['lowrank.chat.bad'] = '{'")
     page.reload()
@@ -280,7 +286,12 @@ def test_chats_are_exported_and_imported(visit):
     assert page.locator(".chat").count() == 3
     newer = json.dumps(json.loads(content) | {"version": 99})
     no_text = json.dumps({"messages": [{"role": "user", "content": 1}]})
-    for bad, reason in (("no", "not JSON"), (newer, "newer version"), ("[1]", "no list of messages"), (no_text, "a text")):
+    for bad, reason in (
+        ("no", "not JSON"),
+        (newer, "newer version"),
+        ("[1]", "no list of messages"),
+        (no_text, "a text"),
+    ):
         upload(page, "bad.json", bad)
         page.wait_for_selector(f"[role=alert] >> text={reason}")
     assert page.locator(".chat").count() == 3
@@ -467,8 +478,10 @@ def test_a_look_inside_shows_probabilities_alternatives_and_the_cache(visit, ser
     page.locator(".other:not([disabled])").last.click()  # the answer goes on with another token
     page.wait_for_selector("text=2/2")
     assert len(answered(page, 2)[1]) > 1
-    one = page.evaluate("unitsOf([{text: '\\ufffd', logprob: -1, bytes: [0xc3], top: []}, "
-                        "{text: '\\ufffd', logprob: -1, bytes: [0xa9], top: []}]).map(u => [u.text, u.logprob])")
+    one = page.evaluate(
+        "unitsOf([{text: '\\ufffd', logprob: -1, bytes: [0xc3], top: []}, "
+        "{text: '\\ufffd', logprob: -1, bytes: [0xa9], top: []}]).map(u => [u.text, u.logprob])"
+    )
     assert one == [["\u00e9", -2]]  # parts of a character are shown as one
 
 

@@ -163,6 +163,7 @@ class Call:
     logprobs: int | None  # alternatives per token in the response; None: no log-probabilities
     stream: bool
     include_usage: bool  # at the end of a stream
+    begun: tuple[int, ...] = ()  # the last ids of the answer that is continued
 
 
 def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, owner="", is_gone=lambda: False) -> Call:
@@ -209,7 +210,8 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, o
     requests = tuple(Request(ids, max_new, drawing, alternatives, owner) for ids in prompts for drawing in samplings)
     usage, length = bool(body.stream_options and body.stream_options.include_usage), sum(map(len, prompts))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    return Call(is_chat, requests, length, stop, logprobs, body.stream, usage)
+    begun = tuple(prompts[0][-8:]) if continues and body.messages[-1].plain()["content"] else ()
+    return Call(is_chat, requests, length, stop, logprobs, body.stream, usage, begun)
 
 
 def _json(data: bytes) -> dict:

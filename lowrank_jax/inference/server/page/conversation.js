@@ -24,11 +24,13 @@ function newMessage(role, content, after, slot = null) {
 
 // Keeps new or changed messages of a chat, and shows them.
 async function keep(which, records, fields = {}, isNew = false) {
-  if (which.id === chat.id) for (const record of records) messages.set(record.id, record);
-  for (const record of records) which.shown[record.slot] = record.id;
-  Object.assign(which, fields);
-  if (which.id === chat.id) draw();
-  const shown = Object.fromEntries(records.map(record => [record.slot, record.id]));
+  const versions = records.filter(record => record.slot !== record.id || which.shown[record.slot]);
+  const shown = Object.fromEntries(versions.map(record => [record.slot, record.id]));
+  for (const copy of which.id === chat.id ? [which, chat] : [which]) Object.assign(copy, fields, { shown: { ...copy.shown, ...shown } });
+  if (which.id === chat.id) {
+    for (const record of records) messages.set(record.id, record);
+    draw();
+  }
   try {
     await write(which, { ...fields, shown }, records, isNew);
   } catch (e) {
@@ -139,8 +141,8 @@ async function receive(reply, body, letters, signal) {
     if (choice?.delta.content) {
       firstAt ||= now;
       stats.first = (firstAt - began) / 1000;
-      stats.seconds = before.seconds + (now - firstAt) / 1000;
     }
+    if (choice) stats.seconds = before.seconds + (now - began) / 1000;
     stats.tokens = before.tokens + count;
     grow(reply);
     if (now - saved > SAVE_EVERY + 20 * cost) {
@@ -218,6 +220,9 @@ async function showChat(which) {
 
 // Takes over what another tab wrote.
 async function listen({ data }) {
+  if (!database) return;
+  const stored = await storedChat(data.chat);
+  if (!stored) stopAll(data.chat);
   for (const m of data.chat === chat.id ? data.messages : []) {
     if (writing.has(m.id)) continue;
     const whole = m.state === "writing" ? null : await storedMessage(m.id);
@@ -226,13 +231,11 @@ async function listen({ data }) {
     setTimeout(draw, LIVE + 100);
   }
   if (data.chat === chat.id && chat.time) {
-    const stored = await storedChat(chat.id);
     if (!stored) {
-      stopAll(chat.id);
       toast("This chat was deleted in another tab");
       return showChat(null);
     }
-    chat = stored;
+    Object.assign(chat, stored);
     if (!data.messages.length) for (const m of await messagesOf(chat.id)) if (!writing.has(m.id)) messages.set(m.id, m);
     draw();
   }

@@ -1,6 +1,7 @@
 "use strict";
 // A look inside an answer: each token's probability as a shade, its alternatives, its speed, and the cache's size.
 
+const MOST_SURPRISE = 6;  // nats: a token of 0.25 % has the full shade
 const percent = logprob => {
   const p = Math.exp(logprob) * 100;
   return p >= 99.95 ? "100 %" : p >= 10 ? `${p.toFixed(0)} %` : p >= 0.1 ? `${p.toFixed(1)} %` : "< 0.1 %";
@@ -48,7 +49,7 @@ function tokenView(reply, takeOther) {
     element.setAttribute("role", "option");
     element.setAttribute("aria-selected", "false");
     element.setAttribute("aria-label", `${visible(unit.text)}, ${percent(unit.logprob)}`);
-    element.style.setProperty("--doubt", `${Math.round((1 - Math.exp(unit.logprob)) * 100)}%`);
+    element.style.setProperty("--doubt", `${Math.min(100, Math.round(unit.logprob / -MOST_SURPRISE * 100))}%`);
     list.append(element);
   });
   const indexOf = event => [...list.children].indexOf(event.target.closest(".token"));
@@ -81,7 +82,8 @@ function showToken(card, reply, unit, takeOther) {
     if (isChosen([text])) row.classList.add("chosen");
     return row;
   });
-  card.replaceChildren(head, make("div", "others", ...rows));
+  const hint = rows.some(row => !row.disabled) ? make("p", "hint", "Choose another token to go on from there.") : null;
+  card.replaceChildren(head, make("div", "others", ...rows), hint ?? "");
 }
 
 // Returns the answer's numbers, and the cache beside that of dense attention.
