@@ -90,7 +90,7 @@ function showToken(card, reply, unit, takeOther) {
 function statsView(reply) {
   const { stats, usage, tokens } = reply, list = make("dl", "stats");
   const entry = (name, value) => list.append(make("div", "", make("dt", "", name), make("dd", "", value)));
-  if (stats?.seconds > 0 && stats.tokens) entry("Speed", `${number(stats.tokens / stats.seconds)} tokens/s`);
+  if (stats?.seconds > 0 && stats.tokens > 0) entry("Speed", `${number(stats.tokens / stats.seconds)} tokens/s`);
   if (stats?.first) entry("First token after", stats.first < 1 ? `${number(stats.first * 1000)} ms` : `${stats.first.toFixed(1)} s`);
   if (usage) entry("Tokens", `${number(usage.prompt)} read, ${number(stats?.tokens || usage.completion)} written`);
   entry("Finished", reply.state === "stopped" ? "stopped by you" : FINISH[reply.finish] ?? (reply.finish || reply.state));

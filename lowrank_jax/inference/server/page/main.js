@@ -114,7 +114,8 @@ NARROW.addEventListener("change", () => drawer(false));
   try {
     await openDatabase();
   } catch (e) {
-    complain(`This browser does not let the page keep chats (${e.message || e.name}). Export what you need.`);
+    complain(e.name === "VersionError" ? "A newer version of this page keeps the chats. Reload the page."
+      : `This browser does not let the page keep chats (${e.message || e.name}). Export what you need.`);
   }
   const [newest] = await allChats();
   if (newest && !location.hash) history.replaceState(null, "", "#" + newest.id);

@@ -135,7 +135,8 @@ function checkedChat(value) {
     message.saved = time(m.saved, 0);
     message.state = ["stopped", "failed"].includes(m.state) ? m.state : m.state === "writing" ? "stopped" : "done";
     message.deleted = m.deleted === true;
-    for (const name of ["usage", "stats", "error"]) if (object(m[name])) message[name] = m[name];
+    for (const name of ["usage", "stats"]) if (object(m[name]) && Object.values(m[name]).every(Number.isFinite)) message[name] = m[name];
+    if (typeof m.error?.text === "string") message.error = m.error;
     for (const name of ["finish", "from"]) if (text(m[name], "")) message[name] = m[name];
     if (Array.isArray(m.tokens) && m.tokens.every(isToken)) message.tokens = m.tokens;
     after = id;
