@@ -208,6 +208,17 @@ def test_a_failed_request_keeps_the_message_and_offers_retry(visit, failure):
     assert answered(page, 2)[0] == "Keep this"
 
 
+def test_a_failing_storage_and_another_model_lose_no_message(visit):
+    page = visit()
+    page.evaluate("model.id = 'the model before the server was restarted'")
+    say(page, "Hello")
+    assert len(answered(page, 2)[1]) > 0 and page.locator(".error").count() == 0
+    page.evaluate("database.close()")
+    say(page, "Keep this")
+    page.wait_for_selector("#alert >> text=cannot be saved")
+    assert "Keep this" in answered(page, 4)
+
+
 def test_a_missing_key_is_asked_for_and_lasts_for_the_session(visit, server):
     page = visit(key="")
     page.wait_for_selector("dialog#key[open]")
@@ -256,8 +267,11 @@ def test_chats_of_earlier_versions_are_taken_over_and_what_cannot_be_read_stays(
     }
     page.evaluate("old => { localStorage['lowrank.chat.abc'] = JSON.stringify(old) }", old)
     page.evaluate("localStorage['lowrank.chat.bad'] = '{'")
+    page.evaluate("""localStorage['lowrank.settings'] = '{"key": "old", "max_tokens": 9, "theme": "dark"}'""")
     page.reload()
     assert answered(page, 2) == ["Old", "Yes"]
+    assert page.evaluate("[preferences.theme, preferences.chat.max_tokens]") == ["dark", 9]
+    assert "old" not in page.evaluate("localStorage['lowrank.settings']")  # a key lasts for the session alone
     kept = page.evaluate("[localStorage['lowrank.chat.abc'] ?? null, localStorage['lowrank.chat.bad']]")
     assert kept == [None, "{"]
 

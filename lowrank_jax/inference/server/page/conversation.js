@@ -2,6 +2,7 @@
 // The chat that is shown, and what one does with it: send, answer, retry, continue, edit, delete, choose a version.
 
 const SAVE_EVERY = 300, LIVE = 2500;  // ms: between saves of a growing answer; after another tab's last word on one
+const BUSY = "An answer is being written: wait for its end, or stop it";
 const FIRST_GUESS = 0.5;  // tokens per letter, until an answer tells
 
 const writing = new Map();  // id -> {reply, control}: the answers that this tab writes, in any chat
@@ -33,10 +34,10 @@ async function keep(which, records, fields = {}, isNew = false) {
   }
   try {
     await write(which, { ...fields, shown }, records, isNew);
+    if (Object.keys(fields).length) await drawChats();
   } catch (e) {
-    complain(`This chat cannot be saved (${e.message || e.name}). Export it or delete other chats.`);
+    complain(`This chat cannot be saved (${e.message || e.name}). Copy what you need, and reload the page.`);
   }
-  if (Object.keys(fields).length) await drawChats();
 }
 
 async function send(text) {
@@ -64,7 +65,7 @@ async function branch(reply, tokens, content) {
 }
 
 async function begin(reply) {
-  if (current()) return toast("An answer is being written: wait for its end, or stop it");
+  if (current()) return toast(BUSY);
   Object.assign(reply, { state: "writing", finish: "", error: null });
   const which = chat, control = new AbortController();
   writing.set(reply.id, { reply, control });
@@ -100,12 +101,17 @@ async function answerFrom(which, before, reply, signal) {
   if (!records) delete reply.tokens;
   const settings = settingsOf(which);
   let turns = fitting(turnsOf([...before, ...own]), settings, tokensPerLetter(before));
-  for (;;) {
+  for (let isRenewed = false; ;) {
     reply.from = turns[0].id;
     try {
       const body = requestFor(turns, settings, continues, records);
       return await receive(reply, body, lettersIn(turns), signal);
     } catch (e) {
+      if (e.code === "model_not_found" && !isRenewed) {  // the server was restarted with another model
+        isRenewed = true;
+        await greet();
+        continue;
+      }
       const shorter = e.code === "context_length_exceeded" ? withoutOldest(turns) : null;
       if (!shorter) throw e.code === "context_length_exceeded" ? tooLong(continues, e) : e;
       turns = shorter;

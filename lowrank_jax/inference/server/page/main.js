@@ -29,6 +29,7 @@ function submit() {
   $("input").value = "";
   keepDraft();
   fitInput();
+  if (!TOUCH.matches) $("input").focus();
   send(text);
 }
 
@@ -110,7 +111,7 @@ tabs.addEventListener("message", listen);
 NARROW.addEventListener("change", () => drawer(false));
 
 (async function start() {
-  paint();
+  keepPreferences();
   try {
     await openDatabase();
   } catch (e) {

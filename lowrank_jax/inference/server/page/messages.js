@@ -163,7 +163,8 @@ function editor(message) {
   area.setAttribute("aria-label", isUser ? "Edit the message" : "Edit the answer");
   const save = () => {
     const text = area.value.trim();
-    if (!text || (isUser && current())) return;
+    if (!text) return;
+    if (isUser && current()) return toast(BUSY);
     editing = null;
     edit(message, text);
     $("input").focus();
