@@ -1,25 +1,30 @@
 "use strict";
 // The chat that is shown, and what one does with it: send, answer, retry, continue, edit, delete, choose a version.
 
-const SAVE_EVERY = 300, LIVE = 2500;  // ms: between saves of a growing answer; after another tab's last word on one
+const SAVE_EVERY = 300,
+  LIVE = 2500; // ms: between saves of a growing answer; after another tab's last word on one
 const BUSY = "An answer is being written: wait for its end, or stop it";
-const FIRST_GUESS = 0.5;  // tokens per letter, until an answer tells
+const FIRST_GUESS = 0.5; // tokens per letter, until an answer tells
 
-const writing = new Map();  // id -> {reply, control}: the answers that this tab writes, in any chat
-const heard = new Map();    // id -> when another tab last wrote it
-let chat = null;            // its time is 0 until it is stored
+const writing = new Map(); // id -> {reply, control}: the answers that this tab writes, in any chat
+const heard = new Map(); // id -> when another tab last wrote it
+let chat = null; // its time is 0 until it is stored
 let messages = new Map();
 
 const shownThread = () => thread(chat, [...messages.values()]);
 const isLive = m => writing.has(m.id) || (m.state === "writing" && Date.now() - (heard.get(m.id) ?? 0) < LIVE);
-const current = () => shownThread().map(({ message }) => message).find(m => writing.has(m.id));
+const current = () =>
+  shownThread()
+    .map(({ message }) => message)
+    .find(m => writing.has(m.id));
 
 function freshChat() {
   return { id: newId(), title: "", time: 0, settings: { ...preferences.chat }, shown: {} };
 }
 
 function newMessage(role, content, after, slot = null) {
-  const id = newId(), time = Math.max(Date.now(), ...[...messages.values()].map(m => m.time + 1));
+  const id = newId(),
+    time = Math.max(Date.now(), ...[...messages.values()].map(m => m.time + 1));
   return { id, chat: chat.id, slot: slot ?? id, after, time, role, content, state: "done" };
 }
 
@@ -27,7 +32,8 @@ function newMessage(role, content, after, slot = null) {
 async function keep(which, records, fields = {}, isNew = false) {
   const versions = records.filter(record => record.slot !== record.id || which.shown[record.slot]);
   const shown = Object.fromEntries(versions.map(record => [record.slot, record.id]));
-  for (const copy of which.id === chat.id ? [which, chat] : [which]) Object.assign(copy, fields, { shown: { ...copy.shown, ...shown } });
+  for (const copy of which.id === chat.id ? [which, chat] : [which])
+    Object.assign(copy, fields, { shown: { ...copy.shown, ...shown } });
   if (which.id === chat.id) {
     for (const record of records) messages.set(record.id, record);
     draw();
@@ -41,10 +47,11 @@ async function keep(which, records, fields = {}, isNew = false) {
 }
 
 async function send(text) {
-  const isNew = !chat.time, question = newMessage("user", text, shownThread().at(-1)?.message.id ?? "");
+  const isNew = !chat.time,
+    question = newMessage("user", text, shownThread().at(-1)?.message.id ?? "");
   if (isNew) history.pushState(null, "", "#" + chat.id);
   follow(true);
-  await keep(chat, [question], { time: Date.now(), ...isNew && { title: titleOf(text) } }, isNew);
+  await keep(chat, [question], { time: Date.now(), ...(isNew && { title: titleOf(text) }) }, isNew);
   await answer(question);
 }
 
@@ -67,11 +74,15 @@ async function branch(reply, tokens, content) {
 async function begin(reply) {
   if (current()) return toast(BUSY);
   Object.assign(reply, { state: "writing", finish: "", error: null });
-  const which = chat, control = new AbortController();
+  const which = chat,
+    control = new AbortController();
   writing.set(reply.id, { reply, control });
   await keep(which, [reply], { time: Date.now() });
   const path = shownThread().map(({ message }) => message);
-  const before = path.slice(0, path.findIndex(m => m.id === reply.id));
+  const before = path.slice(
+    0,
+    path.findIndex(m => m.id === reply.id),
+  );
   const beat = setInterval(() => announce(which.id, [reply]), 1000);
   try {
     await answerFrom(which, before, reply, control.signal);
@@ -96,8 +107,9 @@ function fail(reply, e) {
 // Streams an answer into the reply. What the server finds too long it gets without the oldest turns.
 async function answerFrom(which, before, reply, signal) {
   if (!model) await greet();
-  const continues = Boolean(reply.content), own = continues ? [{ ...reply }] : [];
-  const records = preferences.record && (!continues || Boolean(reply.tokens));  // never of a part alone
+  const continues = Boolean(reply.content),
+    own = continues ? [{ ...reply }] : [];
+  const records = preferences.record && (!continues || Boolean(reply.tokens)); // never of a part alone
   if (!records) delete reply.tokens;
   const settings = settingsOf(which);
   let turns = fitting(turnsOf([...before, ...own]), settings, tokensPerLetter(before));
@@ -107,7 +119,8 @@ async function answerFrom(which, before, reply, signal) {
       const body = requestFor(turns, settings, continues, records);
       return await receive(reply, body, lettersIn(turns), signal);
     } catch (e) {
-      if (e.code === "model_not_found" && !isRenewed) {  // the server was restarted with another model
+      if (e.code === "model_not_found" && !isRenewed) {
+        // the server was restarted with another model
         isRenewed = true;
         await greet();
         continue;
@@ -121,18 +134,24 @@ async function answerFrom(which, before, reply, signal) {
 
 function tooLong(continues, e) {
   const limit = `the model's context of ${number(model.context)} tokens`;
-  const message = continues ? `The question and this answer fill ${limit}.`
+  const message = continues
+    ? `The question and this answer fill ${limit}.`
     : `This message (with the system prompt) is longer than ${limit}. Edit it to make it shorter.`;
   return new Refusal(message, e.status, e.code);
 }
 
 async function receive(reply, body, letters, signal) {
-  const began = performance.now(), response = await call("/v1/chat/completions", body, signal);
-  const stats = reply.stats ??= { tokens: 0, seconds: 0, first: 0 };
+  const began = performance.now(),
+    response = await call("/v1/chat/completions", body, signal);
+  const stats = (reply.stats ??= { tokens: 0, seconds: 0, first: 0 });
   const before = { ...stats };
-  let saved = began, cost = 0, count = 0, firstAt = 0;
+  let saved = began,
+    cost = 0,
+    count = 0,
+    firstAt = 0;
   for await (const event of events(response)) {
-    const choice = event.choices[0], now = performance.now();
+    const choice = event.choices[0],
+      now = performance.now();
     if (event.usage) {
       const { prompt_tokens: prompt, completion_tokens: completion } = event.usage;
       reply.usage = { prompt, completion, letters };
@@ -157,17 +176,22 @@ async function receive(reply, body, letters, signal) {
       cost = saved - now;
     }
   }
-  if (reply.finish === "length" && reply.usage.prompt + reply.usage.completion >= model.context) reply.finish = "context";
+  if (reply.finish === "length" && reply.usage.prompt + reply.usage.completion >= model.context)
+    reply.finish = "context";
 }
 
 // Saves a growing answer; a failure shows at the end, when the whole is kept.
 async function keepSilently(reply) {
-  try { await write({ id: reply.chat }, {}, [reply]) } catch {}
+  try {
+    await write({ id: reply.chat }, {}, [reply]);
+  } catch {}
 }
 
 const tokenOf = ({ token, logprob, bytes, top_logprobs }) => ({
-  text: token, logprob, top: top_logprobs.map(other => [other.token, other.logprob]),
-  ...token.includes("\ufffd") && { bytes },
+  text: token,
+  logprob,
+  top: top_logprobs.map(other => [other.token, other.logprob]),
+  ...(token.includes("\ufffd") && { bytes }),
 });
 
 function tokensPerLetter(before) {
@@ -177,8 +201,10 @@ function tokensPerLetter(before) {
 
 // Returns how many tokens of the context the chat takes, with the text that is being typed.
 function tokensUsed(draft = "") {
-  const path = shownThread().map(({ message }) => message), at = path.findLastIndex(m => m.usage);
-  const perLetter = tokensPerLetter(path), rest = turnsOf([...path.slice(at + 1), ...draft ? [{ role: "user", content: draft }] : []]);
+  const path = shownThread().map(({ message }) => message),
+    at = path.findLastIndex(m => m.usage);
+  const perLetter = tokensPerLetter(path),
+    rest = turnsOf([...path.slice(at + 1), ...(draft ? [{ role: "user", content: draft }] : [])]);
   const known = at >= 0 ? path[at].usage.prompt + path[at].usage.completion : 0;
   return Math.round(known + estimate(rest, perLetter));
 }
@@ -193,7 +219,8 @@ function stopAll(id) {
 }
 
 async function edit(message, text) {
-  if (message.role === "assistant") return keep(chat, [Object.assign(newMessage("assistant", text, message.after, message.slot))]);
+  if (message.role === "assistant")
+    return keep(chat, [Object.assign(newMessage("assistant", text, message.after, message.slot))]);
   const changed = newMessage("user", text, message.after, message.slot);
   await keep(chat, [changed], { time: Date.now() });
   await answer(changed);

@@ -2,7 +2,8 @@
 // Building blocks of the page: elements, icons, buttons, short notices.
 
 const $ = id => document.getElementById(id);
-const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), byte => byte.toString(36).padStart(2, "0")).join("");
+const newId = () =>
+  Array.from(crypto.getRandomValues(new Uint8Array(12)), byte => byte.toString(36).padStart(2, "0")).join("");
 const number = value => Math.round(value).toLocaleString("en-US");
 
 // All text enters as a text node, so that it is never markup.
@@ -40,7 +41,8 @@ function iconButton(name, label, act, className = "icon") {
 async function copyText(text, control) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // not a secure context, or not allowed
+  } catch {
+    // not a secure context, or not allowed
     const area = make("textarea");
     area.value = text;
     (document.querySelector("dialog[open]") ?? document.body).append(area);
@@ -58,7 +60,13 @@ async function copyText(text, control) {
 function toast(text, label = "", act = null) {
   const element = make("div", "toast", text);
   const close = () => element.remove();
-  if (act) element.append(textButton(label, () => { close(); act() }));
+  if (act)
+    element.append(
+      textButton(label, () => {
+        close();
+        act();
+      }),
+    );
   $("toasts").replaceChildren(element);
   setTimeout(close, act ? 10000 : 3000);
 }

@@ -1,7 +1,8 @@
 "use strict";
 // Wiring: the message box, keys, and the start.
 
-const TOUCH = matchMedia("(pointer: coarse)"), NARROW = matchMedia("(max-width: 759px)");
+const TOUCH = matchMedia("(pointer: coarse)"),
+  NARROW = matchMedia("(max-width: 759px)");
 
 // On a phone Enter makes a line break: there is no Shift+Enter.
 const sendsWithEnter = event => !event.shiftKey && !event.isComposing && !TOUCH.matches;
@@ -74,15 +75,29 @@ async function showAddressed() {
   if (stored?.id !== chat?.id || !stored) await showChat(stored ?? null);
 }
 
-$("ask").addEventListener("submit", event => { event.preventDefault(); submit() });
-$("input").addEventListener("input", () => { fitInput(); keepDraft(); drawMeter() });
+$("ask").addEventListener("submit", event => {
+  event.preventDefault();
+  submit();
+});
+$("input").addEventListener("input", () => {
+  fitInput();
+  keepDraft();
+  drawMeter();
+});
 $("input").addEventListener("keydown", event => {
   if (event.key !== "Enter" || !(sendsWithEnter(event) || event.ctrlKey || event.metaKey)) return;
   event.preventDefault();
   submit();
 });
-$("stop").addEventListener("click", () => { stop(); $("input").focus() });
-$("newest").addEventListener("click", () => { follow(true); keepUp(); $("input").focus() });
+$("stop").addEventListener("click", () => {
+  stop();
+  $("input").focus();
+});
+$("newest").addEventListener("click", () => {
+  follow(true);
+  keepUp();
+  $("input").focus();
+});
 $("log").addEventListener("scroll", () => follow(isAtEnd()));
 for (const id of ["new", "new-too"]) $(id).addEventListener("click", startChat);
 $("open-side").addEventListener("click", () => drawer(true));
@@ -96,17 +111,26 @@ $("search").addEventListener("keydown", event => {
 });
 $("open-settings").addEventListener("click", openSettings);
 $("open-chat-settings").addEventListener("click", openChatSettings);
-$("chat-settings").querySelector("form").preset.addEventListener("change", () => usePreset(true));
+$("chat-settings")
+  .querySelector("form")
+  .preset.addEventListener("change", () => usePreset(true));
 onSaved("settings", takeSettings);
 onSaved("chat-settings", takeChatSettings);
 onSaved("key", () => takeKey($("key").querySelector("input").value));
 $("export").addEventListener("click", () => exportChats());
 $("import").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", async () => { await importChats([...$("file").files]); $("file").value = "" });
+$("file").addEventListener("change", async () => {
+  await importChats([...$("file").files]);
+  $("file").value = "";
+});
 addEventListener("keydown", escape);
 addEventListener("popstate", showAddressed);
-addEventListener("pagehide", () => { for (const { reply } of writing.values()) keepSilently(reply) });
-addEventListener("online", () => { if (!model) meet() });
+addEventListener("pagehide", () => {
+  for (const { reply } of writing.values()) keepSilently(reply);
+});
+addEventListener("online", () => {
+  if (!model) meet();
+});
 tabs.addEventListener("message", listen);
 NARROW.addEventListener("change", () => drawer(false));
 
@@ -115,8 +139,11 @@ NARROW.addEventListener("change", () => drawer(false));
   try {
     await openDatabase();
   } catch (e) {
-    complain(e.name === "VersionError" ? "A newer version of this page keeps the chats. Reload the page."
-      : `This browser does not let the page keep chats (${e.message || e.name}). Export what you need.`);
+    complain(
+      e.name === "VersionError"
+        ? "A newer version of this page keeps the chats. Reload the page."
+        : `This browser does not let the page keep chats (${e.message || e.name}). Export what you need.`,
+    );
   }
   const [newest] = await allChats();
   if (newest && !location.hash) history.replaceState(null, "", "#" + newest.id);

@@ -1,28 +1,34 @@
 "use strict";
 // Markdown as DOM: marked parses it, DOMPurify lets through the few tags that it needs.
 
-const TAGS = "p br strong em del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 hr a table thead tbody tr th td".split(" ");
+const TAGS = "p br strong em del code pre blockquote ul ol li h1 h2 h3 h4 h5 h6 hr a table thead tbody tr th td".split(
+  " ",
+);
 const PURE = {
-  ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start", "align", "class"], ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ALLOWED_TAGS: TAGS,
+  ALLOWED_ATTR: ["href", "start", "align", "class"],
+  ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   RETURN_DOM_FRAGMENT: true,
 };
 const escaped = text => text.replace(/[&<>"']/g, letter => `&#${letter.charCodeAt(0)};`);
 
 marked.use({
-  gfm: true, breaks: true,
+  gfm: true,
+  breaks: true,
   renderer: {
-    html: ({ text, block }) => block ? `<p>${escaped(text)}</p>` : escaped(text),  // a model's HTML is text
-    image: ({ text, href }) => escaped(text || href),  // an image would tell another site that it was seen
-    checkbox: ({ checked }) => checked ? "\u2611 " : "\u2610 ",
+    html: ({ text, block }) => (block ? `<p>${escaped(text)}</p>` : escaped(text)), // a model's HTML is text
+    image: ({ text, href }) => escaped(text || href), // an image would tell another site that it was seen
+    checkbox: ({ checked }) => (checked ? "\u2611 " : "\u2610 "),
   },
 });
 
-// Shows Markdown in the element. Blocks that are unchanged stay, so that a growing text does not move or lose a selection.
+// Shows Markdown in the element. Unchanged blocks stay, so that a growing text does not move or lose a selection.
 function showMarkdown(element, text) {
   let blocks;
   try {
     blocks = marked.lexer(text).filter(block => block.type !== "space");
-  } catch {  // nested too deeply
+  } catch {
+    // nested too deeply
     blocks = [{ raw: text }];
   }
   blocks.forEach((block, i) => {
@@ -36,7 +42,8 @@ function showMarkdown(element, text) {
       node.append(block.raw);
     }
     finishBlock(node);
-    if (old) old.replaceWith(node); else element.append(node);
+    if (old) old.replaceWith(node);
+    else element.append(node);
   });
   while (element.children.length > blocks.length) element.lastElementChild.remove();
 }

@@ -1,17 +1,20 @@
 "use strict";
 // The log: messages with their buttons. `draw` changes only what differs, so that nothing jumps or loses the focus.
 
-const NEAR = 40;  // pixels from the end at which the log follows a growing answer
+const NEAR = 40; // pixels from the end at which the log follows a growing answer
 
-const drawn = new Map();      // id -> {element, signature}
-const looked = new Set();     // ids of the answers into which one looks
-let editing = null;           // the id of the message that is edited
+const drawn = new Map(); // id -> {element, signature}
+const looked = new Set(); // ids of the answers into which one looks
+let editing = null; // the id of the message that is edited
 let following = true;
-let growing = null;           // the requested frame of a growing answer
-let pause = 0;                // no new frame before this time: rendering must not take the whole processor
+let growing = null; // the requested frame of a growing answer
+let pause = 0; // no new frame before this time: rendering must not take the whole processor
 
 function draw() {
-  const path = shownThread(), log = $("log"), nodes = [], answers = path.filter(({ message }) => message.from);
+  const path = shownThread(),
+    log = $("log"),
+    nodes = [],
+    answers = path.filter(({ message }) => message.from);
   const first = answers.at(-1)?.message.from;
   path.forEach(({ message, versions }, i) => {
     if (i && message.id === first) nodes.push(forgottenMark());
@@ -19,7 +22,9 @@ function draw() {
   });
   if (!path.length) nodes.push(emptyView());
   for (const child of [...log.children]) if (!nodes.includes(child)) child.remove();
-  nodes.forEach((node, i) => { if (log.children[i] !== node) log.insertBefore(node, log.children[i] ?? null) });
+  nodes.forEach((node, i) => {
+    if (log.children[i] !== node) log.insertBefore(node, log.children[i] ?? null);
+  });
   for (const id of drawn.keys()) if (!messages.has(id)) drawn.delete(id);
   const busy = Boolean(current());
   $("send").hidden = busy;
@@ -40,7 +45,10 @@ function emptyView() {
   const box = make("div", "empty", make("h2", "", model?.id ?? "Chat"), make("p", "", "Say something to begin."));
   if (model) {
     const times = model.dense_cache_bytes_per_token / model.cache_bytes_per_token;
-    const cache = times > 1 ? ` \u00b7 a cache ${times.toFixed(times < 10 && times % 1 ? 1 : 0)} times smaller than dense attention's` : "";
+    const cache =
+      times > 1
+        ? ` \u00b7 a cache ${times.toFixed(times < 10 && times % 1 ? 1 : 0)} times smaller than dense attention's`
+        : "";
     box.append(make("p", "", `${number(model.context)} tokens of context${cache}`));
   }
   box.append(make("p", "", "Chats stay in this browser."));
@@ -49,9 +57,22 @@ function emptyView() {
 
 // Returns the message's element, brought up to date if anything about it has changed.
 function elementOf(message, versions, isLast) {
-  const live = isLive(message), isEdited = editing === message.id, inside = looked.has(message.id) && !live;
+  const live = isLive(message),
+    isEdited = editing === message.id,
+    inside = looked.has(message.id) && !live;
   const { content, state, finish, error, stats } = message;
-  const signature = JSON.stringify([content, state, finish, error, stats, versions.map(v => v.id), isLast, live, isEdited, inside]);
+  const signature = JSON.stringify([
+    content,
+    state,
+    finish,
+    error,
+    stats,
+    versions.map(v => v.id),
+    isLast,
+    live,
+    isEdited,
+    inside,
+  ]);
   const old = drawn.get(message.id);
   if (old?.signature === signature) return old.element;
   const element = old?.element ?? make("article", "message " + message.role, make("div", "text"));
@@ -64,7 +85,12 @@ function elementOf(message, versions, isLast) {
   text.hidden = isEdited || (inside && Boolean(message.tokens));
   showText(text, message);
   if (isEdited) element.append(editor(message));
-  else element.append(...inside ? [insideView(message)] : [], ...stateView(message, live, isLast), buttons(message, versions, live));
+  else
+    element.append(
+      ...(inside ? [insideView(message)] : []),
+      ...stateView(message, live, isLast),
+      buttons(message, versions, live),
+    );
   if (act) element.querySelector(`[data-act="${act}"]`)?.focus({ preventScroll: true });
   drawn.set(message.id, { element, signature });
   return element;
@@ -79,11 +105,20 @@ function insideView(message) {
   const box = make("section", "inside", ...statsView(message));
   box.setAttribute("aria-label", "A look inside the answer");
   if (message.tokens?.length) {
-    box.prepend(...tokenView(message, (at, text, logprob) => {
-      const kept = message.tokens.slice(0, at), chosen = { ...message.tokens[at], text, logprob };
-      delete chosen.bytes;
-      branch(message, [...kept, chosen], unitsOf([...kept, chosen]).map(unit => unit.text).join(""));
-    }));
+    box.prepend(
+      ...tokenView(message, (at, text, logprob) => {
+        const kept = message.tokens.slice(0, at),
+          chosen = { ...message.tokens[at], text, logprob };
+        delete chosen.bytes;
+        branch(
+          message,
+          [...kept, chosen],
+          unitsOf([...kept, chosen])
+            .map(unit => unit.text)
+            .join(""),
+        );
+      }),
+    );
   } else {
     box.prepend(make("p", "soft", "No probabilities were recorded for this answer."));
   }
@@ -92,10 +127,18 @@ function insideView(message) {
 
 // Returns what is wrong with a message, and the way on.
 function stateView(message, live, isLast) {
-  const notice = (text, className, ...controls) => [make("div", "state " + className, make("span", "", text), ...controls)];
+  const notice = (text, className, ...controls) => [
+    make("div", "state " + className, make("span", "", text), ...controls),
+  ];
   if (live) return [];
   if (message.role === "user") {
-    return isLast ? notice("This message has no answer.", "", textButton("Ask again", () => answer(message))) : [];
+    return isLast
+      ? notice(
+          "This message has no answer.",
+          "",
+          textButton("Ask again", () => answer(message)),
+        )
+      : [];
   }
   const retry = textButton("Retry", () => retryAnswer(message));
   const goOn = message.content ? textButton("Continue", () => resume(message)) : null;
@@ -120,22 +163,30 @@ function retryAnswer(message) {
 function buttons(message, versions, live) {
   const box = make("div", "under");
   if (live) return box;
-  const at = versions.indexOf(message), choose = step => () => chooseVersion(versions[at + step]);
+  const at = versions.indexOf(message),
+    choose = step => () => chooseVersion(versions[at + step]);
   if (versions.length > 1) {
-    const left = iconButton("left", "Previous version", choose(-1)), right = iconButton("right", "Next version", choose(1));
+    const left = iconButton("left", "Previous version", choose(-1)),
+      right = iconButton("right", "Next version", choose(1));
     left.disabled = at === 0;
     right.disabled = at === versions.length - 1;
     box.append(left, make("span", "versions", `${at + 1}/${versions.length}`), right);
   }
   const copy = iconButton("copy", "Copy", () => copyText(message.content, copy));
-  box.append(copy, iconButton("edit", "Edit", () => startEdit(message.id)));
+  box.append(
+    copy,
+    iconButton("edit", "Edit", () => startEdit(message.id)),
+  );
   if (message.role === "assistant") {
     const look = iconButton("inside", "Look inside", () => {
       if (!looked.delete(message.id)) looked.add(message.id);
       draw();
     });
     look.setAttribute("aria-expanded", looked.has(message.id));
-    box.append(iconButton("retry", "Regenerate", () => answer({ id: message.after }, message.slot)), look);
+    box.append(
+      iconButton("retry", "Regenerate", () => answer({ id: message.after }, message.slot)),
+      look,
+    );
   }
   box.append(iconButton("delete", "Delete message", () => remove(message)));
   return box;
@@ -157,7 +208,8 @@ function endEdit() {
 }
 
 function editor(message) {
-  const area = make("textarea"), isUser = message.role === "user";
+  const area = make("textarea"),
+    isUser = message.role === "user";
   area.value = message.content;
   area.rows = Math.min(12, message.content.split("\n").length + 1);
   area.setAttribute("aria-label", isUser ? "Edit the message" : "Edit the answer");
@@ -170,8 +222,14 @@ function editor(message) {
     $("input").focus();
   };
   area.addEventListener("keydown", event => {
-    if (event.key === "Escape") { event.stopPropagation(); endEdit() }
-    if (event.key === "Enter" && (sendsWithEnter(event) || event.ctrlKey || event.metaKey)) { event.preventDefault(); save() }
+    if (event.key === "Escape") {
+      event.stopPropagation();
+      endEdit();
+    }
+    if (event.key === "Enter" && (sendsWithEnter(event) || event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      save();
+    }
   });
   const row = make("div", "row", textButton("Cancel", endEdit), textButton(isUser ? "Send" : "Save", save, "main"));
   return make("div", "editor", area, row);
@@ -183,7 +241,8 @@ function grow(reply) {
   growing = requestAnimationFrame(() => {
     growing = null;
     if (performance.now() < pause) return void setTimeout(grow, 30, reply);
-    const element = drawn.get(reply.id)?.element, began = performance.now();
+    const element = drawn.get(reply.id)?.element,
+      began = performance.now();
     if (!element || reply.chat !== chat.id || !writing.has(reply.id)) return;
     showText(element.querySelector(".text"), reply);
     drawMeter();
@@ -208,7 +267,8 @@ function drawMeter() {
   const meter = $("meter");
   meter.hidden = !model;
   if (!model) return;
-  const used = Math.min(model.context, tokensUsed($("input").value)), share = used / model.context;
+  const used = Math.min(model.context, tokensUsed($("input").value)),
+    share = used / model.context;
   meter.style.setProperty("--share", `${Math.min(100, share * 100)}%`);
   meter.classList.toggle("full", share > 0.9);
   meter.setAttribute("aria-valuenow", used);
@@ -216,10 +276,13 @@ function drawMeter() {
   const text = `${number(used)} of ${number(model.context)} tokens`;
   meter.setAttribute("aria-valuetext", text);
   meter.querySelector("span").textContent = `${number(used)} / ${number(model.context)}`;
-  const cache = model.cache_bytes_per_token;
-  const sizes = cache ? `; the cache holds ${bytesAs(used * cache)}, dense attention would hold ${bytesAs(used * model.dense_cache_bytes_per_token)}` : "";
+  const cache = bytesAs(used * model.cache_bytes_per_token),
+    dense = bytesAs(used * model.dense_cache_bytes_per_token);
+  const sizes = model.cache_bytes_per_token ? `; the cache holds ${cache}, dense attention would hold ${dense}` : "";
   meter.title = `${text} of the context are used${sizes}`;
 }
 
 // Tells screen readers, which would not follow a growing text.
-const say = text => { $("spoken").textContent = text };
+const say = text => {
+  $("spoken").textContent = text;
+};

@@ -1,7 +1,7 @@
 "use strict";
 // The server's API: its model, streams of answers, and what of a conversation fits into the context.
 
-let model = null;  // the server's description of its model
+let model = null; // the server's description of its model
 
 class Refusal extends Error {
   constructor(message, status = 0, code = "") {
@@ -11,7 +11,8 @@ class Refusal extends Error {
 }
 
 async function call(path, body = null, signal = null) {
-  const headers = { "Content-Type": "application/json" }, key = sessionStorage.getItem("lowrank.key");
+  const headers = { "Content-Type": "application/json" },
+    key = sessionStorage.getItem("lowrank.key");
   if (key) headers.Authorization = "Bearer " + key;
   let response;
   try {
@@ -22,7 +23,9 @@ async function call(path, body = null, signal = null) {
   }
   if (response.ok) return response;
   let error = { message: `The server answered ${response.status}.` };
-  try { error = (await response.json()).error ?? error } catch {}
+  try {
+    error = (await response.json()).error ?? error;
+  } catch {}
   throw new Refusal(error.message, response.status, error.code);
 }
 
@@ -33,7 +36,9 @@ async function describe() {
 // Yields the events of a stream; throws if it ends too early.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  const lost = e => { throw e.name === "AbortError" ? e : new Refusal("The connection was lost.") };
+  const lost = e => {
+    throw e.name === "AbortError" ? e : new Refusal("The connection was lost.");
+  };
   let text = "";
   for (;;) {
     const part = await reader.read().catch(lost);

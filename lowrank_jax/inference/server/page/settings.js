@@ -7,10 +7,16 @@ const preferences = loadPreferences();
 
 function loadPreferences() {
   let stored = null;
-  try { stored = JSON.parse(localStorage.getItem(PREFERENCES)) } catch {}
+  try {
+    stored = JSON.parse(localStorage.getItem(PREFERENCES));
+  } catch {}
   const { key, theme, record, ...rest } = stored ?? {};
-  if (key) sessionStorage.setItem("lowrank.key", key);  // earlier versions kept it in localStorage
-  const own = Object.fromEntries(Object.keys(CHAT_DEFAULTS).filter(name => name in (rest.chat ?? rest)).map(name => [name, (rest.chat ?? rest)[name]]));
+  if (key) sessionStorage.setItem("lowrank.key", key); // earlier versions kept it in localStorage
+  const own = Object.fromEntries(
+    Object.keys(CHAT_DEFAULTS)
+      .filter(name => name in (rest.chat ?? rest))
+      .map(name => [name, (rest.chat ?? rest)[name]]),
+  );
   return { theme: theme ?? "auto", record: record ?? true, chat: { ...CHAT_DEFAULTS, ...own } };
 }
 
@@ -18,7 +24,9 @@ function loadPreferences() {
 const settingsOf = which => ({ ...preferences.chat, ...which.settings });
 
 function keepPreferences() {
-  try { localStorage.setItem(PREFERENCES, JSON.stringify(preferences)) } catch {}
+  try {
+    localStorage.setItem(PREFERENCES, JSON.stringify(preferences));
+  } catch {}
   paint();
 }
 
@@ -28,8 +36,11 @@ function paint() {
 }
 
 function openChatSettings() {
-  const form = $("chat-settings").querySelector("form"), values = settingsOf(chat);
-  form.preset.replaceChildren(...Object.keys(model?.presets ?? { [values.preset]: 0 }).map(name => new Option(name, name)));
+  const form = $("chat-settings").querySelector("form"),
+    values = settingsOf(chat);
+  form.preset.replaceChildren(
+    ...Object.keys(model?.presets ?? { [values.preset]: 0 }).map(name => new Option(name, name)),
+  );
   for (const name of Object.keys(CHAT_DEFAULTS)) form[name].value = values[name] ?? "";
   if (model) form.max_tokens.max = model.max_tokens;
   form.max_tokens.value = Math.min(form.max_tokens.value, model?.max_tokens ?? Infinity);
@@ -40,12 +51,15 @@ function openChatSettings() {
 
 // Fills in the preset's values, where there are none or always.
 function usePreset(always) {
-  const form = $("chat-settings").querySelector("form"), values = model?.presets[form.preset.value];
-  for (const name of ["temperature", "top_p"]) if (values && (always || form[name].value === "")) form[name].value = values[name];
+  const form = $("chat-settings").querySelector("form"),
+    values = model?.presets[form.preset.value];
+  for (const name of ["temperature", "top_p"])
+    if (values && (always || form[name].value === "")) form[name].value = values[name];
 }
 
 async function takeChatSettings() {
-  const form = $("chat-settings").querySelector("form"), settings = {};
+  const form = $("chat-settings").querySelector("form"),
+    settings = {};
   for (const name of Object.keys(CHAT_DEFAULTS)) {
     const text = form[name].value;
     settings[name] = form[name].type === "number" ? (text === "" ? CHAT_DEFAULTS[name] : Number(text)) : text;
@@ -95,6 +109,8 @@ function open(id) {
 
 // Calls `take` when the dialog is closed by its button, not by Escape or Cancel.
 function onSaved(id, take) {
-  $(id).addEventListener("close", () => { if ($(id).returnValue === "save") take() });
+  $(id).addEventListener("close", () => {
+    if ($(id).returnValue === "save") take();
+  });
   for (const cancel of $(id).querySelectorAll(".cancel")) cancel.addEventListener("click", () => $(id).close());
 }

@@ -2,26 +2,34 @@
 // The list of chats: search, rename, export, import, delete.
 
 const DAY = 24 * 3600 * 1000;
-let listing = 0;  // the number of the newest listing: searches overtake each other
+let listing = 0; // the number of the newest listing: searches overtake each other
 
 async function drawChats() {
-  const mine = ++listing, query = $("search").value.trim().toLowerCase();
-  let chats = await allChats(), hits = new Map();
+  const mine = ++listing,
+    query = $("search").value.trim().toLowerCase();
+  let chats = await allChats(),
+    hits = new Map();
   if (query) {
     hits = await searched(chats, query);
     chats = chats.filter(c => hits.has(c.id));
   }
-  if (mine !== listing || $("chats").querySelector("input")) return;  // overtaken, or a chat is being renamed
+  if (mine !== listing || $("chats").querySelector("input")) return; // overtaken, or a chat is being renamed
   const focused = document.activeElement.closest?.("#chats [data-chat]")?.dataset.chat;
   const act = document.activeElement.dataset.act;
   let group = "";
-  $("chats").replaceChildren(...chats.flatMap(c => {
-    const heading = query ? "" : groupOf(c.time), isNew = heading !== group;
-    group = heading;
-    return [...isNew && heading ? [make("h2", "", heading)] : [], chatRow(c, hits.get(c.id))];
-  }));
+  $("chats").replaceChildren(
+    ...chats.flatMap(c => {
+      const heading = query ? "" : groupOf(c.time),
+        isNew = heading !== group;
+      group = heading;
+      return [...(isNew && heading ? [make("h2", "", heading)] : []), chatRow(c, hits.get(c.id))];
+    }),
+  );
   if (!chats.length) $("chats").append(make("p", "soft", query ? "No chat has these words." : "No chats yet."));
-  if (focused) $("chats").querySelector(`[data-chat="${CSS.escape(focused)}"] [data-act=${act}]`)?.focus();
+  if (focused)
+    $("chats")
+      .querySelector(`[data-chat="${CSS.escape(focused)}"] [data-act=${act}]`)
+      ?.focus();
 }
 
 function groupOf(time) {
@@ -45,9 +53,13 @@ async function searched(chats, query) {
 }
 
 function chatRow(c, snippet = "") {
-  const row = make("div", "chat"), title = c.title || "Empty chat";
+  const row = make("div", "chat"),
+    title = c.title || "Empty chat";
   row.dataset.chat = c.id;
-  const open = textButton(make("span", "name", title), () => { drawer(false); showChat(c) });
+  const open = textButton(make("span", "name", title), () => {
+    drawer(false);
+    showChat(c);
+  });
   if (snippet) open.append(make("span", "snippet", snippet));
   open.title = title;
   open.dataset.act = "open";
@@ -59,11 +71,15 @@ function chatRow(c, snippet = "") {
 }
 
 function openMenu(c, opener) {
-  const menu = $("menu"), item = (name, text, act) => {
-    const entry = textButton(icon(name), () => { menu.hidePopover(); act() });
-    entry.append(text);
-    return entry;
-  };
+  const menu = $("menu"),
+    item = (name, text, act) => {
+      const entry = textButton(icon(name), () => {
+        menu.hidePopover();
+        act();
+      });
+      entry.append(text);
+      return entry;
+    };
   menu.replaceChildren(
     item("edit", "Rename", () => rename(c)),
     item("export", "Export", () => exportChats(c.id)),
@@ -77,7 +93,8 @@ function openMenu(c, opener) {
 }
 
 function rename(c) {
-  const row = $("chats").querySelector(`[data-chat="${CSS.escape(c.id)}"]`), field = make("input");
+  const row = $("chats").querySelector(`[data-chat="${CSS.escape(c.id)}"]`),
+    field = make("input");
   field.value = c.title;
   field.setAttribute("aria-label", "New name of the chat");
   let isDone = false;
@@ -88,10 +105,15 @@ function rename(c) {
     const title = field.value.trim();
     if (save && title && title !== c.title) {
       await write(c, { title }, []);
-      if (c.id === chat.id) { chat.title = title; draw() }
+      if (c.id === chat.id) {
+        chat.title = title;
+        draw();
+      }
     }
     await drawChats();
-    $("chats").querySelector(`[data-chat="${CSS.escape(c.id)}"] button`)?.focus();
+    $("chats")
+      .querySelector(`[data-chat="${CSS.escape(c.id)}"] button`)
+      ?.focus();
   };
   field.addEventListener("keydown", event => {
     if (event.key !== "Enter" && event.key !== "Escape") return;
@@ -107,13 +129,18 @@ async function deleteChat(c) {
   stopAll(c.id);
   const { chats } = await exported(c.id);
   await removeChat(c.id);
-  if (c.id === chat.id) await showChat(null); else await drawChats();
+  if (c.id === chat.id) await showChat(null);
+  else await drawChats();
   $("input").focus();
-  toast("Chat deleted", "Undo", async () => { await insert(chats); await drawChats() });
+  toast("Chat deleted", "Undo", async () => {
+    await insert(chats);
+    await drawChats();
+  });
 }
 
 async function exportChats(only = null) {
-  const file = await exported(only), day = new Date().toISOString().slice(0, 10);
+  const file = await exported(only),
+    day = new Date().toISOString().slice(0, 10);
   const name = only ? file.chats[0].title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "chat" : "chats";
   download(`${name}-${day}.json`, JSON.stringify(file, null, 1));
 }
