@@ -331,7 +331,7 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
         return server.settings, scheduler.room
 
     limits = {"hosts": mine("127.0.0.1"), "most_letters": 4096 * int(model.tokenizer.byte_lengths().max())}
-    limits |= {"cache_bytes": (64, 512)}  # of 2 layers: latents, and twice the model's width, in fp32
+    limits |= {"cache_bytes": (64, 512)}  # of a token, in fp32
     expected = Settings("mine", 400, 4096, 4096, answers=72, timeout=600.0, keys=("of the environment",), **limits)
     assert start() == (expected, 72) and Idle.settings == {"stop_ids": ends, "slots": 8, "context": 4096}
     whole = Idle.weight_bytes
