@@ -126,7 +126,7 @@ $("file").addEventListener("change", async () => {
 addEventListener("keydown", escape);
 addEventListener("popstate", showAddressed);
 addEventListener("pagehide", () => {
-  for (const { reply } of writing.values()) keepSilently(reply);
+  for (const { reply } of writing.values()) leaveBehind(reply);
 });
 addEventListener("online", () => {
   if (!model) meet();

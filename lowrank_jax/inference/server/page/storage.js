@@ -11,6 +11,7 @@ const DATABASE = "lowrank",
   VERSION = 1,
   FORMAT = "lowrank-chats",
   OLD_CHAT = "lowrank.chat.";
+const UNSAVED = "lowrank.unsaved.";
 const tabs = new BroadcastChannel("lowrank");
 let database = null;
 
@@ -30,6 +31,23 @@ async function openDatabase() {
     },
   });
   await takeOver();
+  await takeUnsaved();
+}
+
+// Keeps a growing answer of a page that ends: a transaction might not come to its end, localStorage does.
+function leaveBehind(record) {
+  try {
+    localStorage.setItem(UNSAVED + record.id, JSON.stringify({ ...record, saved: Date.now() }));
+  } catch {} // it is full: what was saved last remains
+}
+
+async function takeUnsaved() {
+  for (const key of Object.keys(localStorage).filter(key => key.startsWith(UNSAVED))) {
+    const record = JSON.parse(localStorage.getItem(key)),
+      stored = await storedMessage(record.id);
+    if (stored?.saved < record.saved) await write({ id: record.chat }, {}, [record]);
+    localStorage.removeItem(key);
+  }
 }
 
 // Moves the chats of earlier versions, which were in localStorage.
