@@ -25,6 +25,7 @@ from lowrank_jax.inference.server.api import Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.machine import console
+from lowrank_jax.model import costs
 from lowrank_jax.training.trained import open_run
 
 LIMITS = {"port": (0, 65535), "slots": (1, 1024), "queue": (0, 10**6), "context": (16, 2**20), "max_tokens": (1, 10**9)}
@@ -97,6 +98,7 @@ def prepare(args) -> tuple[Server, Scheduler]:
         keys=keys,
         origins=_listed(args.allow_origin),
         hosts=(args.host.lower(), socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"),
+        cache_bytes=tuple(costs.kv_bytes_per_token(run.config.model, weights.norm.dtype.itemsize).values()),
         most_letters=args.context * int(run.tokenizer.byte_lengths().max()),
         reuses_prefixes_of_all=(args.reuse or ("key" if len(keys) > 1 else "all")) == "all",
     )

@@ -44,11 +44,11 @@ class Writer:
     stop string is complete, neither it nor later text is written, and `stopped` is true.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
         self._tokenizer, self._stops = tokenizer, [StopString(letters) for letters in filter(None, stop)]
-        self._ids: list[int] = []
+        self._ids = list(before[-8:])  # already written; some tokenizers leave out a space where a text begins
         self._from = 0  # ids before this one no longer affect the text to come
-        self._done = ""  # the decoded text of the ids from `_from` on
+        self._done = tokenizer.decode(self._ids)  # the decoded text of the ids from `_from` on
         self._pending = ""  # decoded, but it may begin a stop string
         self.decoded = 0  # characters that are decoded, whether they are written or held back
         self.stopped = False

@@ -196,8 +196,10 @@ def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
 
 
 def _trained_on(events: list[dict]) -> list[dict]:
-    ended = {event["phase"]: event["sources"] for event in events if event["event"] == "data"}
-    return [{"phase": phase} | counts for phase, read in ended.items() for counts in read]
+    data = [event for event in events if event["event"] == "data" and event.get("phase") is not None]
+    ended = {event["phase"]: event.get("sources") for event in data}
+    lists = [(phase, read) for phase, read in ended.items() if isinstance(read, list)]
+    return [{"phase": phase} | counts for phase, read in lists for counts in read if isinstance(counts, dict)]
 
 
 def _saving(rows: list[dict], events: list[dict]) -> str:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowrank_jax.data import chat
 from lowrank_jax.inference.engine import Piece, Request
 from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
@@ -76,6 +77,17 @@ def test_fields_change_a_preset_and_each_answer_has_its_own_seed(tok):
     requests = read(tok, seed=-1, n=2, prompt=["hi", "ho"]).requests
     assert [r.sampling.seed for r in requests] == [2**63 - 1, 0] * 2
     assert requests[0].ids == requests[1].ids != requests[2].ids
+
+
+def test_an_answer_that_was_begun_is_continued_with_the_ids_of_training(tok):
+    question, begun = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Bace di <s> fo"}
+    alone = read(tok, is_chat=True, messages=[question]).requests[0].ids
+    continued = read(tok, is_chat=True, messages=[question, begun], continue_final_message=True).requests[0].ids
+    assert continued == [*alone, *tok.encode(begun["content"])]
+    trained, said = chat.encode(tok, [question, begun])
+    assert [tok.bos, *trained][: len(continued)] == continued and said[len(continued) - 1]
+    with pytest.raises(Problem, match="a last message of the assistant"):
+        read(tok, is_chat=True, messages=[begun, question], continue_final_message=True)
 
 
 def test_a_message_is_only_its_text(tok):

@@ -331,12 +331,13 @@ def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkey
         return server.settings, scheduler.room
 
     limits = {"hosts": mine("127.0.0.1"), "most_letters": 4096 * int(model.tokenizer.byte_lengths().max())}
+    limits |= {"cache_bytes": (64, 512)}  # of a token, in fp32
     expected = Settings("mine", 400, 4096, 4096, answers=72, timeout=600.0, keys=("of the environment",), **limits)
     assert start() == (expected, 72) and Idle.settings == {"stop_ids": ends, "slots": 8, "context": 4096}
     whole = Idle.weight_bytes
     flags = ["--slots=3", "--context=99", "--queue=2", "--weights=int8", "--api_key=k,l", "--model_name=m"]
     limits = {"hosts": mine("my.site"), "most_letters": 99 * int(model.tokenizer.byte_lengths().max())}
-    limits |= {"origins": ("https://a.b", "http://c:1"), "reuses_prefixes_of_all": False}
+    limits |= {"origins": ("https://a.b", "http://c:1"), "reuses_prefixes_of_all": False, "cache_bytes": (64, 512)}
     expected = Settings("m", 400, 99, 7, answers=5, timeout=2.5, keys=("k", "l"), **limits)
     flags += ["--host=my.site", "--allow-origin=https://a.b, http://c:1"]
     assert start(*flags, "--max_tokens=7", "--timeout=2.5") == (expected, 5)

@@ -75,3 +75,12 @@ def test_long_texts_do_not_take_longer_with_every_id(tok):
 def test_symbols_are_not_text(tok, rest):
     writer = Writer(tok)
     assert writer.add([tok.bos, *tok.encode("ba ce"), tok.eos]) + writer.end() == "ba ce"
+
+
+def test_a_text_that_is_continued_keeps_the_space_that_its_tokenizer_leaves_out_at_a_beginning():
+    class Stripping:
+        def decode(self, ids):
+            return "".join([" one", " two", " three"][i] for i in ids).removeprefix(" ")
+
+    assert Writer(Stripping()).add([1]) == "two"
+    assert Writer(Stripping(), before=[0]).add([1]) == " two"

@@ -34,7 +34,7 @@ class Answer:
         self.tokens = 0  # up to and including the one that ended it
         self.parts: list[str] = []
         self.logprobs: list[Token] = []
-        self._call, self._tokenizer, self._writer = call, tokenizer, Writer(tokenizer, call.stop)
+        self._call, self._tokenizer, self._writer = call, tokenizer, Writer(tokenizer, call.stop, call.begun)
         self._sent = 0  # letters
         self._waiting: list[Token] = []
 

@@ -123,6 +123,7 @@ class Chat(Body):
     max_completion_tokens: int | None = _field(None, "an integer, at least 1", ge=1)
     logprobs: bool = _field(False, "true or false")
     top_logprobs: int = _field(0, f"an integer from 0 to {MOST_ALTERNATIVES}", ge=0, le=MOST_ALTERNATIVES)
+    continue_final_message: bool = _field(False, "true or false")  # as in vLLM: go on with the last message's text
 
 
 class Completion(Body):
@@ -146,6 +147,7 @@ class Settings:
     keys: tuple[str, ...] = ()  # one of which clients must send; none: no key is needed
     origins: tuple[str, ...] = ()  # of pages of other sites that may use the server; "*": all
     hosts: tuple[str, ...] = ()  # names of this machine, beside its addresses and localhost
+    cache_bytes: tuple[int, int] = (0, 0)  # of a token: in the cache, and in a dense model's
     most_letters: int = 1 << 22  # of a prompt: more never fit in the context
     reuses_prefixes_of_all: bool = True  # False: an answer is sped up by prompts of the same key alone
 
@@ -161,6 +163,7 @@ class Call:
     logprobs: int | None  # alternatives per token in the response; None: no log-probabilities
     stream: bool
     include_usage: bool  # at the end of a stream
+    begun: tuple[int, ...] = ()  # the last ids of the answer that is continued
 
 
 def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, owner="", is_gone=lambda: False) -> Call:
@@ -186,6 +189,9 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, o
         raise Problem(400, f"this server gives at most {settings.answers} answers to a request", name)
     if is_chat and body.top_logprobs and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs to be true", "top_logprobs")
+    continues = is_chat and body.continue_final_message
+    if continues and body.messages[-1].role != "assistant":
+        raise Problem(400, "continue_final_message needs a last message of the assistant", "continue_final_message")
     if body.stream_options and not body.stream:
         raise Problem(400, "stream_options needs stream to be true", "stream_options")
     logprobs = (body.top_logprobs if body.logprobs else None) if is_chat else body.logprobs
@@ -199,12 +205,13 @@ def read(data: bytes, is_chat: bool, tokenizer: Tokenizer, settings: Settings, o
     for source in sources:
         if is_gone():
             raise Problem(CLIENT_GONE, "the client has left")
-        prompts.append(_ids(source, is_chat, tokenizer, settings))
+        prompts.append(_ids(source, is_chat, tokenizer, settings, continues))
     samplings = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**63) for i in range(body.n)]
     requests = tuple(Request(ids, max_new, drawing, alternatives, owner) for ids in prompts for drawing in samplings)
     usage, length = bool(body.stream_options and body.stream_options.include_usage), sum(map(len, prompts))
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    return Call(is_chat, requests, length, stop, logprobs, body.stream, usage)
+    begun = tuple(prompts[0][-8:]) if continues and body.messages[-1].plain()["content"] else ()
+    return Call(is_chat, requests, length, stop, logprobs, body.stream, usage, begun)
 
 
 def _json(data: bytes) -> dict:
@@ -244,7 +251,9 @@ def _checked(kind: type[Body], fields: dict) -> Body:
     raise Problem(400, f"{path}={value} must be {description}", path if field else "messages")
 
 
-def _ids(source: list[Message] | str | list[int], is_chat: bool, tokenizer: Tokenizer, settings: Settings) -> list[int]:
+def _ids(
+    source: list[Message] | str | list[int], is_chat: bool, tokenizer: Tokenizer, settings: Settings, continues=False
+) -> list[int]:
     name = "messages" if is_chat else "prompt"
     letters = sum(len(m.plain()["content"]) + 1 for m in source) if is_chat else len(source)
     if letters > settings.most_letters or (is_chat and len(source) >= settings.context):
@@ -252,7 +261,9 @@ def _ids(source: list[Message] | str | list[int], is_chat: bool, tokenizer: Toke
         raise Problem(400, message, name, "context_length_exceeded")
     try:
         if is_chat:
-            ids = [tokenizer.bos, *chat.encode(tokenizer, [message.plain() for message in source], prompt=True)[0]]
+            messages = [message.plain() for message in source]
+            begun = tokenizer.encode(messages.pop()["content"]) if continues else []  # apart, as in training
+            ids = [tokenizer.bos, *chat.encode(tokenizer, messages, prompt=True)[0], *begun]
         else:
             ids = [tokenizer.bos, *tokenizer.encode(source)] if isinstance(source, str) else source
     except UsageError as e:

@@ -35,7 +35,7 @@ from lowrank_jax.inference.server.api import CLIENT_GONE, Call, Problem, Setting
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.machine.console import finite, to_json
 
-PAGE = pathlib.Path(__file__).with_name("chat.html")
+PAGE = pathlib.Path(__file__).with_name("page")
 MOST_BYTES = 4 << 20  # of a body
 READERS = 4  # threads that read bodies: their turns of the interpreter must leave time for the event loop
 SLOW = 30.0  # seconds that a client may take to send its body, and to read its answer
@@ -71,11 +71,12 @@ class Server:
         self.metrics = Metrics(scheduler)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._writing = asyncio.Lock()
-        self._page = PAGE.read_text(encoding="utf-8")
+        self._page = _joined(PAGE)
         openai = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "lowrank_jax"}
         limits = {"context": settings.context, "max_tokens": min(settings.max_tokens, settings.context)}
         presets = {name: {"temperature": p.temperature, "top_p": p.top_p} for name, p in PRESETS.items()}
-        self._model = {**openai, **limits, "presets": presets}
+        cache = dict(zip(("cache_bytes_per_token", "dense_cache_bytes_per_token"), settings.cache_bytes))
+        self._model = {**openai, **limits, **cache, "presets": presets}
 
     def app(self) -> Callable:
         """Return the ASGI application: the routes, behind the check of the key and the count of requests."""
@@ -343,6 +344,14 @@ async def _respond_to(request: Request, e: Exception) -> Response:
     if isinstance(e, HTTPException):
         return _refusal(Problem(e.status_code, f"{request.method} {request.url.path[:100]}: {e.detail}"), e.headers)
     return _refusal(e if isinstance(e, Problem) else Problem(500, "the server failed; its log says why"))
+
+
+def _joined(folder: pathlib.Path) -> str:
+    """Return the chat page as one file: index.html with the scripts and styles that it names."""
+    text = lambda match: (folder / match[1]).read_text(encoding="utf-8")
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    page = re.sub('<link rel="stylesheet" href="([^"]+)">', lambda m: f"<style>{text(m)}</style>", page)
+    return re.sub('<script src="([^"]+)"></script>', lambda m: f"<script>{text(m)}</script>", page)
 
 
 def _policy(page: str) -> str:
