@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import random
+import sys
 import types
 
+import absl.logging
 import backend  # noqa: F401, which starts JAX
 import jax
 import pytest
@@ -20,6 +22,8 @@ from lowrank_jax.machine import devices
 
 settings.register_profile("toy", deadline=None, database=None, derandomize=True)
 settings.load_profile("toy")
+# uvicorn closes all handlers of logs when it starts, and absl's then closes its stream, unless that is stderr itself.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def pytest_collection_modifyitems(items):
