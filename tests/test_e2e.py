@@ -26,6 +26,7 @@ import test_tables
 from runs import ROOT, STEPS, TINY, WORDS, assert_one_line, last_json, launch, rows, run, same_end, train, train_args
 
 from lowrank_jax.data import sources, tokenizer
+from lowrank_jax.machine import console
 
 
 def test_a_run_leaves_everything_the_contract_names(reference):
@@ -45,7 +46,7 @@ def test_a_run_leaves_everything_the_contract_names(reference):
         ("pretrain", 9, "The cat"), ("sft", 13, "Hello, how are you?")
     ]  # fmt: skip
     page = html.unescape((reference / "report.html").read_bytes().decode())
-    assert all(f"<b>{e['prompt']}</b> {e['text']}</pre>" in page for e in samples)
+    assert all(f"<b>{e['prompt']}</b> {console.visible(e['text'])}</pre>" in page for e in samples)
     assert events.count("stage") == 4 and events.count("phase") == 2 and events[-1] == "finish"
     assert all(e["compile_seconds"] > 0 for e in rows(reference, "events.jsonl") if e["event"] == "stage")
     for name in ("config.json", "tokenizer", "checkpoints", "report.html", "loss.png"):

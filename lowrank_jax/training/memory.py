@@ -66,7 +66,7 @@ def check_weights(config: RunConfig, mesh: Mesh) -> None:
     count, limit = costs.parameters(config.model)["total"], limit_bytes(config, mesh)
     need = 4 * count / mesh.devices.size
     if need > limit:
-        sizes = f"need {need / 2**30:,.2f} GiB per device, which may use {limit / 2**30:.2f} GiB"
+        sizes = f"need {need / 2**30:,.3g} GiB per device, which may use {limit / 2**30:.3g} GiB"
         raise UsageError(
             f"the model's {count:,} weights {sizes}; make it smaller, use more devices, or raise config.memory_gb"
         )

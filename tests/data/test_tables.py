@@ -79,7 +79,7 @@ def test_parquet_keys_may_be_nested_and_conversations_are_lists_of_structs(tmp_p
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     path = write_parquet(tmp_path / "a.parquet", {"meta": [{"body": "in", "id": 1}], "chat": [{"turns": talk}]})
     assert documents(parquet(path, keys=("meta.body", "messages", False)), 0) == [{"text": "in"}]
-    assert documents(parquet(path, keys=("text", "chat.turns", True)), 0) == [{"messages": talk}]
+    assert documents(parquet(path, keys=("text", "chat.turns", True)), 0) == [{"messages": talk, "unused": ["meta"]}]
     path = write_parquet(tmp_path / "b.parquet", {"meta.body": ["literal"], "meta": [{"body": "in"}]})
     assert documents(parquet(path, keys=("meta.body", "messages", False)), 0) == [{"text": "literal"}]
 

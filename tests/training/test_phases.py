@@ -192,7 +192,7 @@ def test_a_run_goes_on_from_memory_or_else_from_its_newest_checkpoint(saved_run,
     r, _ = begin(run_folder.read_config(folder), folder)
     expected, expected_progress = in_checkpoint, AT_SWITCH
     if in_memory:
-        cursor = {"sources": [source.spec for source in r.config.pretrain.sources]}
+        cursor = {"sources": [source.spec for source in r.config.pretrain.sources], "readers": 1}
         expected_progress = dataclasses.replace(AT_SWITCH, step=in_memory, precision="bf16", cursor=cursor)
         expected = random_state(r.config, in_memory, seed=1)
         r.recovery.hold(expected, expected_progress)

@@ -115,7 +115,7 @@ def test_the_gate_chooses_what_fits_before_the_first_step_and_refuses_what_canno
     assert [rows for rows, *_ in chosen.values()] == [8, 4, 2, 2]
     assert all(need <= most == int(limit * 2**30) for _, need, most in chosen.values())
     assert finish(tmp_path / "run")["tokens"] == 11 * 256
-    code, _, err = train(data, tmp_path / "none", memory_gb=0.0001)
+    code, _, err = train(data, tmp_path / "none", memory_gb=0.0002)
     assert_one_line(code, err, 2, "stage pretrain-16 needs", "one row of 16 tokens", "config.memory_gb")
     assert not (tmp_path / "none").exists()
 
@@ -267,8 +267,10 @@ def test_no_failure_waits_for_a_compiler(ends, failure, status):
         compiler.join()
 
 
-def test_signals_are_noted_and_told_once_and_handlers_put_back(ends, capfd):
+def test_signals_are_noted_and_told_once_and_handlers_put_back(ends, capfd, request):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    outside = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, outside))
     before = [signal.getsignal(number) for number in numbers]
     with interrupt.signals() as received:
         assert received == []
