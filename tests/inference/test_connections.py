@@ -125,7 +125,7 @@ def test_silent_connections_at_the_limit_of_files_lock_nobody_out(tok, monkeypat
     assert capfd.readouterr().err.count("more than 20 connections") == 1
 
 
-@pytest.mark.parametrize("files, most", [(256, 128), (20, 16), (10**6, 10_000), (resource.RLIM_INFINITY, 10_000)])
+@pytest.mark.parametrize("files, most", [(256, 96), (20, 16), (10**6, 10_000), (resource.RLIM_INFINITY, 10_000)])
 def test_the_limit_leaves_files_for_the_server(monkeypatch, files, most):
     monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (files, files))
     assert connections.most_connections() == most

@@ -23,8 +23,9 @@ GRACE = 3.0  # seconds that active requests have after a signal
 HEAD_SECONDS = 10.0  # from a connection, or the end of a response on it, to the end of the next request's head
 IDLE_SECONDS = 75.0  # after a response, until the next request begins: browsers keep connections
 READ_SECONDS = 30.0  # for a full send buffer (64 KB) to be read
-SPARE_FILES = 64  # for the run's files and pipes
+SPARE_FILES = 96  # for the run's files and pipes
 BACKLOG = 64  # connections that are accepted at once, before the first of them can make room
+QUEUE = 1024  # connections that the kernel keeps until they are accepted
 FEWEST, MOST = 16, 10_000  # connections
 
 
@@ -153,5 +154,10 @@ async def listen(app: Callable, listener: socket.socket, url: str, scheduler: Sc
         loop.add_signal_handler(number, stop, number)
     listener.listen(config.backlog)
     say(f"listening on {url}")
-    await server.serve([listener])
+    serving = asyncio.ensure_future(server.serve([listener]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    # asyncio accepts BACKLOG at once, and listens with the same number: a client beyond it would come again after 1 s.
+    listener.listen(QUEUE)
+    await serving
     return received[0]
