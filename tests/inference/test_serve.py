@@ -119,15 +119,15 @@ def test_logprobs_belong_to_the_text(client):
 
 def test_seeds_choices_and_many_prompts(client, model):
     draw = lambda **options: [c.text for c in greedy(client, "The cat", temperature=1.0, **options).choices]
-    assert draw(seed=5, n=3) == [drawn(model, "The cat", seed) for seed in (5, 6, 7)]
+    assert draw(seed=4, n=3) == [drawn(model, "The cat", seed) for seed in (4, 5, 6)]
     assert draw() != draw()  # random without a seed
     prompts = ["The cat", "Two dogs", "A mat"]
-    expected = [drawn(model, prompt, seed) for prompt in prompts for seed in (5, 6)]
-    together = greedy(client, prompts, n=2, temperature=1.0, seed=5)
-    assert [c.index for c in together.choices] == list(range(6)) and len(set(expected)) > 4
+    expected = [drawn(model, prompt, seed) for prompt in prompts for seed in (4, 5)]
+    together = greedy(client, prompts, n=2, temperature=1.0, seed=4)
+    assert [c.index for c in together.choices] == list(range(6)) and len(set(expected)) == 6
     assert [c.text for c in together.choices] == expected
     streamed = [""] * 6
-    for chunk in greedy(client, prompts, n=2, temperature=1.0, seed=5, stream=True):
+    for chunk in greedy(client, prompts, n=2, temperature=1.0, seed=4, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == expected
 
