@@ -90,7 +90,7 @@ class Coordinator:
                 await self._forward(reader, writer)
             else:
                 await self._serve_process(int(hello["index"]), _Peer(writer, str(hello["host"])), reader)
-        except Exception:  # a stranger may send anything
+        except Exception:  # a stranger's first line may be anything, and a connection may break
             pass
         finally:
             writer.close()
@@ -115,13 +115,16 @@ class Coordinator:
             return
         self._peers[index] = peer
         send(peer.writer, **(self._stop or {"missing": {}}))
+        reason = GONE
         try:
             while line := await reader.readline():
                 peer.last_heard = time.monotonic()
                 self._take(index, peer, json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            reason = f"has sent a message that cannot be read ({type(e).__name__}: {e})"
         finally:
             if not peer.has_left:
-                self._lose(index, peer, GONE)
+                self._lose(index, peer, reason)
 
     def _refuse(self, index: int, peer: _Peer, other: _Peer | None) -> None:
         line = f"the run of {self._count} processes at this address has begun; start process {index} with the others"

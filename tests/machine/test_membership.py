@@ -163,6 +163,13 @@ def test_one_that_leaves_before_all_have_come_may_come_again(address):
     assert [type(e) for e in ends] == 3 * [Quiet], ends
 
 
+def test_a_member_whose_message_cannot_be_read_is_named_with_the_reason(address):
+    first, second = joined(address)
+    second._send(barrier="later")  # without its facts
+    wait_for(lambda: first.lost)
+    assert first.lost == "process 1 has sent a message that cannot be read (KeyError: 'facts')"
+
+
 def test_a_port_that_a_silent_program_has_is_named(address, monkeypatch):
     monkeypatch.setattr(membership, "ANSWER_SECONDS", 0.2)
     host, port = address.split(":")
