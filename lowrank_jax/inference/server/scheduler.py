@@ -11,10 +11,11 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.inference.engine import CHUNKS, Engine, Piece, Request
+from lowrank_jax.inference.engine import CHUNKS, MOST_DECODED, Engine, Piece, Request
 from lowrank_jax.inference.server.api import Problem
 from lowrank_jax.machine import console
 
+SHORT, LONG = 0.008, 0.05  # seconds of a decoding loop, if a request may wait for its end, and if none does
 STOPPING = 503, "the server is stopping", None, "stopping"
 
 
@@ -56,6 +57,7 @@ class Scheduler:
     def __init__(self, make: Callable[[], Engine], room: int):
         self.room, self.failures = room, 0
         self._make, self._engine = make, None
+        self._pace = 0.0  # seconds per decoding step
         self._changed, self._stopping = threading.Condition(), False
         self.waiting: collections.deque[tuple[Ticket, int]] = collections.deque()  # (ticket, number of the request)
         self.active: dict[int, tuple[Ticket, int]] = {}  # by slot
@@ -109,13 +111,23 @@ class Scheduler:
             self._drop_cancelled()
             self._admit()
             if self.active:
-                for slot, piece in self._engine.step().items():
+                for slot, piece in self._step().items():
                     # A client may send its next request as soon as it sees the end: its slot must be free by then.
                     ticket, i = self.active.pop(slot) if piece.finish else self.active[slot]
                     ticket.put(i, piece)
         except Exception as e:
             console.say(traceback.format_exc())
             return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+    def _step(self) -> dict[int, Piece]:
+        """Do the engine's step, with a decoding loop as long as nobody waits for: newcomers join at its end."""
+        seconds = SHORT if self._engine.free or self._engine.is_reading else LONG
+        began = time.perf_counter()
+        pieces = self._engine.step(int(seconds / self._pace) if self._pace else MOST_DECODED)
+        if pieces:  # a step that also reads prompts takes longer: the pace follows such steps slowly
+            pace = (time.perf_counter() - began) / max(len(piece.ids) for piece in pieces.values())
+            self._pace = min(pace, 1.2 * self._pace) if self._pace else pace
+        return pieces
 
     def _drop_cancelled(self) -> None:
         for slot in [slot for slot, (ticket, i) in self.active.items() if i in ticket.cancelled]:
