@@ -19,7 +19,12 @@ from lowrank_jax.inference.server.scheduler import Scheduler, Ticket
 
 
 class Fake:
-    """An engine that answers a prompt by repeating its first id; `order` has the first ids that it received."""
+    """An engine that answers a prompt by repeating its first id, which takes `pace` seconds per token.
+
+    `order` has the first ids that it received, `mosts` the most tokens of its steps.
+    """
+
+    is_reading, pace, mosts = False, 0.001, ()
 
     def __init__(self, slots: int, order: list, failures: list):
         self.slots, self.context, self.order, self.failures = slots, 64, order, failures
@@ -38,14 +43,16 @@ class Fake:
         self.order.append(ids[0])
         return slot
 
-    def step(self) -> dict[int, Piece]:
+    def step(self, most: int = 1) -> dict[int, Piece]:
         if self.failures and self.order[-1:] != [0]:  # not while it warms up
             raise self.failures.pop()
-        time.sleep(0.001)  # so that the loop has its turns
+        self.mosts += ((len(self.rows), most),)
+        count = min([most if self.pace > 0.001 else 1, *(row[1] for row in self.rows.values())])
+        time.sleep(self.pace * count)  # the loop has its turns
         pieces = {}
         for slot, row in list(self.rows.items()):
-            row[1] -= 1
-            pieces[slot] = Piece([row[0]], [], None if row[1] else "length")
+            row[1] -= count
+            pieces[slot] = Piece([row[0]] * count, [], None if row[1] else "length")
             if not row[1]:
                 del self.rows[slot]
         return pieces
@@ -91,6 +98,22 @@ def test_first_come_first_served_and_each_gets_its_own():
                 assert await finish(ticket, 2) == {0: [10 * n + 10] * 5, 1: [10 * n + 11] * 5}
             assert order == [10 * n + 10 + i for n in range(6) for i in range(2)]
             assert not scheduler.waiting and not scheduler.active
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_decoding_loop_is_short_while_a_request_may_wait_for_its_end(monkeypatch, is_reading):
+    monkeypatch.setattr(Fake, "pace", 0.004)
+    monkeypatch.setattr(Fake, "is_reading", is_reading)
+
+    async def run():
+        async with scheduling(slots=2) as (scheduler, *_):
+            for count in (1, 2):
+                await finish(scheduler.submit([request(1, max_new=60)] * count), count)
+            steps = {rows: [most for n, most in scheduler._engine.mosts if n == rows][-3:] for rows in (1, 2)}
+            assert max(steps[1]) <= 2  # 8 ms
+            assert max(steps[2]) <= 2 if is_reading else min(steps[2]) > 4  # 50 ms, on a busy machine fewer steps
 
     asyncio.run(run())
 
