@@ -3,6 +3,7 @@
 
 const DAY = 24 * 3600 * 1000;
 let listing = 0; // the number of the newest listing: searches overtake each other
+const texts = new Map(); // id of a chat -> the texts of its shown messages, until one of them changes
 
 async function drawChats() {
   const mine = ++listing,
@@ -10,7 +11,7 @@ async function drawChats() {
   let chats = await allChats(),
     hits = new Map();
   if (query) {
-    hits = await searched(chats, query);
+    hits = await searched(chats, query, () => mine !== listing);
     chats = chats.filter(c => hits.has(c.id));
   }
   if (mine !== listing || $("chats").querySelector("input")) return; // overtaken, or a chat is being renamed
@@ -37,12 +38,16 @@ function groupOf(time) {
   return days < 1 ? "Today" : days < 2 ? "Yesterday" : days < 8 ? "Last 7 days" : "Earlier";
 }
 
-// Returns {id of a chat: the text around the first hit}.
-async function searched(chats, query) {
+// Returns {id of a chat: the text around the first hit}. Reads each chat once: 1,000 of them take seconds.
+async function searched(chats, query, isOvertaken) {
   const hits = new Map();
   for (const c of chats) {
-    const shown = thread(c, await messagesOf(c.id)).map(({ message }) => message.content);
-    for (const text of [c.title, ...shown]) {
+    if (!texts.has(c.id)) {
+      const read = thread(c, await messagesOf(c.id)).map(({ message }) => message.content);
+      texts.set(c.id, read);
+      if (isOvertaken()) break;
+    }
+    for (const text of [c.title, ...texts.get(c.id)]) {
       const at = text.toLowerCase().indexOf(query);
       if (at < 0) continue;
       hits.set(c.id, text === c.title ? "" : text.slice(Math.max(0, at - 20), at + 60));
