@@ -480,6 +480,20 @@ def test_chats_are_renamed_searched_and_deleted(visit):
     page.wait_for_selector(".chat >> text=Fish")
 
 
+def test_many_chats_are_listed_in_parts(visit):
+    page = visit()
+    chats = [{"id": f"c{i}", "time": 200 - i, "messages": [{"role": "user", "content": f"N{i}."}]} for i in range(130)]
+    upload(page, "chats.json", json.dumps(chats))
+    page.wait_for_selector("#chats >> text=30 more")
+    assert page.locator(".chat").count() == 100
+    page.fill("#search", "n129.")
+    assert until(lambda: page.locator(".chat").count() == 1) and page.locator(".more").count() == 0
+    page.press("#search", "Escape")
+    page.click("#chats >> text=30 more")
+    assert until(lambda: page.locator(".chat").count() == 130)
+    assert page.evaluate("document.activeElement.innerText") == "N100."
+
+
 def test_a_search_reads_each_chat_once_and_knows_what_is_new(visit):
     page = visit()
     chats = [{"id": f"c{i}", "messages": [{"role": "user", "content": f"word{i} of a chat"}]} for i in range(40)]

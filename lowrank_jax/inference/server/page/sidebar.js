@@ -1,7 +1,9 @@
 "use strict";
 // The list of chats: search, rename, export, import, delete.
 
-const DAY = 24 * 3600 * 1000;
+const DAY = 24 * 3600 * 1000,
+  ROWS = 100; // 1,000 rows take half a second to draw
+let rows = ROWS; // chats that are listed
 let listing = 0; // the number of the newest listing: searches overtake each other
 const texts = new Map(); // id of a chat -> the texts of its shown messages, until one of them changes
 
@@ -19,18 +21,26 @@ async function drawChats() {
   const act = document.activeElement.dataset.act;
   let group = "";
   $("chats").replaceChildren(
-    ...chats.flatMap(c => {
+    ...chats.slice(0, rows).flatMap(c => {
       const heading = query ? "" : groupOf(c.time),
         isNew = heading !== group;
       group = heading;
       return [...(isNew && heading ? [make("h2", "", heading)] : []), chatRow(c, hits.get(c.id))];
     }),
   );
+  if (chats.length > rows) $("chats").append(textButton(`${number(chats.length - rows)} more`, listMore, "more"));
   if (!chats.length) $("chats").append(make("p", "soft", query ? "No chat has these words." : "No chats yet."));
   if (focused)
     $("chats")
       .querySelector(`[data-chat="${CSS.escape(focused)}"] [data-act=${act}]`)
       ?.focus();
+}
+
+async function listMore() {
+  const first = rows;
+  rows += 10 * ROWS;
+  await drawChats();
+  $("chats").querySelectorAll("[data-act=open]")[first]?.focus();
 }
 
 function groupOf(time) {
