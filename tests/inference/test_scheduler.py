@@ -13,6 +13,7 @@ import pytest
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import Piece, Request
 from lowrank_jax.inference.server import api, bodies, connections, routes
+from lowrank_jax.inference.server import scheduler as scheduler_module
 from lowrank_jax.inference.server.api import Problem, Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler, Ticket
@@ -330,6 +331,32 @@ def test_large_bodies_are_parsed_one_at_a_time(tok, monkeypatch):
 
     asyncio.run(run())
     assert sorted(most.items())[0][1] > 1 and sorted(most.items())[1][1] == 1
+
+
+def test_streams_that_are_read_slowly_have_a_bound_together(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MOST_UNREAD", 300)
+    monkeypatch.setattr(Ticket, "unread_of_all", 0)
+    most = []
+
+    async def run():
+        async with scheduling(slots=4, queue=20) as (scheduler, *_):
+            for _ in range(4):  # one after the other: streams that have ended wait for their readers too
+                unread = [scheduler.submit([request(3, 100)]) for _ in range(3)]
+                quick = scheduler.submit([request(5, 100)])
+                async for _, piece in quick.pieces(asyncio.get_running_loop().time() + 10):
+                    most.append(Ticket.unread_of_all)
+                    if piece.finish:
+                        break
+                quick.cancel()
+            assert max(most) <= 300
+            with pytest.raises(Problem, match="too slowly"):
+                await finish(unread[0])
+            await settled(scheduler)
+            for ticket in unread:
+                ticket.cancel()
+
+    asyncio.run(run())
+    assert max(most) > 100
 
 
 def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):
