@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import time
+import weakref
 
 import httpx2
 import openai
@@ -331,6 +333,31 @@ def test_large_bodies_are_parsed_one_at_a_time(tok, monkeypatch):
 
     asyncio.run(run())
     assert sorted(most.items())[0][1] > 1 and sorted(most.items())[1][1] == 1
+
+
+def test_a_refused_body_leaves_nothing_for_the_garbage_collector(tok, monkeypatch):
+    class Values(list):
+        pass
+
+    values = []
+
+    def reading(*_, **__):
+        parsed = Values()
+        values.append(weakref.ref(parsed))
+        raise Problem(400, f"{len(parsed)} values")
+
+    monkeypatch.setattr(api, "read", reading)
+
+    async def run():
+        async with asking(tok) as http:
+            assert (await http.post(TEXT, json={})).status_code == 400
+
+    gc.disable()
+    try:
+        asyncio.run(run())
+        assert values and values[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_streams_that_are_read_slowly_have_a_bound_together(monkeypatch):

@@ -6,7 +6,6 @@ Every error has OpenAI's shape and leaves the server running. A client that disc
 import asyncio
 import base64
 import contextlib
-import functools
 import hashlib
 import hmac
 import io
@@ -186,16 +185,23 @@ class Server:
 
     async def _read(self, request: Request, data: bytes, is_chat: bool) -> Call | None:
         """Read the call in a thread, for which other requests need not wait; return None if the client leaves."""
-        has_left = threading.Event()
-        owner = request.scope.get("owner", "")
-        read = functools.partial(api.read, owner=owner, is_gone=has_left.is_set)
-        work = asyncio.get_running_loop().run_in_executor(
-            self._bodies.reader_of(data), read, data, is_chat, self.tokenizer, self.settings
-        )
+        has_left, owner = threading.Event(), request.scope.get("owner", "")
+
+        def read() -> Call | Problem:
+            try:
+                return api.read(data, is_chat, self.tokenizer, self.settings, owner, has_left.is_set)
+            except Problem as e:
+                e.__traceback__ = e.__context__ = None  # they hold the body's values, 110 MB, until they are collected
+                return e
+
+        work = asyncio.get_running_loop().run_in_executor(self._bodies.reader_of(data), read)
         try:
-            return await _while_connected(request.scope, request.receive, _awaited(work))
+            call = await _while_connected(request.scope, request.receive, _awaited(work))
         finally:
             has_left.set()
+        if isinstance(call, Problem):
+            raise call
+        return call
 
     def _stream(self, work: "Work") -> Callable:
         """Return an ASGI response of server-sent events, for as long as the client stays and reads."""
