@@ -191,7 +191,7 @@ class Server:
             try:
                 return api.read(data, is_chat, self.tokenizer, self.settings, owner, has_left.is_set)
             except Problem as e:
-                e.__traceback__ = e.__context__ = None  # they hold the body's values, 110 MB, until they are collected
+                e.__traceback__ = e.__context__ = None  # they hold the body's values, 110 MB, until the loop has a turn
                 return e
 
         work = asyncio.get_running_loop().run_in_executor(self._bodies.reader_of(data), read)
