@@ -9,8 +9,6 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from starlette.requests import Request
-
 from lowrank_jax.inference.server.api import Problem
 
 MOST_BYTES = 4 << 20  # of a body
@@ -33,23 +31,23 @@ class Bodies:
         return self._small_readers if len(data) <= LARGE else self._large_reader
 
     @contextlib.asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """Yield the request's body, which counts until the block ends."""
+    async def body(self, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield the body that arrives in a stream; it counts until the block ends."""
         parts = []
         try:
             try:
                 async with asyncio.timeout(SECONDS):
-                    await self._receive(request, parts)
+                    await self._receive(stream, parts)
             except TimeoutError:
                 raise Problem(408, f"the body did not arrive within {SECONDS:.0f} seconds") from None
             yield b"".join(parts)
         finally:
             self._forget(parts)
 
-    async def _receive(self, request: Request, parts: list[bytes]) -> None:
+    async def _receive(self, stream: AsyncIterator[bytes], parts: list[bytes]) -> None:
         """Fill `parts`. A body that is refused is read to its end, because the client reads no error before."""
         size, problem = 0, None
-        async for part in request.stream():
+        async for part in stream:
             size += len(part)
             if size > 16 * MOST_BYTES:
                 break

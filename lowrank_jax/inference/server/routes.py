@@ -167,7 +167,7 @@ class Server:
 
     async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
-        async with self._bodies.body(request) as data:
+        async with self._bodies.body(request.stream()) as data:
             call = await self._read(request, data, request.url.path.endswith("/chat/completions"))
         if call is None:
             return Response(status_code=CLIENT_GONE)
