@@ -17,15 +17,20 @@ from lowrank_jax.machine import console
 
 SHORT, LONG = 0.008, 0.05  # seconds of a decoding loop, if a request may wait for its end, and if none does
 STOPPING = 503, "the server is stopping", None, "stopping"
+SLOW = 408, "the stream is read too slowly: too many of its tokens wait", None, "slow_reader"
+MOST_UNREAD = 1_500_000  # tokens and alternatives that wait for readers of all streams: 170 MB
 
 
 class Ticket:
     """The outlet of some requests' pieces, for the asyncio loop that is running when it is created."""
 
+    unread_of_all = 0
+
     def __init__(self, requests: Sequence[Request]):
         self.requests = tuple(requests)
         self.cancelled: set[int] = set()  # numbers of requests
         self._loop, self._pieces = asyncio.get_running_loop(), asyncio.Queue()
+        self._unread, self._is_over = 0, False
 
     async def pieces(self, deadline: float) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (number of the request, piece) for as long as it is read.
@@ -37,18 +42,40 @@ class Ticket:
                 i, piece = await self._pieces.get()
             if isinstance(piece, Problem):
                 raise piece
+            self._count(-_size(piece))
             yield i, piece
 
     def cancel(self, i: int | None = None) -> None:
         """End request i, or all of them: waiting ones are forgotten, slots are freed before the next step."""
         self.cancelled.update(range(len(self.requests)) if i is None else [i])
+        if i is None:
+            self._is_over, self._pieces = True, asyncio.Queue()
+            self._count(-self._unread)
 
     def put(self, i: int, piece: Piece | Problem) -> None:
         """Hand over a piece of request i, from the engine's thread."""
         try:
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, (i, piece))
+            self._loop.call_soon_threadsafe(self._arrive, i, piece)
         except RuntimeError:  # the loop is closed: nobody waits any more
             self.cancel()
+
+    def _arrive(self, i: int, piece: Piece | Problem) -> None:
+        if self._is_over:
+            return
+        if isinstance(piece, Piece):
+            self._count(_size(piece))
+        self._pieces.put_nowait((i, piece))
+        if self._unread > MOST_UNREAD - Ticket.unread_of_all:  # nobody takes more than is left for others
+            self.cancel()
+            self._pieces.put_nowait((i, Problem(*SLOW)))
+
+    def _count(self, change: int) -> None:
+        self._unread += change
+        Ticket.unread_of_all += change
+
+
+def _size(piece: Piece) -> int:
+    return len(piece.ids) + sum(len(top) for _, top in piece.logprobs)
 
 
 class Scheduler:
