@@ -151,6 +151,7 @@ STUDIES = {
             "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
             "balanced": BALANCED,
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
+            "balanced wide": BALANCED | {"model.mlp": 960},
             "dense small tokens": DENSE | {"model.d": 216, "model.mlp": 664, "pretrain.steps": 1296},
             "balanced half updates": "1752db3e61ce",
             "balanced even": low(EVEN, start=""),
