@@ -50,6 +50,7 @@ class ModelConfig:
     d: Annotated[Size, 2**17]
     layers: Annotated[Size, 2**10]
     heads: Size
+    kv_heads: Count
     rank: Count
     rank_split: tuple[float, ...]
     shared_kv: bool
@@ -67,6 +68,11 @@ class ModelConfig:
         return self.d // self.heads
 
     @property
+    def kv_dim(self) -> int:
+        """Return the width of all heads of keys, which is that of values, too."""
+        return (self.kv_heads or self.heads) * self.head_dim
+
+    @property
     def hidden(self) -> int:
         """Return the SwiGLU's width: 8/3 d, so three matrices have the 8 d^2 of a classic 4d MLP, in steps of 64."""
         return self.mlp or -(-8 * self.d // 3 // 64) * 64
@@ -75,7 +81,8 @@ class ModelConfig:
     def ranks(self) -> tuple[int, int, int, int]:
         """Return the ranks of Q, K, V and O: 4 x `rank` divided by `rank_split`, by the largest remainders.
 
-        With `shared_kv`, K and V share a latent: both have the mean of their ranks.
+        A rank of 0 is a dense projection: all of them with `rank` 0, else those whose share is 0. With `shared_kv`, K
+        and V share a latent: both have the mean of their ranks.
         """
         shares = [4 * self.rank * s / sum(self.rank_split) for s in self.rank_split]
         ranks = [int(s) for s in shares]
@@ -355,10 +362,13 @@ def _check_model(m: ModelConfig) -> None:
     near = min((h for h in range(1, m.d + 1) if m.d % h == 0), key=lambda h: abs(h - m.heads))
     _require(near == m.heads, f"{path}.heads={m.heads} does not divide {path}.d={m.d}; use {near}")
     _require(m.rank <= m.d, f"{path}.rank={m.rank} must not exceed {path}.d={m.d}")
-    good_split = len(m.rank_split) == 4 and min(m.rank_split) > 0
-    _require(good_split, f"{path}.rank_split={shown(m.rank_split)} must be four shares above 0, for q,k,v,o")
+    near = max((h for h in range(1, m.heads + 1) if m.heads % h == 0 and h <= m.kv_heads), default=0)
+    _require(near == m.kv_heads, f"{path}.kv_heads={m.kv_heads} does not divide {path}.heads={m.heads}; use {near}")
+    good_split = len(m.rank_split) == 4 and min(m.rank_split) >= 0 and min(m.rank_split[1:3]) > 0
+    of_whom = "for q,k,v,o (0 for a dense q or o)"
+    _require(good_split, f"{path}.rank_split={shown(m.rank_split)} must be four shares above 0, {of_whom}")
     _require(m.rank > 0 or not m.shared_kv, f"{path}.shared_kv needs latents; set {path}.rank above 0")
-    too_small = m.rank > 0 and min(m.ranks) < 1
+    too_small = m.rank > 0 and any(rank < 1 for rank, share in zip(m.ranks, m.rank_split) if share)
     _require(not too_small, f"{path}.rank={m.rank} gives a projection rank 0; raise it or even out {path}.rank_split")
 
 

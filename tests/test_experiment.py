@@ -111,7 +111,14 @@ def test_a_window_sees_the_last_tokens_and_no_others():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"rank": 0}, {"latent_norm": True}, {"shared_kv": True}, {"mlp_rank": 8, "embed_rank": 16}],
+    [
+        {},
+        {"rank": 0, "kv_heads": 1},
+        {"latent_norm": True},
+        {"shared_kv": True},
+        {"rank_split": (0, 1, 3, 0)},
+        {"mlp_rank": 8, "embed_rank": 16},
+    ],
     ids=lambda changes: "-".join(changes),
 )
 def test_the_network_with_a_wide_window_is_the_network(make, changes):

@@ -139,5 +139,5 @@ def model_keys(values: dict) -> dict:
 
 def count(keys: dict) -> int:
     """Return the number of parameters of a model with the keys of `model_keys`."""
-    free = {"rank_split": (1.0,) * 4, "attention": "auto", "scan": True, "remat": False}
+    free = LATER | {"rank_split": (1.0,) * 4, "attention": "auto", "scan": True, "remat": False}
     return costs.parameters(ModelConfig(**free | keys))["total"]
