@@ -63,7 +63,7 @@ class Linear(nnx.Module):
     down ~ N(0, s/d_in) and up ~ N(0, s/d_out) are as large as U sqrt(S) and sqrt(S) V^T of the SVD of a dense matrix
     with variance 1/d_in. Its singular values reach 1 + sqrt(d_out/d_in) (Marchenko-Pastur), and s = 0.9 of that is
     about the mean of those that a rank of D/8 keeps. With N(0, 1/d_in) and N(0, 1/rank), whose product has the variance
-    of a dense matrix, models ended 0.0091 +- 0.0038 bits per byte higher (docs/results.md).
+    of a dense matrix, models ended 0.0091 +- 0.0094 bits per byte higher (docs/results.md).
 
     `zero` starts the map at zero through its last factor. Without `has_down` it only expands, the latent of another
     map. `matmul` multiplies by all its weights (`precision.Policy`).

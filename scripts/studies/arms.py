@@ -9,7 +9,9 @@ import importlib.util
 import os
 import sysconfig
 
-from lowrank_jax.config import UsageError
+from configs import default
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.model import costs
 
 PYTHON = sysconfig.get_path("stdlib")
 _package = lambda name, *parts: os.path.join(importlib.util.find_spec(name).submodule_search_locations[0], *parts)
@@ -273,6 +275,26 @@ def changes(study: str, arm: str) -> dict:
     if isinstance(values, str):
         raise UsageError(f"the arm {arm!r} needs code of an older version; run it after git checkout {values}")
     return STUDIES[study]["settings"] | values
+
+
+def config_of(study: str, arm: str, lr=1e-2, seed=0, tokenizer_path="", init_from="") -> RunConfig:
+    """Return the config of one run, as the command line would build it."""
+    values = default.get_config()
+    settings = changes(study, arm) | {"pretrain.lr": lr, "seed": seed, "init_from": init_from}
+    settings |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": VOCAB}
+    settings.pop("start", None)
+    for name, value in settings.items():
+        *groups, key = name.split(".")
+        group = values[groups[0]] if groups else values
+        group[key] = value
+    return RunConfig.from_dict(values.to_dict())
+
+
+def cache_of(study: str, arm: str) -> int:
+    """Return the numbers per token and layer in an arm's cache. Arms of older commits have that of R = D/8."""
+    is_old = isinstance(STUDIES[study]["arms"][arm], str)
+    c = (config_of("quality", "balanced") if is_old else config_of(study, arm)).model
+    return costs.kv_bytes_per_token(c, 1)["latent"] // c.layers
 
 
 def unseen() -> dict[str, list[str]]:
