@@ -39,6 +39,7 @@ RANKS = ("rank_q", "rank_k", "rank_v", "rank_o")
 # Settings that every format honours or refuses by name, by SIZES, RANKS and `hidden`.
 EXPORTED = {*SIZES.values(), "mlp", "rank", "rank_split"} - {"hidden"}
 FREE = {"attention", "scan", "remat"}  # settings that change how the function is computed, not the function
+NOWHERE = {"kv_heads"}  # settings of dense models that no format takes, unless they have the value of LATER
 
 
 def refuse_unknown(c: ModelConfig) -> None:
