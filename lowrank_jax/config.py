@@ -25,9 +25,7 @@ class RunFailure(Exception):
 
 
 _LIMITS = {
-    "at least -1": lambda number: number >= -1,
-    "at least 0": lambda number: number >= 0,
-    "at least 1": lambda number: number >= 1,
+    **{f"at least {least}": lambda number, least=least: number >= least for least in (-1, 0, 1)},
     "above 0": lambda number: number > 0,
     "between 0 and 0.5": lambda number: 0 <= number <= 0.5,
     "between 0 and 1": lambda number: 0 <= number <= 1,
@@ -42,6 +40,7 @@ RECORDED = "tokenizer_sha256"  # a key beside the settings in a run's config.jso
 Count, Size, Amount = Annotated[int, "at least 0"], Annotated[int, "at least 1"], Annotated[float, "at least 0"]
 Share, Decay = Annotated[float, "between 0 and 1"], Annotated[float, "at least 0 and below 1"]
 LocalPath = typing.NewType("LocalPath", str)
+Schedule = tuple[tuple[int, float], ...]  # (first step, value) pairs with rising steps from 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class ModelConfig:
     d: Annotated[Size, 2**17]
     layers: Annotated[Size, 2**10]
     heads: Size
+    kv_heads: Count
     rank: Count
     rank_split: tuple[float, ...]
     shared_kv: bool
@@ -67,6 +67,10 @@ class ModelConfig:
         return self.d // self.heads
 
     @property
+    def kv_dim(self) -> int:
+        return (self.kv_heads or self.heads) * self.head_dim
+
+    @property
     def hidden(self) -> int:
         """Return the SwiGLU's width: 8/3 d, so three matrices have the 8 d^2 of a classic 4d MLP, in steps of 64."""
         return self.mlp or -(-8 * self.d // 3 // 64) * 64
@@ -75,7 +79,7 @@ class ModelConfig:
     def ranks(self) -> tuple[int, int, int, int]:
         """Return the ranks of Q, K, V and O: 4 x `rank` divided by `rank_split`, by the largest remainders.
 
-        With `shared_kv`, K and V share a latent: both have the mean of their ranks.
+        0 is dense: all with `rank` 0, else those whose share is 0. With `shared_kv`, K and V have the mean of theirs.
         """
         shares = [4 * self.rank * s / sum(self.rank_split) for s in self.rank_split]
         ranks = [int(s) for s in shares]
@@ -84,10 +88,6 @@ class ModelConfig:
             ranks[i] += 1
         q, k, v, o = ranks
         return (q, (k + v + 1) // 2, (k + v + 1) // 2, o) if self.shared_kv else (q, k, v, o)
-
-
-Schedule = tuple[tuple[int, float], ...]
-"""(first step, value) pairs with rising steps from 0: a value that changes with the step."""
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,7 @@ class RunConfig:
 
 def local_path(text: str | os.PathLike, what: str) -> str:
     """Return a path with its `~` or `~user` expanded; raises UsageError for anything but a local path."""
-    text = os.fspath(text)
-    path, stated = os.path.expanduser(text), f"{what}={text:.200}".replace("\0", "\\0")
+    path, stated = os.path.expanduser(text := os.fspath(text)), f"{what}={text:.200}".replace("\0", "\\0")
     scheme = re.match(r"\s*[A-Za-z][\w+-]*:/", text)
     _require(not scheme, f"{stated} is no local path, and only local paths are supported; copy or mount it")
     _require(path[:1] != "~", f"{stated} names no home folder; write ./{text:.200} for a folder of that name")
@@ -355,10 +354,11 @@ def _check_model(m: ModelConfig) -> None:
     near = min((h for h in range(1, m.d + 1) if m.d % h == 0), key=lambda h: abs(h - m.heads))
     _require(near == m.heads, f"{path}.heads={m.heads} does not divide {path}.d={m.d}; use {near}")
     _require(m.rank <= m.d, f"{path}.rank={m.rank} must not exceed {path}.d={m.d}")
-    good_split = len(m.rank_split) == 4 and min(m.rank_split) > 0
-    _require(good_split, f"{path}.rank_split={shown(m.rank_split)} must be four shares above 0, for q,k,v,o")
+    _require(m.heads % (m.kv_heads or 1) == 0, f"{path}.kv_heads={m.kv_heads} does not divide {path}.heads; use 1")
+    good_split = len(m.rank_split) == 4 and min(m.rank_split) >= 0 and min(m.rank_split[1:3]) > 0
+    _require(good_split, f"{path}.rank_split={shown(m.rank_split)} must be four shares above 0, for q,k,v,o; q,o: or 0")
     _require(m.rank > 0 or not m.shared_kv, f"{path}.shared_kv needs latents; set {path}.rank above 0")
-    too_small = m.rank > 0 and min(m.ranks) < 1
+    too_small = m.rank > 0 and any(rank < 1 for rank, share in zip(m.ranks, m.rank_split) if share)
     _require(not too_small, f"{path}.rank={m.rank} gives a projection rank 0; raise it or even out {path}.rank_split")
 
 

@@ -192,6 +192,10 @@ def test_a_missing_key_is_named():
         ({"model.rank": 1, "model.rank_split": (1, 1, 50, 50)}, "config.model.rank=1"),
         ({"model.rank_split": (1, 1, 1)}, "config.model.rank_split="),
         ({"model.rank_split": (1, 0, 1, 1)}, "config.model.rank_split="),
+        ({"model.rank_split": (1, 1, 0, 1)}, "config.model.rank_split="),
+        ({"model.rank": 1, "model.rank_split": (0, 1, 50, 0)}, "config.model.rank=1"),
+        ({"model.kv_heads": 3}, "config.model.kv_heads=3 does not divide config.model.heads; use 1"),
+        ({"model.kv_heads": 32}, "config.model.kv_heads=32 does not divide config.model.heads; use 1"),
         ({"model.rank_split": (1, -1, 1, 1)}, "config.model.rank_split="),
         ({"model.rank_split": ()}, "config.model.rank_split="),
         ({"model.vocab": -1}, "config.model.vocab=-1"),
@@ -513,6 +517,12 @@ def test_ranks_add_up_to_four_times_rank_or_the_split_is_rejected(rank, split):
         assert sum(ranks) == 4 * rank
         assert min(ranks) >= 1
         assert all(abs(r - 4 * rank * s / sum(split)) < 1 + 1e-6 for r, s in zip(ranks, split))
+
+
+def test_a_share_of_0_keeps_q_or_o_dense_and_the_others_ranks_may_stay_as_they_were():
+    assert built(rank=32).model.ranks == (16, 16, 48, 48)
+    assert built(rank=20, rank_split=(1, 1, 3, 0)).model.ranks == (16, 16, 48, 0)
+    assert built(rank=16, rank_split=(0, 1, 3, 0)).model.ranks == (0, 16, 48, 0)
 
 
 @settings(max_examples=200, deadline=None)

@@ -24,7 +24,7 @@ ARMS = [(study, arm) for study in arms.STUDIES for arm in arms.runnable(study)]
 
 
 def sizes(study: str, arm: str) -> dict[str, float]:
-    config = experiment.config_of(study, arm).with_vocab(arms.VOCAB)
+    config = arms.config_of(study, arm).with_vocab(arms.VOCAB)
     counts = costs.parameters(config.model)
     return counts | {"parameters": counts["total"], "flops": experiment.flops_of(config)}
 
@@ -34,7 +34,7 @@ def sizes(study: str, arm: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("study, arm", ARMS, ids=lambda x: x.replace(" ", "-"))
 def test_every_arm_is_a_config_with_a_start_that_exists(study, arm):
-    config = experiment.config_of(study, arm)
+    config = arms.config_of(study, arm)
     assert config.pretrain.steps > 0 and config.sft.steps == 0
     assert arms.changes(study, arm).get("start") in {None, "", *starts.STARTS}
     assert arms.STUDIES[study]["reference"] in arms.runnable(study)
@@ -54,7 +54,7 @@ def test_arms_keep_to_their_limits(study):
 
 
 def test_arms_of_one_study_differ_in_what_they_are_called_after_alone():
-    base, even = (experiment.config_of("quality", arm) for arm in ("split norm", "even norm"))
+    base, even = (arms.config_of("quality", arm) for arm in ("split norm", "even norm"))
     assert base.pretrain == even.pretrain and base.optim == even.optim
     assert sizes("quality", "split norm")["attention"] == sizes("quality", "even norm")["attention"]
     assert sizes("quality", "whole")["parameters"] <= 0.32 * sizes("quality", "dense")["parameters"]
@@ -111,7 +111,14 @@ def test_a_window_sees_the_last_tokens_and_no_others():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"rank": 0}, {"latent_norm": True}, {"shared_kv": True}, {"mlp_rank": 8, "embed_rank": 16}],
+    [
+        {},
+        {"rank": 0, "kv_heads": 1},
+        {"latent_norm": True},
+        {"shared_kv": True},
+        {"rank_split": (0, 1, 3, 0)},
+        {"mlp_rank": 8, "embed_rank": 16},
+    ],
     ids=lambda changes: "-".join(changes),
 )
 def test_the_network_with_a_wide_window_is_the_network(make, changes):
@@ -147,7 +154,8 @@ def test_differences_are_taken_within_a_seed_and_at_each_ones_best_learning_rate
     assert tables.best_lr(rows, "split") == 0.2
     np.testing.assert_allclose(tables.paired(rows, "split", "dense"), [-0.1, -0.1, -0.2])
     shown = tables.quality("quality", rows)
-    assert "-0.1333 ± 0.0577" in shown and "3.0000 ± 1.0000" in shown
+    assert "-0.1333 ± 0.1434" in shown and "| 3.0000 |" in shown  # t of 2 degrees is 4.303, and 4.303 / 3^0.5 x 0.0577
+    assert [line.split("|")[6].strip() for line in shown.splitlines()] == ["cache", "-" * 5, "512", "64"]
     assert tables.paired(rows, "split", "even") == []
 
 
@@ -155,7 +163,7 @@ def test_an_arm_is_shown_beside_what_it_is_limited_by_with_the_seeds_it_is_ahead
     ours = [line("split norm", 0.1, seed, bits, parameters=8) for seed, bits in ((0, 1.9), (1, 2.9), (2, 4.2))]
     [shown] = tables.beside("quality", ours + [line("dense small", 0.1, seed, 2.0 + seed) for seed in (0, 1, 2)])
     cells = [cell.strip() for cell in shown.splitlines()[2].split("|")[1:-1]]
-    assert cells == ["split norm", "dense small", "0.80", "1.00", "1.00", "+0.0000 ± 0.1732", "2 of 3"]
+    assert cells == ["split norm", "dense small", "0.80", "1.00", "1.00", "0.15", "+0.0000 ± 0.4303", "2 of 3"]
     assert tables.beside("quality", ours) == []
 
 
@@ -207,7 +215,7 @@ def test_a_run_leaves_one_line_and_is_not_done_again(smoke):
     code, out = run("run", *smoke, "--arms=grown,dense,half start")
     assert code == 0 and path.read_text() == before and "stage" not in out
     grown, dense, half = (json.loads(text) for text in before.splitlines())
-    config = experiment.config_of("smoke", "dense").with_vocab(arms.VOCAB)
+    config = arms.config_of("smoke", "dense").with_vocab(arms.VOCAB)
     assert dense["parameters"] == costs.parameters(config.model)["total"]
     assert dense["flops"] == experiment.flops_of(config)
     assert half["data_sha256"] == dense["data_sha256"] and half["bits_per_byte"] != dense["bits_per_byte"]

@@ -34,6 +34,8 @@ from lowrank_jax.training.plan import Progress
 PAGE = 'CONTRIBUTING.md ("How to add a model option") lists the places'
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
 
+DENSE_O, DENSE_QO = (1.0, 1.0, 2.0, 0.0), (0.0, 1.0, 1.0, 0.0)  # shares of 0 are dense projections
+
 # Toy sizes, with ranks that the packed decoder for CPUs takes: multiples of 16. The rest are the defaults.
 TOY = {"vocab": 61, "d": 96, "layers": 1, "heads": 6, "rank": 32, "mlp": 40}
 # Values of each field that are neither TOY's nor the default. The first ones of all fields must fit together.
@@ -42,8 +44,9 @@ OPTIONS = {
     "d": [144],
     "layers": [2],
     "heads": [12],
+    "kv_heads": [3, 1],
     "rank": [96, 0],
-    "rank_split": [(1.0, 1.0, 1.0, 1.0)],
+    "rank_split": [DENSE_QO, DENSE_O, (1.0, 1.0, 1.0, 1.0)],
     "shared_kv": [True],
     "latent_norm": [True],
     "mlp": [64],
@@ -60,18 +63,20 @@ HOW_ONLY = {
     "scan": "compile time and speed only",
     "remat": "memory and speed only",
 }
-NOT_PACKED = [("rank", 0)]  # the packed decoder reads latents, and a dense model has none
+# The packed decoder has factors of each projection.
+NOT_PACKED = [("rank", 0), ("rank_split", DENSE_O), ("rank_split", DENSE_QO)]
+GROUPED = ("kv_heads", 3)
 # Values that a format cannot hold and refuses by name.
 FORMATS = {
-    "hf": (hf, {}, []),
-    "torch": (plain, {}, []),
-    "onnx": (onnx, {}, []),
-    "gguf dense": (gguf, {"attn": "dense"}, [("latent_norm", True)]),
-    "gguf latent": (gguf, {"attn": "latent"}, [("latent_norm", True), ("rank", 0)]),
+    "hf": (hf, {}, [GROUPED]),
+    "torch": (plain, {}, [GROUPED]),
+    "onnx": (onnx, {}, [GROUPED]),
+    "gguf dense": (gguf, {"attn": "dense"}, [GROUPED, ("latent_norm", True)]),
+    "gguf latent": (gguf, {"attn": "latent"}, [GROUPED, ("latent_norm", True), ("rank", 0)]),
 }
 
-# The last dimensions of each array: D model width, A all heads' width, F MLP width, V vocabulary, R rank. Factored
-# embeddings have a rank where others have the model's width.
+# The last dimensions of each array: D model width, A all heads' width, G that of heads of keys, F MLP width, V
+# vocabulary, R rank. Factored embeddings have a rank where others have the model's width.
 DIMENSIONS = {
     "embed/table": "VD",
     "embed/up": "RD",
@@ -80,9 +85,9 @@ DIMENSIONS = {
     "norm/gain": "D",
     "blocks/attention_norm/gain": "D",
     "blocks/mlp_norm/gain": "D",
-    **{f"blocks/attention/{name}/kernel": "DA" for name in "qkv"},
+    **{f"blocks/attention/{name}/kernel": "DA" if name == "q" else "DG" for name in "qkv"},
     **{f"blocks/attention/{name}/down": "DR" for name in "qkv"},
-    **{f"blocks/attention/{name}/up": "RA" for name in "qkv"},
+    **{f"blocks/attention/{name}/up": "RA" if name == "q" else "RG" for name in "qkv"},
     "blocks/attention/o/kernel": "AD",
     "blocks/attention/o/down": "AR",
     "blocks/attention/o/up": "RD",
@@ -137,7 +142,7 @@ def default_model() -> dict:
 
 
 def model_of(field: str, value) -> ModelConfig:
-    return config_of(**{field: value}).model
+    return config_of(**(value if field in GROUPS else {field: value})).model
 
 
 def all_at_once(without=()) -> dict:
@@ -147,6 +152,18 @@ def all_at_once(without=()) -> dict:
 
 CASES = [(field, value) for field, values in OPTIONS.items() for value in values]
 every_option = pytest.mark.parametrize("field, value", CASES, ids=[f"{field}={value}" for field, value in CASES])
+# Options whose code depends on each other.
+GROUPS = {
+    "dense with one head of keys": {"rank": 0, "kv_heads": 1},
+    "dense with three heads of keys": {"rank": 0, "kv_heads": 3},
+    "norms beside a dense Q": {"latent_norm": True, "rank_split": DENSE_QO},
+    "one latent for grouped heads": {"shared_kv": True, "kv_heads": 2},
+}
+every_model = pytest.mark.parametrize(
+    "field, value",
+    [*CASES, *GROUPS.items()],
+    ids=[f"{field}={value}" for field, value in CASES] + [*GROUPS],
+)
 
 
 # ------------------------------------------------------------------------------------------------------ the table above
@@ -184,7 +201,7 @@ def test_every_array_reaches_the_logits(field, value):
 # ------------------------------------------------------------------------------------------------------------ the costs
 
 
-@every_option
+@every_model
 def test_the_costs_are_those_of_the_arrays(field, value):
     c = model_of(field, value)
     params, counts = abstract_params(c), costs.parameters(c)
@@ -231,7 +248,7 @@ def decoded(c: ModelConfig, read, w, tokens_BT) -> jax.Array:
     return jnp.concatenate([logits(x_BTD), rest.swapaxes(0, 1)], axis=1)
 
 
-@every_option
+@every_model
 def test_cached_decoding_is_the_forward_pass(field, value):
     c = model_of(field, value)
     params, tokens = make(c), some_tokens(c, 2, PROMPT + FOLLOWING)
@@ -314,13 +331,13 @@ def intended(letters: str) -> tuple:
     return tuple({"R": None, "D": sharding.FSDP}.get(letter, wide) for letter in letters)
 
 
-@every_option
+@every_model
 def test_every_array_is_cut_as_intended(field, value):
     c = model_of(field, value)
     mesh = AbstractMesh((1, 2, 2), sharding.AXES)
     params = abstract_params(c)
     layouts = jax.tree.leaves(sharding.of_tree(mesh, params))  # raises ValueError for a path that no rule matches
-    sizes = {"D": c.d, "A": c.d, "F": c.hidden, "V": c.vocab}
+    sizes = {"D": c.d, "A": c.d, "G": c.kv_dim, "F": c.hidden, "V": c.vocab}
     for (path, x), layout in zip(jax.tree.leaves_with_path(params), layouts, strict=True):
         name = sharding.path_name(path)
         assert name in DIMENSIONS, f"DIMENSIONS does not say how {name} {x.shape} is meant to be cut; {PAGE}"

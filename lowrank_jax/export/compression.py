@@ -52,6 +52,8 @@ def low_rank(config: RunConfig, rank: int, split: tuple[float, ...], mlp_rank: i
     c = config.model
     if c.rank:
         raise UsageError(f"--from has config.model.rank={c.rank}: only a dense model, with rank 0, can be compressed")
+    if c.kv_heads:
+        raise UsageError(f"--from has config.model.kv_heads={c.kv_heads}: only a model with 0 can be compressed")
     if mlp_rank and c.mlp_rank:
         raise UsageError(f"--from has config.model.mlp_rank={c.mlp_rank} already; omit --mlp_rank")
     values = config.to_dict()

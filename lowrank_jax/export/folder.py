@@ -130,7 +130,7 @@ def facts(trained: Trained) -> str:
     sources = lambda phase: ", ".join(f"`{_cell(source['spec'])}`" for source in settings[phase]["sources"])
     rows = {
         "width, layers, heads": f"{c.d}, {c.layers}, {c.heads}",
-        "ranks of Q, K, V, O": ", ".join(map(str, c.ranks)) if c.rank else "dense",
+        "ranks of Q, K, V, O": ", ".join(str(rank or "dense") for rank in c.ranks) if c.rank else "dense",
         "vocabulary": f"{c.vocab:,}",
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,

@@ -39,6 +39,7 @@ RANKS = ("rank_q", "rank_k", "rank_v", "rank_o")
 # Settings that every format honours or refuses by name, by SIZES, RANKS and `hidden`.
 EXPORTED = {*SIZES.values(), "mlp", "rank", "rank_split"} - {"hidden"}
 FREE = {"attention", "scan", "remat"}  # settings that change how the function is computed, not the function
+NOWHERE = {"kv_heads"}  # settings of dense models that no format takes, unless they have the value of LATER
 
 
 def refuse_unknown(c: ModelConfig) -> None:
@@ -139,5 +140,5 @@ def model_keys(values: dict) -> dict:
 
 def count(keys: dict) -> int:
     """Return the number of parameters of a model with the keys of `model_keys`."""
-    free = {"rank_split": (1.0,) * 4, "attention": "auto", "scan": True, "remat": False}
+    free = LATER | {"rank_split": (1.0,) * 4, "attention": "auto", "scan": True, "remat": False}
     return costs.parameters(ModelConfig(**free | keys))["total"]

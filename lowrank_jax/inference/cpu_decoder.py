@@ -18,9 +18,10 @@ from lowrank_jax.model.network import rms_norm
 def pack(c: ModelConfig, w: decoder.Weights) -> decoder.Weights | None:
     """Return the weights in panels, for `read` and for decoder.py, or None where the C++ cannot be used.
 
-    It needs one CPU device, a compiler, and ranks of keys and values that build.LANES divides. float16 becomes float32.
+    It needs one CPU device, a compiler, and factors of Q, K, V and O, whose ranks of keys and values build.LANES
+    divides. float16 becomes float32.
     """
-    has_latents = c.rank and all(rank % build.LANES == 0 for rank in c.ranks[1:3])
+    has_latents = all(c.ranks) and all(rank % build.LANES == 0 for rank in c.ranks[1:3])
     is_cpu = [device.platform for device in w.norm.sharding.device_set] == ["cpu"]
     if not (has_latents and is_cpu and build.load("decode")):
         return None

@@ -9,8 +9,8 @@ keys and values are rebuilt from the cached latents. Absorbed: U_K multiplies th
 heads read the latents themselves. Both are exact, because nothing nonlinear stands between a cached latent and the
 heads (the associativity of DeepSeek-V2's MLA, arXiv 2405.04434, section 2.1.2, here without its RoPE exception).
 
-Shapes, beside those of network.py: W tokens of the window, G groups of queries that read the same keys (1 absorbed, H
-expanded), Q queries of a group (H T absorbed, T expanded), E width of what they read.
+Shapes, beside those of network.py: W tokens of the window, G groups of queries that read the same keys (1 absorbed,
+`kv_heads` or H expanded), Q queries of a group (H T / G), E width of what they read.
 """
 
 import functools
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from lowrank_jax.config import ModelConfig
 from lowrank_jax.inference import quantize
 from lowrank_jax.inference.quantize import times
-from lowrank_jax.model import attention
+from lowrank_jax.model import attention, network
 from lowrank_jax.model.network import rms_norm
 
 BLOCK = 128  # cached tokens per pass of attention: a row costs what it holds, whatever the size of the cache
@@ -32,15 +32,15 @@ BLOCK = 128  # cached tokens per pass of attention: a row costs what it holds, w
 class Layer(NamedTuple):
     """Weights [in, out] of one block; None is an identity, or a matrix that this form does not need."""
 
-    latents: jax.Array  # [D, Rq + Rk + Rv]; without Rv when K and V share a latent; [D, 3D] without factors
+    latents: jax.Array  # [D, Rq + Rk + Rv], of widths instead of ranks where dense; without Rv for a shared latent
     q_up: jax.Array | None  # [Rq, D], divided by sqrt(K)
-    k_up: jax.Array | None  # [Rk, D]
-    v_up: jax.Array | None  # [Rv, D]
+    k_up: jax.Array | None  # [Rk, D], or as wide as `kv_heads`
+    v_up: jax.Array | None  # [Rv, D], likewise
     query: jax.Array | None  # [Rq, H Rk]: q_up times k_up, where that is less work
     k_heads: jax.Array | None  # [H, Rk, K]: k_up for the absorbed form, without `query`
     v_heads: jax.Array | None  # [H, Rv, K]: v_up for the absorbed form, reshaped once instead of at every step
     o_down: jax.Array | None  # [D, Ro]
-    o_up: jax.Array  # [Ro, D]
+    o_up: jax.Array  # [Ro, D], or [D, D] where dense
     mlp_in: jax.Array  # gate and up: [D, 2F], or [D, 2M] before the factors
     gate_up: tuple[jax.Array, jax.Array] | None  # with a rank M: [M, F] each
     mlp_out: tuple[jax.Array, ...]  # [F, D], or [F, M] and [M, D]
@@ -65,7 +65,7 @@ class Place(NamedTuple):
 def absorbs(c: ModelConfig, T: int) -> bool:
     """Return True if T new tokens of a row need fewer multiplications absorbed than expanded."""
     _, k, v, _ = c.ranks
-    return bool(c.rank) and T * c.heads * (k + v) <= (k + v) * c.d + T * 2 * c.d
+    return bool(c.rank) and T * c.heads * (k + v) <= (k + v) * c.kv_dim + T * 2 * c.d
 
 
 @functools.partial(jax.jit, static_argnames=("c", "kind", "dtype"))
@@ -91,22 +91,24 @@ def prepare(c: ModelConfig, params: dict, kind: str, dtype) -> Weights:
 
 def _layer(c: ModelConfig, block: dict) -> Layer:
     a, m, scale = block["attention"], block["mlp"], 1 / math.sqrt(c.head_dim)
-    first = "down" if c.rank else "kernel"
-    latents = jnp.concatenate([a[name][first] for name in "qkv" if first in a[name]], axis=1)
+    first = [a[name].get("down", a[name].get("kernel")) for name in "qkv"]  # None for V with the latent of K
+    latents = jnp.concatenate([w for w in first if w is not None], axis=1)
     latents *= block["attention_norm"]["gain"][:, None]
-    q_up = k_up = v_up = query = k_heads = v_heads = o_down = None
-    if c.rank:
-        q_up, k_up, v_up = a["q"]["up"] * scale, a["k"]["up"], a["v"]["up"]
-        v_heads = _by_head(c, v_up).swapaxes(0, 1)
-        o_down, o_up = a["o"]["down"], a["o"]["up"]
-        rank_q, rank_k = c.ranks[:2]
-        if c.heads * rank_q * rank_k <= (rank_q + rank_k) * c.d:
-            query = jnp.einsum("QHK,RHK->QHR", _by_head(c, q_up), _by_head(c, k_up)).reshape(rank_q, -1)
-        else:
-            k_heads = _by_head(c, k_up).swapaxes(0, 1)
+    q_up = k_up = v_up = query = k_heads = v_heads = None
+    rank_q, rank_k, _, rank_o = c.ranks
+    if rank_q:
+        q_up = a["q"]["up"] * scale
     else:
         latents = latents.at[:, : c.d].multiply(scale)
-        o_up = a["o"]["kernel"]
+    o_down, o_up = (a["o"]["down"], a["o"]["up"]) if rank_o else (None, a["o"]["kernel"])
+    if c.rank:
+        k_up, v_up = a["k"]["up"], a["v"]["up"]
+        k_RHK, v_RHK = (network.all_heads(c, w.reshape(len(w), -1, c.head_dim)) for w in (k_up, v_up))
+        v_heads = v_RHK.swapaxes(0, 1)
+        if rank_q and c.heads * rank_q * rank_k <= (rank_q + rank_k) * c.d:
+            query = jnp.einsum("QHK,RHK->QHR", _by_head(c, q_up), k_RHK).reshape(rank_q, -1)
+        else:
+            k_heads = k_RHK.swapaxes(0, 1)
     first = "down" if c.mlp_rank else "kernel"
     mlp_in = jnp.concatenate([m["gate"][first], m["up"][first]], axis=1) * block["mlp_norm"]["gain"][:, None]
     gate_up = (m["gate"]["up"], m["up"]["up"]) if c.mlp_rank else None
@@ -120,7 +122,7 @@ def _by_head(c: ModelConfig, x):
 
 def empty_cache(c: ModelConfig, rows: int, size: int, dtype) -> dict[str, jax.Array]:
     """Return {"k": [N, rows, size, Rk], "v": [N, rows, size, Rv]}, or only "k" when K and V share their latent."""
-    widths = {"k": c.ranks[1], "v": c.ranks[2]} if c.rank else {"k": c.d, "v": c.d}
+    widths = {"k": c.ranks[1], "v": c.ranks[2]} if c.rank else {"k": c.kv_dim, "v": c.kv_dim}
     if c.shared_kv and c.rank:
         del widths["v"]
     return {name: jnp.zeros((c.layers, rows, size, R), dtype) for name, R in widths.items()}
@@ -218,9 +220,10 @@ def _attention(c: ModelConfig, layer: Layer, x_BTD, cache: dict, n: int, window:
 def _queries(c: ModelConfig, layer: Layer, x_BTD, window: dict, offset) -> tuple[jax.Array, dict]:
     """Return the new tokens' queries [B, G, Q, E], and the window with their latents at `offset`."""
     B, T, _ = x_BTD.shape
-    rank_q, rank_k = c.ranks[0] if c.rank else c.d, window["k"].shape[-1]
+    rank_q, rank_k = c.ranks[0] or c.d, window["k"].shape[-1]
     parts = jnp.split(times(x_BTD, layer.latents), (rank_q, rank_q + rank_k)[: 1 + ("v" in window)], axis=-1)
-    query_BTR, *latents = map(rms_norm, parts) if c.latent_norm and c.rank else parts
+    query_BTR, *latents = [rms_norm(c_BTR) for c_BTR in parts] if c.latent_norm and c.rank else parts
+    query_BTR = query_BTR if c.ranks[0] else parts[0]
     new = dict(zip(("k", "v"), latents))
     window = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, offset, 0)), window, new)
     absorbed = absorbs(c, T)
@@ -231,7 +234,8 @@ def _queries(c: ModelConfig, layer: Layer, x_BTD, window: dict, offset) -> tuple
         if absorbed:
             q_BTHE = jnp.einsum("BTHK,HRK->BTHR", q_BTHE, layer.k_heads)
     q_BHTE = q_BTHE.swapaxes(1, 2)
-    return q_BHTE.reshape(B, 1, c.heads * T, -1) if absorbed else q_BHTE, window
+    groups = 1 if absorbed else c.kv_heads or c.heads
+    return q_BHTE.reshape(B, groups, c.heads // groups * T, -1), window
 
 
 def _keys_values(c: ModelConfig, layer: Layer, latents: dict, absorbed: bool) -> tuple[jax.Array, jax.Array]:
@@ -239,5 +243,6 @@ def _keys_values(c: ModelConfig, layer: Layer, latents: dict, absorbed: bool) ->
     k_BSR, v_BSR = latents["k"], latents.get("v", latents["k"])
     if absorbed:
         return k_BSR[:, None], v_BSR[:, None]
-    expand = lambda x, up: _by_head(c, x if up is None else times(x, up)).swapaxes(1, 2)
+    heads = lambda x: x.reshape(*x.shape[:-1], -1, c.head_dim).swapaxes(1, 2)
+    expand = lambda x, up: heads(x if up is None else times(x, up))
     return expand(k_BSR, layer.k_up), expand(v_BSR, layer.v_up)

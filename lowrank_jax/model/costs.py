@@ -10,9 +10,9 @@ from lowrank_jax.config import ModelConfig
 
 def parameters(m: ModelConfig) -> dict[str, int]:
     """Return the parameters by component, which equal a count of `network.init`'s arrays."""
-    q, k, v, o = m.ranks
-    downs = q + k + o if m.shared_kv else q + k + v + o
-    attention = m.layers * m.d * (downs + q + k + v + o if m.rank else 4 * m.d)
+    widths = (m.d, m.kv_dim, m.kv_dim, m.d)  # of Q, K, V and O, on the side of the heads
+    projections = [rank * (m.d + width) if rank else m.d * width for rank, width in zip(m.ranks, widths)]
+    attention = m.layers * (sum(projections) - (m.d * m.ranks[2] if m.shared_kv else 0))
     per_matrix = m.mlp_rank * (m.d + m.hidden) if m.mlp_rank else m.d * m.hidden
     embedding = m.embed_rank * (m.vocab + m.d) if m.embed_rank else m.vocab * m.d
     counts = {"attention": attention, "mlp": 3 * m.layers * per_matrix, "embedding": embedding}
@@ -21,7 +21,7 @@ def parameters(m: ModelConfig) -> dict[str, int]:
 
 
 def dense_twin(m: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(m, rank=0, shared_kv=False, mlp_rank=0, embed_rank=0)
+    return dataclasses.replace(m, kv_heads=0, rank=0, shared_kv=False, mlp_rank=0, embed_rank=0)
 
 
 def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
@@ -38,5 +38,5 @@ def train_flops_per_token(m: ModelConfig, seq_len: int) -> float:
 def kv_bytes_per_token(m: ModelConfig, bytes_per_value: int) -> dict[str, int]:
     """Return the cache bytes per token: of the latents, and of the keys and values of a dense model."""
     _, k, v, _ = m.ranks
-    latent = k if m.shared_kv else k + v if m.rank else 2 * m.d
+    latent = k if m.shared_kv else k + v if m.rank else 2 * m.kv_dim
     return {"latent": m.layers * latent * bytes_per_value, "dense": m.layers * 2 * m.d * bytes_per_value}

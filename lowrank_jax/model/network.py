@@ -63,7 +63,7 @@ class Linear(nnx.Module):
     down ~ N(0, s/d_in) and up ~ N(0, s/d_out) are as large as U sqrt(S) and sqrt(S) V^T of the SVD of a dense matrix
     with variance 1/d_in. Its singular values reach 1 + sqrt(d_out/d_in) (Marchenko-Pastur), and s = 0.9 of that is
     about the mean of those that a rank of D/8 keeps. With N(0, 1/d_in) and N(0, 1/rank), whose product has the variance
-    of a dense matrix, models ended 0.0091 +- 0.0038 bits per byte higher (docs/results.md).
+    of a dense matrix, models ended 0.0091 +- 0.0094 bits per byte higher (docs/results.md).
 
     `zero` starts the map at zero through its last factor. Without `has_down` it only expands, the latent of another
     map. `matmul` multiplies by all its weights (`precision.Policy`).
@@ -114,30 +114,35 @@ class Embedding(nnx.Module):
         return self.table[...], x if self.up is None else x @ self.up[...].T
 
 
+def all_heads(c: ModelConfig, x: jax.Array) -> jax.Array:
+    """Return [..., H, K] of the keys or values [..., kv_heads, K], each repeated for the query heads that read it."""
+    return jnp.repeat(x, c.heads // c.kv_heads, axis=-2) if c.kv_heads else x
+
+
 class Attention(nnx.Module):
-    """Low-rank Q, K, V and O, or dense ones with rank 0. With `shared_kv`, the latent of K is also that of V."""
+    """Low-rank Q, K, V and O; those of rank 0 are dense. With `shared_kv`, the latent of K is also that of V."""
 
     def __init__(self, c: ModelConfig, matmul: Callable, rngs: nnx.Rngs):
         self.c = c
         rank_q, rank_k, rank_v, rank_o = c.ranks
         self.q = Linear(matmul, rngs, c.d, c.d, rank_q)
-        self.k = Linear(matmul, rngs, c.d, c.d, rank_k)
-        self.v = Linear(matmul, rngs, c.d, c.d, rank_v, has_down=not c.shared_kv)
+        self.k = Linear(matmul, rngs, c.d, c.kv_dim, rank_k)
+        self.v = Linear(matmul, rngs, c.d, c.kv_dim, rank_v, has_down=not c.shared_kv)
         self.o = Linear(matmul, rngs, c.d, c.d, rank_o, zero=True)
 
     def _latent(self, x: jax.Array, linear: Linear) -> jax.Array:
         """Return the latent, normalised with `latent_norm`. The norm has no gain: `up` would absorb it."""
         c = linear.reduce(x)
-        return constrain(rms_norm(c) if self.c.latent_norm and self.c.rank else c, ROWS)
+        return constrain(rms_norm(c) if self.c.latent_norm and hasattr(linear, "up") else c, ROWS)
 
     def _heads(self, c: jax.Array, linear: Linear) -> jax.Array:
-        return linear.expand(c).reshape(*c.shape[:-1], self.c.heads, self.c.head_dim)
+        return linear.expand(c).reshape(*c.shape[:-1], -1, self.c.head_dim)
 
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         k_BTR = self._latent(x_BTD, self.k)
         v_BTR = k_BTR if self.c.shared_kv else self._latent(x_BTD, self.v)
         q_BTHK = self._heads(self._latent(x_BTD, self.q), self.q)
-        k_BTHK, v_BTHK = self._heads(k_BTR, self.k), self._heads(v_BTR, self.v)
+        k_BTHK, v_BTHK = (all_heads(self.c, self._heads(c, w)) for c, w in ((k_BTR, self.k), (v_BTR, self.v)))
         q_BTHK, k_BTHK, v_BTHK = (constrain(x, ROWS, None, TENSOR) for x in (q_BTHK, k_BTHK, v_BTHK))
         o_BTHK = attention.attend(q_BTHK, k_BTHK, v_BTHK, segments_BT, self.c.attention)
         return self.o(o_BTHK.reshape(x_BTD.shape))

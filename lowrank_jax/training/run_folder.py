@@ -24,11 +24,12 @@ from lowrank_jax.machine.console import say, to_json
 
 # Keys that cannot change within a run: the weights' shapes, the tokens' meaning, the random draws, the held-out split.
 IDENTITY = """
-    model.vocab model.d model.layers model.heads model.rank model.rank_split model.shared_kv model.latent_norm model.mlp
-    model.mlp_rank model.embed_rank model.tied seed precision tokenizer.path tokenizer.vocab_size optim.name optim.ema
+    model.vocab model.d model.layers model.heads model.kv_heads model.rank model.rank_split
+    model.shared_kv model.latent_norm model.mlp model.mlp_rank model.embed_rank model.tied
+    seed precision tokenizer.path tokenizer.vocab_size optim.name optim.ema
     pretrain.eval_fraction sft.eval_fraction
 """.split()
-LATER = {"tied": True}  # newer keys of config.model, with the value that every older run has
+LATER = {"tied": True, "kv_heads": 0}  # newer keys of config.model, with the value that every older run has
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
 NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}

@@ -9,7 +9,9 @@ import importlib.util
 import os
 import sysconfig
 
-from lowrank_jax.config import UsageError
+from configs import default
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.model import costs
 
 PYTHON = sysconfig.get_path("stdlib")
 _package = lambda name, *parts: os.path.join(importlib.util.find_spec(name).submodule_search_locations[0], *parts)
@@ -58,7 +60,14 @@ def low(rank_split=V_AND_O, norm=False, rank=32, start="fan_in") -> dict:
 
 
 DENSE = {"model.rank": 0}
+# Dense, with the size of R = D/8 and of R = D/4.
+SMALL, SMALL_4 = DENSE | {"model.d": 216, "model.mlp": 664}, DENSE | {"model.d": 232, "model.mlp": 664}
 BALANCED = low(start="")  # as in configs/default.py and lowrank_jax/model/network.py
+# The ranks of BALANCED for keys and values, and so its cache; the rest is dense.
+DENSE_O = low((1, 1, 3, 0), rank=20, start="")
+DENSE_QO = low((0, 1, 3, 0), rank=16, start="")
+# Dense queries that share heads of keys and values: one has the cache of R = D/8, two have that of D/4.
+MQA, GQA_2 = DENSE | {"model.kv_heads": 1}, DENSE | {"model.kv_heads": 2}
 WHOLE = {"model.mlp_rank": 64, "model.embed_rank": 64}
 LONG = SETTINGS | {"pretrain.sources": LONG_TEXT} | BALANCED
 FIVE = {"model.layers": 5}
@@ -72,7 +81,8 @@ STUDIES = {
             "dense": DENSE,
             "split norm": low(norm=True),
             "split norm 5 layers": low(norm=True) | FIVE,
-            "dense small": DENSE | {"model.d": 216, "model.mlp": 664},
+            "dense small": SMALL,
+            "dense small tokens": SMALL | {"pretrain.steps": 162},
             "split": low(),
             "split 5 layers": low() | FIVE,
             "even": low(EVEN),
@@ -106,7 +116,8 @@ STUDIES = {
             "d/4 split norm tokens": low(norm=True, rank=64) | {"pretrain.steps": 147},
             "d/4 split norm wide": low(norm=True, rank=64) | {"model.mlp": 872},
             "d/4 split norm 5 layers": low(norm=True, rank=64) | {"model.layers": 5, "model.mlp": 640},
-            "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
+            "d/4 dense small": SMALL_4,
+            "d/4 dense small tokens": SMALL_4 | {"pretrain.steps": 147},
             "d/4 even": low(EVEN, rank=64),
             "dense 3 layers": DENSE | {"model.layers": 3},
             "split norm 4 heads": low(norm=True) | {"model.heads": 4},
@@ -125,6 +136,10 @@ STUDIES = {
             ("balanced", "dense small", "parameters"),
             ("split norm tokens", "dense", "parameters", "flops"),
             ("balanced tokens", "dense", "parameters", "flops"),
+            ("balanced tokens", "dense small tokens", "parameters"),
+            ("split norm tokens", "dense small tokens", "parameters"),
+            ("d/4 balanced tokens", "d/4 dense small tokens", "parameters"),
+            ("d/4 split norm tokens", "d/4 dense small tokens", "parameters"),
             ("balanced 5 layers", "dense", "parameters", "flops"),
             ("balanced wide", "dense", "parameters", "flops"),
             ("d/4 balanced", "d/4 dense small", "parameters"),
@@ -146,12 +161,24 @@ STUDIES = {
             "split norm": low(norm=True),
             "split norm tokens": low(norm=True) | {"pretrain.steps": 1296},
             "split norm 5 layers": low(norm=True) | FIVE,
-            "dense small": DENSE | {"model.d": 216, "model.mlp": 664},
+            "dense small": SMALL,
             "d/4 split norm": low(norm=True, rank=64),
-            "d/4 dense small": DENSE | {"model.d": 232, "model.mlp": 664},
+            "d/4 dense small": SMALL_4,
             "balanced": BALANCED,
             "balanced tokens": BALANCED | {"pretrain.steps": 1296},
-            "dense small tokens": DENSE | {"model.d": 216, "model.mlp": 664, "pretrain.steps": 1296},
+            "dense small tokens": SMALL | {"pretrain.steps": 1296},
+            # Equal parameters, FLOPs and tokens, as what attention saves widens the MLP. The cache is that of balanced.
+            "balanced wide": BALANCED | {"model.mlp": 960},
+            "mqa": MQA,
+            "mqa wide": MQA | {"model.mlp": 848},
+            "dense o": DENSE_O,
+            "dense o wide": DENSE_O | {"model.mlp": 904},
+            "dense q o": DENSE_QO,
+            "dense q o wide": DENSE_QO | {"model.mlp": 832},
+            "d/4 wide": low(rank=64, start="") | {"model.mlp": 872},
+            "gqa 2 wide": GQA_2 | {"model.mlp": 832},
+            "d/4 balanced tokens": low(rank=64, start="") | {"pretrain.steps": 1176},
+            "d/4 dense small tokens": SMALL_4 | {"pretrain.steps": 1176},
             "balanced half updates": "1752db3e61ce",
             "balanced even": low(EVEN, start=""),
             "d/4 balanced": low(rank=64, start=""),
@@ -164,8 +191,20 @@ STUDIES = {
             ("balanced", "dense small", "parameters"),
             ("balanced even", "dense small", "parameters"),
             ("d/4 balanced", "d/4 dense small", "parameters"),
+            ("balanced wide", "dense", "parameters", "flops"),
+            ("mqa wide", "dense", "parameters", "flops"),
+            ("balanced wide", "mqa wide"),
+            ("balanced wide", "balanced"),
+            ("balanced", "mqa", "parameters", "flops"),
+            ("dense o wide", "dense", "parameters", "flops"),
+            ("dense o wide", "mqa wide"),
+            ("dense q o wide", "dense", "parameters", "flops"),
+            ("dense q o wide", "mqa wide"),
+            ("d/4 wide", "dense", "parameters", "flops"),
+            ("d/4 wide", "gqa 2 wide"),
             ("balanced tokens", "dense", "parameters", "flops"),
             ("balanced tokens", "dense small tokens", "parameters"),
+            ("d/4 balanced tokens", "d/4 dense small tokens", "parameters"),
         ],
     },
     # Does ALiBi extrapolate? Trained at 256 tokens, measured at 256 to 4096 by position. The control is attention to
@@ -236,6 +275,26 @@ def changes(study: str, arm: str) -> dict:
     if isinstance(values, str):
         raise UsageError(f"the arm {arm!r} needs code of an older version; run it after git checkout {values}")
     return STUDIES[study]["settings"] | values
+
+
+def config_of(study: str, arm: str, lr=1e-2, seed=0, tokenizer_path="", init_from="") -> RunConfig:
+    """Return the config of one run, as the command line would build it."""
+    values = default.get_config()
+    settings = changes(study, arm) | {"pretrain.lr": lr, "seed": seed, "init_from": init_from}
+    settings |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": VOCAB}
+    settings.pop("start", None)
+    for name, value in settings.items():
+        *groups, key = name.split(".")
+        group = values[groups[0]] if groups else values
+        group[key] = value
+    return RunConfig.from_dict(values.to_dict())
+
+
+def cache_of(study: str, arm: str) -> int:
+    """Return the numbers per token and layer in an arm's cache. Arms of older commits have that of R = D/8."""
+    is_old = isinstance(STUDIES[study]["arms"][arm], str)
+    c = (config_of("quality", "balanced") if is_old else config_of(study, arm)).model
+    return costs.kv_bytes_per_token(c, 1)["latent"] // c.layers
 
 
 def unseen() -> dict[str, list[str]]:

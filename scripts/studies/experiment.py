@@ -24,7 +24,6 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 
-from configs import default
 from lowrank_jax import cli
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import stream, tokenizer
@@ -89,26 +88,13 @@ def wanted_runs(args: argparse.Namespace) -> list[tuple[str, float, int]]:
 # --------------------------------------------------------------------------------------------------------------- runs
 
 
-def config_of(study: str, arm: str, lr=1e-2, seed=0, tokenizer_path="", init_from="") -> RunConfig:
-    """Return the config of one run, as the command line would build it."""
-    values = default.get_config()
-    settings = arms.changes(study, arm) | {"pretrain.lr": lr, "seed": seed, "init_from": init_from}
-    settings |= {"tokenizer.path": tokenizer_path, "tokenizer.vocab_size": arms.VOCAB}
-    settings.pop("start", None)
-    for name, value in settings.items():
-        *groups, key = name.split(".")
-        group = values[groups[0]] if groups else values
-        group[key] = value
-    return RunConfig.from_dict(values.to_dict())
-
-
 def one(study: str, arm: str, lr: float, seed: int, folder: str) -> None:
     """Train a run to its end in this process, from its arm's own start if it has one."""
     home, settings = folder_of(folder, study, arm, lr, seed), (study, arm, lr, seed, learnt_tokenizer(folder))
-    config = config_of(*settings)
+    config = arms.config_of(*settings)
     if start := arms.changes(study, arm).get("start"):
         starts.write(config, start, start_folder(home))
-        config = config_of(*settings, init_from=start_folder(home))
+        config = arms.config_of(*settings, init_from=start_folder(home))
     loop.run(config, home)
     if wanted := arms.STUDIES[study].get("lengths"):
         run_folder.write_text(os.path.join(home, "lengths.json"), json.dumps(lengths.by_length(home, wanted)))
@@ -124,7 +110,7 @@ def learnt_tokenizer(folder: str) -> str:
     path = os.path.join(folder, "tokenizer")
     if not os.path.isdir(path):
         study = next(iter(arms.STUDIES))
-        phase = config_of(study, arms.STUDIES[study]["reference"]).pretrain
+        phase = arms.config_of(study, arms.STUDIES[study]["reference"]).pretrain
         tokenizer.train(stream.texts([phase], 8_000_000), arms.VOCAB).save(f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     return path

@@ -92,8 +92,9 @@ def _linear(x: jax.Array, weights: dict, normed: bool = False) -> jax.Array:
 def _attention(c: ModelConfig, weights: dict, x_BTD: jax.Array, window: int) -> jax.Array:
     if c.shared_kv:
         weights = weights | {"v": weights["v"] | {"down": weights["k"]["down"]}}
-    heads = (_linear(x_BTD, weights[name], c.latent_norm).reshape(*x_BTD.shape[:2], c.heads, -1) for name in "qkv")
-    return _linear(attend(*heads, window).reshape(x_BTD.shape), weights["o"])
+    heads = lambda name: _linear(x_BTD, weights[name], c.latent_norm).reshape(*x_BTD.shape[:2], -1, c.head_dim)
+    q_BTHK, k_BTHK, v_BTHK = heads("q"), *(network.all_heads(c, heads(name)) for name in "kv")
+    return _linear(attend(q_BTHK, k_BTHK, v_BTHK, window).reshape(x_BTD.shape), weights["o"])
 
 
 def attend(q_BTHK, k_BTHK, v_BTHK, window: int) -> jax.Array:

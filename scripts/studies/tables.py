@@ -1,15 +1,17 @@
 """Write the Markdown tables and plots of docs/results.md from the results of scripts/studies/experiment.py.
 
-A line of the results is one run. ± is the sample standard deviation over seeds. A difference is taken within a seed,
-between an arm and its study's reference, each at its own best learning rate.
+A line of the results is one run. A difference is taken within a seed, between an arm and its study's reference, each at
+its own best learning rate. ± is a 95% confidence interval of a mean difference over seeds.
 """
 
 import os
 import statistics
 
+from scipy import stats
+
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.training import run_folder
-from scripts.studies.arms import STUDIES
+from scripts.studies.arms import STUDIES, cache_of
 
 
 def key(row: dict) -> tuple[str, float, int]:
@@ -79,26 +81,28 @@ def of_study(study: str, rows: list[dict]) -> str:
 def quality(study: str, rows: list[dict]) -> str:
     """Return a table of every arm at every learning rate, and its difference to the reference."""
     reference, lrs = STUDIES[study]["reference"], sorted({row["lr"] for row in rows})
-    head = ["arm", "parameters", "attention", "TFLOP", "Mtokens", *(f"lr {lr:g}" for lr in lrs)]
+    head = ["arm", "parameters", "attention", "TFLOP", "Mtokens", "cache", *(f"lr {lr:g}" for lr in lrs)]
     lines = [[*head, f"minus {reference}, each at its best rate", "seeds"]]
     for arm in arms_of(rows):
         row, less = best(rows, arm)[0], paired(rows, arm, reference)
         sizes = [f"{row['parameters'] / 1e6:.2f}M", f"{row['attention'] / 1e6:.2f}M"]
-        sizes += [f"{row['flops'] / 1e12:.1f}", f"{row['tokens'] / 1e6:.2f}"]
-        cells = [spread([r["bits_per_byte"] for r in runs_of(rows, arm, lr)]) for lr in lrs]
-        lines.append([arm, *sizes, *cells, spread(less, "{:+.4f}"), str(len(less))])
+        sizes += [f"{row['flops'] / 1e12:.1f}", f"{row['tokens'] / 1e6:.2f}", str(cache_of(study, arm))]
+        cells = [mean([r["bits_per_byte"] for r in runs_of(rows, arm, lr)]) for lr in lrs]
+        lines.append([arm, *sizes, *cells, interval(less), str(len(less))])
     return markdown(lines)
 
 
 def beside(study: str, rows: list[dict]) -> list[str]:
     """Return a table of arms and those with at least as many parameters or FLOPs, by the study's `limits`."""
-    lines = [["arm", "compared with", "parameters", "FLOPs", "tokens", "bits per byte, arm minus other", "lower in"]]
+    head = ["arm", "compared with", "parameters", "FLOPs", "tokens", "cache"]
+    lines = [[*head, "bits per byte, arm minus other", "lower in"]]
     for arm, than, *_ in STUDIES[study]["limits"]:
         if less := paired(rows, arm, than):
             row, other = best(rows, arm)[0], best(rows, than)[0]
             shares = [f"{row[name] / other[name]:.2f}" for name in ("parameters", "flops", "tokens")]
+            shares.append(f"{cache_of(study, arm) / cache_of(study, than):.2f}")
             lower = f"{sum(x < 0 for x in less)} of {len(less)}"
-            lines.append([arm, than, *shares, spread(less, "{:+.4f}"), lower])
+            lines.append([arm, than, *shares, interval(less), lower])
     return [markdown(lines)] if len(lines) > 1 else []
 
 
@@ -111,7 +115,7 @@ def lengths(rows: list[dict]) -> str:
         runs = best(rows, arm)
         by_column = {c: [_over_kinds(row, c)[0] for row in runs] for c in columns}
         grown = [b - a for a, b in zip(by_column[columns[0]], by_column[columns[-2]])]
-        lines.append([arm, *(spread(by_column[c]) for c in columns), spread(grown, "{:+.4f}"), str(len(runs))])
+        lines.append([arm, *(mean(by_column[c]) for c in columns), interval(grown), str(len(runs))])
     return markdown(lines)
 
 
@@ -125,7 +129,7 @@ def positions(rows: list[dict]) -> str:
     for arm in arms_of(rows):
         for column, shown in ((longest, longest), ("window", f"{longest}, windowed"), (shortest, shortest)):
             values = list(zip(*(_over_kinds(row, column)[1:] for row in best(rows, arm))))
-            lines.append([arm, shown, *(spread(list(v)) for v in values)])
+            lines.append([arm, shown, *(mean(list(v)) for v in values)])
     return markdown(lines)
 
 
@@ -138,9 +142,9 @@ def growth(study: str, rows: list[dict]) -> str:
     lines = [["arm", "TFLOP", "seconds of steps", *of_reference, "seeds"]]
     for arm, by_seed in ends.items():
         both = sorted(set(by_seed) & set(ends.get(reference, {})))
-        share = lambda what: spread([by_seed[s][what] / ends[reference][s][what] for s in both], "{:.2f}")  # noqa: B023
+        share = lambda what: mean([by_seed[s][what] / ends[reference][s][what] for s in both], "{:.2f}")  # noqa: B023
         flops = f"{next(iter(by_seed.values()))['flops'] / 1e12:.1f}"
-        seconds = spread([end["seconds"] for end in by_seed.values()], "{:.0f}")
+        seconds = mean([end["seconds"] for end in by_seed.values()], "{:.0f}")
         of_tokens = f"{tokens[arm] / tokens[reference]:.2f}" if reference in tokens else "–"
         lines.append([arm, flops, seconds, of_tokens, share("flops"), share("seconds"), str(len(by_seed))])
     return markdown(lines)
@@ -196,12 +200,16 @@ COSTS = {
 }
 
 
-def spread(values: list[float], form: str = "{:.4f}") -> str:
-    """Return mean ± sample standard deviation, or a dash without values."""
-    if not values:
-        return "–"
-    mean = form.format(statistics.mean(values))
-    return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}" if len(values) > 1 else mean
+def mean(values: list[float], form: str = "{:.4f}") -> str:
+    return form.format(statistics.mean(values)) if values else "–"
+
+
+def interval(differences: list[float]) -> str:
+    """Return mean ± half of the 95% confidence interval of the mean, by Student's t; the mean alone for one seed."""
+    shown, n = mean(differences, "{:+.4f}"), len(differences)
+    if n < 2:
+        return shown
+    return f"{shown} ± {stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5:.4f}"
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -210,9 +210,13 @@ def test_mistakes_get_one_line_and_leave_nothing(run, dense, tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("kept")
     runs.assert_one_line(*runs.run("compress", f"--from={run}", "--rank=4", f"--out={tmp_path}/full")[::2], 2, "full")
     runs.assert_one_line(*runs.run("compress", f"--from={run}", "--rank=33", f"--out={tmp_path}/x")[::2], 2, "rank=33")
-    low = dataclasses.replace(dense.config, model=dataclasses.replace(dense.config.model, rank=4))
+    low, grouped = (
+        dataclasses.replace(dense.config, model=dataclasses.replace(dense.config.model, **more))
+        for more in ({"rank": 4}, {"kv_heads": 1})
+    )
     for config, args, name in (
         (low, (4, (1, 1, 3, 3), 0), "rank=4"),
+        (grouped, (4, (1, 1, 3, 3), 0), "kv_heads=1"),
         (dense.config, (32, (1, 1, 3, 3), 0), "rank_split=1,1,3,3"),
         (dense.config, (8, (1, 1, 1, 1), 33), "mlp_rank=33"),
     ):

@@ -20,8 +20,10 @@ def later(make, tok):
 
 
 def test_every_field_is_declared():
-    assert {field.name for field in dataclasses.fields(ModelConfig)} == weights.EXPORTED | weights.FREE
-    assert not weights.EXPORTED & weights.FREE
+    assert {
+        field.name for field in dataclasses.fields(ModelConfig)
+    } == weights.EXPORTED | weights.FREE | weights.NOWHERE
+    assert not weights.EXPORTED & weights.FREE and not weights.NOWHERE & (weights.EXPORTED | weights.FREE)
 
 
 @pytest.mark.parametrize("format", [hf, torch, onnx, gguf])

@@ -175,6 +175,7 @@ def test_a_write_that_fails_leaves_the_old_text(tmp_path):
 IDENTITY = {"seed": 1, "precision": "bf16", "optim__name": "adamw", "optim__ema": 0.9}
 IDENTITY |= {"tokenizer__vocab_size": 999, "tokenizer__path": "a.model"}
 IDENTITY |= {"model__vocab": 65, "model__d": 32, "model__layers": 3, "model__heads": 4, "model__rank": 5}
+IDENTITY |= {"model__kv_heads": 1}
 IDENTITY |= {"model__rank_split": (1.0, 1.0, 1.0, 1.0), "model__shared_kv": True, "model__latent_norm": False}
 IDENTITY |= {"model__mlp": 40, "model__mlp_rank": 3, "model__embed_rank": 3, "model__tied": False}
 IDENTITY |= {"pretrain__eval_fraction": 0.3, "sft__eval_fraction": 0.3}
