@@ -1,0 +1,135 @@
+"""Compare the memory gate's prediction with the measured peak of each stage, and recover from a real out-of-memory.
+
+    python scripts/device/memory.py [--small] [--seconds=100]
+
+Each stage runs in a process of its own, as a process reports only its highest peak. The prediction must be at least the
+measured peak and at most 1.1 times it. A stage that another one's compiled program already describes is left out.
+
+For the out-of-memory, JAX may take 2% of the GPU and `config.memory_gb` hides that from the gate: the first step fails
+on the device, and the run must go on with a smaller microbatch. A CPU is asked for a petabyte instead.
+"""
+
+import dataclasses
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
+
+from lowrank_jax import cli
+from lowrank_jax.config import RunConfig
+from lowrank_jax.machine import faults
+from lowrank_jax.training import forecast, verify_resume
+from lowrank_jax.training.plan import Stage, stages_of
+from scripts.bench import harness
+from scripts.device import part
+
+CONFIGS, SMALL = ("preset.py:1b", "custom.py"), ("quickstart.py",)
+LARGEST = 1.1  # the prediction over the measured peak
+STEPS = 2
+GREEDY = """model.d=512 model.layers=4 model.heads=8 model.rank=64 tokenizer.vocab_size=512 pretrain.steps=6
+pretrain.tokens_per_step=131072 pretrain.microbatch_tokens=0 pretrain.block=512 pretrain.auto_grow=False
+pretrain.eval_fraction=0 sft.steps=0 memory_gb=10000 every.save=3"""
+FRACTION = "0.02"  # of an H200's 140 GB; a step of GREEDY needs more, and half or a quarter of it less
+TINY = "pretrain.steps=12 pretrain.auto_grow=False pretrain.eval_fraction=0 sft.steps=0 every.save=3"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        harness.main(None, child)
+        return
+    p = part.start(__doc__)
+    for name, stage in in_order(SMALL if p.small else CONFIGS):
+        run = lambda name=name, stage=stage: judge(harness.in_a_process(__file__, name, stage.name))
+        p.measure("peak of a stage", run, config=name, stage=stage.name)
+    p.measure("out of memory and recovered", lambda: recover(p.small))
+
+
+def config_of(name: str) -> RunConfig:
+    return forecast.resolve_vocab(cli.read_config([f"--config={harness.ROOT}/configs/{name}"]))
+
+
+def in_order(names: tuple) -> list[tuple[str, Stage]]:
+    """Return (config, stage): the longest and the shortest of each config first, as time may not do for all.
+
+    SFT's stages have the shapes of pretraining's and are left out.
+    """
+    ranked = []
+    for name in names:
+        stages = [stage for stage in stages_of(config_of(name)) if stage.phase == "pretrain"]
+        ranked += [(min(len(stages) - 1 - i, i + 0.5), name, stage) for i, stage in enumerate(stages)]
+    return [(name, stage) for _, name, stage in sorted(ranked, key=lambda item: item[0])]
+
+
+def judge(facts: dict) -> tuple[bool | None, dict]:
+    """Return whether the prediction is at least the measured peak and at most LARGEST times it."""
+    if facts["measured_bytes"] is None:
+        return None, facts
+    ratio = facts["predicted_bytes"] / facts["measured_bytes"]
+    return 1 <= ratio <= LARGEST, facts | {"ratio": round(ratio, 4)}
+
+
+def child(arguments: list[str]) -> dict:
+    """Measure a stage: compile it by the memory gate, and run some steps on random tokens."""
+    import jax
+
+    from lowrank_jax.machine import sharding
+    from lowrank_jax.training import memory, step
+    from lowrank_jax.training.plan import unchanged
+
+    cli.use_compilation_cache()
+    name, stage_name = arguments
+    config, mesh = config_of(name), sharding.one_device()
+    stage = next(stage for stage in stages_of(config) if stage.name == stage_name)
+    fit = memory.fit(config, unchanged(stage), mesh, memory.limit_bytes(config, mesh))
+    device, chosen = jax.local_devices()[0], dataclasses.replace(stage, microbatch=fit.fitted.microbatch)
+    peak = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+    state = step.first_state(config, step.init_params(config, mesh), 0, mesh)
+    batch = jax.block_until_ready(harness.random_batch(config, chosen))
+    before, process = peak(), resident_bytes()
+    for _ in range(STEPS):
+        state, metrics = fit.program(state, batch)
+        jax.block_until_ready(metrics)
+    facts = {"predicted_bytes": fit.peak_bytes, "measured_bytes": peak(), "kernel": fit.fitted.attention}
+    facts |= {"microbatch": chosen.microbatch, "rows": stage.batch, "remat": fit.fitted.remat, "note": fit.note}
+    facts |= {"limit_bytes": fit.limit_bytes, "compile_seconds": round(fit.seconds, 1), "before_bytes": before}
+    if facts["measured_bytes"] is None:
+        facts |= {"process_grew_by": resident_bytes() - process}
+        facts["reason"] = "this device does not report its peak; the process also holds code and caches"
+    elif facts["measured_bytes"] == before:
+        facts |= {"measured_bytes": None, "reason": "compiling or the first weights took more than a step"}
+    return facts
+
+
+def resident_bytes() -> int:
+    """Return the highest memory of this process so far (Linux counts it in KiB)."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def recover(small: bool) -> tuple[bool, dict]:
+    """Train through a real out-of-memory; return whether the run went on with a smaller microbatch and ended."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        settings = verify_resume.tiny_settings(folder, "bf16") + (TINY if small else GREEDY).split()
+        env = os.environ | ({faults.VARIABLE: "oom@step=5"} if small else {"XLA_PYTHON_CLIENT_MEM_FRACTION": FRACTION})
+        command = [sys.executable, "-m", "lowrank_jax.main", "--config=configs/default.py", f"--workdir={folder}/run"]
+        command += [f"--config.{setting}" for setting in settings]
+        done = subprocess.run(command, cwd=harness.ROOT, env=env, capture_output=True, text=True)
+        events = list(part.events_of(f"{folder}/run", "oom"))
+        ends = [event["step"] for event in part.events_of(f"{folder}/run", "finish")]
+        figures = {"status": done.returncode, "finished_at": ends, "out_of_memory": len(events)}
+        figures["microbatch_tokens"] = [event.get("microbatch_tokens") for event in events]
+        if events:
+            figures["device_said"] = events[0]["reason"][:120]
+        if done.returncode:
+            figures["reason"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+        elif not events:
+            figures["reason"] = "the run never ran out of memory: nothing was shown"
+        return bool(done.returncode == 0 and events and len(ends) == 1), figures
+
+
+if __name__ == "__main__":
+    main()
