@@ -5,14 +5,15 @@
 Each stage runs in a process of its own, as a process reports only its highest peak. The prediction must be at least the
 measured peak and at most 1.1 times it. A stage that another one's compiled program already describes is left out.
 
-For the out-of-memory, JAX may take 2% of the GPU and `config.memory_gb` hides that from the gate: the first step fails
-on the device, and the run must go on with a smaller microbatch. A CPU is asked for a petabyte instead.
+For the out-of-memory, JAX may take 2.8 GB of a GPU, and `config.memory_gb` hides that from the gate: the first step
+fails on the device, and the run must go on with half the microbatch. Other devices are asked for a petabyte instead.
 """
 
 import dataclasses
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,9 +32,9 @@ CONFIGS, SMALL = ("preset.py:1b", "custom.py"), ("quickstart.py",)
 LARGEST = 1.1  # the prediction over the measured peak
 STEPS = 2
 GREEDY = """model.d=512 model.layers=4 model.heads=8 model.rank=64 tokenizer.vocab_size=512 pretrain.steps=6
-pretrain.tokens_per_step=131072 pretrain.microbatch_tokens=0 pretrain.block=512 pretrain.auto_grow=False
+pretrain.tokens_per_step=32768 pretrain.microbatch_tokens=0 pretrain.block=512 pretrain.auto_grow=False
 pretrain.eval_fraction=0 sft.steps=0 memory_gb=10000 every.save=3"""
-FRACTION = "0.02"  # of an H200's 140 GB; a step of GREEDY needs more, and half or a quarter of it less
+POOL = 2.8e9  # bytes for JAX; an H100's compiler says that a step of GREEDY takes 3.8 GB, and half of it 1.9 GB
 TINY = "pretrain.steps=12 pretrain.auto_grow=False pretrain.eval_fraction=0 sft.steps=0 every.save=3"
 
 
@@ -109,18 +110,29 @@ def resident_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def gpu_bytes() -> int | None:
+    """Return the memory of the first NVIDIA GPU, without starting JAX on it."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.split()
+    return int(lines[0]) * 2**20 if lines and lines[0].isdigit() else None
+
+
 def recover(small: bool) -> tuple[bool, dict]:
     """Train through a real out-of-memory; return whether the run went on with a smaller microbatch and ended."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        settings = verify_resume.tiny_settings(folder, "bf16") + (TINY if small else GREEDY).split()
-        env = os.environ | ({faults.VARIABLE: "oom@step=5"} if small else {"XLA_PYTHON_CLIENT_MEM_FRACTION": FRACTION})
+        total = None if small else gpu_bytes()
+        settings = verify_resume.tiny_settings(folder, "bf16") + (GREEDY if total else TINY).split()
+        pool = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{POOL / total:.5f}"} if total else {faults.VARIABLE: "oom@step=5"}
+        env = os.environ | pool
         command = [sys.executable, "-m", "lowrank_jax.main", "--config=configs/default.py", f"--workdir={folder}/run"]
         command += [f"--config.{setting}" for setting in settings]
         done = subprocess.run(command, cwd=harness.ROOT, env=env, capture_output=True, text=True)
         events = list(part.events_of(f"{folder}/run", "oom"))
         ends = [event["step"] for event in part.events_of(f"{folder}/run", "finish")]
-        figures = {"status": done.returncode, "finished_at": ends, "out_of_memory": len(events)}
+        figures = {"how": "a small pool" if total else "a petabyte", "status": done.returncode, "finished_at": ends}
         figures["microbatch_tokens"] = [event.get("microbatch_tokens") for event in events]
         if events:
             figures["device_said"] = events[0]["reason"][:120]

@@ -4,10 +4,14 @@
 
 Attention: each kernel's output and gradients against the formula in float64 on the same rounded inputs. The bound is
 twice the error of the `reference` backend in the same type, plus a float32 rounding of the largest score, which ALiBi
-makes large. That backend itself may be off by four roundings of its type. Steps: loss and gradient in each precision against float32 on the CPU. The bound is twice the error of the
-same precision on the CPU; a loss, whose error may vanish by chance, also has one rounding, and float32 has one for each
-of about 20 operations of a layer. Kernels: the memory gate
-compiles a step of each stage with two layers, one row and a small vocabulary, and its text must call the kernel.
+makes large. That backend itself may be off by four roundings of its type.
+
+Steps: loss and gradient in each precision against float32 on the CPU. The bound is twice the error of the same
+precision on the CPU. A loss, whose error may vanish by chance, gets one rounding more, and float32 one for each of
+about 20 operations of a layer.
+
+Kernels: the memory gate compiles a step of each stage with two layers, one row and a small vocabulary. Its text must
+call the device's own kernel.
 """
 
 import dataclasses

@@ -117,8 +117,8 @@ def _beside(peak: str, measured: float, unit: float, name: str) -> dict:
     """Return a measured rate beside that of lowrank_jax/machine/devices.toml, which the roofline uses."""
     chip = devices.chip(sharding.a_device(sharding.one_device()))
     published = getattr(chip, peak) if chip else None
-    share = round(measured / published, 3) if published else None
-    return {"measured": round(measured / unit, 1), "table": published and published / unit, "unit": name, "share": share}
+    figures = {"measured": round(measured / unit, 2), "unit": name, "table": published and published / unit}
+    return figures | {"share_of_the_table": round(measured / published, 3) if published else None}
 
 
 if __name__ == "__main__":
