@@ -28,7 +28,7 @@ from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.machine import console
 
 # Shares of the time, in the order in which they run: first what matters most where the time runs out.
-SHARES = {"sees": 40, "numerics": 90, "memory": 100, "speed": 110, "peers": 60, "decoding": 40, "resume": 40}
+SHARES = {"sees": 25, "numerics": 85, "memory": 105, "speed": 110, "peers": 55, "decoding": 40, "resume": 60}
 FOLDER = pathlib.Path(__file__).parent / "device"
 KEPT = 0.85  # of a part's time, after which it starts nothing new; it is killed at the end
 LISTED = 400  # characters of a figure in the Markdown
@@ -167,6 +167,9 @@ def markdown(report: dict) -> str:
     facts |= {"versions": shown(report["versions"]), "command": f"`{report['command']}`"}
     facts["rows"] = "{} ok, {} false, {} without a bound or not run".format(*counts)
     lines += [f"| {name} | {value} |" for name, value in (facts | {"seconds": report["seconds"]}).items()]
+    if failed := [row for row in rows if row["ok"] is False]:
+        lines += ["", "## Failed", ""]
+        lines += [f"- {row['part']}: {row['check']}: {brief(row)}" for row in failed]
     for part, check in dict.fromkeys((row["part"], row["check"]) for row in rows):
         of_check = [row for row in rows if (row["part"], row["check"]) == (part, check)]
         keys = list(dict.fromkeys(key for row in of_check for key in row if key not in HIDDEN))
@@ -195,7 +198,7 @@ def shown(value) -> str:
 
 
 def brief(row: dict) -> str:
-    return row.get("reason") or shown({key: value for key, value in row.items() if key not in HIDDEN})
+    return shown({key: value for key, value in row.items() if key not in HIDDEN})
 
 
 if __name__ == "__main__":

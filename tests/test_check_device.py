@@ -61,6 +61,7 @@ def test_rows_are_kept_and_what_fails_is_a_false_row(parts):
     assert kinds[5:9] == [("babble", "part", False)] * 3 + [("babble", "late", True)] and "Hello" in rows[5]["reason"]
     assert kinds[9:] == [("absent", "part", None)]
     assert "| ok | tokens_per_s | s |" in page and "| ok | 12,346 |" in page and "a \\| b" in page
+    assert "- crash: part: exit status 1: ValueError: boom" in page.split("## good")[0]
     assert rows[1]["loss"] is None  # JSON has no NaN
 
 
@@ -129,9 +130,7 @@ def test_a_preset_that_falls_back_is_a_false_row(monkeypatch):
     assert not ok and set(figures["notes"].values()) == {"why"}
 
 
-@pytest.mark.parametrize(
-    "predicted, measured, ok", [(100, 100, True), (110, 100, True), (99, 100, False), (111, 100, False)]
-)
+@pytest.mark.parametrize("predicted, ok", [(100, True), (110, True), (99, False), (111, False)])
 def test_a_prediction_is_at_least_the_peak_and_at_most_a_tenth_above(predicted, ok):
     assert memory.judge({"predicted_bytes": predicted, "measured_bytes": 100})[0] is ok
     assert memory.judge({"predicted_bytes": predicted, "measured_bytes": None})[0] is None

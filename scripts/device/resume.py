@@ -22,16 +22,19 @@ from scripts.device import part
 
 FLAG = "--xla_gpu_deterministic_ops=true"
 SIZES = """model.d=256 model.layers=2 model.heads=4 model.rank=32 pretrain.tokens_per_step=4096
-pretrain.microbatch_tokens=2048 pretrain.block=64 pretrain.grow_plan=64,128,256 pretrain.steps=60
-pretrain.grow_every_steps=20 sft.tokens_per_step=4096 sft.block=256 sft.steps=20"""
-SMALL = "pretrain.steps=36 pretrain.grow_every_steps=12 sft.steps=12 every.eval=100"
+pretrain.microbatch_tokens=2048 pretrain.block=64 pretrain.grow_plan=64,256 pretrain.steps=50
+pretrain.grow_every_steps=25 sft.tokens_per_step=4096 sft.block=256 sft.steps=20"""
+SMALL = "pretrain.grow_plan=16,64 pretrain.steps=40 pretrain.grow_every_steps=20 sft.steps=10"
+NO_EVALUATION = "pretrain.eval_fraction=0 sft.eval_fraction=0"
 
 
 def main() -> None:
     p = part.start(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        settings = verify_resume.tiny_settings(folder, "bf16") + (SMALL if p.small else SIZES).split()
+        settings = (
+            verify_resume.tiny_settings(folder, "bf16") + (SMALL if p.small else SIZES).split() + NO_EVALUATION.split()
+        )
         p.measure("a killed run ends like an uninterrupted one", lambda: compare(folder, settings))
 
 
