@@ -8,6 +8,7 @@ appended to OUT/check.jsonl as they come; check.json and check.md are written at
 0 where no row is false, else 1. docs/gpu.md says what the tables mean.
 """
 
+import collections
 import contextlib
 import datetime
 import json
@@ -155,6 +156,7 @@ def write(out: pathlib.Path, report: dict) -> None:
     (out / "check.md").write_text(markdown(report), encoding="utf-8")
 
 
+BAR = "\\|"  # in a cell
 HIDDEN = ("part", "check", "ok", "seconds")
 
 
@@ -170,18 +172,30 @@ def markdown(report: dict) -> str:
     if failed := [row for row in rows if row["ok"] is False]:
         lines += ["", "## Failed", ""]
         lines += [f"- {row['part']}: {row['check']}: {brief(row)}" for row in failed]
-    for part, check in dict.fromkeys((row["part"], row["check"]) for row in rows):
-        of_check = [row for row in rows if (row["part"], row["check"]) == (part, check)]
-        keys = list(dict.fromkeys(key for row in of_check for key in row if key not in HIDDEN))
-        lines += ["", f"## {part}: {check}", "", f"| ok | {' | '.join(keys)} | s |", "|---" * (len(keys) + 2) + "|"]
-        for row in of_check:
-            cells = [MARKS[row["ok"]], *(shown(row[key]) if key in row else "" for key in keys)]
-            lines.append(f"| {' | '.join([*cells, shown(row.get('seconds', ''))])} |")
+    for (part, _), of_table in grouped(rows).items():
+        checks = dict.fromkeys(row["check"] for row in of_table)
+        keys = list(dict.fromkeys(key for row in of_table for key in row if key not in HIDDEN))
+        keys = ["ok", *(["check"] if len(checks) > 1 else []), *keys, "seconds"]
+        title = f"{part}: {next(iter(checks))}" if len(checks) == 1 else part
+        lines += ["", f"## {title}", "", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
+        for row in of_table:
+            cells = [shown(row[key]) if key in row else "" for key in keys[1:]]
+            lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in [MARKS[row['ok']], *cells])} |")
     return "\n".join(lines) + "\n"
 
 
+def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Return the rows of each table: those of one check, or those checks of a part that come once with like figures."""
+    counts = collections.Counter((row["part"], row["check"]) for row in rows)
+    tables = {}
+    for row in rows:
+        alike = row["check"] if counts[row["part"], row["check"]] > 1 else frozenset(row) - {"reason", "seconds"}
+        tables.setdefault((row["part"], alike), []).append(row)
+    return tables
+
+
 def shown(value) -> str:
-    """Return a figure as short text for a cell."""
+    """Return a figure as short text."""
     if isinstance(value, float):
         text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     elif isinstance(value, bool) or value is None:
@@ -194,7 +208,7 @@ def shown(value) -> str:
         text = ", ".join(map(shown, value))
     else:
         text = str(value)
-    return text.replace("|", "\\|").replace("\n", " ")[:LISTED]
+    return text.replace("\n", " ")[:LISTED]
 
 
 def brief(row: dict) -> str:

@@ -11,7 +11,7 @@ import pytest
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.model import attention
 from scripts import check_device
-from scripts.device import memory, numerics, part, sees
+from scripts.device import memory, numerics, rows, sees
 
 PARTS = {
     "good": 'print(\'{"check": "speed", "ok": true, "tokens_per_s": 12345.6}\')',
@@ -60,9 +60,18 @@ def test_rows_are_kept_and_what_fails_is_a_false_row(parts):
     assert "ValueError: boom" in rows[4]["reason"]
     assert kinds[5:9] == [("babble", "part", False)] * 3 + [("babble", "late", True)] and "Hello" in rows[5]["reason"]
     assert kinds[9:] == [("absent", "part", None)]
-    assert "| ok | tokens_per_s | s |" in page and "| ok | 12,346 |" in page and "a \\| b" in page
-    assert "- crash: part: exit status 1: ValueError: boom" in page.split("## good")[0]
+    assert "| ok | tokens_per_s | seconds |" in page and "| ok | 12,346 |" in page and "a \\| b" in page
+    assert "- crash: part: reason exit status 1: ValueError: boom" in page.split("## good")[0]
     assert rows[1]["loss"] is None  # JSON has no NaN
+
+
+def test_checks_with_the_same_figures_share_a_table():
+    rows = [{"part": "speed", "check": name, "ok": None, "ms": 1.5} for name in ("base", "1b")]
+    rows += [{"part": "speed", "check": "ratio", "ok": True, "value": 2}, rows[0] | {"part": "peers"}]
+    rows += [{"part": "sees", "check": "choices", "ok": True, "kernel": name} for name in "ab"]
+    sizes = [(key[0], [row["check"] for row in table]) for key, table in check_device.grouped(rows).items()]
+    expected = [("speed", ["base", "1b"]), ("speed", ["ratio"]), ("peers", ["base"]), ("sees", ["choices"] * 2)]
+    assert sizes == expected
 
 
 def test_a_part_that_hangs_is_killed_with_its_children_and_the_next_one_runs(parts, tmp_path):
@@ -93,7 +102,7 @@ def test_bad_flags_are_usage_errors(flag, tmp_path):
 
 def rows_of(capsys, check, *arguments) -> list[dict]:
     with open(1, "w", closefd=False) as stdout:
-        check(part.Part(True, time.monotonic() + 600, stdout), *arguments)
+        check(rows.Rows(True, time.monotonic() + 600, stdout), *arguments)
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 

@@ -26,9 +26,9 @@ from lowrank_jax.machine import faults
 from lowrank_jax.training import forecast, verify_resume
 from lowrank_jax.training.plan import Stage, stages_of
 from scripts.bench import harness
-from scripts.device import part
+from scripts.device import rows
 
-CONFIGS, SMALL = ("preset.py:1b", "custom.py"), ("quickstart.py",)
+CONFIGS, SMALL = ("custom.py", "preset.py:1b"), ("quickstart.py",)
 LARGEST = 1.1  # the prediction over the measured peak
 STEPS, MICROBATCHES = 2, 4
 GREEDY = """model.d=512 model.layers=4 model.heads=8 model.rank=64 tokenizer.vocab_size=512 pretrain.steps=6
@@ -42,7 +42,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         harness.main(None, child)
         return
-    p = part.start(__doc__)
+    p = rows.start(__doc__)
     for number, (name, stage) in enumerate(in_order(SMALL if p.small else CONFIGS)):
         run = lambda name=name, stage=stage: judge(harness.in_a_process(__file__, name, stage.name))
         p.measure("peak of a stage", run, config=name, stage=stage.name)
@@ -132,8 +132,8 @@ def recover(small: bool) -> tuple[bool, dict]:
         command = [sys.executable, "-m", "lowrank_jax.main", "--config=configs/default.py", f"--workdir={folder}/run"]
         command += [f"--config.{setting}" for setting in settings]
         done = subprocess.run(command, cwd=harness.ROOT, env=env, capture_output=True, text=True)
-        events = list(part.events_of(f"{folder}/run", "oom"))
-        ends = [event["step"] for event in part.events_of(f"{folder}/run", "finish")]
+        events = list(rows.events_of(f"{folder}/run", "oom"))
+        ends = [event["step"] for event in rows.events_of(f"{folder}/run", "finish")]
         figures = {"how": "a small pool" if total else "a petabyte", "status": done.returncode, "finished_at": ends}
         figures["microbatch_tokens"] = [event.get("microbatch_tokens") for event in events]
         if events:

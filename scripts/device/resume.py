@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 from lowrank_jax.machine import faults
 from lowrank_jax.training import verify_resume
 from scripts.bench import harness
-from scripts.device import part
+from scripts.device import rows
 
 FLAG = "--xla_gpu_deterministic_ops=true"
 SIZES = """model.d=256 model.layers=2 model.heads=4 model.rank=32 pretrain.tokens_per_step=4096
@@ -29,7 +29,7 @@ NO_EVALUATION = "pretrain.eval_fraction=0 sft.eval_fraction=0"
 
 
 def main() -> None:
-    p = part.start(__doc__)
+    p = rows.start(__doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         settings = (
@@ -46,7 +46,7 @@ def compare(folder: pathlib.Path, settings: list[str]) -> tuple[bool, dict]:
     difference = verify_resume.difference(folder / "alone", folder / "killed")
     finish = verify_resume.events_of(folder / "alone")[-1]
     hashes = {key: finish[key][:16] for key in ("data_sha256", "params_sha256")}
-    restored = [event["step"] for event in part.events_of(folder / "killed", "restore")]
+    restored = [event["step"] for event in rows.events_of(folder / "killed", "restore")]
     figures = {"killed_at": 34, "resumed_at": restored, "steps": finish["step"], "hashes": hashes}
     reason = difference[:300] or ("" if len(restored) == 1 else "the killed run did not resume once")
     return not reason, figures | ({"reason": reason} if reason else {})

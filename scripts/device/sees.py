@@ -23,7 +23,7 @@ from lowrank_jax.model import attention, precision
 from lowrank_jax.training import forecast
 from lowrank_jax.training.plan import make
 from scripts.bench import harness
-from scripts.device import part
+from scripts.device import rows
 
 PRESETS = ("quickstart.py", "preset.py:small", "preset.py:base", "custom.py", "preset.py:1b", "preset.py:7b")
 PACKAGES = "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin libtpu flax optax orbax-checkpoint numpy torch".split()
@@ -31,7 +31,7 @@ REPEATS = 10
 
 
 def main() -> None:
-    p = part.start(__doc__)
+    p = rows.start(__doc__)
     p.row("versions", None, **versions())
     p.measure("device", lambda: (None, device()))
     p.measure("runtime", lambda: (None, runtime()))

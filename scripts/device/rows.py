@@ -13,19 +13,19 @@ from lowrank_jax.machine import console
 LONGEST_REASON = 400
 
 
-class Part(NamedTuple):
+class Rows(NamedTuple):
     """A part's flags, and the stream that takes its rows: everything else that prints to stdout goes to stderr."""
 
     small: bool
     deadline: float  # no measurement starts after it
-    rows: object
+    stream: object
 
     def has_time(self) -> bool:
         return time.monotonic() < self.deadline
 
     def row(self, check: str, ok: bool | None, **figures) -> None:
         """Print one result at once; `ok` is None for a figure without a bound."""
-        print(console.to_json({"check": check, "ok": ok} | figures), file=self.rows, flush=True)
+        print(console.to_json({"check": check, "ok": ok} | figures), file=self.stream, flush=True)
 
     def measure(self, check: str, run: Callable[[], tuple[bool | None, dict]], **facts) -> None:
         """Print the (ok, figures) of `run()`, or that it failed and why, or that no time was left for it."""
@@ -40,17 +40,17 @@ class Part(NamedTuple):
         self.row(check, ok, **facts, **figures, seconds=round(time.monotonic() - started, 2))
 
 
-def start(doc: str, argv: list[str] | None = None) -> Part:
+def start(doc: str, argv: list[str] | None = None) -> Rows:
     """Read a part's flags and take stdout for its rows."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="toy sizes, for a CPU")
     parser.add_argument("--seconds", type=float, default=600, help="start no new measurement after this time")
     args = parser.parse_args(argv)
     cli.use_compilation_cache()
-    rows = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout.flush()
     os.dup2(2, 1)
-    return Part(args.small, time.monotonic() + args.seconds, rows)
+    return Rows(args.small, time.monotonic() + args.seconds, stream)
 
 
 def reason_of(e: BaseException) -> str:
