@@ -175,7 +175,7 @@ def markdown(report: dict) -> str:
     for (part, _), of_table in grouped(rows).items():
         checks = dict.fromkeys(row["check"] for row in of_table)
         keys = list(dict.fromkeys(key for row in of_table for key in row if key not in HIDDEN))
-        keys = ["ok", *(["check"] if len(checks) > 1 else []), *keys, "seconds"]
+        keys = ["ok", *["check"] * (len(checks) > 1), *keys, *["seconds"] * any("seconds" in row for row in of_table)]
         title = f"{part}: {next(iter(checks))}" if len(checks) == 1 else part
         lines += ["", f"## {title}", "", f"| {' | '.join(keys)} |", "|---" * len(keys) + "|"]
         for row in of_table:
@@ -185,11 +185,15 @@ def markdown(report: dict) -> str:
 
 
 def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Return the rows of each table: those of one check, or those checks of a part that come once with like figures."""
+    """Return the rows of each table: those of one check, or of checks that come once and begin with the same word.
+
+    A row with a `value` is a bound on figures of other rows, and stands in a table beside them.
+    """
     counts = collections.Counter((row["part"], row["check"]) for row in rows)
     tables = {}
     for row in rows:
-        alike = row["check"] if counts[row["part"], row["check"]] > 1 else frozenset(row) - {"reason", "seconds"}
+        check = row["check"]
+        alike = check if counts[row["part"], check] > 1 else (check.split()[0], "value" in row)
         tables.setdefault((row["part"], alike), []).append(row)
     return tables
 
