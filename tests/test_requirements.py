@@ -15,7 +15,8 @@ sys.path.append(str(ROOT / "scripts"))
 
 import resolve  # noqa: E402, which lies in scripts/
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 PYTHONS = resolve.pythons()
 
 
@@ -71,3 +72,14 @@ def test_a_marker_is_missed(tmp_path, monkeypatch):
 def test_without_an_index_nothing_is_refused(monkeypatch):
     assert resolve.OFFLINE.search("error: Failed to fetch: `https://pypi.org/simple/jax/` cause: dns error")
     assert not resolve.OFFLINE.search("No solution found when resolving dependencies")
+
+
+def test_a_wheel_has_every_file_of_the_package():
+    package = ROOT / "lowrank_jax"
+    files = {file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    for folder in {file.parent for file in files if file.suffix == ".py"}:
+        assert (folder / "__init__.py") in files, f"setuptools would leave out {folder}"
+    by_glob = {glob: set(package.glob(glob)) for glob in PYPROJECT["tool"]["setuptools"]["package-data"]["lowrank_jax"]}
+    assert all(by_glob.values()), by_glob
+    listed = set.union(*by_glob.values())
+    assert {file for file in files if file.suffix != ".py"} == {file for file in listed if file.is_file()}

@@ -99,6 +99,14 @@ class Engine:
         """The number of free slots."""
         return self.slots - len(self._requests)
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether a request's prompt is not read to its end."""
+        return any(map(self._unread, self._requests))
+
+    def _unread(self, slot: int) -> int:
+        return len(self._ids[slot]) - 1 - self._read[slot]
+
     def add(self, request: Request) -> int:
         """Give a request a slot, and return the slot. Its answer also ends when the context is full.
 
@@ -134,11 +142,10 @@ class Engine:
         """
         self.has_run = True
         budget = AT_ONCE
-        unread = lambda slot: len(self._ids[slot]) - 1 - self._read[slot]
         for slot in self._requests:
-            while budget > 0 and unread(slot):
-                budget -= self._prefill(slot, unread(slot))
-        live = [slot for slot in self._requests if not unread(slot)]
+            while budget > 0 and self._unread(slot):
+                budget -= self._prefill(slot, self._unread(slot))
+        live = [slot for slot in self._requests if not self._unread(slot)]
         if not live:
             return {}
         is_first = any(len(self._ids[slot]) == len(self._requests[slot].ids) for slot in live)

@@ -1,5 +1,6 @@
 """Text from token ids as they arrive, cut before the first stop string."""
 
+import functools
 from collections.abc import Sequence
 
 from lowrank_jax.data.tokenizer import Tokenizer
@@ -16,14 +17,7 @@ class StopString:
 
     def __init__(self, letters: str):
         self.letters, self.matched = letters, 0  # the text so far ends with so many letters of it
-        self._shorter = [0]  # the longest shorter match that also holds, per number of matched letters less one
-        for letter in letters[1:]:
-            self._shorter.append(self._longer(self._shorter[-1], letter))
-
-    def _longer(self, matched: int, letter: str) -> int:
-        while matched and self.letters[matched] != letter:
-            matched = self._shorter[matched - 1]
-        return matched + (self.letters[matched] == letter)
+        self._shorter = _shorter(letters)
 
     def ends_at(self, text: str) -> int | None:
         """Return how many letters of `text`, which follows the text so far, complete the string; None if they do not.
@@ -31,10 +25,25 @@ class StopString:
         After a match no more text may follow.
         """
         for count, letter in enumerate(text, 1):
-            self.matched = self._longer(self.matched, letter)
+            self.matched = _longer(self.letters, self._shorter, self.matched, letter)
             if self.matched == len(self.letters):
                 return count
         return None
+
+
+@functools.lru_cache(maxsize=16)  # the answers of one request have the same stop strings
+def _shorter(letters: str) -> list[int]:
+    """Return the longest shorter match that also holds, per number of matched letters less one."""
+    shorter = [0]
+    for letter in letters[1:]:
+        shorter.append(_longer(letters, shorter, shorter[-1], letter))
+    return shorter
+
+
+def _longer(letters: str, shorter: list[int], matched: int, letter: str) -> int:
+    while matched and letters[matched] != letter:
+        matched = shorter[matched - 1]
+    return matched + (letters[matched] == letter)
 
 
 class Writer:

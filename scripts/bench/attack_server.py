@@ -127,6 +127,23 @@ def nested(port: int) -> list[int]:
     return together(port, TEXT, [*bodies, b"{" + b'"a":1,' * 10**5 + b'"b":1}', b"\xff" * MEGABYTE])
 
 
+def endless_bodies(port: int) -> list[int]:
+    """Hold up to 90 bodies of almost 4 MB that never end."""
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {4 * MEGABYTE}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(90):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            connection.sendall(head + b" " * (4 * MEGABYTE - 100))
+        time.sleep(2)
+        return [post(port, TEXT, {"prompt": "a", "max_tokens": 1})]
+
+
+def many_values(port: int) -> list[int]:
+    """Send JSON that takes thirty times its size once it is parsed."""
+    units = [b"[],", b"{},", b'{"a":0},', b'"",']
+    return together(port, TEXT, [b'{"prompt":[' + u * (4 * MEGABYTE // len(u) - 10) + b"0]}" for u in units * 3])
+
+
 ATTACKS: dict[str, Callable[[int], list[int]]] = {
     "stop strings of 1 MB; 4 of 1 kB with n=64": long_stops,
     "6 prompts of 4 MB of U+2581": marks,
@@ -137,6 +154,8 @@ ATTACKS: dict[str, Callable[[int], list[int]]] = {
     "300 silent connections": silence,
     "8 streams that nobody reads": unread,
     "nested, endless and broken JSON": nested,
+    "90 bodies of 4 MB that do not end": endless_bodies,
+    "12 bodies of 4 MB of empty lists and objects": many_values,
 }
 
 

@@ -321,6 +321,88 @@ def test_chats_are_exported_and_imported(visit):
     page.wait_for_selector("text=Cut off at the limit of new tokens")
 
 
+TOKEN = {"text": "a", "logprob": -1, "top": [["a", -1]]}
+HOSTILE = {
+    "a message without an id": {"id": "x", "messages": [{"id": "", "role": "user", "content": "Here"}]},
+    "a chat without an id": {"id": "", "messages": [{"role": "user", "content": "Here"}]},
+    "one id twice": {"messages": [{"id": "1", "role": "user", "content": "Here"}] * 2},
+    "a ring beside a message": {
+        "messages": [
+            {"id": "a", "role": "user", "content": "Here"},
+            {"id": "b", "after": "c", "role": "assistant", "content": "b"},
+            {"id": "c", "after": "b", "role": "user", "content": "c"},
+        ]
+    },
+    "names of objects": {
+        "id": "__proto__",
+        "shown": {"__proto__": "constructor", "constructor": {}},
+        "messages": [{"id": "__proto__", "slot": "constructor", "role": "user", "content": "Here"}],
+    },
+    "numbers and tokens": {
+        "settings": {"preset": "constructor", "max_tokens": -1, "temperature": "hot"},
+        "time": 1e308,
+        "messages": [
+            {"role": "user", "content": "Here", "time": -1e308, "saved": 1e308, "usage": {}},
+            {"role": "assistant", "content": "a", "tokens": [TOKEN | {"bytes": 5}], "stats": {"tokens": 3}},
+            {"role": "assistant", "content": "a", "tokens": [TOKEN | {"bytes": [-1, 999]}] * 2, "usage": {}},
+        ],
+    },
+    "markup": {
+        "id": '"><img src=x onerror=alert(1)>',
+        "title": "<img src=x onerror=alert(1)><script>alert(1)</script>" + "\u202e" * 500,
+        "messages": [
+            {"role": "user", "content": "Here <script>alert(1)</script>"},
+            {"role": "assistant", "content": "<style>body{background:url(//evil.example)}</style>", "state": "failed",
+             "error": {"text": "<img src=x onerror=alert(1)>"}, "finish": "<svg onload=alert(1)>"},
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_file_shows_its_messages_and_breaks_nothing(visit, case):
+    page = visit()
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    upload(page, "chats.json", json.dumps(HOSTILE[case]))
+    page.wait_for_selector("text=1 chat imported")
+    page.reload()
+    page.locator(".chat button").first.click()
+    count = 1 if "ring" in case else len(HOSTILE[case]["messages"])
+    assert answered(page, count)[0].startswith("Here")
+    for look in page.locator("[data-act=inside]").all():
+        look.click()
+    page.hover("#meter")
+    assert "NaN" not in page.inner_text("body") and page.locator(".chat img, .message img, .message style").count() == 0
+    say(page, "And on")
+    answered(page, count + 2)
+    menu(page, 0, "Delete")
+    page.wait_for_selector("text=No chats yet")
+
+
+def test_a_broken_record_of_a_page_that_ended_keeps_no_chat_away(visit):
+    page = visit()
+    say(page, "Keep this")
+    answered(page, 2)
+    for value in ("{", "null", "5", '{"id": 5}', '{"id": "nobody"}'):
+        page.evaluate("value => { localStorage['lowrank.unsaved.x'] = value }", value)
+        page.reload()
+        assert answered(page, 2)[0] == "Keep this" and page.inner_text("#alert") == ""
+
+
+def test_chats_of_one_file_may_use_the_same_ids(visit):
+    page = visit()
+    chats = [
+        {"id": f"c{i}", "title": f"C{i}", "messages": [{"id": "1", "role": "user", "content": f"Here {i}"}]}
+        for i in range(2)
+    ]
+    for _ in range(2):
+        upload(page, "chats.json", json.dumps(chats))
+        page.wait_for_selector("text=2 chats imported")
+        for i in range(2):
+            page.click(f".chat >> text=C{i}")
+            assert answered(page, 1) == [f"Here {i}"]
+
+
 def test_a_chat_longer_than_the_context_goes_on_without_its_oldest_turns(visit):
     page = visit(max_tokens=10)
     sent = []
@@ -396,6 +478,43 @@ def test_chats_are_renamed_searched_and_deleted(visit):
     assert until(lambda: page.locator(".chat").count() == 1) and page.locator(".message").count() == 0
     page.click("text=Undo")
     page.wait_for_selector(".chat >> text=Fish")
+
+
+def test_many_chats_are_listed_in_parts(visit):
+    page = visit()
+    chats = [{"id": f"c{i}", "time": 200 - i, "messages": [{"role": "user", "content": f"N{i}."}]} for i in range(130)]
+    upload(page, "chats.json", json.dumps(chats))
+    page.wait_for_selector("#chats >> text=30 more")
+    assert page.locator(".chat").count() == 100
+    page.fill("#search", "n129.")
+    assert until(lambda: page.locator(".chat").count() == 1) and page.locator(".more").count() == 0
+    page.press("#search", "Escape")
+    page.click("#chats >> text=30 more")
+    assert until(lambda: page.locator(".chat").count() == 130)
+    assert page.evaluate("document.activeElement.innerText") == "N100."
+
+
+def test_a_search_reads_each_chat_once_and_knows_what_is_new(visit):
+    page = visit()
+    chats = [{"id": f"c{i}", "messages": [{"role": "user", "content": f"word{i} of a chat"}]} for i in range(40)]
+    upload(page, "chats.json", json.dumps(chats))
+    page.wait_for_selector("text=40 chats imported")
+    page.evaluate("""() => {
+      const get = IDBIndex.prototype.getAll;
+      window.reads = 0;
+      IDBIndex.prototype.getAll = function (...args) { reads++; return get.apply(this, args); };
+    }""")
+    page.fill("#search", "word7 ")
+    assert until(lambda: page.locator(".chat").count() == 1)
+    assert page.evaluate("reads") == 40
+    page.fill("#search", "word8 ")
+    assert until(lambda: page.locator(".chat >> text=word8").count() == 1)
+    assert page.evaluate("reads") == 40
+    page.press("#search", "Escape")
+    page.click(".chat >> text=word9")
+    say(page, "Nightingale")
+    page.fill("#search", "nightingale")
+    assert until(lambda: page.locator(".chat").count() == 1)
 
 
 MARKDOWN = """# Title

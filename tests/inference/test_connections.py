@@ -12,6 +12,7 @@ from test_scheduler import routes_over, scheduling, settled
 from lowrank_jax.inference.server import connections
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BODY = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"  # the rest does not come
 
 
 @contextlib.asynccontextmanager
@@ -110,13 +111,16 @@ def test_a_client_that_does_not_read_is_left(tok, hurry, monkeypatch):
     asyncio.run(run())
 
 
-def test_silent_connections_at_the_limit_of_files_lock_nobody_out(tok, monkeypatch, capfd):
+@pytest.mark.parametrize("start", [b"", HEALTH[:9], BODY])
+def test_silent_connections_at_the_limit_of_files_lock_nobody_out(tok, monkeypatch, capfd, start):
     monkeypatch.setattr(connections.Connection, "has_warned", False)
 
     async def run():
         async with listening(tok) as (connect, _):
             monkeypatch.setattr(connections, "most_connections", lambda: 20)
             silent = [await connect() for _ in range(60)]
+            for _, writer in silent:
+                writer.write(start)
             assert await is_healthy(connect)
             closed = [await is_closed(reader, 0.02) for reader, _ in silent]
             assert closed == [True] * 41 + [False] * 19  # the longest silent ones

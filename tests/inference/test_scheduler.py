@@ -1,10 +1,12 @@
 """The engine's thread and the routes over it, with an engine that plays a script."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import signal
 import time
+import weakref
 
 import httpx2
 import openai
@@ -12,14 +14,20 @@ import pytest
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.inference.engine import Piece, Request
-from lowrank_jax.inference.server import connections, routes
+from lowrank_jax.inference.server import api, bodies, connections, routes
+from lowrank_jax.inference.server import scheduler as scheduler_module
 from lowrank_jax.inference.server.api import Problem, Settings
 from lowrank_jax.inference.server.routes import Server
 from lowrank_jax.inference.server.scheduler import Scheduler, Ticket
 
 
 class Fake:
-    """An engine that answers a prompt by repeating its first id; `order` has the first ids that it received."""
+    """An engine that answers a prompt by repeating its first id, which takes `pace` seconds per token.
+
+    `order` has the first ids that it received, `mosts` the most tokens of its steps.
+    """
+
+    is_reading, pace, mosts = False, 0.001, ()
 
     def __init__(self, slots: int, order: list, failures: list):
         self.slots, self.context, self.order, self.failures = slots, 64, order, failures
@@ -38,14 +46,16 @@ class Fake:
         self.order.append(ids[0])
         return slot
 
-    def step(self) -> dict[int, Piece]:
+    def step(self, most: int = 1) -> dict[int, Piece]:
         if self.failures and self.order[-1:] != [0]:  # not while it warms up
             raise self.failures.pop()
-        time.sleep(0.001)  # so that the loop has its turns
+        self.mosts += ((len(self.rows), most),)
+        count = min([most if self.pace > 0.001 else 1, *(row[1] for row in self.rows.values())])
+        time.sleep(self.pace * count)  # the loop has its turns
         pieces = {}
         for slot, row in list(self.rows.items()):
-            row[1] -= 1
-            pieces[slot] = Piece([row[0]], [], None if row[1] else "length")
+            row[1] -= count
+            pieces[slot] = Piece([row[0]] * count, [], None if row[1] else "length")
             if not row[1]:
                 del self.rows[slot]
         return pieces
@@ -91,6 +101,22 @@ def test_first_come_first_served_and_each_gets_its_own():
                 assert await finish(ticket, 2) == {0: [10 * n + 10] * 5, 1: [10 * n + 11] * 5}
             assert order == [10 * n + 10 + i for n in range(6) for i in range(2)]
             assert not scheduler.waiting and not scheduler.active
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_reading", [False, True])
+def test_a_decoding_loop_is_short_while_a_request_may_wait_for_its_end(monkeypatch, is_reading):
+    monkeypatch.setattr(Fake, "pace", 0.004)
+    monkeypatch.setattr(Fake, "is_reading", is_reading)
+
+    async def run():
+        async with scheduling(slots=2) as (scheduler, *_):
+            for count in (1, 2):
+                await finish(scheduler.submit([request(1, max_new=60)] * count), count)
+            steps = {rows: [most for n, most in scheduler._engine.mosts if n == rows][-3:] for rows in (1, 2)}
+            assert max(steps[1]) <= 2  # 8 ms
+            assert max(steps[2]) <= 2 if is_reading else min(steps[2]) > 4  # 50 ms, on a busy machine fewer steps
 
     asyncio.run(run())
 
@@ -257,22 +283,136 @@ def test_an_answer_past_the_timeout_is_an_error_and_frees_its_slots(tok):
     asyncio.run(run())
 
 
+@contextlib.asynccontextmanager
+async def asking(tok):
+    """Yield an HTTP client of the routes over the script's engine."""
+    async with scheduling() as (scheduler, *_), asyncio.timeout(8):
+        transport = httpx2.ASGITransport(routes_over(tok, scheduler))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
+            yield http
+
+
 def test_a_body_that_does_not_arrive_is_an_error(tok, monkeypatch):
-    assert routes.SLOW == 30  # as the documentation says
-    monkeypatch.setattr(routes, "SLOW", 0.2)
+    assert bodies.SECONDS == 30  # as the documentation says
+    monkeypatch.setattr(bodies, "SECONDS", 0.2)
 
     async def half():
         yield b'{"prompt": '
         await asyncio.Event().wait()
 
     async def run():
-        async with scheduling() as (scheduler, *_):
-            transport = httpx2.ASGITransport(routes_over(tok, scheduler))
-            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http, asyncio.timeout(8):
-                response = await http.post(TEXT, content=half())
+        async with asking(tok) as http:
+            response = await http.post(TEXT, content=half())
             assert response.status_code == 408 and "did not arrive" in response.json()["error"]["message"]
 
     asyncio.run(run())
+
+
+def test_large_bodies_have_a_bound_together_and_leave_small_ones_alone(tok, monkeypatch):
+    monkeypatch.setattr(bodies, "MOST_LARGE", 150_000)
+    large = json.dumps({"prompt": [1], "max_tokens": 1, "user": "a" * 80_000}).encode()
+    small = large.replace(b"a" * 80_000, b"a")
+
+    async def run():
+        ends = [asyncio.Event() for _ in range(2)]
+
+        async def slow(end):
+            yield large[:-10]
+            await end.wait()
+            yield large[-10:]
+
+        async with asking(tok) as http:
+            first = asyncio.create_task(http.post(TEXT, content=slow(ends[0])))
+            await asyncio.sleep(0.05)
+            refused = await http.post(TEXT, content=large)
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "bodies_full"
+            assert (await http.post(TEXT, content=b"x" * (5 << 20))).status_code == 413
+            assert (await http.post(TEXT, content=small)).status_code == 200
+            ends[0].set()
+            assert (await first).status_code == 200
+            assert (await http.post(TEXT, content=large)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_large_bodies_are_parsed_one_at_a_time(tok, monkeypatch):
+    running, most, read = [], {}, api.read
+
+    def noting(data, *args, **options):
+        running.append(len(data))
+        most[len(data)] = max(most.get(len(data), 0), running.count(len(data)))
+        time.sleep(0.05)
+        running.remove(len(data))
+        return read(data, *args, **options)
+
+    monkeypatch.setattr(api, "read", noting)
+    small, large = ({"prompt": [1], "max_tokens": 1, "user": "a" * n} for n in (1, 80_000))
+
+    async def run():
+        async with asking(tok) as http:
+            answers = await asyncio.gather(*(http.post(TEXT, json=body) for body in (large, small) * 3))
+            assert {answer.status_code for answer in answers} == {200}
+
+    asyncio.run(run())
+    assert sorted(most.items())[0][1] > 1 and sorted(most.items())[1][1] == 1
+
+
+def test_the_values_of_a_refused_body_are_gone_before_the_next_is_read(tok, monkeypatch):
+    class Values(list):
+        pass
+
+    class Here(concurrent.futures.Executor):
+        def submit(self, read, *args):
+            future = concurrent.futures.Future()
+            try:
+                future.set_result(read(*args))
+            except Problem as e:
+                future.set_exception(e)
+            kept.append(values[-1]() is not None)
+            return future
+
+    def reading(*_, **__):
+        parsed = Values()
+        values.append(weakref.ref(parsed))
+        raise Problem(400, f"{len(parsed)} values")
+
+    values, kept = [], []
+    monkeypatch.setattr(api, "read", reading)
+    monkeypatch.setattr(bodies.Bodies, "reader_of", lambda *_: Here())
+
+    async def run():
+        async with asking(tok) as http:
+            assert (await http.post(TEXT, json={})).status_code == 400
+
+    asyncio.run(run())
+    assert kept == [False]
+
+
+def test_streams_that_are_read_slowly_have_a_bound_together(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "MOST_UNREAD", 300)
+    monkeypatch.setattr(Ticket, "unread_of_all", 0)
+    most = []
+
+    async def run():
+        async with scheduling(slots=4, queue=20) as (scheduler, *_):
+            for _ in range(4):  # one after the other: streams that have ended wait for their readers too
+                unread = [scheduler.submit([request(3, 100)]) for _ in range(3)]
+                quick = scheduler.submit([request(5, 100)])
+                async for _, piece in quick.pieces(asyncio.get_running_loop().time() + 10):
+                    most.append(Ticket.unread_of_all)
+                    if piece.finish:
+                        break
+                quick.cancel()
+            assert max(most) <= 300
+            with pytest.raises(Problem, match="too slowly"):
+                await finish(unread[0])
+            await settled(scheduler)
+            for ticket in unread:
+                ticket.cancel()
+
+    asyncio.run(run())
+    assert max(most) > 100
 
 
 def test_a_stream_that_nobody_reads_ends_and_frees_its_slot(tok, monkeypatch):

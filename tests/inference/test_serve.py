@@ -372,6 +372,7 @@ FLAGS = {
     "context": (["--workdir=x", "--context=1"], ["--context"]),
     "timeout": (["--workdir=x", "--timeout=nan"], ["--timeout"]),
     "key": (["--workdir=x", "--api_key="], ["--api_key"]),
+    "keys": (["--workdir=x", "--api_key= , "], ["--api_key", "LOWRANK_API_KEY"]),
     "origin": (["--workdir=x", "--allow-origin=example.org"], ["--allow-origin", "https://"]),
     "weights": (["--workdir=x", "--weights=int3"], ["--weights", "int8"]),
 }

@@ -45,12 +45,14 @@ class Answer:
     def add(self, piece: Piece) -> tuple[str, list[Token]]:
         """Return the new text, and its tokens if the call asks for log-probabilities."""
         new = ""
-        for n, i in enumerate(piece.ids):
-            self.tokens += 1
-            start = self._writer.decoded
-            new += self._writer.add([i])
+        # Decoding ids one by one takes as long as all else here together: only where a token's place matters.
+        one_by_one = self._call.logprobs is not None or self._call.stop
+        for n in range(0, len(piece.ids), size := 1 if one_by_one else len(piece.ids)):
+            ids, start = piece.ids[n : n + size], self._writer.decoded
+            self.tokens += len(ids)
+            new += self._writer.add(ids)
             if self._call.logprobs is not None:
-                self._wait(i, start, *piece.logprobs[n])
+                self._wait(ids[0], start, *piece.logprobs[n])
             if self._writer.stopped:
                 break
         if piece.finish and not self._writer.stopped:

@@ -9,6 +9,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import operator
 import re
@@ -218,10 +219,13 @@ def _json(data: bytes) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
 
+    gc.disable()  # collections while a million lists are read would hold all threads for 0.2 s instead of 0.07 s
     try:
         fields = json.loads(data, parse_constant=refuse)
     except (ValueError, RecursionError) as e:
         raise Problem(400, f"the body is not JSON: {' '.join(str(e).split())[:200]}") from None
+    finally:
+        gc.enable()
     if not isinstance(fields, dict):
         raise Problem(400, "the body must be a JSON object")
     return fields

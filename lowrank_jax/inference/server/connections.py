@@ -32,7 +32,7 @@ FEWEST, MOST = 16, 10_000  # connections
 class Connection(H11Protocol):
     """A connection with time limits. Where there are too many, the longest idle one makes room for the next."""
 
-    idle: dict["Connection", None] = {}  # connections without a request, longest idle first
+    idle: dict["Connection", None] = {}  # connections without a whole request, longest idle first
     has_warned = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -62,6 +62,8 @@ class Connection(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before and not self.cycle.response_complete:
+            self._head.cancel()
+        if self.cycle and not self.cycle.more_body and not self.cycle.response_complete:
             self._work()
 
     def on_response_complete(self) -> None:
@@ -84,7 +86,7 @@ class Connection(H11Protocol):
         self._head_seconds, self._head = seconds, self.loop.call_later(seconds, self.transport.abort)
 
     def _work(self) -> None:
-        """Note that this connection has a request."""
+        """Note that this connection has a request, with its whole body."""
         Connection.idle.pop(self, None)
         if self._head:
             self._head.cancel()

@@ -6,7 +6,6 @@ Every error has OpenAI's shape and leaves the server running. A client that disc
 import asyncio
 import base64
 import contextlib
-import functools
 import hashlib
 import hmac
 import io
@@ -17,7 +16,6 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 
 import prometheus_client as prometheus
 from starlette.applications import Starlette
@@ -32,13 +30,12 @@ from lowrank_jax.inference.sampling import PRESETS
 from lowrank_jax.inference.server import api
 from lowrank_jax.inference.server.answers import Reply
 from lowrank_jax.inference.server.api import CLIENT_GONE, Call, Problem, Settings
+from lowrank_jax.inference.server.bodies import Bodies
 from lowrank_jax.inference.server.scheduler import Scheduler
 from lowrank_jax.machine.console import finite, to_json
 
 PAGE = pathlib.Path(__file__).with_name("page")
-MOST_BYTES = 4 << 20  # of a body
-READERS = 4  # threads that read bodies: their turns of the interpreter must leave time for the event loop
-SLOW = 30.0  # seconds that a client may take to send its body, and to read its answer
+SLOW = 30.0  # seconds that a client may take to read its answer
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}  # of errors
 
@@ -69,7 +66,7 @@ class Server:
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, settings: Settings):
         self.scheduler, self.tokenizer, self.settings = scheduler, tokenizer, settings
         self.metrics = Metrics(scheduler)
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._bodies = Bodies()
         self._writing = asyncio.Lock()
         self._page = _joined(PAGE)
         openai = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "lowrank_jax"}
@@ -170,8 +167,8 @@ class Server:
 
     async def answer(self, request: Request) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
-        data, is_chat = await _body(request), request.url.path.endswith("/chat/completions")
-        call = await self._read(request, data, is_chat)
+        async with self._bodies.body(request.stream()) as data:
+            call = await self._read(request, data, request.url.path.endswith("/chat/completions"))
         if call is None:
             return Response(status_code=CLIENT_GONE)
         work = Work(self, call, deadline)
@@ -188,16 +185,23 @@ class Server:
 
     async def _read(self, request: Request, data: bytes, is_chat: bool) -> Call | None:
         """Read the call in a thread, for which other requests need not wait; return None if the client leaves."""
-        has_left = threading.Event()
-        owner = request.scope.get("owner", "")
-        read = functools.partial(api.read, owner=owner, is_gone=has_left.is_set)
-        work = asyncio.get_running_loop().run_in_executor(
-            self._readers, read, data, is_chat, self.tokenizer, self.settings
-        )
+        has_left, owner = threading.Event(), request.scope.get("owner", "")
+
+        def read() -> Call | Problem:
+            try:
+                return api.read(data, is_chat, self.tokenizer, self.settings, owner, has_left.is_set)
+            except Problem as e:
+                e.__traceback__ = e.__context__ = None  # they hold the body's values, 110 MB, until the loop has a turn
+                return e
+
+        work = asyncio.get_running_loop().run_in_executor(self._bodies.reader_of(data), read)
         try:
-            return await _while_connected(request.scope, request.receive, _awaited(work))
+            call = await _while_connected(request.scope, request.receive, _awaited(work))
         finally:
             has_left.set()
+        if isinstance(call, Problem):
+            raise call
+        return call
 
     def _stream(self, work: "Work") -> Callable:
         """Return an ASGI response of server-sent events, for as long as the client stays and reads."""
@@ -220,9 +224,9 @@ class Work:
 
     def __init__(self, server: Server, call: Call, deadline: float):
         self._server, self._call, self._deadline = server, call, deadline
-        self._reply = Reply(call, server.tokenizer, server.settings.model)
         self._began = time.monotonic()
         self.ticket = server.scheduler.submit(call.requests)
+        self._reply = Reply(call, server.tokenizer, server.settings.model)
         server.metrics.read.inc(call.prompt_tokens)
 
     async def whole(self) -> dict:
@@ -290,24 +294,6 @@ async def _while_connected(scope, receive, work: Coroutine):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _body(request: Request) -> bytes:
-    """Return the request's body. One that is too large is read to its end, or the client could not read the error."""
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(SLOW):
-            async for part in request.stream():
-                size += len(part)
-                if size <= MOST_BYTES:
-                    parts.append(part)
-                elif size > 16 * MOST_BYTES:
-                    break
-    except TimeoutError:
-        raise Problem(408, f"the body did not arrive within {SLOW:.0f} seconds") from None
-    if size > MOST_BYTES:
-        raise Problem(413, f"the body must have at most {MOST_BYTES} bytes")
-    return b"".join(parts)
 
 
 async def _awaited(future):

@@ -254,6 +254,7 @@ async function showChat(which) {
 // Takes over what another tab wrote.
 async function listen({ data }) {
   if (!database) return;
+  texts.delete(data.chat);
   const stored = await storedChat(data.chat);
   if (!stored) stopAll(data.chat);
   for (const m of data.chat === chat.id ? data.messages : []) {

@@ -6,11 +6,7 @@ const CHAT_DEFAULTS = { system: "", preset: "balanced", temperature: null, top_p
 const preferences = loadPreferences();
 
 function loadPreferences() {
-  let stored = null;
-  try {
-    stored = JSON.parse(localStorage.getItem(PREFERENCES));
-  } catch {}
-  const { key, theme, record, ...rest } = stored ?? {};
+  const { key, theme, record, ...rest } = inLocalStorage(PREFERENCES) ?? {};
   if (key) sessionStorage.setItem("lowrank.key", key); // earlier versions kept it in localStorage
   const own = Object.fromEntries(
     Object.keys(CHAT_DEFAULTS)

@@ -1,8 +1,11 @@
 "use strict";
 // The list of chats: search, rename, export, import, delete.
 
-const DAY = 24 * 3600 * 1000;
+const DAY = 24 * 3600 * 1000,
+  ROWS = 100; // 1,000 rows take half a second to draw
+let rows = ROWS; // chats that are listed
 let listing = 0; // the number of the newest listing: searches overtake each other
+const texts = new Map(); // id of a chat -> the texts of its shown messages, until one of them changes
 
 async function drawChats() {
   const mine = ++listing,
@@ -10,7 +13,7 @@ async function drawChats() {
   let chats = await allChats(),
     hits = new Map();
   if (query) {
-    hits = await searched(chats, query);
+    hits = await searched(chats, query, () => mine !== listing);
     chats = chats.filter(c => hits.has(c.id));
   }
   if (mine !== listing || $("chats").querySelector("input")) return; // overtaken, or a chat is being renamed
@@ -18,13 +21,14 @@ async function drawChats() {
   const act = document.activeElement.dataset.act;
   let group = "";
   $("chats").replaceChildren(
-    ...chats.flatMap(c => {
+    ...chats.slice(0, rows).flatMap(c => {
       const heading = query ? "" : groupOf(c.time),
         isNew = heading !== group;
       group = heading;
       return [...(isNew && heading ? [make("h2", "", heading)] : []), chatRow(c, hits.get(c.id))];
     }),
   );
+  if (chats.length > rows) $("chats").append(textButton(`${number(chats.length - rows)} more`, listMore, "more"));
   if (!chats.length) $("chats").append(make("p", "soft", query ? "No chat has these words." : "No chats yet."));
   if (focused)
     $("chats")
@@ -32,17 +36,28 @@ async function drawChats() {
       ?.focus();
 }
 
+async function listMore() {
+  const first = rows;
+  rows += 10 * ROWS;
+  await drawChats();
+  $("chats").querySelectorAll("[data-act=open]")[first]?.focus();
+}
+
 function groupOf(time) {
   const days = (new Date().setHours(24, 0, 0, 0) - time) / DAY;
   return days < 1 ? "Today" : days < 2 ? "Yesterday" : days < 8 ? "Last 7 days" : "Earlier";
 }
 
-// Returns {id of a chat: the text around the first hit}.
-async function searched(chats, query) {
+// Returns {id of a chat: the text around the first hit}. Reads each chat once: 1,000 of them take seconds.
+async function searched(chats, query, isOvertaken) {
   const hits = new Map();
   for (const c of chats) {
-    const shown = thread(c, await messagesOf(c.id)).map(({ message }) => message.content);
-    for (const text of [c.title, ...shown]) {
+    if (!texts.has(c.id)) {
+      const read = thread(c, await messagesOf(c.id)).map(({ message }) => message.content);
+      texts.set(c.id, read);
+      if (isOvertaken()) break;
+    }
+    for (const text of [c.title, ...texts.get(c.id)]) {
       const at = text.toLowerCase().indexOf(query);
       if (at < 0) continue;
       hits.set(c.id, text === c.title ? "" : text.slice(Math.max(0, at - 20), at + 60));

@@ -34,6 +34,14 @@ async function openDatabase() {
   await takeUnsaved();
 }
 
+function inLocalStorage(key) {
+  try {
+    return JSON.parse(localStorage.getItem(key));
+  } catch {
+    return null;
+  }
+}
+
 // Keeps a growing answer of a page that ends: a transaction might not come to its end, localStorage does.
 function leaveBehind(record) {
   try {
@@ -43,8 +51,9 @@ function leaveBehind(record) {
 
 async function takeUnsaved() {
   for (const key of Object.keys(localStorage).filter(key => key.startsWith(UNSAVED))) {
-    const record = JSON.parse(localStorage.getItem(key)),
-      stored = await storedMessage(record.id);
+    const record = inLocalStorage(key);
+    if (typeof record?.id !== "string") continue; // not ours to delete
+    const stored = await storedMessage(record.id);
     if (stored?.saved < record.saved) await write({ id: record.chat }, {}, [record]);
     localStorage.removeItem(key);
   }
@@ -53,13 +62,10 @@ async function takeUnsaved() {
 // Moves the chats of earlier versions, which were in localStorage.
 async function takeOver() {
   for (const key of Object.keys(localStorage).filter(key => key.startsWith(OLD_CHAT))) {
-    let old = null;
     try {
-      old = JSON.parse(localStorage.getItem(key));
-    } catch {}
-    if (!old || !Array.isArray(old.messages)) continue; // not ours to delete
-    await insert([checkedChat({ ...old, id: key.slice(OLD_CHAT.length) })]);
-    localStorage.removeItem(key);
+      await insert([checkedChat({ ...inLocalStorage(key), id: key.slice(OLD_CHAT.length) })]);
+      localStorage.removeItem(key);
+    } catch {} // not ours to delete
   }
 }
 
@@ -89,6 +95,7 @@ async function write(chat, fields, records, isNew = false) {
 
 // Tells the other tabs. Probabilities are left out, as they are large: the database has them.
 function announce(chat, records = []) {
+  texts.delete(chat);
   tabs.postMessage({ chat, messages: records.map(({ tokens, ...rest }) => rest) });
 }
 
@@ -112,15 +119,32 @@ async function exported(only = null) {
 async function insert(chats) {
   const transaction = database.transaction(["chats", "messages"], "readwrite");
   const [headers, bodies] = ["chats", "messages"].map(name => transaction.objectStore(name));
-  for (const { messages, ...chat } of chats) {
+  for (const whole of chats) {
+    let { messages, ...chat } = whole;
+    const others = await Promise.all(messages.map(m => bodies.get(m.id)));
+    if (others.some(m => m && m.chat !== chat.id)) ({ messages, ...chat } = withOwnIds(whole));
     if (!(await headers.get(chat.id))) headers.put(chat);
     for (const message of messages) {
       const stored = await bodies.get(message.id);
-      if (!stored || (stored.chat === chat.id && stored.saved < message.saved)) bodies.put(message);
+      if (!stored || stored.saved < message.saved) bodies.put(message);
     }
   }
   await transaction.done;
   for (const chat of chats) announce(chat.id);
+}
+
+// Returns a chat whose messages have ids that no other chat's have.
+function withOwnIds(chat) {
+  const own = id => id && `${chat.id}.${id}`;
+  const shown = Object.fromEntries(Object.entries(chat.shown).map(([slot, id]) => [own(slot), own(id)]));
+  const messages = chat.messages.map(m => ({
+    ...m,
+    id: own(m.id),
+    slot: own(m.slot),
+    after: own(m.after),
+    from: own(m.from),
+  }));
+  return { ...chat, shown, messages };
 }
 
 // Returns the chats of a file: an export, or conversations in OpenAI's form, as JSON or JSON lines. Throws for others.
@@ -157,12 +181,18 @@ function checkedChat(value) {
   const text = (x, otherwise) => (typeof x === "string" ? x : otherwise);
   const time = (x, otherwise) => (Number.isFinite(x) ? x : otherwise);
   const object = x => (x && typeof x === "object" && !Array.isArray(x) ? x : null);
-  const chat = { id: text(value.id, newId()), time: time(value.time, Date.now()), shown: object(value.shown) ?? {} };
+  const has = (x, names) => names.every(name => Number.isFinite(object(x)?.[name]));
+  const chat = {
+    id: text(value.id, "") || newId(),
+    time: time(value.time, Date.now()),
+    shown: object(value.shown) ?? {},
+  };
   const isSetting = ([name, x]) =>
     ["system", "preset"].includes(name)
       ? typeof x === "string"
       : ["temperature", "top_p", "max_tokens"].includes(name) && Number.isFinite(x);
   chat.settings = Object.fromEntries(Object.entries(object(value.settings) ?? {}).filter(isSetting));
+  const ids = new Set([""]);
   let after = "";
   chat.messages = value.messages
     .filter(m => m?.role !== "system" && m?.role !== "developer")
@@ -170,15 +200,16 @@ function checkedChat(value) {
       if (!["user", "assistant"].includes(m?.role) || typeof m.content !== "string") {
         throw new Error(`message ${i + 1} must have a role (user or assistant) and a text as content.`);
       }
-      const id = text(m.id, `${chat.id}.${i}`),
+      const id = ids.has(text(m.id, "")) ? `${chat.id}.${i}` : m.id,
         { role, content } = m;
+      ids.add(id);
       const message = { id, chat: chat.id, slot: text(m.slot, id), after: text(m.after, after), role, content };
       message.time = time(m.time, chat.time + i);
       message.saved = time(m.saved, 0);
       message.state = ["stopped", "failed"].includes(m.state) ? m.state : m.state === "writing" ? "stopped" : "done";
       message.deleted = m.deleted === true;
-      for (const name of ["usage", "stats"])
-        if (object(m[name]) && Object.values(m[name]).every(Number.isFinite)) message[name] = m[name];
+      if (has(m.usage, ["prompt", "completion"])) message.usage = m.usage;
+      if (has(m.stats, ["tokens", "seconds", "first"])) message.stats = m.stats;
       if (typeof m.error?.text === "string") message.error = m.error;
       for (const name of ["finish", "from"]) if (text(m[name], "")) message[name] = m[name];
       if (Array.isArray(m.tokens) && m.tokens.every(isToken)) message.tokens = m.tokens;
@@ -195,7 +226,8 @@ const isToken = t =>
   typeof t?.text === "string" &&
   Number.isFinite(t.logprob) &&
   Array.isArray(t.top) &&
-  t.top.every(other => Array.isArray(other) && typeof other[0] === "string" && Number.isFinite(other[1]));
+  t.top.every(other => Array.isArray(other) && typeof other[0] === "string" && Number.isFinite(other[1])) &&
+  (t.bytes === undefined || (Array.isArray(t.bytes) && t.bytes.every(Number.isInteger)));
 const titleOf = text => text.trim().replace(/\s+/g, " ").slice(0, 80);
 
 // Returns the shown messages in order, each with the versions in its place. What two tabs said after the same message
