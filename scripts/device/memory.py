@@ -34,7 +34,7 @@ STEPS, MICROBATCHES = 2, 4
 GREEDY = """model.d=512 model.layers=4 model.heads=8 model.rank=64 tokenizer.vocab_size=512 pretrain.steps=6
 pretrain.tokens_per_step=32768 pretrain.microbatch_tokens=0 pretrain.block=512 pretrain.auto_grow=False
 pretrain.eval_fraction=0 sft.steps=0 memory_gb=10000 every.save=3"""
-POOL = 2.8e9  # bytes for JAX; an H100's compiler says that a step of GREEDY takes 3.8 GB, and half of it 1.9 GB
+POOL = 2.8e9  # bytes for JAX; by an H100's compiler a step of GREEDY takes 3.9 GB, and half of it 2.0 GB
 TINY = "pretrain.steps=12 pretrain.auto_grow=False pretrain.eval_fraction=0 sft.steps=0 every.save=3"
 
 
