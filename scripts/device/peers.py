@@ -133,8 +133,8 @@ def stepper(c, stage, rows: int, attend: str, device: str):
 
     def run() -> float:
         started, total = time.perf_counter(), torch.zeros((), device=device)
-        for part_of in tokens.split(rows):
-            loss = head(net.table.weight, net.features(part_of, mask), part_of) / (stage.batch / rows)
+        for micro in tokens.split(rows):
+            loss = head(net.table.weight, net.features(micro, mask), micro) / (stage.batch / rows)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -37,6 +37,8 @@ TOP = 12  # kernels of a trace that are listed
 SLICES = {"1b": 2**17}  # tokens of a step, where the preset's own step takes many seconds
 TINY = {"model.d": 64, "model.layers": 2, "model.heads": 4, "model.rank": 16, "tokenizer.vocab_size": 256}
 TINY |= {"pretrain.tokens_per_step": 512, "pretrain.microbatch_tokens": 256}
+UNROLLED = {"model.scan": False, "model.remat": False}  # less traffic, where the preset has a scan
+LEAN = {"model.scan": True, "model.remat": True}  # less memory and faster to compile
 MFU, TWIN, FP8 = 0.5, 1.15, 1.15  # least MFU, and least ratio to the dense twin and of fp8 to bf16: `1b`, 4,096 tokens
 MAIN = "step of 1b, 4096 tokens"
 KINDS = {  # the first whose pattern occurs in a kernel's name
@@ -47,22 +49,23 @@ KINDS = {  # the first whose pattern occurs in a kernel's name
 
 
 def arms(small: bool) -> list[dict]:
-    """Return the arms, most important first: the bounds' own, then each preset and length in bf16, then in fp8."""
-    order = [("1b", 4096, "bf16"), ("base", 1024, "bf16"), ("custom", 1024, "bf16"), ("base", 4096, "bf16")]
-    order += [("custom", 4096, "bf16"), ("1b", 1024, "bf16")]
-    plan = [(*arm, model) for arm in order for model in ("low rank", "dense")]
-    plan[2:2] = [("1b", 4096, "fp8", "low rank")]
-    plan += [(preset, length, "fp8", "low rank") for preset, length, _ in order[1:]]
-    plan += [(preset, length, "fp8", "dense") for preset, length, _ in order]
-    plan = [("1b", 64, precision, model) for *_, precision, model in plan[:3]] if small else plan
-    names = ("preset", "length", "precision", "model")
-    rows = [dict(zip(names, arm)) | {"small": small, "trace": arm[3] == "low rank"} for arm in plan]
-    return [{"check": name_of(row)} | row for row in rows]
+    """Return the arms, most important first: the bounds' own, each preset and length in bf16, changed settings, fp8."""
+    order = [("1b", 4096), ("base", 1024), ("custom", 1024), ("base", 4096), ("custom", 4096), ("1b", 1024)]
+    order = [("1b", 64)] if small else order
+    in_bf16 = [(*shape, "bf16", model, {}) for shape in order for model in ("low rank", "dense")]
+    in_fp8 = [(*shape, "fp8", model, {}) for model in ("low rank", "dense") for shape in order]
+    changed = [(preset, 1024, "bf16", "low rank", UNROLLED) for preset in ("base", "custom")]
+    changed += [("1b", 4096, "bf16", "low rank", LEAN)]
+    plan = [*in_bf16[:2], in_fp8[0], *in_bf16[2:6], *changed, *in_bf16[6:], *in_fp8[1:]]
+    names = ("preset", "length", "precision", "model", "changes")
+    rows = [dict(zip(names, arm)) for arm in (plan[:3] if small else plan)]
+    return [{"check": name_of(arm), "small": small, "trace": arm["model"] == "low rank"} | arm for arm in rows]
 
 
 def name_of(arm: dict) -> str:
-    twin = "" if arm["model"] == "low rank" else ", dense twin"
-    return f"step of {arm['preset']}, {arm['length']} tokens, {arm['precision']}{twin}"
+    settings = [f"{key.removeprefix('model.')}={value}" for key, value in arm["changes"].items()]
+    settings += ["dense twin"] if arm["model"] == "dense" else []
+    return ", ".join([f"step of {arm['preset']}, {arm['length']} tokens, {arm['precision']}", *settings])
 
 
 def config_of(arm: dict) -> RunConfig:
@@ -77,7 +80,7 @@ def config_of(arm: dict) -> RunConfig:
         "precision": arm["precision"],
     }
     changes |= {"pretrain.steps": 1000} | ({"pretrain.tokens_per_step": SLICES[preset]} if preset in SLICES else {})
-    changes |= TINY if arm["small"] else {}
+    changes |= arm.get("changes", {}) | (TINY if arm["small"] else {})
     path = f"{part.ROOT}/configs/" + ("custom.py" if preset == "custom" else f"preset.py:{preset}")
     config = cli.read_config([f"--config={path}", *(f"--config.{key}={value}" for key, value in changes.items())])
     if arm["model"] == "dense":
@@ -154,7 +157,7 @@ def figures(config: RunConfig, plan, fit, seconds: float) -> dict:
     facts = {"seconds": seconds, "tokens_per_s": tokens_per_s, "mfu": share} | {name: described[name] for name in names}
     if least := described["est_step_seconds"]:
         facts |= {"roofline": least / seconds, "roofline_bound": described["est_bound"]}
-        facts |= {f"roofline_{part}_ms": 1e3 * described[f"{part}_seconds"] for part in ("compute", "memory")}
+        facts |= {f"roofline_{what}_ms": 1e3 * described[f"{what}_seconds"] for what in ("compute", "memory")}
     return facts
 
 
@@ -203,17 +206,17 @@ def judge(rows: list[dict]) -> list[dict]:
     speed = {row["check"]: row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
     shares = {row["check"]: row["mfu"] for row in rows if row.get("mfu")}
     results = []
-    for row in (row for row in rows if row["check"] in speed and "twin" not in row["check"]):
-        name, is_main = row["check"], row["check"].startswith(MAIN)
-        others = {f"{name}, dense twin": ("dense twin", TWIN if is_main else None)}
-        if name.endswith("fp8"):
-            others = {name.replace("fp8", "bf16"): ("bf16", FP8 if is_main else None)} | others
-        if is_main and name in shares and name.endswith("bf16"):
-            results.append(part.bound(f"MFU, {name}", shares[name], MFU))
-        for other, (than, least) in others.items():
-            if other in speed:
-                least = least if than == "bf16" or name.endswith("bf16") else None
-                results.append(part.bound(f"{name} / {than}", speed[name] / speed[other], least))
+    for name in (name for name in speed if "twin" not in name):
+        is_main, twin = name.startswith(MAIN), f"{name}, dense twin"
+        if "=" in name:
+            others = [(", ".join(name.split(", ")[:3]), "the preset's own settings", None)]
+        elif name.endswith("fp8"):
+            others = [(name.replace("fp8", "bf16"), "bf16", FP8 if is_main else None), (twin, "dense twin", None)]
+        else:
+            others = [(twin, "dense twin", TWIN if is_main else None)]
+            results += [part.bound(f"MFU, {name}", shares[name], MFU)] if is_main and name in shares else []
+        ratios = [(than, speed[name] / speed[other], least) for other, than, least in others if other in speed]
+        results += [part.bound(f"{name} / {than}", ratio, least) for than, ratio, least in ratios]
     return results
 
 
