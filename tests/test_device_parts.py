@@ -102,12 +102,14 @@ def dense():
     return c, params, tokens_BT, segments_BT
 
 
-@pytest.mark.parametrize("attend", peers.ATTENTION)
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_peer_is_the_same_model(dense, attend, packed):
+@pytest.mark.parametrize("attend, packed", [("flex", True), ("sdpa", True), ("sdpa", False)])
+def test_the_peer_is_the_same_model(dense, attend, packed, monkeypatch):
     torch = pytest.importorskip("torch")
+    from torch.nn.attention import flex_attention
+
     from scripts.bench import torch_gpt
 
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # no compiler: 4 s less
     c, params, tokens_BT, segments_BT = dense
     segments_BT = segments_BT if packed else jnp.ones_like(segments_BT)
     x_BTD = network.features(c, params, tokens_BT, segments_BT)
