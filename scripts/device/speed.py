@@ -162,14 +162,19 @@ def figures(config: RunConfig, plan, fit, seconds: float) -> dict:
 
 
 def trace(run) -> dict:
-    """Return the kernels of a step that `run` trains: the longest, and the milliseconds of each of KINDS."""
+    """Return the kernels of a step that `run` trains."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             seconds = run()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        times = kernel_times(path)
+        times = kernel_times(jax.profiler.ProfileData.from_file(path))
+    return {"traced_step_ms": 1e3 * seconds} | summary(times)
+
+
+def summary(times: dict[str, tuple[float, int]]) -> dict:
+    """Return the longest kernels of `kernel_times`, and the milliseconds of each of KINDS."""
     total, kinds = sum(ms for ms, _ in times.values()), collections.Counter()
     for name, (ms, _) in times.items():
         kinds[next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.I)), "other")] += ms
@@ -179,18 +184,16 @@ def trace(run) -> dict:
         for name, (ms, n) in longest
     ]
     kinds = {kind: round(ms, 2) for kind, ms in kinds.most_common()}
-    return {"kernels_ms": total, "traced_step_ms": 1e3 * seconds, "kinds_ms": kinds, "top_kernels": top}
+    return {"kernels_ms": total, "kinds_ms": kinds, "top_kernels": top}
 
 
-def kernel_times(path: str) -> dict[str, tuple[float, int]]:
+def kernel_times(profile) -> dict[str, tuple[float, int]]:
     """Return {kernel: (milliseconds, calls)} of a trace; kernels that differ in their number alone count as one.
 
     A GPU's kernels are the events of its streams, a TPU's those of `XLA Ops`, and a CPU's those that name an operation
     of XLA and are no loop or call, whose events contain others.
     """
-    from jax.profiler import ProfileData
-
-    times, planes = {}, list(ProfileData.from_file(path).planes)
+    times, planes = {}, list(profile.planes)
     on_device = [plane for plane in planes if re.match(r"/device:(GPU|TPU)", plane.name)]
     for line in (line for plane in on_device or planes for line in plane.lines):
         for event in line.events if not on_device or re.match("Stream|XLA Ops", line.name) else ():
