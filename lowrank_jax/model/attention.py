@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.machine import sharding
+from lowrank_jax.machine import sharding, unstable
 from lowrank_jax.model.kernels import build
 
 MASKED = -1e30  # finite: -inf - -inf is NaN, and no causal row is ever fully masked (each query sees itself)
@@ -195,8 +195,7 @@ def _cudnn(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
 
 
 def _splash(q_BTHK, k_BTHK, v_BTHK, slopes_H, segments_BT):
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # 0.15 s, needed on TPUs alone
-
+    splash = unstable.part("jax.experimental.pallas.ops.tpu.splash_attention")  # 0.15 s, needed on TPUs alone
     T, H, K = q_BTHK.shape[1:]
     block = max(n for n in (128, 256, 384, 512) if T % n == 0)
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)  # a function of two positions, no array
