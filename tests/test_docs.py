@@ -9,8 +9,8 @@
 | JSON | each line is JSON |
 | text, diff, mermaid | none: nobody types it |
 
-`<!-- needs: gpu -->` on the line before a block says that this machine cannot run it. The package's own commands in it are
-parsed all the same, also inside `gcloud ... --command="..."`; other programs and Python in it are not run.
+`<!-- needs: gpu -->` on the line before a block says that this machine cannot run it. The package's own commands in it
+are parsed all the same, also inside `gcloud ... --command="..."`; other programs and Python in it are not run.
 """
 
 import ast
@@ -23,6 +23,7 @@ import tomllib
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from lowrank_jax import cli
 from lowrank_jax.__main__ import COMMANDS
@@ -232,6 +233,20 @@ def test_marks_and_words_of_a_page():
     assert commands(first.text) == [["b", "--c=d e", "f"], ["h"], ["i"]] and commands(second.text) == [["j"]]
 
 
+def test_the_files_that_only_other_tools_read():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1] == version
+    for file in (ROOT / ".github").rglob("*.yml"):
+        assert "on" in (facts := yaml.safe_load(file.read_text())) or True in facts or "body" in facts, file
+    dockerfile, ignored = (ROOT / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text().splitlines()
+    for copied in re.findall(r"^COPY (.*) \S+$", dockerfile, flags=re.M):
+        assert all((ROOT / name).exists() and f"!{name}" in ignored for name in copied.split())
+    assert set(re.findall(r"EXTRA=(\w+)", dockerfile)) <= set(EXTRAS)
+    nav = re.findall(r": (docs/\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    assert {*nav} - {"docs/api.md"} == {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}  # api: docs.sh
+
+
 def anchors(page: pathlib.Path) -> set[str]:
     """Return the anchors that GitHub gives to a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
@@ -251,7 +266,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
 
 
 def test_the_messages_of_troubleshooting_are_those_of_the_package():
-    """`…` stands for what a message computes; the text between is in the package, and no message is left after a change."""
+    """`…` stands for what a message computes. The text between is in the package."""
     sources = [p.read_text(encoding="utf-8") for p in (ROOT / "lowrank_jax").rglob("*.py")]
     nodes = (node for source in sources for node in ast.walk(ast.parse(source)))
     texts = "\0".join(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
