@@ -33,6 +33,7 @@ PAGES = sorted(p for folder in (ROOT, ROOT / "docs") for p in folder.glob("*.md"
 FENCE = re.compile(r"(?:^<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>[\w-]*)\n(?P<text>.*?)^```$", re.S | re.M)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 SHELL = ("", "bash", "sh")
+UNKNOWN = "is neither checked nor marked with needs:"
 ENDS = set(";&|<>\n")  # characters of the tokens that end a command's words
 
 
@@ -78,7 +79,7 @@ def own(words: list[str]) -> tuple[str, str, list[str]] | None:
             name, *arguments = words[i + 1 :] or ["--help"]
         elif words[i - 1 : i] == ["-m"] and word.startswith("lowrank_jax."):
             module = word.removeprefix("lowrank_jax.")
-            name = next(n for n, (m, _) in COMMANDS.items() if m.removesuffix(".__main__") == module)
+            name = next((n for n, (m, _) in COMMANDS.items() if m.removesuffix(".__main__") == module), module)
             arguments = words[i + 1 :]
         else:
             continue
@@ -133,7 +134,7 @@ def parse(monkeypatch):
 
 
 def fault(words: list[str]) -> str:
-    """Return what is wrong with a command of another program in a block that needs nothing, or an empty text."""
+    """Return what is wrong with a command of another program, or an empty text."""
     program = words[0].rsplit("/", 1)[-1]
     scripts = [word for word in words if re.match(r"scripts/.*\.(py|sh)$", word)]
     if program in ("python", "bash") and scripts:
@@ -141,7 +142,7 @@ def fault(words: list[str]) -> str:
         if not path.is_file():
             return f"{scripts[0]} does not exist"
         flags = [w.split("=")[0] for w in words if w.startswith("--") and not w.startswith("--config")]
-        unknown = [flag for flag in flags if f'"{flag}"' not in path.read_text() and path.suffix == ".py"]
+        unknown = [flag for flag in flags if not re.search(rf"{flag}\b", path.read_text())]
         return f"{scripts[0]} does not know {unknown}" if unknown else ""
     if words[1:3] == ["-m", "pytest"]:
         return "" if (ROOT / words[3].split("::")[0]).is_file() else f"{words[3]} does not exist"
@@ -151,7 +152,7 @@ def fault(words: list[str]) -> str:
         return f"pyproject.toml has no extra {unknown}" if unknown else ""
     if program == "ls":
         return "" if (ROOT / words[1]).exists() else f"{words[1]} does not exist"
-    return "" if words == ["source", ".venv/bin/activate"] else f"{words[0]} is neither checked nor marked with needs:"
+    return "" if words == ["source", ".venv/bin/activate"] else f"{words[0]} {UNKNOWN}"
 
 
 def check(text: str, needs: str, parse) -> int:
@@ -163,8 +164,8 @@ def check(text: str, needs: str, parse) -> int:
             check(word.partition("=")[2], needs, parse)
         if command := own(words):
             parse(*command)
-        elif not needs and not any(word in ("--help", "-h") for word in words):
-            assert not (why := fault(words)), why
+        elif (why := fault(words)) and not (needs and UNKNOWN in why or "--help" in words):
+            raise AssertionError(why)
     return len(lines)
 
 
@@ -187,7 +188,7 @@ PYTHON = [b for b in BLOCKS if b.language == "python"]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda b: f"{b.page}:{b.line}")
-def test_every_python_block_of_a_page_runs(block, reference, tmp_path, monkeypatch, request):
+def test_every_python_block_of_a_page_runs(block, reference, tmp_path, monkeypatch):
     code = compile(block.text.replace("runs/quickstart", str(reference)), f"{block.page}:{block.line}", "exec")
     monkeypatch.chdir(tmp_path)
     if not block.needs:
