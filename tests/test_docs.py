@@ -33,6 +33,29 @@ PAGES = sorted(p for folder in (ROOT, ROOT / "docs") for p in folder.glob("*.md"
 FENCE = re.compile(r"(?:^<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>[\w-]*)\n(?P<text>.*?)^```$", re.S | re.M)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 SHELL = ("", "bash", "sh")
+# The flags that pages use of other programs, each compared with the program's own documentation in November 2026.
+DOCUMENTED = {
+    "gcloud filestore instances create": "zone tier file-share network",
+    "gcloud filestore instances describe": "zone",
+    "gcloud compute tpus queued-resources create": "node-id zone spot accelerator-type runtime-version",
+    "gcloud compute tpus queued-resources describe": "zone",
+    "gcloud compute tpus queued-resources delete": "zone force",
+    "gcloud compute tpus tpu-vm scp": "zone worker",
+    "gcloud compute tpus tpu-vm ssh": "zone worker command",
+    "gcloud auth configure-docker": "",
+    "xpk cluster create": "cluster tpu-type num-slices spot enable-gcpfilestore-csi-driver project zone",
+    "xpk storage create": "type auto-mount mount-point readonly size tier access-mode vol cluster project zone",
+    "xpk workload create": "cluster workload tpu-type num-slices docker-image storage max-restarts "
+    "restart-on-exit-codes termination-grace-period-seconds project zone command",
+    "xpk workload delete": "cluster workload project zone",
+    "kubectl logs": "follow selector",
+    "docker build": "build-arg tag",
+    "docker run": "gpus volume",
+    "docker push": "",
+    "git archive": "prefix output",
+    "sbatch": "dependency job-name nodes ntasks-per-node gpus-per-node cpus-per-task time signal output",
+    "srun": "cpus-per-task",
+}
 UNKNOWN = "is neither checked nor marked with needs:"
 ENDS = set(";&|<>\n")  # characters of the tokens that end a command's words
 
@@ -133,6 +156,13 @@ def parse(monkeypatch):
     return parse
 
 
+def undocumented(words: list[str]) -> str | None:
+    """Return the flags of another program that its documentation does not have, or None for a program not listed."""
+    names = [name for name in DOCUMENTED if words[: name.count(" ") + 1] == name.split()]
+    used = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+    return ", ".join(sorted(used - set(DOCUMENTED[names[0]].split()))) if names else None
+
+
 def fault(words: list[str]) -> str:
     """Return what is wrong with a command of another program, or an empty text."""
     program = words[0].rsplit("/", 1)[-1]
@@ -144,6 +174,8 @@ def fault(words: list[str]) -> str:
         flags = [w.split("=")[0] for w in words if w.startswith("--") and not w.startswith("--config")]
         unknown = [flag for flag in flags if not re.search(rf"{flag}\b", path.read_text())]
         return f"{scripts[0]} does not know {unknown}" if unknown else ""
+    if (flags := undocumented(words)) is not None:
+        return f"{words[0]}: does its documentation have {flags}? Then add it" if flags else f"{words[0]} {UNKNOWN}"
     if words[1:3] == ["-m", "pytest"]:
         return "" if (ROOT / words[3].split("::")[0]).is_file() else f"{words[3]} does not exist"
     if program == "pip" and words[1:2] == ["install"]:
@@ -158,12 +190,14 @@ def fault(words: list[str]) -> str:
 def check(text: str, needs: str, parse) -> int:
     """Check each command of a shell text; return how many there are."""
     lines = commands(f"lowrank train --config=configs/quickstart.py --workdir=x {text}" if text[:2] == "--" else text)
-    for words in lines:
+    directives = re.findall(r"^#SBATCH (--\S+)", text, flags=re.M)
+    for words in [["sbatch", *directives]] * bool(directives) + lines:
         inner = [w for w in words if " " in w and re.search(r"\blowrank(_jax)?\b.* --", w)]  # --command="..."
         for word in inner:
             check(word.partition("=")[2], needs, parse)
         if command := own(words):
             parse(*command)
+            assert not undocumented(words[: len(words) - len(command[2])]), words  # of a launcher, such as srun
         elif (why := fault(words)) and not (needs and UNKNOWN in why or "--help" in words):
             raise AssertionError(why)
     return len(lines)
@@ -206,7 +240,7 @@ def test_blocks_in_other_languages():
 @pytest.mark.parametrize(
     "text, why",
     [
-        ("lowrank train --config=configs/quickstart.py --workdir=x --wat=3", "--wat"),
+        ("lowrank train --config=configs/quickstart.py --workdir=x --wat=3", "wat"),
         (
             "python -m lowrank_jax.main --config=configs/quickstart.py --workdir=x --config.model.dd=3",
             "unknown config key",
@@ -218,6 +252,8 @@ def test_blocks_in_other_languages():
         ("python scripts/none.py", "does not exist"),
         ("python scripts/bench/storm.py --hours=3", "--hours"),
         ('.venv/bin/pip install ".[gpus]"', "gpus"),
+        ("#SBATCH --node=2\nls docs", "does its documentation have node?"),
+        ("srun --cpus=2 lowrank train --config=configs/quickstart.py --workdir=x", "srun"),
         ("nvidia-smi", "neither checked nor marked"),
         ("ls nothing", "does not exist"),
     ],
