@@ -14,14 +14,14 @@ if ! cmp -s requirements-docs.txt .venv/docs/installed; then
   cp requirements-docs.txt .venv/docs/installed
 fi
 
-# The same folders as in the repository, so that the pages' links to each other and to configs/ lead there too.
+# The same folders as in the repository, so that the pages' links to each other, configs/ and scripts/ lead there too.
 rm -rf build/pages
 mkdir -p build/pages
-cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs configs build/pages
+cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md LICENSE docs configs scripts build/pages
 {
   echo "# What can I call from Python?"
   for module in lowrank_jax lowrank_jax.inference.session lowrank_jax.config; do
     printf '\n## %s\n\n::: %s\n' "$module" "$module"
   done
 } > build/pages/docs/api.md
-exec .venv/docs/bin/mkdocs "${1:-build}" --strict
+NO_MKDOCS_2_WARNING=1 exec .venv/docs/bin/mkdocs "${1:-build}" --strict
