@@ -74,8 +74,8 @@ def test_texts_ids_and_messages_get_what_the_ids_get(model, tok):
     assert model.generate(["a", "The cat"], 12, seed=2) == [model.generate("a", 12, seed=2), text]
     pieces = list(model.stream(ids, 12, seed=3))
     assert [i for piece in pieces for i in piece.ids] == new and isinstance(pieces[0], Piece)
-    asked = [tok.bos, *chat.encode(tok, QUESTION, prompt=True)[0]]
-    answer = tok.decode(model.generate(asked, 12, preset="balanced"))
+    question = [tok.bos, *chat.encode(tok, QUESTION, prompt=True)[0]]
+    answer = tok.decode(model.generate(question, 12, preset="balanced"))
     assert (
         model.chat(QUESTION, 12, preset="balanced") == model.chat("Who sat?", 12, preset="balanced") == answer.strip()
     )
