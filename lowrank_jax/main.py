@@ -4,8 +4,6 @@ python -m lowrank_jax.main --config=configs/quickstart.py --workdir=runs/quickst
 """
 
 import contextlib
-import copy
-import json
 import os
 import signal
 
@@ -68,21 +66,11 @@ def _read(config, changes: dict) -> RunConfig:
     if not isinstance(changes, dict) or not all(isinstance(key, str) for key in changes):
         raise UsageError(f'changes={shown(changes)} must be a dict of dotted keys, such as {{"pretrain.steps": 200}}')
     if isinstance(config, str | os.PathLike):
-        as_flag = lambda value: json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)
-        flags = [f"--config.{key}={as_flag(value)}" for key, value in changes.items()]
-        return cli.read_config([f"--config={os.fspath(config)}", *flags])
-    values = copy.deepcopy(config.to_dict() if hasattr(config, "to_dict") else config)
+        return cli.read_config([f"--config={os.fspath(config)}"], changes)
+    values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, dict):
         raise UsageError(f"config={shown(config)} must be a RunConfig, a ConfigDict, a dict or a file's name")
-    for key, value in changes.items():
-        *groups, last = key.split(".")
-        group = values
-        for name in groups:
-            group = group.setdefault(name, {})
-            if not isinstance(group, dict):
-                raise UsageError(f"unknown config key config.{key}: config.{name} is no group of keys")
-        group[last] = value
-    return RunConfig.from_dict(values)
+    return RunConfig.from_dict(cli.changed(values, changes))
 
 
 @contextlib.contextmanager

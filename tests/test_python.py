@@ -18,7 +18,7 @@ from lowrank_jax import evaluate, main
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.inference.engine import Piece
-from lowrank_jax.machine import faults, interrupt
+from lowrank_jax.machine import faults, interrupt, startup
 from lowrank_jax.training import step
 from lowrank_jax.training.plan import Progress
 from lowrank_jax.training.trained import Model, Trained
@@ -148,7 +148,7 @@ WRONG_TRAININGS = {
     "config key config.seed is missing": ({}, {}),
     "--config=configs/none.py: no such file": ("configs/none.py", {}),
     "config.pretrain.stps.*steps": (default.get_config(), {"pretrain.stps": 3}),
-    "unknown config key config.seed.x: config.seed is no group": (default.get_config(), {"seed.x": 3}),
+    "unknown config key config.seed.x: seed is no group": (default.get_config(), {"seed.x": 3}),
     "config.model.heads=7 does not divide": (CONFIG, {"model.heads": 7}),
     "changes=5 must be a dict of dotted keys": (CONFIG, 5),
     "changes=.* must be a dict of dotted keys": (CONFIG, {5: 5}),
@@ -173,6 +173,22 @@ def test_a_config_is_the_same_in_every_form(tmp_path):
     forms = [config.to_dict(), main._read(config, {}), "configs/default.py", pathlib.Path("configs/default.py")]
     assert [main._read(form, changes) for form in forms] == [expected] * 4
     assert config == default.get_config()  # not changed in place
+
+
+def test_compiled_programs_are_kept_during_a_training_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(startup, "cache_folder", lambda: str(tmp_path))
+    usual = jax.config.jax_compilation_cache_dir
+    with main._compilation_cache():  # the caller has chosen a folder
+        assert jax.config.jax_compilation_cache_dir == usual
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        before = jax.config.values
+        with main._compilation_cache():
+            assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path))
+        assert jax.config.values == before
+    finally:
+        jax.config.update("jax_compilation_cache_dir", usual)
 
 
 def test_a_second_ctrl_c_is_an_exception_where_the_process_may_not_quit():
