@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["Model", "RunConfig", "RunFailure", "UsageError", "__version__", "load", "train"]
 _HOMES = {"Model": "training.trained", "RunConfig": "config", "RunFailure": "config", "UsageError": "config"}
 
+if not TYPE_CHECKING:  # type checkers shall know every name, and no other
 
-def __getattr__(name: str):
-    """Return an exported name at its first use: `import lowrank_jax` starts neither JAX nor Orbax."""
-    if name == "__version__":
-        value = _version()
-    elif name in _HOMES:
-        import importlib
+    def __getattr__(name: str):
+        """Return an exported name at its first use: `import lowrank_jax` starts neither JAX nor Orbax."""
+        if name == "__version__":
+            value = _version()
+        elif name in _HOMES:
+            import importlib
 
-        value = getattr(importlib.import_module(f"lowrank_jax.{_HOMES[name]}"), name)
-    else:
-        raise AttributeError(f"module 'lowrank_jax' has no attribute {name!r}")
-    return globals().setdefault(name, value)
+            value = getattr(importlib.import_module(f"lowrank_jax.{_HOMES[name]}"), name)
+        else:
+            raise AttributeError(f"module 'lowrank_jax' has no attribute {name!r}")
+        return globals().setdefault(name, value)
 
 
 def __dir__() -> list[str]:
