@@ -25,13 +25,18 @@ def test_a_notebook_is_stored_without_outputs_and_is_plain_python(path):
         ast.parse("".join(cell["source"]))  # no magics
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @EACH
 def test_a_notebook_runs_in_its_own_folder(path, tmp_path):
     """All cells run in one namespace, in a fresh process; what the last cells compute is printed."""
     shown = {"train_and_chat": "right", "low_rank_against_dense": "[*loss.values(), *cache.values()]"}[path.stem]
     program = "\n".join("".join(cell["source"]) for cell in cells(path)) + f"\nprint(json.dumps({shown}))"
-    environment = os.environ | runs.ENVIRONMENT | {"MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": runs.CACHE,
+        "MPLBACKEND": "agg",
+        "TMPDIR": str(tmp_path),
+    }
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=path.parent, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
