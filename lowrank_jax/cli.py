@@ -7,6 +7,7 @@ on a frozen RunConfig.
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import os
 import platform
@@ -48,8 +49,8 @@ class Parser(argparse.ArgumentParser):
         return args, read_config([f"--config={args.config}", *rest])
 
 
-def read_config(config_args: list[str]) -> RunConfig:
-    """Return the checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line."""
+def read_config(config_args: list[str], changes: dict | None = None) -> RunConfig:
+    """Return the checked config of `--config=FILE --config.a.b=v ...` and `changes`; raises UsageError in one line."""
     path = local_path(config_args[0].removeprefix("--config="), "--config")
     if not os.path.isfile(path.split(":")[0]):
         raise UsageError(f"--config={path}: no such file")
@@ -68,10 +69,25 @@ def read_config(config_args: list[str]) -> RunConfig:
         sys.argv = argv
     if unused:
         raise UsageError(f"unknown argument {unused[0]}")
+    config = changed(config, changes or {})
     checked = RunConfig.from_dict(config)
     if checked.pretrain.steps == -1 and config["pretrain"]["steps"] in (0, "0"):
         console.say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
     return checked
+
+
+def changed(config: dict, changes: dict) -> dict:
+    """Return a copy of nested groups with the values of dotted keys, such as {"pretrain.steps": 200}."""
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        group = config
+        for name in groups:
+            group = group.setdefault(name, {})
+            if not isinstance(group, dict):
+                raise UsageError(f"unknown config key config.{key}: {name} is no group of keys")
+        group[last] = value
+    return config
 
 
 def use_compilation_cache() -> None:
