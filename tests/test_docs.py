@@ -33,7 +33,7 @@ PAGES = sorted(p for folder in (ROOT, ROOT / "docs") for p in folder.glob("*.md"
 FENCE = re.compile(r"(?:^<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>[\w-]*)\n(?P<text>.*?)^```$", re.S | re.M)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 SHELL = ("", "bash", "sh")
-# The flags that pages use of other programs, each compared with the program's own documentation in November 2026.
+# The flags that pages use of other programs, from the programs' own documentation in November 2026.
 DOCUMENTED = {
     "gcloud filestore instances create": "zone tier file-share network",
     "gcloud filestore instances describe": "zone",
