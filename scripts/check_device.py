@@ -138,7 +138,11 @@ def row_of(text: str) -> dict | None:
         return None
     with contextlib.suppress(ValueError):
         row = json.loads(text)
-        if isinstance(row, dict) and isinstance(row.get("check"), str) and row.get("ok", 0) in (True, False, None):
+        if (
+            isinstance(row, dict)
+            and isinstance(row.get("check"), str)
+            and row.get("ok", "missing") in (True, False, None)
+        ):
             return {key: value for key, value in row.items() if key != "part"}
     return {"check": "part", "ok": False, "reason": f"printed a line that is no row: {text.strip()[:200]}"}
 

@@ -65,6 +65,12 @@ def test_rows_are_kept_and_what_fails_is_a_false_row(parts):
     assert rows[1]["loss"] is None  # JSON has no NaN
 
 
+@pytest.mark.parametrize("line", ['{"check": "a"}', '{"check": "a", "ok": []}', '{"check": 1, "ok": true}', "[1]", "x"])
+def test_a_line_that_is_no_row_is_a_false_row(line):
+    row = check_device.row_of(line)
+    assert row["ok"] is False and line in row["reason"]
+
+
 def test_checks_that_begin_with_the_same_word_share_a_table():
     rows = [{"part": "speed", "check": name, "ok": None, "ms": 1.5} for name in ("step of base", "step of 1b")]
     rows += [{"part": "speed", "check": "step of 1b / base", "ok": True, "value": 2}, rows[0] | {"part": "peers"}]
