@@ -101,7 +101,7 @@ class Engine:
 
     @property
     def is_reading(self) -> bool:
-        """Whether a request's prompt is not read to its end."""
+        """True while a request's prompt is not read to its end."""
         return any(map(self._unread, self._requests))
 
     def _unread(self, slot: int) -> int:
