@@ -15,7 +15,7 @@ import jax  # noqa: E402
 
 from lowrank_jax import cli  # noqa: E402, which import JAX
 from lowrank_jax.config import RunConfig, RunFailure, UsageError, shown  # noqa: E402
-from lowrank_jax.machine import console, interrupt, processes  # noqa: E402, which import JAX
+from lowrank_jax.machine import console, interrupt, processes, unstable  # noqa: E402, which import JAX
 from lowrank_jax.training import loop, run_folder  # noqa: E402, which import JAX
 
 
@@ -76,21 +76,20 @@ def _read(config, changes: dict) -> RunConfig:
 @contextlib.contextmanager
 def _compilation_cache():
     """Use the commands' cache of compiled programs unless the caller has chosen one; restore JAX's settings."""
-    from jax.experimental.compilation_cache import compilation_cache
-
+    caches = unstable.part("jax.experimental.compilation_cache.compilation_cache")
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     is_free = before[names[0]] is None
     if is_free:
         cli.use_compilation_cache()
-        compilation_cache.reset_cache()  # JAX reads the folder once
+        caches.reset_cache()  # JAX reads the folder once
     try:
         yield
     finally:
         if is_free:
             for name, value in before.items():
                 jax.config.update(name, value)
-            compilation_cache.reset_cache()
+            caches.reset_cache()
 
 
 if __name__ == "__main__":

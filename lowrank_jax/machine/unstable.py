@@ -15,6 +15,7 @@ SPLASH = "BlockSizes CausalMask MultiHeadMask SegmentIds make_splash_mha_single_
 PARTS = {
     "jax._src.clusters.ClusterEnv": ("auto_detect_unset_distributed_params", "finding the processes of a cluster"),
     "jax._src.cudnn.fused_attention_stablehlo": ("check_cudnn_version check_compute_capability", "--topology=h100"),
+    "jax.experimental.compilation_cache.compilation_cache": ("reset_cache", "lowrank_jax.train"),
     "jax.experimental.mesh_utils": ("create_device_mesh", "a mesh of several TPU devices"),
     "jax.experimental.multihost_utils": ("process_allgather", "a run of several processes"),
     "jax.experimental.pallas.ops.tpu.splash_attention": (SPLASH, "attention on a TPU, unless model.attention=chunked"),

@@ -115,9 +115,10 @@ class Load:
                     self.mixed += [i] if answer.text != self.expected[i] else []
 
 
-def start(args, files: int = 0) -> tuple[subprocess.Popen, int]:
+def start(args, files: int = 0, context: int = 4096) -> tuple[subprocess.Popen, int]:
     """Start a server of the run, with so many open `files` at most; return its process and port."""
     flags = [f"--workdir={args.workdir}", "--port=0", f"--slots={args.slots}", f"--queue={args.clients}"]
+    flags += [f"--context={context}"]
     command = [sys.executable, "-m", "lowrank_jax.serve", *flags, f"--weights={args.weights}"]
     limited = (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))) if files else None
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=os.getcwd(), preexec_fn=limited)

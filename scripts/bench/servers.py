@@ -13,6 +13,7 @@ Our server sends up to 16 tokens in one event. A further token's wait is the tim
 number of tokens, of each answer; `pause` is the time between events.
 """
 
+import argparse
 import asyncio
 import itertools
 import json
@@ -32,7 +33,7 @@ from lowrank_jax import cli
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.data import chat
 from lowrank_jax.training import trained
-from scripts.bench import harness
+from scripts.bench import harness, load_server
 
 THREADS, CONTEXT = 2, 2048
 PROMPTS = {"short": (16, 128), "long": (1500, 64)}  # tokens read and written
@@ -115,13 +116,8 @@ class Draw:
 
 
 def start_ours(workdir: str, slots: int, weights: str) -> tuple[subprocess.Popen, int]:
-    flags = [f"--workdir={workdir}", "--port=0", f"--slots={slots}", f"--context={CONTEXT}", f"--weights={weights}"]
-    command = [sys.executable, "-m", "lowrank_jax.serve", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=harness.ROOT)
-    for line in process.stderr:
-        if line.startswith("listening on "):
-            return process, int(line.rsplit(":", 1)[1])
-    raise RunFailure("our server did not start")
+    args = argparse.Namespace(workdir=workdir, slots=slots, clients=slots, weights=weights)
+    return load_server.start(args, context=CONTEXT)
 
 
 def start_llama(path: str, slots: int) -> tuple[subprocess.Popen, int]:

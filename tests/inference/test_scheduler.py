@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import time
+import types
 import weakref
 
 import httpx2
@@ -347,6 +348,8 @@ def test_large_bodies_are_parsed_one_at_a_time(tok, monkeypatch):
         return read(data, *args, **options)
 
     monkeypatch.setattr(api, "read", noting)
+    rests = []
+    monkeypatch.setattr(bodies, "time", types.SimpleNamespace(sleep=rests.append))
     small, large = ({"prompt": [1], "max_tokens": 1, "user": "a" * n} for n in (1, 80_000))
 
     async def run():
@@ -356,6 +359,7 @@ def test_large_bodies_are_parsed_one_at_a_time(tok, monkeypatch):
 
     asyncio.run(run())
     assert sorted(most.items())[0][1] > 1 and sorted(most.items())[1][1] == 1
+    assert len(rests) == 3 and all(0.003 < rest < 0.005 for rest in rests)  # 0.2 s for 4 MB
 
 
 def test_the_values_of_a_refused_body_are_gone_before_the_next_is_read(tok, monkeypatch):

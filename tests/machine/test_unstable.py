@@ -15,6 +15,7 @@ import pytest
 from conftest import run_config
 from packaging.version import Version
 
+from lowrank_jax import main
 from lowrank_jax.config import UsageError
 from lowrank_jax.machine import agreement, devices, processes, sharding, unstable
 from lowrank_jax.model import attention
@@ -30,6 +31,11 @@ def gather_from_two(monkeypatch):
     agreement.gather(1)
 
 
+def choose_cache(monkeypatch):
+    with main._compilation_cache():
+        pass
+
+
 def place_on_tpus(monkeypatch):
     tpus = [types.SimpleNamespace(platform="tpu")] * 2
     sharding.make_mesh(config := run_config(), stages_of(config), tpus)
@@ -39,6 +45,7 @@ def place_on_tpus(monkeypatch):
 CALLS = {
     "jax._src.clusters.ClusterEnv": lambda monkeypatch: processes._detect("", 0, -1, 1),
     "jax._src.cudnn.fused_attention_stablehlo": lambda monkeypatch: devices._assume_cudnn(),
+    "jax.experimental.compilation_cache.compilation_cache": choose_cache,
     "jax.experimental.mesh_utils": place_on_tpus,
     "jax.experimental.multihost_utils": gather_from_two,
     "jax.experimental.pallas.ops.tpu.splash_attention": lambda monkeypatch: attention._splash(

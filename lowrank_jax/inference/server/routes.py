@@ -193,6 +193,8 @@ class Server:
             except Problem as e:
                 e.__traceback__ = e.__context__ = None  # they hold the body's values, 110 MB, until the loop has a turn
                 return e
+            finally:
+                self._bodies.rest_after(data)
 
         work = asyncio.get_running_loop().run_in_executor(self._bodies.reader_of(data), read)
         try:
