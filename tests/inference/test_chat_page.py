@@ -123,7 +123,7 @@ LISTEN = """() => {
 
 
 def test_a_conversation_is_streamed_and_still_there_after_a_reload(visit):
-    page = visit(max_tokens=2000)
+    page = visit(max_tokens=LONG)
     assert page.inner_text("#model") == "reference" and "Say something" in page.inner_text("#log")
     page.evaluate(LISTEN)
     say(page, "Hello\u00a0there, <img src=x onerror=alert(1)> & <b>you</b>")

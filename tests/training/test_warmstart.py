@@ -20,6 +20,7 @@ TOY = {
     "d": 24,
     "layers": 2,
     "heads": 2,
+    "kv_heads": 0,
     "rank": 5,
     "rank_split": (1.0, 1.0, 1.0, 1.0),
     "shared_kv": False,
