@@ -12,6 +12,8 @@ from typing import NamedTuple
 import forks
 import runs
 
+from lowrank_jax.inference.engine import Engine
+
 
 class Served(NamedTuple):
     url: str
@@ -37,10 +39,21 @@ class Served(NamedTuple):
             return e.code, dict(e.headers), json.load(e)
 
 
+_step = Engine.step
+
+
+def unhurried_step(self, *args):
+    """Do an engine's step, and wait for a millisecond per token, as for a larger model, which leaves time to others."""
+    pieces = _step(self, *args)
+    time.sleep(0.001 * max((len(piece.ids) for piece in pieces.values()), default=0))
+    return pieces
+
+
 @contextlib.contextmanager
-def serving(workdir, *args: str) -> Iterator[Served]:
-    """Yield a server of the run in `workdir`, on its own port."""
-    process = runs.launch("serve", f"--workdir={workdir}", "--port=0", *args, stdout=subprocess.PIPE)
+def serving(workdir, *args: str, patches: dict | None = None) -> Iterator[Served]:
+    """Yield a server of the run in `workdir`, on its own port; `patches` are those of runs.launch."""
+    args = f"--workdir={workdir}", "--port=0", *args
+    process = runs.launch("serve", *args, patches=patches, stdout=subprocess.PIPE)
     lines = []
     for line in process.stderr:
         lines.append(line)

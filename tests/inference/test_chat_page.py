@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from servers import serving, until
+from servers import serving, unhurried_step, until
 
 from lowrank_jax.data import tokenizer
 
@@ -24,7 +24,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def server(reference):
-    with serving(reference, "--slots=2", f"--api_key={KEY}") as served:
+    slowly = {"lowrank_jax.inference.engine.Engine.step": unhurried_step}  # a toy's answers end before a frame is drawn
+    with serving(reference, "--slots=2", f"--api_key={KEY}", patches=slowly) as served:
         yield served
 
 
@@ -123,7 +124,7 @@ LISTEN = """() => {
 
 
 def test_a_conversation_is_streamed_and_still_there_after_a_reload(visit):
-    page = visit(max_tokens=LONG)
+    page = visit(max_tokens=2000)
     assert page.inner_text("#model") == "reference" and "Say something" in page.inner_text("#log")
     page.evaluate(LISTEN)
     say(page, "Hello\u00a0there, <img src=x onerror=alert(1)> & <b>you</b>")
