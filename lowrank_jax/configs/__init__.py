@@ -1,0 +1,8 @@
+"""The shipped configs, such as `lowrank_jax.configs.default`: the files of the top-level `configs/`.
+
+A wheel has those files in this folder, in place of this one.
+"""
+
+import pathlib
+
+__path__ = [str(pathlib.Path(__file__).parents[2] / "configs")]
