@@ -126,7 +126,7 @@ def lookup(dotted: str, root: dict) -> tuple[object, str]:
 def whole(value: int | float | str) -> int:
     """Return a number, or a text such as 1000, 1e3 or 3.0, as a whole number; raises ValueError for other texts."""
     try:
-        return int(value)
+        return int(value, 0) if isinstance(value, str) else int(value)
     except ValueError:
         pass
     try:

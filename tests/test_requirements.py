@@ -95,13 +95,13 @@ def test_a_wheel_has_every_file_of_the_package():
 
 
 BUILD = """
-import sys, tarfile
+import os, sys, tarfile
 from setuptools import build_meta
-archive = build_meta.build_sdist(sys.argv[1])
-tarfile.open(f"{sys.argv[1]}/{archive}").extractall(sys.argv[2], filter="data")
-import os
-os.chdir(f"{sys.argv[2]}/{archive.removesuffix('.tar.gz')}")
-build_meta.build_wheel(sys.argv[1])
+_, built, unpacked = sys.argv  # which setuptools changes
+archive = build_meta.build_sdist(built)
+tarfile.open(f"{built}/{archive}").extractall(unpacked, filter="data")
+os.chdir(f"{unpacked}/{archive.removesuffix('.tar.gz')}")
+build_meta.build_wheel(built)
 """
 
 
