@@ -7,6 +7,7 @@ on a frozen RunConfig. FILE may be the name of a shipped config, such as quickst
 
 import argparse
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -70,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         args, rest = self.parse_known_args(argv)
         if args.config is None:
             raise UsageError("--config=FILE is missing, such as --config=quickstart")
-        return args, read_config([f"--config={args.config}", *rest], self._option_string_actions)
+        return args, read_config([f"--config={args.config}", *rest], own_flags=self._option_string_actions)
 
 
 def shipped_configs() -> list[str]:
@@ -87,8 +88,8 @@ def config_path(text: str) -> str:
     return local_path(text, "--config")
 
 
-def read_config(config_args: list[str], own_flags: Iterable[str] = ()) -> RunConfig:
-    """Return the checked config of `--config=FILE --config.a.b=v ...`; raises UsageError in one line.
+def read_config(config_args: list[str], changes: dict | None = None, own_flags: Iterable[str] = ()) -> RunConfig:
+    """Return the checked config of `--config=FILE --config.a.b=v ...` and `changes`; raises UsageError in one line.
 
     `own_flags` are those of the command, for the answer to a flag that is unknown.
     """
@@ -104,14 +105,11 @@ def read_config(config_args: list[str], own_flags: Iterable[str] = ()) -> RunCon
     overrides = _overrides(config_args[1:], root)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
-    if "" not in sys.path:  # the script `lowrank` starts without it, and a config may import its neighbours
-        sys.path.append("")
-    if not importlib.util.find_spec("configs"):  # configs of older versions import it
-        sys.modules["configs"] = configs
     # config_flags looks for overrides in sys.argv.
     argv, sys.argv = sys.argv, ["lowrank_jax", f"--config={path}", *overrides]
     try:
-        unused = values(sys.argv)[1:]
+        with _imports_of_configs():
+            unused = values(sys.argv)[1:]
         config = values["config"].value.to_dict()
     except UsageError:
         raise
@@ -123,10 +121,26 @@ def read_config(config_args: list[str], own_flags: Iterable[str] = ()) -> RunCon
         sys.argv = argv
     if unused:
         raise UsageError(f"unknown argument {unused[0]}")
+    config = changed(config, changes or {})
     checked = RunConfig.from_dict(config)
     if checked.pretrain.steps == -1 and config["pretrain"]["steps"] in (0, "0"):
         console.say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
     return checked
+
+
+@contextlib.contextmanager
+def _imports_of_configs():
+    """Let a config import its neighbours, as under `python -m`, and `configs`, as those of older versions do."""
+    sys.path.append("")
+    if is_new := not importlib.util.find_spec("configs"):
+        sys.modules["configs"] = configs
+    try:
+        yield
+    finally:
+        if "" in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index("")]
+        if is_new:
+            sys.modules.pop("configs", None)
 
 
 def _overrides(args: list[str], root: dict) -> list[str]:
@@ -184,6 +198,20 @@ def list_keys(argv: list[str]) -> dict:
     if not rows:
         raise UsageError(keys.lookup(word, root)[1] or f"no key of the config has {word} in its path")
     return {"keys": rows}
+
+
+def changed(config: dict, changes: dict) -> dict:
+    """Return a copy of nested groups with the values of dotted keys, such as {"pretrain.steps": 200}."""
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        *groups, last = key.split(".")
+        group = config
+        for name in groups:
+            group = group.setdefault(name, {})
+            if not isinstance(group, dict):
+                raise UsageError(f"unknown config key config.{key}: {name} is no group of keys")
+        group[last] = value
+    return config
 
 
 def use_compilation_cache() -> None:

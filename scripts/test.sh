@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv with the test tools, check the style, and run the tests.
 #
-#   bash scripts/test.sh           # all of them, as CI does
+#   bash scripts/test.sh           # all of them, as CI does, and then scripts/smoke.sh on the newest JAX
 #   bash scripts/test.sh quick     # the fast ones, two minutes in all, for each commit
 #   bash scripts/test.sh studies   # the tests of the study scripts alone
 #
@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt requirements-test.txt requirements-aot.txt
 
-marks="not study"
+marks="not study" smoke=$(($# == 0))
 case "${1:-}" in
   quick) marks="not slow and not study" && shift ;;
   studies) marks="study" && shift ;;
@@ -38,3 +38,6 @@ echo "== tests"
 # A test that is skipped has failed. (LOWRANK_NO_SKIP= allows it, as where no compiler for other devices is made.)
 export LOWRANK_NO_SKIP="${LOWRANK_NO_SKIP-1}"
 python -m pytest -n 2 --dist worksteal -m "$marks" "$@"
+if [ "$smoke" = 1 ]; then
+  bash scripts/smoke.sh
+fi

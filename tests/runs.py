@@ -1,6 +1,7 @@
 """The commands as real processes: the settings of a tiny run, and helpers that start it and read its files."""
 
 import atexit
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -51,11 +52,13 @@ if "LOWRANK_TEST_CACHE" not in os.environ:
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 # Tests spend nearly all their time compiling. Without LLVM's passes a tiny run's programs compile in 15 CPU seconds,
 # without XLA's fusion emitters in 7. With huge pages on, no command restarts itself to request them (startup.py).
+# XLA since JAX 0.11 aborts on that flag: its emitters are always on.
+FUSIONS = {"xla_cpu_use_fusion_emitters": True} if importlib.metadata.version("jax").startswith("0.10.") else {}
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": CACHE,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": " ".join(["--xla_backend_optimization_level=0", *(f"--{name}=false" for name in FUSIONS)]),
     startup.TUNABLES: "glibc.malloc.hugetlb=1",
 }
 

@@ -1,4 +1,4 @@
-"""Every test that the documentation names exists, by its file and its function."""
+"""Every test that the documentation or scripts/smoke.sh names exists, by its file and its function."""
 
 import difflib
 import pathlib
@@ -6,6 +6,7 @@ import re
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "scripts" / "smoke.sh"]
 TEST = re.compile(r"\btests/[\w/]+\.py(?:::\w+)?")
 
 

@@ -108,7 +108,7 @@ def test_a_config_that_is_missing_is_answered_with_the_shipped_one(path, advice,
 )
 def test_a_flag_that_is_wrong_is_answered_with_the_key_that_was_meant(flags, message):
     with pytest.raises(UsageError) as caught:
-        cli.read_config(["--config=default", *flags], ["--json", "--topology"])
+        cli.read_config(["--config=default", *flags], own_flags=["--json", "--topology"])
     assert str(caught.value) == message
 
 

@@ -74,7 +74,7 @@ def test_a_module_that_is_no_program_is_refused_when_it_is_run(monkeypatch):
         (programs if "__name__ == '__main__'" in blocks else modules).append(name)
     modules = [name for name in modules if name not in programs]
     for name in [*programs, *modules, "lowrank_jax.trainer", "lowrank_jax.configs.quickstart"]:
-        lowrank_jax._refuse(name)
+        lowrank_jax._refuse_others(name)
     assert len(programs) >= 12 and len(modules) > 60
     assert refused == [*modules, "lowrank_jax.trainer", "lowrank_jax.configs.quickstart"]
 

@@ -54,9 +54,12 @@ def test_no_pin_asks_for_another_python(file, python):
     """A package that refuses a Python has a marker which leaves it out there, or pip would install nothing at all."""
     for pin in filter(lambda pin: applies(pin, python), pins(file)):
         try:
-            supported = importlib.metadata.metadata(pin.name).get("Requires-Python") or ""
+            installed = importlib.metadata.distribution(pin.name)
         except importlib.metadata.PackageNotFoundError:
             continue  # a tool that the tests do not import, or not of this Python
+        if not pin.specifier.contains(installed.version):
+            continue  # the pin of another Python; scripts/resolve.py looks at it
+        supported = installed.metadata.get("Requires-Python") or ""
         assert SpecifierSet(supported).contains(f"{python}.99"), f"{pin} needs Python {supported}"
 
 
@@ -68,6 +71,22 @@ def test_the_package_and_the_pins_name_the_same(python):
         if pin := pinned.get(dependency.name.lower()):
             (version,) = pin.specifier
             assert dependency.specifier.contains(version.version)
+
+
+@pytest.mark.parametrize("package, extra", [("libtpu", "tpu"), ("jax-cuda13-plugin", "cuda"), ("jax-cuda13-pjrt", "")])
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_tests_compile_with_what_the_extras_install(package, extra, python):
+    """JAX names the libtpu that it is built for. The compilers for CUDA have the version of JAX itself."""
+    (jax_pin,) = (pin for pin in pins("requirements.txt") if pin.name == "jax" and applies(pin, python))
+    (compiler,) = (pin for pin in pins("requirements-aot.txt") if pin.name == package and applies(pin, python))
+    (version,) = compiler.specifier
+    if package != "libtpu":
+        assert compiler.specifier == jax_pin.specifier
+    if extra and jax_pin.specifier.contains(importlib.metadata.version("jax")):
+        (jax_extra,) = (Requirement(line) for line in PROJECT["optional-dependencies"][extra])
+        needs = [Requirement(line) for line in importlib.metadata.requires("jax")]
+        (need,) = (n for n in needs if n.name == package and n.marker.evaluate({"extra": "".join(jax_extra.extras)}))
+        assert need.specifier.contains(version.version), f"{jax_pin} needs {need}"
 
 
 def test_a_marker_is_missed(tmp_path, monkeypatch):

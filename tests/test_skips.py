@@ -47,6 +47,17 @@ def test_a_skip_fails_with_its_reason_where_none_is_allowed(pytester, monkeypatc
     assert all(any(reason in text for text in reasons) for reason in REASONS), reasons
 
 
+def test_without_python_3_12_the_smoke_set_is_left_out_in_one_line(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(pathlib.Path(__file__).parents[1] / "scripts" / "smoke.sh", tmp_path / "scripts")
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    env = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([tmp_path / "bash", tmp_path / "scripts/smoke.sh"], env=env, capture_output=True, text=True)
+    expected = "== no smoke set on the newest JAX: Python 3.12 with its venv module is not installed\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+
+
 @pytest.mark.parametrize("browser", ["chromium", "google-chrome", None])
 def test_the_script_allows_no_skip_and_needs_a_browser(tmp_path, browser):
     """Run the script itself with stand-ins for all programs that it calls."""

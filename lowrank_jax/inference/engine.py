@@ -13,13 +13,14 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.config import ModelConfig, RunConfig, UsageError
+from lowrank_jax.config import ModelConfig, RunConfig, UsageError, shown
 from lowrank_jax.inference import cpu_decoder, decoder, quantize, sampling
 from lowrank_jax.inference.decoder import Weights
 from lowrank_jax.inference.sampling import Sampling
@@ -51,10 +52,10 @@ class Request:
     def __post_init__(self):
         if not self.ids:
             raise UsageError("every prompt needs at least one token")
-        if self.max_new < 1:
-            raise UsageError(f"max_new must be at least 1, not {self.max_new}")
-        if not 0 <= self.logprobs <= MOST_ALTERNATIVES:
-            raise UsageError(f"logprobs must be between 0 and {MOST_ALTERNATIVES}, not {self.logprobs}")
+        if not isinstance(self.max_new, Integral) or self.max_new < 1:
+            raise UsageError(f"max_new must be at least 1 and a whole number, not {shown(self.max_new)}")
+        if not isinstance(self.logprobs, Integral) or not 0 <= self.logprobs <= MOST_ALTERNATIVES:
+            raise UsageError(f"logprobs must be between 0 and {MOST_ALTERNATIVES}, not {shown(self.logprobs)}")
 
 
 class Piece(NamedTuple):

@@ -10,6 +10,7 @@ Shapes: B rows, V vocabulary, S context, M biased tokens, N blocks of the vocabu
 
 import collections
 import dataclasses
+import difflib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,6 +96,24 @@ PRESETS = {
     # High temperature with min-p alone to keep it coherent (arXiv 2407.01082 advises 0.05 to 0.1).
     "creative": Sampling(temperature=1.2, min_p=0.05, repetition_penalty=1.1, penalty_last_n=64),
 }
+
+
+def read(values: dict) -> Sampling:
+    """Return the Sampling of named values, over those of `preset` if it is among them; `logit_bias` may be a dict.
+
+    Raises UsageError for a name or a preset that does not exist.
+    """
+    known, values = [field.name for field in dataclasses.fields(Sampling)], dict(values)
+    if unknown := [name for name in values if name not in (*known, "preset")]:
+        near = difflib.get_close_matches(unknown[0], [*known, "preset", "max_new", "stop"], 1, 0.5)
+        advice = f"did you mean {near[0]}?" if near else f"use {', '.join(known)} or preset"
+        raise UsageError(f"unknown setting {unknown[0]}; {advice}")
+    preset, bias = values.pop("preset", None), values.get("logit_bias")
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+        near = difflib.get_close_matches(str(preset), PRESETS, 1)
+        raise UsageError(f"preset={_short(preset)} must be one of {', '.join(near or PRESETS)}")
+    values |= {"logit_bias": tuple(bias.items())} if isinstance(bias, dict) else {}
+    return Sampling(**(vars(PRESETS[preset]) if preset else {}) | values)
 
 
 # The Sampling of B rows as arrays for a compiled function: its numbers [B]; `bias_ids` and `bias_values` [B, M], padded

@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import difflib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+from typing import TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.config import RunConfig, UsageError, shown
 from lowrank_jax.data import chat
+from lowrank_jax.data.records import ROLES
 from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.inference import sampling
 from lowrank_jax.inference.engine import MOST_DECODED, Engine, Piece, Request, prepare
-from lowrank_jax.inference.sampling import Sampling
 from lowrank_jax.inference.text_stream import Writer
 from lowrank_jax.machine import console, sharding
 from lowrank_jax.model import network, precision
@@ -28,18 +32,29 @@ DECODE_TOLERANCE = 0.2
 PADDED = 128  # the forward pass is compiled for multiples of this length, so for few lengths
 HELP = "Type a message. /system TEXT sets the tone, /reset starts over, Ctrl-C stops an answer, Ctrl-D ends.\n"
 SLOTS = 32  # most prompts that are continued at the same time
+MOST_NEW = 1_000_000  # tokens of an answer
+Prompt = TypeVar("Prompt", str, list[int])
+Messages = list[dict[str, str]]  # [{"role": "user", "content": "Hello"}]
+Strings = str | Sequence[str]
 
 
 class Model:
-    """A trained model in memory: `.params`, `.config`, `.tokenizer`, `.logits(tokens)`, `.generate(...)`.
+    """A trained model in memory: `.generate`, `.chat`, `.stream`, `.logits`, `.params`, `.config`, `.tokenizer`.
 
-    `weights` is the format that generation uses: `fp32`, `bf16`, `fp16`, `int8`, `int4`, or `auto` for the run's own.
+    `settings` of the methods are fields of sampling.Sampling, or `preset="balanced"`. `weights` is the format that
+    generation uses: `fp32`, `bf16`, `fp16`, `int8`, `int4`, or `auto` for the run's own.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, params: dict, weights: str = "auto"):
         self.config, self.tokenizer, self.params = config, tokenizer, params
         self.weights = prepare(self.config, self.params, weights)
         self._engine: Engine | None = None
+
+    def __repr__(self) -> str:
+        m, count = self.config.model, sum(x.size for x in jax.tree.leaves(self.params))
+        longest = max(phase.lengths[-1] for phase in self.config.phases.values())
+        sizes = f"{m.layers} layers of width {m.d}, {f'rank {m.rank}' if m.rank else 'dense'}, vocabulary {m.vocab:,}"
+        return f"Model({count:,} parameters, {sizes}, trained at lengths up to {longest:,})"
 
     def logits(self, tokens) -> jax.Array:
         """Return fp32 logits [B, T, V] of token ids [B, T], from the full forward pass."""
@@ -60,21 +75,87 @@ class Model:
         """Forget the engine after an interruption, which may have come while its cache was donated to a program."""
         self._engine = None
 
-    def generate(self, prompts: Sequence[list[int]], max_new: int = 200, seed: int = 0, **sampling) -> list[list[int]]:
-        """Return new token ids for each prompt of ids, up to and including a stop token.
+    @overload
+    def generate(
+        self, prompts: Prompt, max_new: int = ..., seed: int = ..., stop: Strings = ..., **settings
+    ) -> Prompt: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[Prompt], max_new: int = ..., seed: int = ..., stop: Strings = ..., **settings
+    ) -> list[Prompt]: ...
+    def generate(self, prompts, max_new=200, seed=0, stop=(), **settings):
+        """Return what follows a prompt, or a list of what follows each of several: text for a text, ids for ids.
 
-        `sampling` are fields of sampling.Sampling. Prompt i draws with seed + i.
+        Conversations in a list get their answers. Texts end before the first of the `stop` strings, and ids end with a
+        stop token. Prompt i draws with seed + i.
         """
-        requests = [Request(ids, max_new, Sampling(**sampling, seed=seed + i)) for i, ids in enumerate(prompts)]
-        new = [[] for _ in prompts]
+        if _kind(prompts) in ("text", "ids"):
+            return self.generate([prompts], max_new, seed, stop, **settings)[0]
+        if not isinstance(prompts, list | tuple | np.ndarray) or _kind(prompts) == "messages":
+            raise UsageError(f"prompts={shown(prompts)} must be texts or lists of token ids; `chat` takes messages")
+        kinds, first = {_kind(prompt) for prompt in prompts}, sampling.read(settings | {"seed": seed})
+        if "ids" in kinds and kinds & {"text", "messages"}:
+            raise UsageError("prompts mix texts and token ids; `model.prompt(text)` gives the ids of a text")
+        requests = []
+        for i, prompt in enumerate(prompts):
+            drawing = dataclasses.replace(first, seed=seed + i)
+            requests.append(_request(self._ids(prompt, f"prompts[{i}]"), max_new, drawing))
+        if kinds and "ids" not in kinds:
+            return self._texts(requests, _stops(stop))
+        if stop:
+            raise UsageError("stop strings end texts; prompts of ids end with a stop token")
+        new = [[] for _ in requests]
         for i, piece in self.pieces(requests, MOST_DECODED):
             new[i] += piece.ids
         return new
 
-    def checked_sample(self, prompt: list[int], max_new: int, **sampling) -> tuple[list[int], float]:
+    def chat(self, messages: str | Messages, max_new: int = 200, seed: int = 0, stop: Strings = (), **settings) -> str:
+        """Return the assistant's answer to a conversation, such as [{"role": "user", "content": "Hello"}].
+
+        A text is the conversation's only message. White space around the answer is left out.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if _kind(messages) != "messages":
+            raise UsageError(f'messages={shown(messages)} must be a list such as [{{"role": "user", "content": "Hi"}}]')
+        drawing = sampling.read(settings | {"seed": seed})
+        return self._texts([_request(self._ids(messages), max_new, drawing)], _stops(stop))[0].strip()
+
+    def _ids(self, prompt, name: str = "prompt") -> list[int]:
+        """Return the ids of a text, of ids, or of messages that the assistant shall answer; raises UsageError."""
+        kind = _kind(prompt)
+        if kind == "messages":
+            return [self.tokenizer.bos, *chat.encode(self.tokenizer, _turns(prompt), prompt=True)[0]]
+        if not kind:
+            raise UsageError(f"{name}={shown(prompt)} must be a text or a list of token ids")
+        return self.prompt(prompt) if kind == "text" else [int(i) for i in prompt]
+
+    def _texts(self, requests: Sequence[Request], stop: Sequence[str]) -> list[str]:
+        writers, texts = [Writer(self.tokenizer, stop, request.ids) for request in requests], [""] * len(requests)
+        going = set(range(len(requests)))
+        with contextlib.closing(self.pieces(requests, MOST_DECODED)) as pieces:
+            for i, piece in pieces:
+                texts[i] += writers[i].add(piece.ids)
+                going -= {i} if piece.finish or writers[i].stopped else set()
+                if not going:
+                    break
+        return [text + writer.end() for text, writer in zip(texts, writers)]
+
+    def _text_pieces(self, request: Request, stop: Sequence[str], most: int) -> Iterator[str]:
+        writer = Writer(self.tokenizer, stop, request.ids)
+        with contextlib.closing(self.pieces([request], most)) as pieces:
+            for _, piece in pieces:
+                if text := writer.add(piece.ids):
+                    yield text
+                if writer.stopped:
+                    return
+        if rest := writer.end():
+            yield rest
+
+    def checked_sample(self, prompt: list[int], max_new: int, **settings) -> tuple[list[int], float]:
         """Return (new ids, mean difference in nats of their log-probabilities from those of the full forward pass)."""
         new, logprobs = [], []
-        for piece in self.stream(prompt, max_new, logprobs=1, **sampling):
+        for piece in self.stream(prompt, max_new, logprobs=1, **settings):
             new, logprobs = new + piece.ids, logprobs + [logprob for logprob, _ in piece.logprobs]
         tokens = np.zeros((1, -(-(len(prompt) + len(new)) // PADDED) * PADDED), np.int32)
         tokens[0, : len(prompt) + len(new)] = prompt + new
@@ -82,10 +163,23 @@ class Model:
         forward = np.take_along_axis(sharding.fetch(forward_TV), np.array(new)[:, None], axis=1)[:, 0]
         return new, float(np.abs(forward - np.array(logprobs)).mean())
 
-    def stream(self, prompt: list[int], max_new=200, logprobs=0, most=8, **sampling) -> Iterator[Piece]:
-        """Yield the continuation of one prompt of ids, up to `most` tokens at a time; the first comes alone."""
-        for _, piece in self.pieces([Request(prompt, max_new, Sampling(**sampling), logprobs)], most):
-            yield piece
+    @overload
+    def stream(self, prompt: list[int], max_new=..., logprobs=..., most=..., **settings) -> Iterator[Piece]: ...
+    @overload
+    def stream(self, prompt: str | Messages, max_new=..., *, stop: Strings = ..., **settings) -> Iterator[str]: ...
+    def stream(self, prompt, max_new=200, logprobs=0, most=8, stop=(), **settings):
+        """Iterate over what follows a prompt, as it comes: text for a text or for messages, a Piece for ids.
+
+        Each item has up to `most` tokens; the first has one. Log-probabilities come with ids, `stop` is for texts.
+        """
+        request = _request(self._ids(prompt), max_new, sampling.read(settings), logprobs)
+        if _kind(prompt) == "ids":
+            if stop:
+                raise UsageError("stop strings end texts; a prompt of ids ends with a stop token")
+            return (piece for _, piece in self.pieces([request], most))
+        if logprobs:
+            raise UsageError("logprobs come with ids: stream model.prompt(text) instead of the text")
+        return self._text_pieces(request, _stops(stop), most)
 
     def pieces(self, requests: Sequence[Request], most: int = 8) -> Iterator[tuple[int, Piece]]:
         """Yield (number of the request, piece) of up to `most` tokens until all requests are answered."""
@@ -99,6 +193,9 @@ class Model:
                 for slot, piece in engine.step(most).items():
                     i = slots.pop(slot) if piece.finish else slots[slot]
                     yield i, piece
+        except KeyboardInterrupt:
+            self.reset()
+            raise
         finally:
             for slot in slots:
                 engine.drop(slot)
@@ -109,6 +206,49 @@ class Model:
             return [self.tokenizer.bos, *self.tokenizer.encode(text)]
         messages = [*history, {"role": "user", "content": text}]
         return [self.tokenizer.bos, *chat.encode(self.tokenizer, messages, prompt=True)[0]]
+
+
+def _kind(prompt) -> str:
+    """Return what a prompt is: "text", "ids" or "messages"; empty for anything else, as for a list of prompts."""
+    if isinstance(prompt, str):
+        return "text"
+    if not isinstance(prompt, list | tuple | np.ndarray) or getattr(prompt, "shape", None) == () or not len(prompt):
+        return ""
+    if all(isinstance(part, Integral) and not isinstance(part, bool) for part in prompt):
+        return "ids"
+    return "messages" if all(isinstance(part, dict) for part in prompt) else ""
+
+
+def _turns(messages: Messages) -> list[dict]:
+    """Return messages with the roles that templates know; raises UsageError for what the assistant cannot answer."""
+    turns = []
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in ROLES:
+            near = difflib.get_close_matches(str(role), ROLES, 1)
+            raise UsageError(
+                f"messages[{i}] has the role {shown(role)}; use {near[0] if near else 'user or assistant'}"
+            )
+        if not isinstance(content, str):
+            raise UsageError(f"messages[{i}] has the content {shown(content)}, which must be text")
+        turns.append(message | {"role": ROLES[role]})
+    if turns[-1]["role"] == "assistant":
+        raise UsageError("the last message is the assistant's; end with one of the user's")
+    return turns
+
+
+def _stops(stop: Strings) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(text, str) and text for text in stops):
+        raise UsageError(f"stop={shown(stop)} must be a text or a list of texts, none of them empty")
+    return tuple(stops)
+
+
+def _request(ids: list[int], max_new: int, drawing: sampling.Sampling, logprobs: int = 0) -> Request:
+    request = Request(ids, max_new, drawing, logprobs)
+    if max_new > MOST_NEW:
+        raise UsageError(f"max_new must be at most {MOST_NEW:,}, not {shown(max_new)}")
+    return request
 
 
 def answer(model: Model, request: Request, stop: Sequence[str], show: Callable[[str], None]) -> dict:

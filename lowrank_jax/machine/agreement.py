@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.machine import processes
+from lowrank_jax.machine import processes, unstable
 
 SHARED_SECONDS = 10  # for a file of the first process to appear on other hosts; NFS may show it late
 _gathers = itertools.count()
@@ -29,8 +28,9 @@ def gather(value) -> list:
         return [value]
     processes.barrier(f"gather {next(_gathers)}")  # says who is missing; the devices would wait in silence, and forever
     encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(encoded.size)).tolist()
-    rows = multihost_utils.process_allgather(np.pad(encoded, (0, max(sizes) - encoded.size)))
+    allgather = unstable.part("jax.experimental.multihost_utils").process_allgather
+    sizes = allgather(np.asarray(encoded.size)).tolist()
+    rows = allgather(np.pad(encoded, (0, max(sizes) - encoded.size)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 

@@ -1,6 +1,6 @@
 """Devices: their published peaks, their memory, and descriptions of devices to compile for without owning them.
 
-JAX can compile a program for a described device; nothing runs. The compilers are packages (`pip install "jax[cuda12]"`
+JAX can compile a program for a described device; nothing runs. The compilers are packages (`pip install "jax[cuda13]"`
 or `"jax[tpu]"`). They may also lie in the environment's folder `aot`, which only `topology` reads: on a machine without
 a GPU, an installed CUDA package makes every program that uses JAX print a warning.
 """
@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
-from jax.experimental import topologies
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import unstable
 
 GPU_SHARE = 0.75  # share of a GPU's memory that JAX reserves unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
 
@@ -93,7 +92,7 @@ def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")  # a description for XLA
 TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices['example']}" for name, slices in TPUS.items()), "h100:8"])
 TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
-COMPILERS = {"cuda": ("cuda12", ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")), "tpu": ("tpu", ("libtpu",))}
+COMPILERS = {"cuda": ("cuda13", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")), "tpu": ("tpu", ("libtpu",))}
 AOT = pathlib.Path(sys.prefix, "aot")
 
 
@@ -155,6 +154,7 @@ def _parse(name: str) -> dict:
 
 
 def _describe(description: dict, module: str) -> list[jax.Device]:
+    topologies = unstable.part("jax.experimental.topologies")
     try:
         return list(topologies.get_topology_desc(**description).devices)
     except NotImplementedError:
@@ -164,11 +164,17 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
 
 
 def _assume_cudnn() -> None:
-    """Give JAX h100.txtpb's version where cuDNN is missing: it asks even when it compiles for a described device."""
+    """Give JAX h100.txtpb's version where cuDNN is missing, and a Hopper's heads of 256 where there is no GPU.
+
+    It asks this machine even when it compiles for a described device.
+    """
+    cudnn = unstable.part("jax._src.cudnn.fused_attention_stablehlo")
     try:
         cudnn.check_cudnn_version()
     except RuntimeError:
         cudnn.check_cudnn_version = lambda: 91000
+    if jax.default_backend() == "cpu":
+        cudnn.check_compute_capability = lambda capability: True
 
 
 def _try_compiler(device: jax.Device) -> None:

@@ -146,7 +146,10 @@ def _instruction(words: str, home: Computation, names: dict, computations: dict)
     calls = {key: [computations[name] for name in _NAME.findall(called)] for key, called in _CALL.findall(rest)}
     operands = tuple(names[name] for name in _NAME.findall(args))
     target = (re.search(r'custom_call_target="([^"]*)"', rest) or [None, ""])[1]
-    return Instruction(words[end:opening].strip(), arrays, operands, args, rest, home, calls, target)
+    opcode = words[end:opening].strip()
+    if opcode == "fusion-start":  # since JAX 0.11, for GPUs; its tuple also has the operands
+        opcode, arrays = "fusion", calls["calls"][0].root.arrays
+    return Instruction(opcode, arrays, operands, args, rest, home, calls, target)
 
 
 def _closing(line: str, opening: int) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
@@ -21,10 +22,11 @@ def wait(future: Future, stop: Callable[[], bool], poll_seconds: float = 0.1):
 
 
 @contextlib.contextmanager
-def signals():
+def signals(may_quit: bool = True):
     """Collect the numbers of SIGTERM, SIGINT and SIGHUP in a list; a second SIGINT ends the process at once.
 
-    A terminal that closes sends SIGHUP; under nohup it is ignored, and stays so.
+    If it may not quit, the second SIGINT raises KeyboardInterrupt. Only the main thread gets signals: in another one
+    the list stays empty. A terminal that closes sends SIGHUP; under nohup it is ignored, and stays so.
 
     Enter it before anything else: Python's own KeyboardInterrupt is lost when it strikes inside a callback of the
     garbage collector, and JAX has such a callback.
@@ -38,11 +40,15 @@ def signals():
             again = "; once more to quit at once" if is_interrupt else ""
             with contextlib.suppress(OSError):  # nobody reads stderr any more
                 os.write(2, f"{name}: stopping after this step, with the state saved{again}\n".encode())
-        elif is_interrupt:
+        elif is_interrupt and may_quit:
             os._exit(128 + number)
+        elif is_interrupt:
+            raise KeyboardInterrupt
 
     numbers = [signal.SIGTERM, signal.SIGINT]
     numbers += [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
     before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Sequence
 
 from lowrank_jax.config import UsageError
+from lowrank_jax.machine import unstable
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 LIBRARIES = "jax jaxlib numpy flax orbax-checkpoint sentencepiece tokenizers".split()  # what decides numbers and data
@@ -65,8 +66,8 @@ def _start_jax(local_devices) -> None:
     import jax
 
     # JAX's preemption service would take SIGTERM. interrupt.py handles it, and `Signals` informs the other processes.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_check_proxy_envs", False)  # no proxy stands between a process and its own forwarder
+    unstable.configure("jax_enable_preemption_service", False)
+    unstable.configure("jax_check_proxy_envs", False)  # no proxy stands between a process and its own forwarder
     env = os.environ
     env["no_grpc_proxy"] = f"{env.get('no_grpc_proxy') or env.get('no_proxy') or ''},127.0.0.1".strip(",")
     bind = {} if _index else {"coordinator_bind_address": _member.service}
@@ -88,12 +89,11 @@ def _detect(coordinator: str, processes: int, process: int, wait: float) -> tupl
     address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     explicit = (address or None, processes or None, process if process >= 0 else None, None)
     try:
-        from jax._src import clusters  # jax.distributed.initialize has no public way to detect without joining
-
-        detected = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        # jax.distributed.initialize has no public way to detect without joining.
+        detected = unstable.part("jax._src.clusters.ClusterEnv").auto_detect_unset_distributed_params(
             *explicit, None, round(min(max(wait, 1), 1e6))
         )
-    except (ImportError, AttributeError, TypeError):
+    except (UsageError, AttributeError, TypeError):
         if None in explicit[:3]:
             raise UsageError(f"JAX {jax.__version__} detects clusters in an unknown way; {ADVICE}") from None
         return explicit

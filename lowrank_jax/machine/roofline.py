@@ -44,6 +44,7 @@ def _flops(i: hlo.Instruction) -> int:
 
 _FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all opt-barrier partition-id"
 _FREE = {*_FREE.split(), "replica-id", "async-start", "async-update", "async-done"}  # async: counted in their callees
+_FREE |= {"fusion-done"}  # counted where it starts
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}
 _SAME = {"bitcast", "convert", "copy", "reshape", "transpose"}  # each element of the result is one of the operand
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.machine import unstable
 
 AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 ROWS = (DATA, FSDP)  # the axes that split a batch's rows
@@ -72,6 +72,7 @@ def make_mesh(config: RunConfig, stages: Sequence, devices: list[jax.Device]) ->
     """Return the mesh over these devices, real or described; `tensor` groups are the closest neighbours."""
     sizes = shape(config, stages, len(devices))
     if devices[0].platform == "tpu" and len(devices) > 1:  # chips have places in a torus
+        mesh_utils = unstable.part("jax.experimental.mesh_utils")
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         placed = np.asarray(devices).reshape(sizes)
@@ -196,6 +197,7 @@ def fetch(x) -> np.ndarray:
     """Return a whole array on every process's host, wherever its parts are."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
+    multihost_utils = unstable.part("jax.experimental.multihost_utils")
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 

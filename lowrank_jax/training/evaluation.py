@@ -2,18 +2,19 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.config import ModelConfig, RunConfig
+from lowrank_jax.config import MOST_LENGTH, ModelConfig, RunConfig, UsageError, read_sources, shown
 from lowrank_jax.data import stream
 from lowrank_jax.inference import cpu_decoder, decoder, quantize
 from lowrank_jax.inference.engine import prepare
-from lowrank_jax.machine import faults, processes, sharding
+from lowrank_jax.machine import console, faults, processes, sharding
 from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.model import loss, network, precision
 from lowrank_jax.model.kernels import build
@@ -51,6 +52,52 @@ def ignore_after(batches: Batches, tokens: int) -> None:
         weights = batch["weights"]
         batch["weights"] = weights * (np.arange(weights.size).reshape(weights.shape) < tokens)
         tokens -= weights.size
+
+
+def check_sizes(lengths: Sequence[int], tokens: int, dashes: str = "") -> None:
+    """Raise UsageError for sizes that `of_run` cannot take, whose flags on a command line begin with `dashes`."""
+    if wrong := [n for n in (*lengths, tokens) if not isinstance(n, Integral) or isinstance(n, bool)]:
+        raise UsageError(f"{dashes}lengths and {dashes}tokens must be whole numbers, not {shown(wrong[0])}")
+    if tokens < 0 or any(n < 1 for n in lengths):
+        raise UsageError(f"{dashes}lengths and {dashes}tokens must be above 0")
+    if any(n > MOST_LENGTH for n in lengths):
+        raise UsageError(f"{dashes}lengths={max(lengths)} must be at most {MOST_LENGTH}")
+
+
+def of_run(run, lengths: Sequence[int] = (), data="", tokens: int = 0, weights: str = "") -> Iterator[dict]:
+    """Yield {length} | `evaluate` of a Trained or Model for each length, with weight on the same targets only.
+
+    By default, the held-out part of the first phase is read at its longest length; `data` is other sources. With
+    `weights`, "with" is `compare_weights`. Raises UsageError where the data does not fill a row.
+    """
+    check_sizes(lengths, tokens)
+    if weights and weights not in quantize.KINDS:
+        raise UsageError(f"weights must be one of {', '.join(quantize.KINDS)}, not {shown(weights)}")
+    phase, byte_lengths = next(iter(run.config.phases.values())), run.tokenizer.byte_lengths()
+    all_batches = _of_lengths(run, data, lengths or [phase.lengths[-1]], tokens or phase.eval_tokens)
+    for length, batches in all_batches.items():
+        result = {"length": length} | evaluate(run.config, run.params, batches, byte_lengths)
+        if weights:
+            result["with"] = compare_weights(run.config, run.params, batches, byte_lengths, weights)
+        yield result
+
+
+def _of_lengths(run, data, lengths: Sequence[int], tokens: int) -> dict[int, Batches]:
+    batches, (name, phase) = {}, next(iter(run.config.phases.items()))
+    for length in lengths:
+        if data:
+            documents = stream.read_once(read_sources(data, "data"), run.tokenizer)
+        else:
+            documents = stream.open_held_out(phase, run.tokenizer, run.config.seed, chats=name == "sft")
+        batches[length] = batches_of(documents, length, tokens)
+        if not batches[length]:
+            raise UsageError(f"the data does not fill one row of {length} tokens; use shorter lengths or more data")
+    shared = min(tokens, *(sum(batch["tokens"].size for batch in rows) for rows in batches.values()))
+    if shared < tokens:
+        console.say(f"the data fills rows of every length with {shared} tokens, fewer than {tokens}")
+    for rows in batches.values():
+        ignore_after(rows, shared)
+    return batches
 
 
 def evaluate(config: RunConfig, params: dict, batches: Batches, byte_lengths, stop: Stop = lambda: False) -> dict:

@@ -169,7 +169,7 @@ def test_a_missing_compiler_is_an_error_that_says_what_to_install():
                 print(e)
     """)
     assert done.stdout.splitlines() == [
-        'topology h100:1: its compiler is not installed; pip install "jax[cuda12]"',
+        'topology h100:1: its compiler is not installed; pip install "jax[cuda13]"',
         'topology v6e:1x1: its compiler is not installed; pip install "jax[tpu]"',
     ], done.stderr
 

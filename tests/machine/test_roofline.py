@@ -63,6 +63,30 @@ def test_an_update_in_place_moves_only_the_update(compile):
     )
 
 
+def test_a_fusion_that_a_gpu_starts_and_awaits_moves_what_one_instruction_moves():
+    """JAX 0.12 for CUDA writes such pairs; the start's tuple holds the operands, the results and a context."""
+    program = """HloModule update
+
+%fused (whole: f32[5,64], row: f32[64]) -> f32[5,64] {
+  %whole = f32[5,64]{1,0} parameter(0)
+  %row = f32[64]{0} parameter(1)
+  %bitcast = f32[1,64]{1,0} bitcast(%row)
+  %zero = s32[] constant(0)
+  ROOT %written = f32[5,64]{1,0} dynamic-update-slice(%whole, %bitcast, %zero, %zero)
+}
+
+ENTRY %main (stacked: f32[5,64], x: f32[64]) -> f32[5,64] {
+  %stacked = f32[5,64]{1,0} parameter(0)
+  %x = f32[64]{0} parameter(1)
+  LAST
+}
+"""
+    one = "ROOT %all = f32[5,64]{1,0} fusion(%stacked, %x), kind=kLoop, calls=%fused"
+    two = """%start = ((f32[5,64]{1,0}, f32[64]{0}), f32[5,64]{1,0}, u32[]) fusion-start(%stacked, %x), calls=%fused
+  ROOT %all = f32[5,64]{1,0} fusion-done(%start)"""
+    assert [roofline.traffic_bytes(program.replace("LAST", last)) for last in (one, two)] == [2 * 4 * 64] * 2
+
+
 def test_a_small_array_of_a_tpu_stays_in_vmem():
     one = jax.sharding.SingleDeviceSharding(described("v5e:1x1")[0])
     x = jax.ShapeDtypeStruct((512, 512), jnp.float32, sharding=one)

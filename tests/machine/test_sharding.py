@@ -12,6 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import runs
 from conftest import run_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,11 +209,10 @@ def test_microbatches_never_grow_past_what_a_device_may_hold():
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """The results of tests/eight.py. Without XLA's fusion emitters its programs compile in a third of the time."""
-    flags = ["force_host_platform_device_count=8", "backend_optimization_level=0", "cpu_use_fusion_emitters=false"]
     env = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests/model",
-        "XLA_FLAGS": " ".join(f"--xla_{flag}" for flag in flags),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {runs.ENVIRONMENT['XLA_FLAGS']}",
     }
     command = [sys.executable, ROOT / "tests" / "eight.py", tmp_path_factory.mktemp("eight") / "run"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)

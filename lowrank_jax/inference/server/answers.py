@@ -46,8 +46,8 @@ class Answer:
         """Return the new text, and its tokens if the call asks for log-probabilities."""
         new = ""
         # Decoding ids one by one takes as long as all else here together: only where a token's place matters.
-        one_by_one = self._call.logprobs is not None or self._call.stop
-        for n in range(0, len(piece.ids), size := 1 if one_by_one else len(piece.ids)):
+        size = 1 if self._call.logprobs is not None or self._call.stop else max(1, len(piece.ids))
+        for n in range(0, len(piece.ids), size):
             ids, start = piece.ids[n : n + size], self._writer.decoded
             self.tokens += len(ids)
             new += self._writer.add(ids)
