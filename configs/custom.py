@@ -6,7 +6,7 @@
 `python -m lowrank_jax.plan --config=configs/custom.py` prints its stages, parameters and cache.
 """
 
-from configs import default
+from lowrank_jax.configs import default
 
 
 def get_config():

