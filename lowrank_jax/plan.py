@@ -30,6 +30,8 @@ def command(argv: list[str]) -> dict:
     config = forecast.resolve_vocab(config)
     plan = forecast.for_topology(config, args.topology) if args.topology else forecast.describe(config, make(config))
     plan |= forecast.price(plan, args.price)
+    if args.price and plan["est_cost"] is None:
+        console.say(f"no cost: the peaks of {plan['device_kind']} are not known, so neither is the time of a step")
     console.show(forecast.table(plan))
     return plan
 

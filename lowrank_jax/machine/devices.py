@@ -160,8 +160,10 @@ def standard_name(name: str) -> str:
             count, hosts = PER_HOST, count // PER_HOST
         if 1 <= count <= PER_HOST and 1 <= hosts <= MOST_HOSTS:
             return f"{parts[1]}:{count}" + (f"x{hosts}" if hosts > 1 else "")
-    near = difflib.get_close_matches(plain, [*EXAMPLES, *GPUS, *TPUS, *(f"8x{gpu}" for gpu in GPUS)], 1)
-    guess = f"; did you mean {near[0] if near[0] not in GPUS else near[0] + ':8'}?" if near else ""
+    typed = {name: name for name in (*EXAMPLES, *(f"8x{gpu}" for gpu in GPUS))}
+    typed |= {name.split(":")[0]: name for name in EXAMPLES}
+    near = difflib.get_close_matches(plain, typed, 1)
+    guess = f"; did you mean {typed[near[0]]}?" if near else ""
     raise UsageError(f"topology {name!r} is unknown; use a name such as {TOPOLOGIES}{guess}")
 
 
