@@ -9,6 +9,7 @@ shares, so m j replaces -m (i - j), and m j is a product of channels that are ad
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ MASKED = -1e30  # finite: -inf - -inf is NaN, and no causal row is ever fully ma
 CHUNK = 128
 
 PLATFORMS = {"cudnn": "gpu", "splash": "tpu", "native": "cpu"}  # kernels that run on one platform alone
+WIDEST = 240  # heads on cuDNN: 256 with ALiBi's channels, on a Hopper
 APART = 256  # how much the scores of other documents are lowered, where a kernel takes no mask
 
 
@@ -82,8 +84,10 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return f"{kernel} is for a {PLATFORMS[kernel].upper()}, not a {platform.upper()}"
     if kernel == "cudnn" and dtype not in ("bfloat16", "float16"):
         return f"cudnn takes bfloat16 and float16, not {dtype}"
-    if kernel == "cudnn" and (head_dim % 8 or head_dim > 112):  # 128 with ALiBi's channels; only Hoppers take 256
-        return f"cudnn takes heads whose width is a multiple of 8 and at most 112, not {head_dim}"
+    if kernel == "cudnn" and (head_dim % 8 or head_dim > WIDEST):
+        return f"cudnn takes heads whose width is a multiple of 8 and at most {WIDEST}, not {head_dim}"
+    if kernel == "cudnn" and jax.default_backend() == "gpu":
+        return _refused_by_cudnn(dtype, head_dim, seq_len if seq_len % 64 else 64)
     if kernel == "splash" and dtype not in ("bfloat16", "float32"):
         return f"splash takes bfloat16 and float32, not {dtype}"
     if kernel == "native" and (dtype != "float32" or head_dim % build.LANES):
@@ -92,6 +96,27 @@ def _refusal(kernel: str, platform: str, dtype: str, head_dim: int, seq_len: int
         return "native is not compiled on this machine"
     if kernel == "splash" and seq_len % 128:
         return f"splash takes lengths that are a multiple of 128, not {seq_len}"
+    return ""
+
+
+@functools.cache
+def _refused_by_cudnn(dtype: str, head_dim: int, seq_len: int) -> str:
+    """Return why this process's GPU cannot run cuDNN's kernel and its gradient on such heads, or an empty text.
+
+    It depends on the GPU, the shape and cuDNN's version: Hoppers take heads of 256 and other GPUs 128, those before
+    Ampere none, and cuDNN 9.10.0 refuses all. Compiling the smallest case asks cuDNN itself, once for all users.
+    """
+    shape = jax.ShapeDtypeStruct((1, seq_len, 1, head_dim), dtype)
+    attend = lambda q, k, v, segments_BT: _cudnn(q, k, v, alibi_slopes(1), segments_BT)
+    gradient = lambda q, k, v, segments_BT, g: jax.vjp(lambda *x: attend(*x, segments_BT), q, k, v)[1](g)
+    arrays = shape, shape, shape, jax.ShapeDtypeStruct((1, seq_len), jnp.int32), shape
+    compile_alone = lambda: jax.jit(gradient).lower(*arrays).compile()
+    try:  # in a thread of its own, where no mesh is set and nothing is being traced
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(compile_alone).result()
+    except (RuntimeError, ValueError, NotImplementedError) as e:  # JaxRuntimeError is a RuntimeError
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            return f"cudnn refuses {dtype} heads of width {head_dim} on this GPU ({' '.join(str(e).split())[:200]})"
     return ""
 
 

@@ -26,7 +26,7 @@ def objective_sum(
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    picked_BT = _pick(logits_BTV, targets_BT)
     cross_entropy = objective = jnp.sum((log_z_BT - picked_BT) * weights_BT)
     if smoothing:
         uniform = jnp.sum((log_z_BT - logits_BTV.mean(axis=-1)) * weights_BT)
@@ -34,6 +34,32 @@ def objective_sum(
     if z_loss:
         objective += z_loss * jnp.sum(log_z_BT**2 * weights_BT)
     return objective, cross_entropy
+
+
+@jax.custom_jvp
+def _pick(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Return each token's logit of its target, with a gradient that compares instead of scattering, except on a CPU.
+
+    A scatter into all logits keeps XLA from fusing the gradient of the softmax: by a GPU's compiler, a step of `base`
+    moved 238 GB through memory, and 213 without it. A CPU took 7% to 19% longer to compare.
+    """
+    return _take(logits_BTV, targets_BT)
+
+
+def _take(logits_BTV, targets_BT):
+    return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def _compare(logits_BTV, targets_BT):
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+    return jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+
+
+@_pick.defjvp
+def _pick_tangent(primals, tangents):
+    (logits_BTV, targets_BT), (tangent_BTV, _) = primals, tangents
+    tangent_BT = jax.lax.platform_dependent(tangent_BTV, targets_BT, cpu=_take, default=_compare)
+    return _pick(logits_BTV, targets_BT), tangent_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -7,8 +7,8 @@ which its fast kernel needs. Arms run in processes of their own and take turns; 
     pip install torch   # without it only our arms are in the table
     python scripts/bench/train.py
 
-PyTorch's model has RMSNorm, SwiGLU, a tied head, and ALiBi as the mask of scaled_dot_product_attention; it runs eagerly
-and by torch.compile. The naive low-rank arm keeps the D x D projections and adds factors behind them, as is often seen.
+PyTorch's model (torch_gpt.py) has ALiBi as the mask of scaled_dot_product_attention; it runs eagerly and by
+torch.compile. The naive low-rank arm keeps the D x D projections and adds factors behind them, as is often seen.
 The product rate is that of fp32 products [2048, 2048] in PyTorch or JAX, whichever is higher.
 """
 
@@ -105,20 +105,22 @@ def torch_step(kind: str, preset: str, length: int, path: str):
     """Return the same for PyTorch, which accumulates gradients over microbatches of as many rows as ours."""
     import torch
 
+    from scripts.bench import torch_gpt
+
     torch.set_num_threads(os.cpu_count() or 1)
     config, source = config_of(preset, length, dense=True), batches(path, length)
-    rank = config_of(preset, length, dense=False).model.rank
-    net = torch_model(config.model, length, naive=kind == "naive", rank=rank)
+    rank = config_of(preset, length, dense=False).model.rank if kind == "naive" else 0
+    net = torch_gpt.GPT(config.model, naive_rank=rank)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.95, 0.95), weight_decay=0.1, fused=True)
-    forward, rows = torch.compile(net) if kind == "compiled" else net, stage_of(config).microbatch
+    loss_of, rows = torch.compile(net) if kind == "compiled" else net, stage_of(config).microbatch
+    mask = torch_gpt.alibi_mask(config.model.heads, torch.ones(1, length, dtype=torch.int32))
 
     def run() -> float:
         tokens, targets = (torch.from_numpy(x.astype("int64")) for x in next(source))
         optimizer.zero_grad(set_to_none=True)
         total, count = 0.0, len(tokens) // rows
         for some_tokens, some_targets in zip(tokens.split(rows), targets.split(rows)):
-            logits = forward(some_tokens).flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits, some_targets.flatten()) / count
+            loss = loss_of(some_tokens, mask, some_targets) / count
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -126,56 +128,6 @@ def torch_step(kind: str, preset: str, length: int, path: str):
         return total
 
     return run
-
-
-def torch_model(c, length: int, naive: bool, rank: int):
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    from lowrank_jax.model.attention import alibi_slopes
-
-    def projection():
-        dense = nn.Linear(c.d, c.d, bias=False)
-        return (
-            nn.Sequential(dense, nn.Linear(c.d, rank, bias=False), nn.Linear(rank, c.d, bias=False)) if naive else dense
-        )
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norms = nn.ModuleList([nn.RMSNorm(c.d, eps=1e-6) for _ in range(2)])
-            self.qkvo = nn.ModuleList([projection() for _ in range(4)])
-            self.gate, self.up = (nn.Linear(c.d, c.hidden, bias=False) for _ in range(2))
-            self.out = nn.Linear(c.hidden, c.d, bias=False)
-
-        def forward(self, x, bias):
-            h, (B, T, _) = self.norms[0](x), x.shape
-            q, k, v = (w(h).view(B, T, c.heads, -1).transpose(1, 2) for w in self.qkvo[:3])
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).reshape(x.shape)
-            x = x + self.qkvo[3](o)
-            h = self.norms[1](x)
-            return x + self.out(F.silu(self.gate(h)) * self.up(h))
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(c.vocab, c.d)
-            nn.init.normal_(self.table.weight, std=0.02)
-            self.blocks, self.norm = nn.ModuleList([Block() for _ in range(c.layers)]), nn.RMSNorm(c.d, eps=1e-6)
-            positions = torch.arange(length)
-            distance = (positions[:, None] - positions).float()
-            bias = -torch.from_numpy(alibi_slopes(c.heads))[:, None, None] * distance
-            bias = bias.masked_fill(distance < 0, float("-inf"))
-            self.register_buffer("bias", bias[None], persistent=False)  # of 3 dimensions, PyTorch's kernel is slow
-
-        def forward(self, tokens):
-            x = self.table(tokens)
-            for block in self.blocks:
-                x = block(x, self.bias)
-            return self.norm(x) @ self.table.weight.T
-
-    return Net()
 
 
 def product_rate() -> dict:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import AxisType
 
 from lowrank_jax.config import UsageError
 from lowrank_jax.model import attention
@@ -272,10 +273,10 @@ def test_cudnns_precision_does_not_depend_on_the_number_of_documents(documents):
         ("auto", "tpu", "bfloat16", 32, 2000, "chunked", "multiple of 128, not 2000"),
         ("auto", "tpu", "float16", 32, 2048, "chunked", "bfloat16 and float32, not float16"),
         ("auto", "gpu", "bfloat16", 32, 300, "cudnn", ""),
-        ("auto", "cuda", "float16", 112, 2048, "cudnn", ""),
+        ("auto", "cuda", "float16", 240, 2048, "cudnn", ""),
         ("auto", "gpu", "float32", 32, 2048, "chunked", "bfloat16 and float16, not float32"),
-        ("auto", "gpu", "bfloat16", 36, 2048, "chunked", "multiple of 8 and at most 112, not 36"),
-        ("auto", "gpu", "bfloat16", 128, 2048, "chunked", "at most 112, not 128"),
+        ("auto", "gpu", "bfloat16", 36, 2048, "chunked", "multiple of 8 and at most 240, not 36"),
+        ("auto", "gpu", "bfloat16", 256, 2048, "chunked", "at most 240, not 256"),
         ("chunked", "tpu", "float16", 12, 7, "chunked", ""),
         ("reference", "gpu", "float32", 12, 7, "reference", ""),
         ("cudnn", "cuda", "bfloat16", 32, 7, "cudnn", ""),
@@ -306,6 +307,40 @@ def test_a_named_kernel_that_cannot_run_is_refused(backend, platform, dtype, hea
 def test_without_a_compiler_a_cpu_runs_chunked(monkeypatch):
     monkeypatch.setattr(attention.build, "load", lambda source: False)
     assert attention.resolve("auto", "cpu", "float32", 32, 256) == ("chunked", "native is not compiled on this machine")
+
+
+REFUSALS = [RuntimeError("INTERNAL: no cuDNN engine"), NotImplementedError("the head dim"), ValueError("Q must be")]
+
+
+@pytest.mark.parametrize("error", [*REFUSALS, None, RuntimeError("RESOURCE_EXHAUSTED: memory of another process")])
+def test_cudnn_is_chosen_where_it_compiles_on_this_gpu(error, monkeypatch):
+    """The answer holds in traces and on meshes too, and cuDNN is asked once."""
+    shapes = []
+
+    def of_cudnn(q, k, v, implementation: str, **options):
+        shapes.append((q.shape, q.dtype.name, jax.sharding.get_abstract_mesh().empty))
+        if error:
+            raise error
+        return by_xla(q, k, v, implementation="xla", **options)
+
+    by_xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_cudnn)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention._refused_by_cudnn.cache_clear()
+    resolved = []
+
+    def traced(x):
+        resolved.append(attention.resolve("auto", "gpu", jnp.bfloat16, 128, 4096))
+        return x * x
+
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))):
+        jax.jit(jax.grad(lambda x: jax.lax.scan(lambda c, _: (traced(c), None), x, length=2)[0])).lower(1.0)
+    resolved.append(attention.resolve("auto", "gpu", jnp.bfloat16, 128, 2048))
+    refused = error in REFUSALS
+    assert {kernel for kernel, _ in resolved} == {"chunked" if refused else "cudnn"}
+    assert all((str(error) in reason) if refused else not reason for _, reason in resolved)
+    assert shapes == [((1, 64, 1, 144), "bfloat16", True)]
+    attention._refused_by_cudnn.cache_clear()
 
 
 def test_attend_refuses_shapes_too():

@@ -71,6 +71,11 @@ def test_the_kernel_runs_and_memory_is_linear_in_the_length(kernel):
     assert 0 < need[1] < 1.01 * need[0]
 
 
+def test_an_h100_takes_heads_of_128_with_their_channels():
+    text = compile_gradient("cudnn", "h100:1", (1, 256, 2, 128)).as_text()
+    assert calls(text) == {FORWARD: 1, BACKWARD: 1} and "bf16[1,256,2,144]" in text
+
+
 def test_the_reference_has_a_square():
     compiled = compile_gradient("reference", "h100:1", (1, 1024, 2, 32))
     assert largest_array(compiled.as_text()) >= 2 * 1024**2

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,3 +102,21 @@ def test_at_most_2048_tokens_have_logits_at_once(monkeypatch, rows, length):
     jax.eval_shape(lambda *arrays: by_parts(*arrays, 0.0, 0.0), *arrays)
     jax.eval_shape(loss.through_head, *arrays)
     assert 1024 < parts.tokens <= 2048 and {shape[0] for shape in parts} == {rows}
+
+
+@pytest.mark.parametrize("pick", [loss._take, loss._compare], ids=["cpu", "others"])
+def test_both_ways_to_pick_a_targets_logit_have_one_gradient(pick):
+    logits, targets = jax.random.normal(jax.random.key(0), (2, 5, 7)), jnp.arange(10).reshape(2, 5) % 7
+    picked, pull = jax.vjp(lambda logits: pick(logits, targets), logits)
+    g = jnp.arange(1.0, 11.0).reshape(2, 5)
+    np.testing.assert_array_equal(
+        picked, np.take_along_axis(np.asarray(logits), np.asarray(targets)[..., None], -1)[..., 0]
+    )
+    np.testing.assert_array_equal(pull(g)[0], np.eye(7)[np.asarray(targets)] * np.asarray(g)[..., None])
+
+
+@pytest.mark.parametrize("platform, scatters", [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_the_gradient_scatters_into_all_logits_on_a_cpu_alone(platform, scatters):
+    gradient = jax.jit(jax.grad(lambda *arrays: loss.through_head(*arrays)[0], (0, 1)))
+    lowered = jax.export.export(gradient, platforms=[platform])(*draw(2, 8, 4, 16))
+    assert ("stablehlo.scatter" in lowered.mlir_module()) == scatters
