@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,12 +101,20 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
     return Stream([lane], facts, (0, 1))
 
 
-def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
-    """Encode the first documents of every source, and return the sources' fingerprints.
+class Checked(NamedTuple):
+    """A source's fingerprint, and about how many bytes it has and tokens its training part; 0 where unknown."""
+
+    fingerprint: str
+    bytes: int
+    tokens: int
+
+
+def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, Checked]:
+    """Encode the first documents of every source and a few others, and return facts of each source.
 
     Raises UsageError if there is nothing to learn from.
     """
-    fingerprints = {}
+    facts = {}
     if chats:
         chat.check(tokenizer)
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
@@ -127,21 +136,15 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
         if not learnt:
             reason = f"the assistant never speaks within the first {p.block} tokens; raise config.sft.block"
             raise UsageError(f"source {config.spec}: in its first {min(count, CHECK_ENCODED)} conversations {reason}")
-        fingerprints[config.spec] = source.fingerprint
-    return fingerprints
+        tokens = round(_count_tokens(source, tokenizer, chats) * (1 - p.eval_fraction))
+        facts[config.spec] = Checked(source.fingerprint, getattr(source, "bytes", 0), tokens)
+    return facts
 
 
 def corpus_bytes(configs: Sequence[SourceConfig]) -> int:
     """Return about how many bytes different sources have together; 0 where one of them does not tell."""
     sizes = [getattr(sources.open_source(config), "bytes", 0) for config in {c.spec: c for c in configs}.values()]
     return sum(sizes) if all(sizes) else 0
-
-
-def training_tokens(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, int]:
-    """Return about how many tokens the training part of each source has, without sources of unknown size."""
-    pairs = zip(p.sources, _open(p.sources, tokenizer, chats))
-    counts = {c.spec: _count_tokens(source, tokenizer, chats) * (1 - p.eval_fraction) for c, source in pairs}
-    return {spec: round(count) for spec, count in counts.items() if count}
 
 
 def _count_tokens(source: Source, tokenizer: Tokenizer, chats: bool) -> float:

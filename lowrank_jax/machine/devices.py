@@ -127,7 +127,7 @@ def topology(name: str) -> list[jax.Device]:
             devices = _describe(description, module)
             _try_compiler(devices[0])
         if description["platform"] == "cuda":
-            _assume_cudnn()
+            _assume_cudnn(GPUS[description["topology_name"]].get("cuda_compute_capability", 9))
     except (RuntimeError, NotImplementedError, ImportError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         if "INVALID_ARGUMENT: Topology" in reason:
@@ -206,8 +206,8 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(**description).devices)
 
 
-def _assume_cudnn() -> None:
-    """Give JAX h100.txtpb's version where cuDNN is missing, and a Hopper's heads of 256 where there is no GPU.
+def _assume_cudnn(capability: int) -> None:
+    """Give JAX h100.txtpb's version where cuDNN is missing, and the described GPU's capability where there is no GPU.
 
     It asks this machine even when it compiles for a described device.
     """
@@ -216,7 +216,7 @@ def _assume_cudnn() -> None:
     except RuntimeError:
         cudnn.check_cudnn_version = lambda: 91000
     if jax.default_backend() == "cpu":
-        cudnn.check_compute_capability = lambda capability: True
+        cudnn.check_compute_capability = lambda needed: capability >= float(needed)
 
 
 def _try_compiler(device: jax.Device) -> None:

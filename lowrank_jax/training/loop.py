@@ -58,12 +58,12 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if newest is None:
             params = start.first_params(config, plan.mesh, lambda: reading.result()[0])
             go_back.start = step.first_state(config, params, 0, plan.mesh), Progress()
-        table, (tok, data, amounts) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
+        table, (tok, data, checked) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
         processes.agree("data", data, "give all processes the same files")
         if processes.is_first():
             show(table, needed=False)
-        passes = outlook.passes(config, plan.stages, amounts.tokens)
-        for warning in outlook.data_warnings(config, plan.stages, passes, amounts.bytes):
+        passes = outlook.passes(config, plan.stages, checked)
+        for warning in outlook.data_warnings(config, plan.stages, passes, outlook.corpus_bytes(checked)):
             say(f"warning: {warning}")
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too

@@ -1,11 +1,11 @@
 """The outlook of a run: the time to its end, the passes over its data, and advice where either makes no sense."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from lowrank_jax.config import MOST_STEPS, RunConfig
 from lowrank_jax.data import stream
-from lowrank_jax.data.tokenizer import Tokenizer, pieces_for
+from lowrank_jax.data.stream import Checked
+from lowrank_jax.data.tokenizer import pieces_for
 from lowrank_jax.model import costs
 from lowrank_jax.training.plan import Stage, last_stage
 
@@ -16,25 +16,18 @@ MOST_PASSES, FEWEST_PASSES = 4, 0.05
 VOCAB_SLACK = 4  # a vocabulary may be so many times as large as its corpus suggests
 
 
-class Data(NamedTuple):
-    """About how large a run's data is: bytes of all sources (0: unknown), and tokens by phase and source."""
-
-    bytes: int = 0
-    tokens: dict[str, dict[str, int]] = {}
-
-
-def measure(config: RunConfig, tokenizer: Tokenizer) -> Data:
-    """Return the size of a run's data, from the sizes of its files and a few records of each source."""
-    phases = config.phases.items()
-    tokens = {name: stream.training_tokens(p, tokenizer, chats=name == "sft") for name, p in phases}
-    return Data(stream.corpus_bytes([source for _, p in phases for source in p.sources]), tokens)
+def corpus_bytes(checked: dict[str, dict[str, Checked]]) -> int:
+    """Return about how many bytes the sources of all phases have; 0 where one of them does not tell."""
+    sizes = {spec: source.bytes for sources in checked.values() for spec, source in sources.items()}
+    return sum(sizes.values()) if all(sizes.values()) else 0
 
 
-def passes(config: RunConfig, stages: Sequence[Stage], tokens: dict) -> dict[str, dict[str, float]]:
-    """Return how many times each phase reads each source, by name, without sources of unknown size."""
+def passes(config: RunConfig, stages: Sequence[Stage], checked: dict) -> dict[str, dict[str, float]]:
+    """Return how many times each phase reads each source of `stream.check`, without sources of unknown size."""
     counts = {}
     for phase, p in config.phases.items():
-        steps, sizes = last_stage(stages, phase).phase_steps, tokens.get(phase, {})
+        steps = last_stage(stages, phase).phase_steps
+        sizes = {spec: source.tokens for spec, source in checked.get(phase, {}).items() if source.tokens}
         firsts = sorted({step for source in p.sources for step, _ in source.weight if step < steps})
         reads = dict.fromkeys(sizes, 0.0)
         for first, end in zip(firsts, [*firsts[1:], steps]):

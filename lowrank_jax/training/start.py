@@ -12,7 +12,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import identity, optim, outlook, run_folder, step, track, trained, warmstart
+from lowrank_jax.training import identity, optim, run_folder, step, track, trained, warmstart
 from lowrank_jax.training.checkpoint import Checkpoints
 from lowrank_jax.training.plan import Plan, Progress, stage_at
 from lowrank_jax.training.programs import Programs
@@ -61,7 +61,7 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
     The function checks the data and returns (tokenizer, which a new run trains first; what all processes must share of
-    the data; the size of a new run's data). It takes about as long as compiling.
+    the data; a new run's `stream.Checked` by phase and source). It takes about as long as compiling.
     Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
@@ -79,15 +79,14 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     for p in phases:
         optim.rates(p, step.abstract_state(config).params)  # raises for a `freeze` that matches nothing
 
-    def read_data() -> tuple[Tokenizer, dict, outlook.Data]:
+    def read_data() -> tuple[Tokenizer, dict, dict]:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        # Training reports skipped records.
+        checked = {name: stream.check(p, run_tokenizer, chats=name == "sft") for name, p in config.phases.items()}
         facts = {}
-        for p in phases:
-            fingerprints = stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
-            facts |= {f"the data of {spec}, by its hash": value for spec, value in fingerprints.items()}
-        facts |= {"the tokenizer's hash": run_tokenizer.sha256}
-        is_new = old is None and processes.is_first()
-        return run_tokenizer, facts, outlook.measure(config, run_tokenizer) if is_new else outlook.Data()
+        for sources in checked.values():
+            facts |= {f"the data of {spec}, by its hash": source.fingerprint for spec, source in sources.items()}
+        return run_tokenizer, facts | {"the tokenizer's hash": run_tokenizer.sha256}, {} if old else checked
 
     return config, old, read_data
 

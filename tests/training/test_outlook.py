@@ -68,8 +68,10 @@ def test_only_a_run_of_more_than_a_day_on_a_cpu_is_warned_of_with_the_steps_of_a
 
 def test_passes_are_the_tokens_read_over_the_tokens_of_a_source():
     config = config_of(pretrain__sources="text:a@0:3/50:1, text:b, text:c", sft__sources="json:d")
-    tokens = {"pretrain": {"text:a": 1000, "text:b": 100}, "sft": {"json:d": 2560}}
-    counts = outlook.passes(config, stages_of(config), tokens)
+    tokens = {"pretrain": {"text:a": 1000, "text:b": 100, "text:c": 0}, "sft": {"json:d": 2560}}
+    checked = {phase: {spec: stream.Checked("", 10, n) for spec, n in own.items()} for phase, own in tokens.items()}
+    assert outlook.corpus_bytes(checked) == 40 and outlook.corpus_bytes({}) == 0
+    counts = outlook.passes(config, stages_of(config), checked)
     shares = [(3 / 5 + 1 / 3) / 2, (1 / 5 + 1 / 3) / 2]
     assert counts["pretrain"] == pytest.approx({"text:a": 12.8 * shares[0], "text:b": 128 * shares[1]})
     assert counts["sft"] == {"json:d": 2.0}
@@ -128,10 +130,10 @@ def test_the_tokens_of_a_source_are_estimated_from_a_few_of_its_records(tok, tmp
     exact = 0
     while (batch := batches.next(8, 256)) is not None:
         exact += int(batch["weights"].sum())
-    estimate = stream.training_tokens(p, tok, chats=False)[spec]
+    estimate = stream.check(p, tok, chats=False)[spec].tokens
     assert estimate == pytest.approx(exact, rel=0.35 if kind in ("parquet", "array", "builtin") else 0.1)
     held_out = run_config(pretrain__sources=spec, pretrain__eval_fraction=0.5).pretrain
-    assert stream.training_tokens(held_out, tok, chats=False)[spec] == pytest.approx(estimate / 2, abs=1)
+    assert stream.check(held_out, tok, chats=False)[spec].tokens == pytest.approx(estimate / 2, abs=1)
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
