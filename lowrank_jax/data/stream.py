@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +29,8 @@ from lowrank_jax.machine.console import ABANDONED
 
 MOST_READERS = 8  # most lanes by default; each keeps about 1 MB of documents of every source in memory
 CHECK_READ, CHECK_ENCODED = 2000, 200  # documents of each source that `check` reads and encodes
-# Of a source, whose tokens are estimated: encoding so many takes 0.1 s, and a bucket is asked four times.
-SAMPLE_ROWS, ROWS_OF_BLOCK, SAMPLE_BYTES = 64, 16, 1 << 18
+# Limits of the sample that estimates the tokens of a source: encoding so many takes 0.1 s, and a network is slower.
+SAMPLE_ROWS, ROWS_OF_BLOCK, SAMPLE_BYTES, SAMPLE_SECONDS = 64, 16, 1 << 18, 0.5
 SIGNAL_POLL_SECONDS = 5.0  # between checks for a signal while a batch is awaited
 AHEAD = 2  # batches that are placed on the device before they are used
 MIN_ROWS_PER_LANE = 8  # of every source; if one has fewer, a single lane makes the whole batch
@@ -149,7 +150,7 @@ def corpus_bytes(configs: Sequence[SourceConfig]) -> int:
 
 def _count_tokens(source: Source, tokenizer: Tokenizer, chats: bool) -> float:
     """Return a source's bytes x the tokens per byte of a few of its rows, from blocks all over it."""
-    tokens = size = rows = 0
+    tokens, size, rows, started = 0, 0, 0, time.monotonic()
     for block in range(0, source.blocks, max(source.blocks // SAMPLE_ROWS, 1)):
         with contextlib.suppress(BadRecord, UsageError, OSError):
             for row in itertools.islice(source.rows(block), ROWS_OF_BLOCK):
@@ -157,7 +158,7 @@ def _count_tokens(source: Source, tokenizer: Tokenizer, chats: bool) -> float:
                 tokens += len(packing.encode_document(tokenizer, document, chats)[0])
                 raw = row[2] if isinstance(row, tuple) else None  # a record as it lies in its file
                 size += len(raw) if isinstance(raw, bytes) else blocks.text_bytes(document)
-        if rows >= SAMPLE_ROWS or size >= SAMPLE_BYTES:
+        if rows >= SAMPLE_ROWS or size >= SAMPLE_BYTES or time.monotonic() - started > SAMPLE_SECONDS:
             break
     return getattr(source, "bytes", 0) * tokens / size if size else 0
 
