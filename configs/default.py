@@ -86,7 +86,9 @@ def groups() -> dict:
         },
         "tokenizer": {
             "path": "",  # a SentencePiece model or a run's tokenizer folder; empty: learn a tokenizer from the sources
-            "vocab_size": 32_000,  # size of the learned tokenizer
+            # Pieces of the learned tokenizer. 0: the square root of the sources' bytes, from 512 to 32,000: 1,088 for
+            # 1.2 MB, 2,240 for 5 MB, 32,000 from 1 GB on (`pieces_for` in lowrank_jax/data/tokenizer.py says why)
+            "vocab_size": 0,
             "train_bytes": 20_000_000,  # bytes of text to learn it from
         },
         "pretrain": phase(),

@@ -32,6 +32,7 @@ def get_config(name: str = ""):
     c.pretrain.update(microbatch_tokens=12_288)
     c.sft.update(steps=1_000, microbatch_tokens=12_288, block=1024)
     if name in LARGE:
+        c.tokenizer.update(vocab_size=32_000)
         c.pretrain.update(LARGE[name], block=1024, auto_grow=True, grow_plan="1024,2048,4096")
         c.sft.update(LARGE[name], block=4096, lr=LARGE[name]["lr"] / 5)
     return c

@@ -198,8 +198,6 @@ class RunConfig:
         _check_values(config, "config")
         for name in ("model", "mesh", "optim", "tokenizer", "every"):
             _check_values(getattr(config, name), f"config.{name}")
-        t = config.tokenizer
-        _require(t.path or t.vocab_size, "config.tokenizer.vocab_size=0 must be at least 1")
         _check_model(config.model)
         nothing = "config.pretrain.steps=0 and config.sft.steps=0 leave nothing to train; raise one of them"
         _require(config.phases, f"{nothing}, or use config.pretrain.steps=-1 for config.pretrain.tokens_per_param")

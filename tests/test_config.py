@@ -282,7 +282,7 @@ def test_a_missing_key_is_named():
         ({"optim.name": "sgd"}, "config.optim.name='sgd'"),
         ({"optim.beta2": 1.0}, "config.optim.beta2=1.0"),
         ({"optim.clip": -1.0}, "config.optim.clip"),
-        ({"tokenizer.vocab_size": 0}, "config.tokenizer"),
+        ({"tokenizer.vocab_size": -1}, "config.tokenizer"),
         ({"every.save": 0}, "config.every.save=0"),
         ({"seed": -1}, "config.seed=-1"),
     ],
@@ -292,9 +292,9 @@ def test_an_impossible_value_is_named(changes, named):
 
 
 # Keys with the last value that is allowed and the first that is not; those of a phase for pretraining and SFT.
-EDGES = [("model.vocab model.rank model.mlp model.mlp_rank model.embed_rank seed profile", 0, -1)]
+EDGES = [("tokenizer.vocab_size model.vocab model.rank model.mlp model.mlp_rank model.embed_rank seed profile", 0, -1)]
 EDGES += [("mesh.data mesh.fsdp mesh.tensor", 0, -1)]
-EDGES += [("model.d model.layers model.heads tokenizer.vocab_size tokenizer.train_bytes", 1, 0)]
+EDGES += [("model.d model.layers model.heads tokenizer.train_bytes", 1, 0)]
 EDGES += [("every.log every.eval every.save every.keep every.fp8_check", 1, 0)]
 EDGES += [("memory_gb every.save_minutes optim.weight_decay optim.clip optim.z_loss optim.skip_sigma", 0.0, -1e-9)]
 EDGES += [("optim.beta1 optim.beta2 optim.label_smoothing optim.ema", *ends) for ends in ((0.0, -1e-9), (0.999, 1.0))]
