@@ -6,12 +6,13 @@
 `python -m lowrank_jax.plan --config=configs/custom.py` prints its stages, parameters and cache.
 """
 
-from configs import default
+from lowrank_jax.configs import default
 
 
 def get_config():
     c = default.get_config()
     c.model.update(d=1024, layers=20, heads=32, rank=128, remat=True)
+    c.tokenizer.update(vocab_size=32_000)
     c.pretrain.update(
         steps=150_000,  # 7.4 billion tokens, about 30 a parameter
         tokens_per_step=49_152,

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
 
 def run() -> dict:
     return {
-        "seed": 0,
+        "seed": 0,  # of the weights and of the order of the data
         # fp32 | bf16 | fp16 (with a dynamic loss scale) | fp8 (the MLP's and other wide matmuls; the rest is bf16) |
         # auto: bf16 on an accelerator, fp32 on a CPU. Weights and optimizer state are always fp32.
         "precision": "auto",
@@ -26,15 +26,15 @@ def run() -> dict:
 
 def groups() -> dict:
     return {
+        # The figures for rank, rank_split, latent_norm and lr come from docs/results.md.
         "model": {
             "vocab": 0,  # size of the vocabulary; 0: the tokenizer's
             "d": 512,  # width
-            "layers": 8,
+            "layers": 8,  # depth: blocks of attention and MLP
             "heads": 16,  # must divide d
             # Heads of keys and values, each for heads / kv_heads heads of queries (GQA, arXiv 2305.13245; 1 is MQA);
             # 0: as many as heads. Only dense models' caches shrink by it, and no export takes it.
             "kv_heads": 0,
-            # The figures for rank, rank_split, latent_norm and lr come from docs/results.md.
             # Mean rank R of Q, K, V, O; 0: dense, without latents. R = d/8 has 75% fewer attention parameters than
             # dense and ended 0.010 bits per byte higher after the same steps. R = d/4 ended 0.020 lower than d/8, with
             # twice the cache.
@@ -86,7 +86,9 @@ def groups() -> dict:
         },
         "tokenizer": {
             "path": "",  # a SentencePiece model or a run's tokenizer folder; empty: learn a tokenizer from the sources
-            "vocab_size": 32_000,  # size of the learned tokenizer
+            # Pieces of the learned tokenizer. 0: the square root of the sources' bytes, from 512 to 32,000: 1,088 for
+            # 1.2 MB, 2,240 for 5 MB, 32,000 from 1 GB on (`pieces_for` in lowrank_jax/data/tokenizer.py says why)
+            "vocab_size": 0,
             "train_bytes": 20_000_000,  # bytes of text to learn it from
         },
         "pretrain": phase(),
@@ -118,7 +120,7 @@ def phase(**changes) -> dict:
         # -1: tokens_per_param x parameters / tokens_per_step. 0: none. With pretrain.steps=0, SFT trains the weights of
         # init_from alone; without init_from, it means -1, as in older configs.
         "steps": -1,
-        "tokens_per_param": 25.0,
+        "tokens_per_param": 25.0,  # tokens to train on for each parameter, with steps=-1
         "tokens_per_step": 49_152,  # 3 x 2^14: divisible by 256, 512, 768, 1024, 1536, 2048, ...
         # Most tokens of a microbatch on a device, but at least one row; gradients of microbatches are accumulated. It
         # is lowered where they do not fit into memory. 0: as many tokens as fit

@@ -1,4 +1,4 @@
-"""A config from a YAML file with the same keys: --config=configs/from_yaml.py:my.yaml.
+"""A config from a YAML file with the same keys: --config=from_yaml:my.yaml.
 
 A key may also stand at the top level, without its group, as in the files of many trainers. A key that pretrain and sft
 share then means pretrain's:
@@ -19,14 +19,14 @@ import math
 
 import yaml
 
-from configs import default
 from lowrank_jax.config import UsageError, local_path
+from lowrank_jax.configs import default
 
 MOST_VALUES = 100_000
 
 
 def get_config(path: str = ""):
-    path = local_path(path, "--config=configs/from_yaml.py:PATH")
+    path = local_path(path, "--config=from_yaml:PATH")
     try:
         with open(path, encoding="utf-8") as f:
             text = f.read()
@@ -34,7 +34,7 @@ def get_config(path: str = ""):
             raise UsageError(f"{path} has more than {MOST_VALUES:,} values where its aliases are written out")
         values = yaml.safe_load(text)
     except OSError as e:
-        raise UsageError(f"--config=configs/from_yaml.py:PATH: {path or 'PATH is missing'}: {e.strerror}") from None
+        raise UsageError(f"--config=from_yaml:PATH: {path or 'PATH is missing'}: {e.strerror}") from None
     except RecursionError:
         raise UsageError(f"{path} is not YAML for a config: its values are nested too deeply") from None
     except (yaml.YAMLError, ValueError) as e:  # a date or a number that cannot be is a ValueError

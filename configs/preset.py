@@ -1,10 +1,10 @@
-"""Model sizes by name: --config=configs/preset.py:base17. All have R = d/8: attention with 75% fewer parameters.
+"""Model sizes by name: --config=preset:base17. All have R = d/8: attention with 75% fewer parameters.
 
 The two large presets were planned and never trained: `lowrank_jax.plan --topology` shows their needs (docs/scaling.md).
 """
 
-from configs import default
 from lowrank_jax.config import UsageError
+from lowrank_jax.configs import default
 
 PRESETS = {
     "small": {"d": 512, "layers": 8, "heads": 16, "rank": 64},
@@ -26,12 +26,13 @@ LARGE = {
 
 def get_config(name: str = ""):
     if name not in PRESETS:
-        raise UsageError(f"--config=configs/preset.py:NAME needs a NAME out of {', '.join(PRESETS)}, not {name!r}")
+        raise UsageError(f"--config=preset:NAME needs a NAME out of {', '.join(PRESETS)}, not {name!r}")
     c = default.get_config()
     c.model.update(PRESETS[name])
     c.pretrain.update(microbatch_tokens=12_288)
     c.sft.update(steps=1_000, microbatch_tokens=12_288, block=1024)
     if name in LARGE:
+        c.tokenizer.update(vocab_size=32_000)
         c.pretrain.update(LARGE[name], block=1024, auto_grow=True, grow_plan="1024,2048,4096")
         c.sft.update(LARGE[name], block=4096, lr=LARGE[name]["lr"] / 5)
     return c

@@ -6,7 +6,7 @@ It takes about 10 CPU minutes. Two choices make it quick (scripts/bench/step.py)
 of 4,096 stays in the processor's cache, and unrolled layers are faster than scanned ones.
 """
 
-from configs import default
+from lowrank_jax.configs import default
 
 
 def get_config():

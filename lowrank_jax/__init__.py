@@ -91,3 +91,31 @@ def _version() -> str:
         return metadata.version("lowrank_jax")
     except metadata.PackageNotFoundError:  # a copy of the package alone
         return "0+unknown"
+
+
+def _refuse_others(name: str) -> None:
+    """Exit for a `python -m NAME` that is no program: Python would import it, do nothing, and report success."""
+    import os
+
+    path = os.path.join(__path__[0], *name.split(".")[1:])
+    for file in filter(os.path.isfile, (f"{path}.py", f"{path}/__main__.py")):
+        with open(file, encoding="utf-8") as f:
+            if '__name__ == "__main__"' in f.read():
+                return
+    from lowrank_jax import __main__
+
+    __main__.refuse(name)
+
+
+def _run_by_name() -> str:
+    """Return the module of this package that `python -m` is about to run, or an empty text."""
+    import sys
+
+    if sys.argv[:1] != ["-m"]:  # so it is while Python looks for the module (documented at sys.argv)
+        return ""
+    _, package, module = sys.orig_argv[-len(sys.argv)].rpartition("lowrank_jax.")
+    return package + module
+
+
+if _name := _run_by_name():
+    _refuse_others(_name)

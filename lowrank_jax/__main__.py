@@ -1,8 +1,12 @@
-"""Run any command of the package: `python -m lowrank_jax COMMAND ...`; `COMMAND --help` lists its flags."""
+"""Run any command of the package: `python -m lowrank_jax COMMAND ...`, or `lowrank COMMAND ...` where it is installed.
+
+`COMMAND --help` lists its flags.
+"""
 
 import ast
 import difflib
 import importlib
+import os
 import pathlib
 import sys
 
@@ -11,17 +15,19 @@ from lowrank_jax.machine import startup
 COMMANDS = {  # the file below lowrank_jax/ and its function that takes the arguments
     "train": ("main", "command"),
     "plan": ("plan", "command"),
+    "config": ("cli", "list_keys"),
     "evaluate": ("evaluate", "command"),
     "generate": ("generate", "command"),
+    "chat": ("generate", "chat"),
     "serve": ("serve", "command"),
     "report": ("report", "command"),
     "compress": ("compress", "command"),
     "import": ("importer", "command"),
     "export": ("export.__main__", "command"),
     "tokenize": ("data.__main__", "tokenize"),
-    "learn_tokenizer": ("data.__main__", "learn_tokenizer"),
-    "verify_resume": ("training.__main__", "command"),
-    "launch_local": ("machine.__main__", "command"),
+    "learn-tokenizer": ("data.__main__", "learn_tokenizer"),
+    "verify-resume": ("training.__main__", "command"),
+    "launch-local": ("machine.__main__", "command"),
 }
 
 
@@ -34,19 +40,41 @@ def summary(module: str, function: str) -> str:
     return next(filter(None, texts), "").split("\n")[0]
 
 
-def main() -> None:
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name not in COMMANDS:
-        from lowrank_jax.machine import console  # imports tqdm, which `train` need not import before it restarts
+def unknown(name: str) -> str:
+    """Return the error for a name that is no command, or for a module that is none, such as lowrank_jax.trainer."""
+    commands = {command: command for command in COMMANDS} | {"main": "train", "importer": "import"}
+    is_module = name.startswith("lowrank_jax.")
+    for part in reversed(name.removeprefix("lowrank_jax.").split(".")):
+        if near := difflib.get_close_matches(part.replace("_", "-"), commands):
+            break
+    near = dict.fromkeys(commands[word] for word in near or COMMANDS)
+    if is_module:
+        return f"error: {name} is no command; use python -m lowrank_jax {' | '.join(near)}"
+    return f"error: unknown command {name!r}; use {', '.join(near)}"
 
-        startup.open_streams()
-        console.prepare_streams()
-        if name in ("-h", "--help"):
-            lines = [f"  {name:16} {summary(*COMMANDS[name])}" for name in COMMANDS]
-            return console.show("\n".join([__doc__, *lines]), needed=False)
-        near = difflib.get_close_matches(name, COMMANDS) or COMMANDS
-        console.say(f"error: unknown command {name!r}; use {', '.join(near)}")
-        sys.exit(2)
+
+def refuse(name: str) -> None:
+    """Say that a name is no command, and exit."""
+    _console().say(unknown(name))
+    sys.exit(2)
+
+
+def _console():
+    startup.open_streams()
+    from lowrank_jax.machine import console  # imports tqdm, which `train` need not import before it restarts
+
+    console.prepare_streams()
+    return console
+
+
+def main() -> None:
+    word, *arguments = sys.argv[1:] or ["--help"]
+    name = word.replace("_", "-")
+    if name in ("-h", "--help", "help"):
+        lines = [f"  {name:16} {summary(*COMMANDS[name])}" for name in COMMANDS]
+        return _console().show("\n".join([__doc__, *lines]), needed=False)
+    if name not in COMMANDS:
+        refuse(word)
     if name == "train":
         startup.prepare()  # before JAX is imported
     module, function = COMMANDS[name]
@@ -54,7 +82,8 @@ def main() -> None:
     cli = importlib.import_module("lowrank_jax.cli")  # imports JAX, as the command does
     if name == "train":
         startup.spare_imports()
-    sys.argv = [f"lowrank_jax {name}", *arguments]
+    program = "lowrank" if os.path.basename(sys.argv[0]) == "lowrank" else "lowrank_jax"
+    sys.argv = [f"{program} {name}", *arguments]
     cli.main(command)
 
 

@@ -2,23 +2,32 @@
 
 Exit status: 0 done; 2 a usage, config or data error; 1 any other failure; 128 + signal after SIGTERM, SIGINT or SIGHUP.
 `--config=FILE.py[:ARG]` and `--config.a.b=value` are ml_collections config flags. Only this file imports them; it hands
-on a frozen RunConfig.
+on a frozen RunConfig. FILE may be the name of a shipped config, such as quickstart or preset:base.
 """
 
 import argparse
 import contextlib
 import copy
+import difflib
+import functools
 import hashlib
+import importlib.util
+import operator
 import os
+import pathlib
 import platform
+import re
 import signal
 import sys
+import textwrap
 import threading
 import traceback
+from collections.abc import Iterable
 
 from absl import flags
 from ml_collections import config_flags
 
+from lowrank_jax import configs, keys
 from lowrank_jax.config import RunConfig, RunFailure, UsageError, local_path
 from lowrank_jax.machine import console, processes, startup
 
@@ -36,33 +45,76 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
     def add_path(self, flag: str, **options):
-        """Add a flag that takes a local path, with its `~` expanded."""
-        self.add_argument(flag, type=lambda text: local_path(text, flag), **options)
+        """Add a flag that takes a local path, with its `~` expanded; --config takes a shipped config's name as well."""
+        self.add_argument(
+            flag, type=config_path if flag == "--config" else lambda text: local_path(text, flag), **options
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse what is known, with `-` or `_` between the words of a flag."""
+        same = {name.replace("_", "-"): name for name in self._option_string_actions}
+        split = [arg.partition("=") for arg in (sys.argv[1:] if args is None else args)]
+        spelled = [same.get(name.replace("_", "-"), name) + "".join(value) for name, *value in split]
+        return super().parse_known_args(spelled, namespace)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        values, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{_meant(rest[0], self._option_string_actions, {})}")
+        return values
 
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
-        self.add_path("--config", metavar="FILE", help="such as configs/custom.py or configs/preset.py:base")
-        self.epilog = "any key of the config can be set with --config.group.key=value; configs/default.py lists them"
+        self.add_path("--config", metavar="FILE", help=f"a file, or a shipped config: {', '.join(shipped_configs())}")
+        keys_advice = "`python -m lowrank_jax config` lists them"
+        self.epilog = f"any key of the config can be set with --config.group.key=value; {keys_advice}"
         args, rest = self.parse_known_args(argv)
         if args.config is None:
-            raise UsageError("--config=FILE is missing, such as --config=configs/quickstart.py")
-        return args, read_config([f"--config={args.config}", *rest])
+            raise UsageError("--config=FILE is missing, such as --config=quickstart")
+        return args, read_config([f"--config={args.config}", *rest], own_flags=self._option_string_actions)
 
 
-def read_config(config_args: list[str], changes: dict | None = None) -> RunConfig:
-    """Return the checked config of `--config=FILE --config.a.b=v ...` and `changes`; raises UsageError in one line."""
-    path = local_path(config_args[0].removeprefix("--config="), "--config")
-    if not os.path.isfile(path.split(":")[0]):
-        raise UsageError(f"--config={path}: no such file")
+def shipped_configs() -> list[str]:
+    """Return the names of the configs of the package, which --config takes in place of a path."""
+    files = pathlib.Path(configs.__path__[0]).glob("[a-z]*.py")
+    return sorted(file.stem for file in files)
+
+
+def config_path(text: str) -> str:
+    """Return the path of a config, with its argument: `quickstart` and `preset:base` are shipped, unless a file is."""
+    name, colon, argument = text.partition(":")
+    if re.fullmatch(r"[a-z]\w*", name) and name in shipped_configs() and not os.path.isfile(name):
+        return os.path.join(configs.__path__[0], f"{name}.py") + colon + argument
+    return local_path(text, "--config")
+
+
+def read_config(config_args: list[str], changes: dict | None = None, own_flags: Iterable[str] = ()) -> RunConfig:
+    """Return the checked config of `--config=FILE --config.a.b=v ...` and `changes`; raises UsageError in one line.
+
+    `own_flags` are those of the command, for the answer to a flag that is unknown.
+    """
+    path = config_path(config_args[0].removeprefix("--config="))
+    name, colon, argument = path.partition(":")
+    if not os.path.isfile(name):
+        near = difflib.get_close_matches(pathlib.Path(name).stem, shipped_configs(), 1)
+        advice = (
+            f"did you mean --config={near[0]}{colon}{argument}?" if near else f"shipped: {', '.join(shipped_configs())}"
+        )
+        raise UsageError(f"--config={path}: no such file; {advice}")
+    root = keys.tree(RunConfig)
+    overrides = _overrides(config_args[1:], root)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     # config_flags looks for overrides in sys.argv.
-    argv, sys.argv = sys.argv, ["lowrank_jax", f"--config={path}", *config_args[1:]]
+    argv, sys.argv = sys.argv, ["lowrank_jax", f"--config={path}", *overrides]
     try:
-        unused = values(sys.argv)[1:]
+        with _imports_of_configs():
+            unused = values(sys.argv)[1:]
         config = values["config"].value.to_dict()
     except UsageError:
         raise
+    except flags.UnrecognizedFlagError as e:
+        raise UsageError(f"unknown argument --{e.flagname}{_meant(e.flagname, own_flags, root)}") from None
     except Exception as e:  # a config is a program: it may raise anything
         raise UsageError(f"--config: {' '.join(_reason(e).split())}") from None
     finally:
@@ -74,6 +126,78 @@ def read_config(config_args: list[str], changes: dict | None = None) -> RunConfi
     if checked.pretrain.steps == -1 and config["pretrain"]["steps"] in (0, "0"):
         console.say("config.pretrain.steps=0 without config.init_from means -1: from config.pretrain.tokens_per_param")
     return checked
+
+
+@contextlib.contextmanager
+def _imports_of_configs():
+    """Let a config import its neighbours, as under `python -m`, and `configs`, as those of older versions do."""
+    sys.path.append("")
+    if is_new := not importlib.util.find_spec("configs"):
+        sys.modules["configs"] = configs
+    try:
+        yield
+    finally:
+        if "" in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index("")]
+        if is_new:
+            sys.modules.pop("configs", None)
+
+
+def _overrides(args: list[str], root: dict) -> list[str]:
+    """Return `--config.key=value` flags with every whole number, such as 1e3, written out; raises UsageError."""
+    written, rest = [], iter(args)
+    for arg in rest:
+        key, has_value, value = arg.partition("=")
+        match = re.fullmatch(r"--?(?:no)?config\.(.+)", key)
+        kind, problem = keys.lookup(match[1], root) if match else (None, "")
+        if problem:
+            raise UsageError(problem)
+        if kind is int:  # config_flags would refuse 1e3
+            value = value if has_value else next(rest, "")
+            try:
+                arg = f"{key}={keys.whole(value)}"
+            except ValueError:
+                raise UsageError(f"config.{match[1]}={value!r:.200} must be a whole number") from None
+        written.append(arg)
+    return written
+
+
+def _meant(flag: str, own_flags: Iterable[str], root: dict) -> str:
+    """Return a suffix for the error of an unknown flag: a flag like it, or the config's key of that name."""
+    name = flag.split("=")[0].lstrip("-")
+    near = difflib.get_close_matches(f"--{name}", own_flags, 1, 0.8)
+    if not near and root:
+        is_path = "." in name and not keys.lookup(name, root)[1]
+        key = name if is_path else keys.meant(name.split(".")[-1], "config", root, root).removeprefix("config.")
+        near = [f"--config.{key}"] if key else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def list_keys(argv: list[str]) -> dict:
+    """List the keys of a config with their defaults and meanings: all, or those with WORD in their path.
+
+    python -m lowrank_jax config warmup
+    """
+    from lowrank_jax.configs import default
+
+    parser = Parser(list_keys.__doc__)
+    parser.add_argument("word", nargs="?", default="", metavar="WORD", help="such as lr, sft.lr or mesh")
+    word = parser.parse_args(argv).word.removeprefix("config.")
+    root, meanings = keys.tree(RunConfig), keys.meanings(pathlib.Path(default.__file__).read_text(encoding="utf-8"))
+    values, first_paths, rows = default.get_config().to_dict(), {}, []
+    for path in (path for path in keys.paths(root) if word in path):
+        group, _, key = path.rpartition(".")
+        if group and not any(row["key"].startswith(f"{group}.") for row in rows):
+            console.show("\n".join(["", *textwrap.wrap(f"{group}: {meanings[group]}".rstrip(": "), 100)]))
+        value, text = functools.reduce(operator.getitem, path.split("."), values), meanings[path]
+        written = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        original = first_paths.setdefault((key, text), path)
+        lines = textwrap.wrap(text if original == path else f"as config.{original}", 94)
+        console.show("\n      ".join([f"  --config.{path}={written}", *lines]))
+        rows.append({"key": path, "default": value, "meaning": text})
+    if not rows:
+        raise UsageError(keys.lookup(word, root)[1] or f"no key of the config has {word} in its path")
+    return {"keys": rows}
 
 
 def changed(config: dict, changes: dict) -> dict:

@@ -5,7 +5,6 @@ configs/default.py explains every key beside its default.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -14,6 +13,8 @@ import reprlib
 import typing
 from dataclasses import dataclass
 from typing import Annotated
+
+from lowrank_jax import keys
 
 
 class UsageError(Exception):
@@ -197,8 +198,6 @@ class RunConfig:
         _check_values(config, "config")
         for name in ("model", "mesh", "optim", "tokenizer", "every"):
             _check_values(getattr(config, name), f"config.{name}")
-        t = config.tokenizer
-        _require(t.path or t.vocab_size, "config.tokenizer.vocab_size=0 must be at least 1")
         _check_model(config.model)
         nothing = "config.pretrain.steps=0 and config.sft.steps=0 leave nothing to train; raise one of them"
         _require(config.phases, f"{nothing}, or use config.pretrain.steps=-1 for config.pretrain.tokens_per_param")
@@ -249,8 +248,7 @@ def _build(cls, values, path: str):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            near = difflib.get_close_matches(name := str(key)[:100], hints, 1)
-            raise UsageError(f"unknown config key {path}.{name}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UsageError(keys.unknown(str(key), path, hints, {} if cls is SourceConfig else keys.tree(RunConfig)))
     for key in hints:
         _require(key in values, f"config key {path}.{key} is missing; see configs/default.py")
     return cls(**{key: _convert(hint, values[key], f"{path}.{key}") for key, hint in hints.items()})
@@ -278,7 +276,7 @@ def _convert(hint, value, path: str):
         return value
     if hint in (int, float) and not isinstance(value, bool):
         try:
-            number = hint(value) if isinstance(value, (int, float, str)) else math.nan
+            number = (keys.whole if hint is int else float)(value) if isinstance(value, (int, float, str)) else math.nan
             if (hint is float or isinstance(value, str) or number == value) and abs(number) < math.inf:  # 3.5 is no int
                 _require(abs(number) < 2**63, f"{path}={shown(value)} must be below 2**63")
                 return number + 0  # 0.0 for -0.0

@@ -82,5 +82,10 @@ def command(argv: list[str]) -> dict:
     return {"prompt": args.prompt} | facts
 
 
+def chat(argv: list[str]) -> dict:
+    """Talk with a trained model in the terminal: `generate --chat`."""
+    return command(["--chat", *argv])
+
+
 if __name__ == "__main__":
     cli.main(command)

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import math
 import os
+import pathlib
 import re
 import time
 
@@ -14,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import default
-from lowrank_jax.config import RunConfig, UsageError, local_path
+from lowrank_jax import keys
+from lowrank_jax.config import RunConfig, SourceConfig, UsageError, local_path
 
+KEYS = keys.tree(RunConfig)
 DEFAULTS = default.get_config().to_dict()
 GROW = {"pretrain.auto_grow": True, "pretrain.block": 256, "pretrain.tokens_per_step": 49_152}
 ONE_SFT_STEP = {"sft.steps": 1}
@@ -170,6 +174,64 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(changes, named, near
     assert rejection(changes) == f"unknown config key {named}; did you mean {near}?"
 
 
+@pytest.mark.parametrize(
+    "dotted, meant",
+    [
+        ("pretrain.batch_size", "tokens_per_step"),
+        ("sft.learning_rate", "lr"),
+        ("sft.max-steps", "steps"),
+        ("model.hidden_size", "d"),
+        ("every.save_every", "save"),
+        ("lr", "config.pretrain.lr"),
+        ("batch_size", "config.pretrain.tokens_per_step"),
+        ("model.vocab_size", "config.tokenizer.vocab_size"),
+        ("model.optimizer", "config.optim.name"),
+        ("pretrain.bach_size", "tokens_per_step"),
+        ("pretrain.dataset", "sources"),
+    ],
+)
+def test_a_key_of_another_group_or_of_another_trainer_is_answered_with_ours(dotted, meant):
+    message = f"unknown config key config.{dotted}; did you mean {meant}?"
+    assert keys.lookup(dotted, KEYS)[1] == message
+    *group, key = dotted.split(".")
+    group = changed({})[group[0]] if group else changed({})
+    group[key] = 3
+    with pytest.raises(UsageError) as caught:
+        RunConfig.from_dict(changed({dotted.split(".")[0]: group} if "." in dotted else {dotted: 3}))
+    assert str(caught.value) == message
+
+
+def test_every_synonym_means_a_key_and_is_none():
+    source = [field.name for field in dataclasses.fields(SourceConfig)]
+    paths = keys.paths(KEYS)
+    names = {path.split(".")[-1] for path in paths}
+    for key, words in keys.SYNONYMS.items():
+        assert key in paths or key in names or key in source, key
+        for word in words.split():
+            group = "config.pretrain.sources[0]" if key in source else "config"
+            siblings, root = (source, {}) if key in source else (KEYS, KEYS)
+            assert keys.meant(word, group, siblings, root).split(".")[-1] == key.split(".")[-1], word
+
+
+@pytest.mark.parametrize("text, number", [("1e3", 1000), ("3.0", 3), ("1_000", 1000), ("0x10", 16), ("2.5e1", 25)])
+def test_a_whole_number_may_be_written_with_an_exponent(text, number):
+    assert RunConfig.from_dict(changed({"pretrain.steps": text})).pretrain.steps == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-1", "nan", "inf", "1e999999999", "snan", "", "ten"])
+def test_any_other_number_is_no_whole_number(text):
+    assert rejection({"pretrain.steps": text}) == f"config.pretrain.steps={text!r} must be a whole number"
+
+
+def test_every_key_has_a_meaning_beside_its_default():
+    meanings = keys.meanings(pathlib.Path(default.__file__).read_text())
+    assert not [path for path in keys.paths(KEYS) if not meanings.get(path)]
+    assert meanings["every.log"] == "steps between two logged losses"
+    assert meanings["model.heads"] == "must divide d"
+    assert meanings["pretrain.schedule"] == "wsd (warm-up, stable, linear decay) | cosine | linear"
+    assert meanings["mesh"].startswith("Devices along each axis; their product")
+
+
 def test_a_missing_key_is_named():
     values = changed({})
     del values["model"]["rank"]
@@ -220,7 +282,7 @@ def test_a_missing_key_is_named():
         ({"optim.name": "sgd"}, "config.optim.name='sgd'"),
         ({"optim.beta2": 1.0}, "config.optim.beta2=1.0"),
         ({"optim.clip": -1.0}, "config.optim.clip"),
-        ({"tokenizer.vocab_size": 0}, "config.tokenizer"),
+        ({"tokenizer.vocab_size": -1}, "config.tokenizer"),
         ({"every.save": 0}, "config.every.save=0"),
         ({"seed": -1}, "config.seed=-1"),
     ],
@@ -230,9 +292,9 @@ def test_an_impossible_value_is_named(changes, named):
 
 
 # Keys with the last value that is allowed and the first that is not; those of a phase for pretraining and SFT.
-EDGES = [("model.vocab model.rank model.mlp model.mlp_rank model.embed_rank seed profile", 0, -1)]
+EDGES = [("tokenizer.vocab_size model.vocab model.rank model.mlp model.mlp_rank model.embed_rank seed profile", 0, -1)]
 EDGES += [("mesh.data mesh.fsdp mesh.tensor", 0, -1)]
-EDGES += [("model.d model.layers model.heads tokenizer.vocab_size tokenizer.train_bytes", 1, 0)]
+EDGES += [("model.d model.layers model.heads tokenizer.train_bytes", 1, 0)]
 EDGES += [("every.log every.eval every.save every.keep every.fp8_check", 1, 0)]
 EDGES += [("memory_gb every.save_minutes optim.weight_decay optim.clip optim.z_loss optim.skip_sigma", 0.0, -1e-9)]
 EDGES += [("optim.beta1 optim.beta2 optim.label_smoothing optim.ema", *ends) for ends in ((0.0, -1e-9), (0.999, 1.0))]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lowrank_jax import cli
-from lowrank_jax.config import UsageError
+from lowrank_jax import cli, keys
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.training import forecast
 from lowrank_jax.training.plan import make
 
@@ -51,6 +51,91 @@ def test_the_command_line_of_the_design_grows_any_config():
     stages = described("default.py", *[f"--config.pretrain.{setting}" for setting in grow])["stages"]
     assert [(s["seq_len"], s["steps"]) for s in stages] == [(n, 25_000) for n in (256, 512, 768, 1024, 1536, 2048)]
     assert len({s["seq_len"] * s["batch"] for s in stages}) == 1
+
+
+@pytest.mark.parametrize(
+    "name, file", [("quickstart", "quickstart.py"), ("preset:base", "preset.py:base"), ("default", "default.py")]
+)
+def test_a_shipped_config_has_a_name_in_every_folder(name, file, tmp_path, monkeypatch):
+    by_path = cli.read_config([f"--config=configs/{file}"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name.split(":")[0]).mkdir()  # a run may have the name, too
+    assert cli.read_config([f"--config={name}"]) == by_path
+    assert name.split(":")[0] in cli.shipped_configs()
+
+
+def test_a_file_comes_before_a_shipped_config_and_may_start_from_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "from lowrank_jax.configs import default\ndef get_config(d='64'):\n    c = default.get_config()\n"
+    (tmp_path / "custom").write_text(text + "    c.model.update(d=int(d), heads=2, rank=8)\n    return c\n")
+    assert cli.read_config(["--config=custom"]).model.d == 64
+    assert cli.read_config(["--config=./custom:32"]).model.d == 32
+    (tmp_path / "my.yaml").write_text("steps: 1e3")
+    assert cli.read_config(["--config=from_yaml:my.yaml"]).pretrain.steps == 1000
+
+
+@pytest.mark.parametrize(
+    "path, advice",
+    [
+        ("quickstrat", "did you mean --config=quickstart?"),
+        ("configs/quickstart.py", "did you mean --config=quickstart?"),
+        ("somewhere/preset.py:base", "did you mean --config=preset:base?"),
+        ("zzz", "shipped: custom, default, from_yaml, preset, quickstart"),
+    ],
+)
+def test_a_config_that_is_missing_is_answered_with_the_shipped_one(path, advice, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        cli.read_config([f"--config={path}"])
+    assert str(caught.value) == f"--config={path}: no such file; {advice}"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--config.pretrain.batch_size=8"],
+            "unknown config key config.pretrain.batch_size; did you mean tokens_per_step?",
+        ),
+        (["--config.lr=1e-3"], "unknown config key config.lr; did you mean config.pretrain.lr?"),
+        (["--config.pretain.lr=1"], "unknown config key config.pretain; did you mean pretrain?"),
+        (["--learning_rate=1"], "unknown argument --learning_rate; did you mean --config.pretrain.lr?"),
+        (["--sft.lr=1"], "unknown argument --sft.lr; did you mean --config.sft.lr?"),
+        (["--topologi=cpu"], "unknown argument --topologi; did you mean --topology?"),
+        (["--config.every.log=1.5"], "config.every.log='1.5' must be a whole number"),
+        (["--config.every.log", "1.5"], "config.every.log='1.5' must be a whole number"),
+    ],
+)
+def test_a_flag_that_is_wrong_is_answered_with_the_key_that_was_meant(flags, message):
+    with pytest.raises(UsageError) as caught:
+        cli.read_config(["--config=default", *flags], own_flags=["--json", "--topology"])
+    assert str(caught.value) == message
+
+
+def test_whole_numbers_on_the_command_line_may_have_an_exponent():
+    flags = [
+        "--config.every.log=1e3",
+        "--config.every.eval",
+        "2e3",
+        "--config.pretrain.lr=1e-2",
+        "--config.model.remat",
+    ]
+    config = cli.read_config(["--config=default", *flags])
+    assert (config.every.log, config.every.eval, config.pretrain.lr, config.model.remat) == (1000, 2000, 0.01, True)
+
+
+def test_the_list_of_keys_has_each_with_its_default_and_meaning(capsys):
+    rows = cli.list_keys([])["keys"]
+    assert [row["key"] for row in rows] == keys.paths(keys.tree(RunConfig)) and all(row["meaning"] for row in rows)
+    text = capsys.readouterr().out
+    assert "  --config.optim.clip=1.0\n      largest norm of the gradient; 0: no limit\n" in text
+    assert (
+        "  --config.sft.warmup=0.05\n      as config.pretrain.warmup\n" in text
+        and max(map(len, text.split("\n"))) <= 100
+    )
+    assert [row["key"] for row in cli.list_keys(["config.sft.lr"])["keys"]][:2] == ["sft.lr", "sft.lr_core"]
+    with pytest.raises(UsageError, match="did you mean config.pretrain.tokens_per_step"):
+        cli.list_keys(["batch_size"])
 
 
 FLAT = (

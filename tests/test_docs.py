@@ -106,6 +106,7 @@ def own(words: list[str]) -> tuple[str, str, list[str]] | None:
             arguments = words[i + 1 :]
         else:
             continue
+        name = name.replace("_", "-")  # as the program reads it
         return (*COMMANDS[name], arguments) if name in COMMANDS else None if name == "--help" else (name, "", arguments)
     return None
 

@@ -4,7 +4,7 @@ import ast
 import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "lowrank_jax"
-ROOMS = ["config", "machine", "model", "data", "inference", "training", "export"]  # above them lie the commands
+ROOMS = ["keys", "config", "machine", "model", "data", "inference", "training", "export"]  # above them lie the commands
 APART = {("data", "model"), ("data", "jax"), ("data", "flax")}  # a room and what it does not know, though it lies below
 KEEPERS = {"orbax": "training/checkpoint", "flax": "model/network", "ml_collections": "cli", "pyarrow": "data/tables"}
 KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "qwix": "inference/quantize"}

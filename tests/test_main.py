@@ -1,5 +1,6 @@
 """`python -m lowrank_jax` lists the commands without JAX, runs them, and names near matches of an unknown one."""
 
+import ast
 import importlib
 import os
 import pathlib
@@ -9,6 +10,9 @@ import sys
 import pytest
 import runs
 
+import lowrank_jax
+from lowrank_jax import __main__ as program
+from lowrank_jax import cli, generate
 from lowrank_jax.__main__ import COMMANDS
 from lowrank_jax.config import UsageError
 
@@ -41,6 +45,68 @@ def test_an_unknown_command_is_one_line_with_its_near_matches():
     assert done.stderr.count("\n") == 1 and all(name in done.stderr for name in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("trian", "error: unknown command 'trian'; use train"),
+        ("verfy_resume", "error: unknown command 'verfy_resume'; use verify-resume"),
+        ("main", "error: unknown command 'main'; use train"),
+        ("lowrank_jax.trainer", "error: lowrank_jax.trainer is no command; use python -m lowrank_jax train"),
+        ("lowrank_jax.config", "error: lowrank_jax.config is no command; use python -m lowrank_jax config"),
+        (
+            "lowrank_jax.inference.server",
+            "error: lowrank_jax.inference.server is no command; use python -m lowrank_jax serve",
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_command_that_was_meant(name, near):
+    assert program.unknown(name) == near
+
+
+def test_a_module_that_is_no_program_is_refused_when_it_is_run(monkeypatch):
+    refused = []
+    monkeypatch.setattr(program, "refuse", refused.append)
+    package, programs, modules = pathlib.Path(lowrank_jax.__path__[0]), [], []
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        blocks = [ast.unparse(node.test) for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+        name = ".".join(parts[:-1] if parts[-1] in ("__init__", "__main__") else parts)
+        (programs if "__name__ == '__main__'" in blocks else modules).append(name)
+    modules = [name for name in modules if name not in programs]
+    for name in [*programs, *modules, "lowrank_jax.trainer", "lowrank_jax.configs.quickstart"]:
+        lowrank_jax._refuse_others(name)
+    assert len(programs) >= 12 and len(modules) > 60
+    assert refused == [*modules, "lowrank_jax.trainer", "lowrank_jax.configs.quickstart"]
+
+
+@pytest.mark.parametrize("option", [["-m", "lowrank_jax.config"], ["-mlowrank_jax.config", "--help", "-m"]])
+def test_python_m_of_a_module_that_is_no_program_is_one_line_and_status_2(option):
+    done = subprocess.run([sys.executable, *option], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: lowrank_jax.config is no command; use python -m lowrank_jax config\n"
+
+
+def test_dashes_and_underscores_are_alike_in_commands_and_flags(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "main", lambda command: started.append((command.__name__, sys.argv)))
+    for name in ("learn-tokenizer", "learn_tokenizer"):
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/lowrank", name, "--help"])
+        program.main()
+    assert started == [("learn_tokenizer", ["lowrank learn-tokenizer", "--help"])] * 2
+    for flag in ("--max-tokens", "--max_tokens"):
+        assert generate.arguments(["--workdir=run", "--prompt=a=b", f"{flag}=7", "--top-p", "0.5"]).max_tokens == 7
+
+
+def test_chat_is_generate_with_chat(monkeypatch):
+    monkeypatch.setattr(generate, "command", lambda argv: argv)
+    assert generate.chat(["--workdir=run"]) == ["--chat", "--workdir=run"]
+
+
+def test_an_unknown_flag_is_answered_with_the_flag_that_was_meant():
+    with pytest.raises(UsageError, match="^unrecognized arguments: --max_token=3; did you mean --max_tokens"):
+        generate.arguments(["--workdir=run", "--prompt=x", "--max_token=3"])
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_refuses_an_unknown_flag(name):
     module, function = COMMANDS[name]
@@ -51,8 +117,14 @@ def test_every_command_refuses_an_unknown_flag(name):
 
 PATHS = {"train": "workdir config", "plan": "config", "evaluate": "workdir", "generate": "workdir", "serve": "workdir"}
 PATHS |= {"report": "workdir", "compress": "from out", "import": "from workdir tokenizer config"}
-PATHS |= {"export": "workdir out", "tokenize": "tokenizer out", "learn_tokenizer": "out"}
-PATHS |= {"verify_resume": "config folder", "launch_local": ""}  # its flags are those of train
+PATHS |= {
+    "export": "workdir out",
+    "tokenize": "tokenizer out",
+    "learn-tokenizer": "out",
+    "chat": "workdir",
+    "config": "",
+}
+PATHS |= {"verify-resume": "config folder", "launch-local": ""}  # its flags are those of train
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,12 +1,21 @@
 """Requirements on every Python that the project names; scripts/resolve.py asks the package index as well."""
 
 import importlib.metadata
+import json
+import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
+import zipfile
 
 import pytest
+import runs
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -102,3 +111,71 @@ def test_a_wheel_has_every_file_of_the_package():
     assert all(by_glob.values()), by_glob
     listed = set.union(*by_glob.values())
     assert {file for file in files if file.suffix != ".py"} == {file for file in listed if file.is_file()}
+
+
+BUILD = """
+import os, sys, tarfile
+from setuptools import build_meta
+_, built, unpacked = sys.argv  # which setuptools changes
+archive = build_meta.build_sdist(built)
+tarfile.open(f"{built}/{archive}").extractall(unpacked, filter="data")
+os.chdir(f"{unpacked}/{archive.removesuffix('.tar.gz')}")
+build_meta.build_wheel(built)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> pathlib.Path:
+    """Build a source archive from a copy of the repository, and a wheel from that archive; return their folder."""
+    folder = tmp_path_factory.mktemp("built")
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, folder / "copy", ignore=unwanted)
+    line = [sys.executable, "-c", BUILD, str(folder), str(folder / "unpacked")]
+    done = subprocess.run(line, cwd=folder / "copy", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_an_archive_of_the_sources_is_complete_and_a_wheel_of_it_has_the_package_and_the_configs(built):
+    (archive,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    with tarfile.open(archive) as sources:
+        archived = {name.split("/", 1)[1] for name in sources.getnames() if "/" in name}
+    files = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.*") if path.is_file()}
+    roots = ("lowrank_jax/", "configs/", "docs/", "scripts/", "tests/")
+    wanted = {name for name in files if name.startswith(roots) and "__pycache__" not in name}
+    assert wanted <= archived, sorted(wanted - archived)[:9]
+    with zipfile.ZipFile(wheel) as package:
+        packed = {name for name in package.namelist() if ".dist-info/" not in name}
+    configs = {f"lowrank_jax/{name}" for name in wanted if name.startswith("configs/")}
+    assert packed == {name for name in wanted if name.startswith("lowrank_jax/")} | configs
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_plans_lists_the_keys_and_ships_the_configs_outside_the_repository(built, tmp_path):
+    venv.create(tmp_path / "env", with_pip=False)
+    python, (wheel,) = tmp_path / "env" / "bin" / "python", built.glob("*.whl")
+    pip = [sys.executable, "-m", "pip", f"--python={python}", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "packages.pth").write_text("\n".join(packages))  # all but this one, which the wheel brought
+
+    def run(*line) -> str:
+        environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"} | runs.ENVIRONMENT
+        done = subprocess.run([*map(str, line)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    lowrank = python.with_name("lowrank")
+    assert "\n  verify-resume " in run(lowrank, "--help")
+    plan = json.loads(run(lowrank, "plan", "--config=quickstart", "--json").splitlines()[-1])
+    assert [stage["phase"] for stage in plan["stages"]] == ["pretrain"] * 3 + ["sft"]
+    assert "--config.pretrain.tokens_per_step=49152" in run(lowrank, "config", "tokens_per_step")
+    (tmp_path / "mine.py").write_text("import near\nfrom configs import default\nget_config = default.get_config\n")
+    (tmp_path / "near.py").write_text("")
+    read = "from lowrank_jax import cli; import lowrank_jax; print(lowrank_jax.__file__)"
+    path = run(
+        python, "-Pc", f"{read}; cli.read_config(['--config=mine.py']); cli.read_config(['--config=preset:base'])"
+    )
+    assert path.strip() == str(site / "lowrank_jax" / "__init__.py")

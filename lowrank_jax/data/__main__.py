@@ -57,14 +57,15 @@ def learn_tokenizer(argv: list[str]) -> dict:
     """
     parser = cli.Parser(learn_tokenizer.__doc__)
     parser.add_argument("--sources", required=True, help="what to learn from, such as text:my/*.txt,json:more.jsonl")
-    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--vocab_size", type=int, default=0, help="pieces (default: by the size of the sources)")
     parser.add_argument("--train_bytes", type=int, default=20_000_000, help="most text to read")
     parser.add_path("--out", required=True, help="a folder to write")
     args = parser.parse_args(argv)
     if os.path.exists(args.out) and os.listdir(args.out):
         raise UsageError(f"--out={args.out} is not empty")
     configs = read_sources(args.sources, "--sources")
-    learnt = tokenizer.train(stream.source_texts(configs, args.train_bytes, MAX_SKIPPED), args.vocab_size)
+    size = args.vocab_size or tokenizer.pieces_for(stream.corpus_bytes(configs))
+    learnt = tokenizer.train(stream.source_texts(configs, args.train_bytes, MAX_SKIPPED), size)
     learnt.save(args.out)
     console.show(f"{learnt.vocab_size} pieces in {args.out}")
     return {"out": args.out, "vocab_size": learnt.vocab_size}

@@ -35,6 +35,8 @@ class Source(Protocol):
     """Documents in blocks, the same whenever they are read; methods raise OSError for a read that may work again."""
 
     blocks: int
+    bytes: int
+    """About how many bytes its files have, unpacked; 0 where that is unknown."""
     fingerprint: str
     """Changes when the data does, and not when its files move or have other names that sort in the same order."""
 
@@ -46,6 +48,12 @@ class Source(Protocol):
 
     def place(self, row) -> str:
         """Return the file and record that a row comes from, in words."""
+
+
+def text_bytes(document: Document) -> int:
+    """Return the bytes of a document's text, or of all that its messages say."""
+    texts = [document.get("text") or "", *(str(m.get("content") or "") for m in document.get("messages", ()))]
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
 
 class InFiles:

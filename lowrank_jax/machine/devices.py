@@ -6,6 +6,7 @@ a GPU, an installed CUDA package makes every program that uses JAX print a warni
 """
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import math
@@ -90,8 +91,10 @@ def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
 
 
 H100 = pathlib.Path(__file__).with_name("h100.txtpb")  # a description for XLA
-TOPOLOGIES = ", ".join(["cpu", *(f"{name}:{slices['example']}" for name, slices in TPUS.items()), "h100:8"])
-TOPOLOGIES += " or h100:8x4 (4 hosts of 8)"
+GPUS = _TABLES["gpus"]  # what differs from it in the descriptions of others
+PER_HOST, MOST_HOSTS = 8, 9999  # of GPUs
+EXAMPLES = ["cpu", *(f"{name}:{slices['example']}" for name, slices in TPUS.items()), *(f"{gpu}:8" for gpu in GPUS)]
+TOPOLOGIES = f"{', '.join(EXAMPLES)} or h100:8x4 (4 hosts of 8); v5litepod-16 and 8xh100 are understood, too"
 COMPILERS = {"cuda": ("cuda13", ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")), "tpu": ("tpu", ("libtpu",))}
 AOT = pathlib.Path(sys.prefix, "aot")
 
@@ -102,7 +105,7 @@ def topology(name: str) -> list[jax.Device]:
     A TPU's name ends in its grid of chips (a tpu7x chip is two devices), an H100's in its GPUs per host and its hosts.
     Raises UsageError in one line. Afterwards the process computes on its CPU, unless it used another device before.
     """
-    if name == "cpu":
+    if (name := standard_name(name)) == "cpu":
         return jax.devices("cpu")
     description = _parse(name)
     if AOT.is_dir() and str(AOT) not in sys.path:
@@ -123,7 +126,7 @@ def topology(name: str) -> list[jax.Device]:
             devices = _describe(description, module)
             _try_compiler(devices[0])
         if description["platform"] == "cuda":
-            _assume_cudnn()
+            _assume_cudnn(GPUS[description["topology_name"]].get("cuda_compute_capability", 9))
     except (RuntimeError, NotImplementedError, ImportError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         if "INVALID_ARGUMENT: Topology" in reason:
@@ -132,15 +135,45 @@ def topology(name: str) -> list[jax.Device]:
     return devices
 
 
+def standard_name(name: str) -> str:
+    """Return a topology's name as `cpu`, FAMILY:GRID or GPU:COUNT[xHOSTS]; raises UsageError for an unknown name.
+
+    Google's names count a v5p's TensorCores, two for each chip, and the chips of a v5e or v6e.
+    """
+    plain, gpus = name.strip().lower().replace("v5litepod", "v5e"), "|".join(GPUS)
+    if plain == "cpu":
+        return plain
+    if size := re.fullmatch(rf"({'|'.join(TPUS)})-(\d+)", plain):
+        sizes = TPUS[size[1]].get("sizes", {})
+        if size[2] not in sizes:
+            known = f"use one of {', '.join(f'{size[1]}-{n}' for n in sizes)}, or a grid" if sizes else "name its grid"
+            raise UsageError(f"topology {name!r}: {known}, such as {size[1]}:{TPUS[size[1]]['example']}")
+        return f"{size[1]}:{sizes[size[2]]}"
+    if plain.split(":")[0] in TPUS and ":" in plain:
+        return plain
+    if turned := re.fullmatch(rf"(\d+)x({gpus})", plain):
+        plain = f"{turned[2]}:{turned[1]}"
+    if parts := re.fullmatch(rf"({gpus})[:x](\d{{1,6}})(?:x(\d{{1,6}}))?", plain):
+        count, hosts = int(parts[2]), int(parts[3] or 1)
+        if not parts[3] and count > PER_HOST and count % PER_HOST == 0:
+            count, hosts = PER_HOST, count // PER_HOST
+        if 1 <= count <= PER_HOST and 1 <= hosts <= MOST_HOSTS:
+            return f"{parts[1]}:{count}" + (f"x{hosts}" if hosts > 1 else "")
+    typed = {name: name for name in (*EXAMPLES, *(f"8x{gpu}" for gpu in GPUS))}
+    typed |= {name.split(":")[0]: name for name in EXAMPLES}
+    near = difflib.get_close_matches(plain, typed, 1)
+    guess = f"; did you mean {typed[near[0]]}?" if near else ""
+    raise UsageError(f"topology {name!r} is unknown; use a name such as {TOPOLOGIES}{guess}")
+
+
 def _parse(name: str) -> dict:
     """Return the arguments of `get_topology_desc`. A side of 0 is refused because libtpu kills the process for it."""
-    if match := re.fullmatch(r"h100:([1-8])(?:x([1-9]\d{0,3}))?", name):  # GPUs of a host, and hosts
-        gpus, hosts = match[1], match[2] or "1"
-        return dict(platform="cuda", topology_name="h100", topology=f"1x{hosts}x{gpus}", target_config=H100.read_text())
     prefix, _, grid = name.partition(":")
-    if prefix not in TPUS:
-        raise UsageError(f"topology {name!r} is unknown; use a name such as {TOPOLOGIES}")
-    sides, most, example = TPUS[prefix].values()
+    if prefix in GPUS:
+        gpus, _, hosts = grid.partition("x")
+        shape = f"1x{hosts or 1}x{gpus}"
+        return dict(platform="cuda", topology_name=prefix, topology=shape, target_config=_gpu_description(prefix))
+    sides, most, example = (TPUS[prefix][key] for key in ("sides", "most", "example"))
     is_grid = re.fullmatch(rf"[1-9]\d{{0,3}}(x[1-9]\d{{0,3}}){{{sides - 1}}}", grid)
     chips = math.prod(map(int, grid.split("x"))) if is_grid else 0
     if not 0 < chips <= most:
@@ -153,6 +186,16 @@ def _parse(name: str) -> dict:
     return dict(platform="tpu", topology_name=name) | bounds
 
 
+def _gpu_description(gpu: str) -> str:
+    """Return XLA's description of a GPU: that of the H100 with the other GPU's figures."""
+    text = H100.read_text(encoding="utf-8")
+    for key, value in GPUS[gpu].items():
+        shown = f'"{value}"' if isinstance(value, str) else value
+        text, count = re.subn(rf'\b{key}(: | {{ major: )("[^"]*"|\S+)', rf"{key}\g<1>{shown}", text)
+        assert count == 1, key
+    return text
+
+
 def _describe(description: dict, module: str) -> list[jax.Device]:
     topologies = unstable.part("jax.experimental.topologies")
     try:
@@ -163,8 +206,8 @@ def _describe(description: dict, module: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(**description).devices)
 
 
-def _assume_cudnn() -> None:
-    """Give JAX h100.txtpb's version where cuDNN is missing, and a Hopper's heads of 256 where there is no GPU.
+def _assume_cudnn(capability: int) -> None:
+    """Give JAX h100.txtpb's version where cuDNN is missing, and the described GPU's capability where there is no GPU.
 
     It asks this machine even when it compiles for a described device.
     """
@@ -174,7 +217,7 @@ def _assume_cudnn() -> None:
     except RuntimeError:
         cudnn.check_cudnn_version = lambda: 91000
     if jax.default_backend() == "cpu":
-        cudnn.check_compute_capability = lambda capability: True
+        cudnn.check_compute_capability = lambda needed: capability >= float(needed)
 
 
 def _try_compiler(device: jax.Device) -> None:

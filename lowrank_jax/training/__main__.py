@@ -6,7 +6,7 @@
 An arm, a precision and an optimizer, trains the config once uninterrupted, and then killed and resumed until it has its
 kills. Half are SIGKILL, half SIGTERM: at random moments, at the first save, and at the first step of SFT and of every
 longer sequence. Hashes of weights and data, tokens, and all metrics but the speed are compared; status 0: all equal.
-Without --config, a tiny model reads made-up text several times; this needs the repository's configs/default.py.
+Without --config, a tiny model reads made-up text several times.
 """
 
 import math
@@ -35,16 +35,13 @@ def command(argv: list[str]) -> dict:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the trainer is killed too
     if args.kills < 1:
         raise UsageError(f"--kills={args.kills} must be at least 1")
-    defaults = pathlib.Path(__file__).parents[2] / "configs" / "default.py"
-    if not args.config and not defaults.is_file():
-        raise UsageError("--config=FILE is missing; only a clone of the repository has the made-up run's defaults")
     folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="verify_resume_")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     arms, pairs = [], [(p, o) for p in args.precisions.split(",") for o in args.optimizers.split(",")]
     for precision, optimizer in pairs:
         name, kills = f"{precision}-{optimizer}", math.ceil(args.kills / len(pairs))
         settings = [] if args.config else verify_resume.tiny_settings(folder, precision)
-        flags = [f"--config={args.config or defaults}", *(f"--config.{setting}" for setting in settings), *changes]
+        flags = [f"--config={args.config or 'default'}", *(f"--config.{setting}" for setting in settings), *changes]
         flags += [f"--config.precision={precision}", f"--config.optim.name={optimizer}"]
         cli.read_config(flags)  # a mistake in any arm is reported before the first one trains
         arms.append(verify_resume.Arm(folder / name, flags, kills, random.Random(f"{args.seed} {name}")))

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from lowrank_jax.config import RunConfig
+from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.data import tokenizer
 from lowrank_jax.machine import devices, hlo, roofline, sharding
+from lowrank_jax.machine.console import say
 from lowrank_jax.model import costs, precision
 from lowrank_jax.training import identity, memory, step
 from lowrank_jax.training.memory import Fit
@@ -17,23 +19,30 @@ from lowrank_jax.training.plan import FittedStage, Plan, Stage, make, unchanged
 COMPILED = """
     remat peak_bytes_per_device is_bound device_bytes fits f8_matmuls compile_seconds note param_bytes_per_device
     optimizer_bytes_per_device activation_bytes_per_device collective_bytes gathered_bytes compute_seconds
-    memory_seconds network_seconds est_step_seconds est_mfu_bound est_bound est_stage_seconds
+    memory_seconds network_seconds est_step_seconds est_mfu_bound est_bound est_stage_seconds est_tokens_per_s
 """.split()
 
 
 def resolve_vocab(config: RunConfig) -> RunConfig:
     """Return the config with the size of its tokenizer, or the size that a tokenizer will be trained to."""
-    first = identity.first_tokenizer(config)
-    return config.with_vocab(first.vocab_size if first else config.tokenizer.vocab_size)
+    try:
+        return identity.with_tokenizer(config)[0]
+    except (UsageError, OSError) as e:
+        if config.tokenizer.path or config.tokenizer.vocab_size or config.init_from:
+            raise
+        say(f"planning with {tokenizer.MOST_LEARNED:,} pieces, as the sources cannot be opened: {e}")
+        return config.with_vocab(tokenizer.MOST_LEARNED)
 
 
 def for_topology(config: RunConfig, topology: str) -> dict:
     """Return the plan with every stage compiled for the topology, and the dense twin of the longest stage."""
+    topology = devices.standard_name(topology)
     # The cache cannot store programs of described devices. JAX reads this setting at the first compilation.
     jax.config.update("jax_enable_compilation_cache", topology == "cpu")
     plan = make(config, devices.topology(topology))
     limit, fits, texts = memory.limit_bytes(config, plan.mesh), [], {}
-    for stage in plan.stages:
+    for number, stage in enumerate(plan.stages, 1):
+        say(f"compiling stage {number} of {len(plan.stages)}: {stage.name} for {topology}")
         with hlo.written() as (options, read):
             fits.append(memory.fit(config, unchanged(stage), plan.mesh, limit, options=options))
             texts[stage.name] = read() if fits[-1].program else None
@@ -41,13 +50,65 @@ def for_topology(config: RunConfig, topology: str) -> dict:
     compiled = [fit for fit in fits if fit.program]
     if plan.mesh.devices.size > 1 and config.model.rank and compiled:
         longest = max(compiled, key=lambda fit: fit.stage.seq_len)
+        say(f"compiling {longest.stage.name} with dense attention, to compare")
         twin = dataclasses.replace(config, model=costs.dense_twin(config.model))
         with hlo.written() as (options, read):
             step.lower(twin, longest.fitted, plan.mesh).compile(options)
             text = read()
         described["dense_twin"] = {"stage": longest.stage.name, "collective_bytes": hlo.collective_bytes(text)}
         described["dense_twin"]["gathered_bytes"] = _gathered_bytes(twin, plan.mesh, text)
-    return described
+    if config.model.remat and all(fit.fits for fit in fits):
+        described["without_remat"] = _without_remat(config, max(compiled, key=lambda fit: fit.peak_bytes), plan.mesh)
+    return described | {"advice": advice(config, described)}
+
+
+def _without_remat(config: RunConfig, fit: Fit, mesh: Mesh) -> dict | None:
+    """Return the stage's memory and time without rematerialisation; None where it is far from certain to fit."""
+    if fit.peak_bytes > memory.FAR * fit.limit_bytes:
+        return None
+    say(f"compiling {fit.stage.name} without rematerialisation, as there is memory left")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=False))
+    with hlo.written() as (options, read):
+        stage = dataclasses.replace(fit.fitted, remat=False)
+        other = memory.fit(config, stage, mesh, fit.limit_bytes, options=options)
+        text = read()
+    if not other.fits or other.fitted != stage:  # fewer rows at once, or rematerialised after all
+        return None
+    seconds = _estimate(config, other.fitted, mesh, text)["est_step_seconds"]
+    return {"stage": fit.stage.name, "peak_bytes_per_device": other.peak_bytes, "est_step_seconds": seconds}
+
+
+def advice(config: RunConfig, plan: dict) -> list[str]:
+    """Return a line for each setting that the plan of `describe` would change."""
+    lines, stages = [], {s["name"]: s for s in plan["stages"]}
+    if other := plan.get("without_remat"):
+        stage = stages[other["stage"]]
+        sizes = [size / 2**30 for size in (other["peak_bytes_per_device"], stage["device_bytes"])]
+        line = f"config.model.remat=False: {other['stage']} then needs {sizes[0]:.2f} of {sizes[1]:.1f} GiB"
+        times = [1e3 * s["est_step_seconds"] for s in (other, stage) if s["est_step_seconds"]]
+        lines.append(line + (f" and a step takes {times[0]:,.1f} instead of {times[1]:,.1f} ms" if times else ""))
+    for phase, p in config.phases.items():
+        own = [s for s in plan["stages"] if s["phase"] == phase and s["fits"]]
+        is_small = own and all(s["peak_bytes_per_device"] <= memory.FAR * s["device_bytes"] for s in own)
+        if is_small and plan["device_kind"] != "cpu" and any(s["microbatch"] < s["batch"] for s in own):
+            most = max(s["peak_bytes_per_device"] / s["device_bytes"] for s in own)
+            now = f"config.{phase}.microbatch_tokens={p.microbatch_tokens}"
+            lines.append(f"{now} fills {most:.0%} of the memory; 0 computes as many rows at once as fit")
+    return lines
+
+
+def price(plan: dict, dollars: float = 0.0) -> dict:
+    """Return the time and device-hours of all stages at the chip's peaks, and their price per device-hour `dollars`.
+
+    None stands for what is not known: times without a topology or of an unknown chip, and costs without a price.
+    """
+    seconds = [s["est_stage_seconds"] for s in plan["stages"]]
+    total = sum(seconds) if None not in seconds else None
+    hours = total and total / 3600 * plan["devices"]
+    cost = hours and dollars and hours * dollars
+    tokens = sum(s["tokens"] for s in plan["stages"])
+    facts = {"est_seconds": total, "est_device_hours": hours, "price_per_device_hour": dollars or None}
+    return facts | {"est_cost": cost or None, "est_cost_per_million_tokens": cost / tokens * 1e6 if cost else None}
 
 
 def describe(
@@ -133,7 +194,9 @@ def _estimate(config: RunConfig, fitted: FittedStage, mesh: Mesh, text: str) -> 
     seconds = roofline.estimate(chip, flops, traffic, collectives, per_host, model_flops)
     renamed = {"step_seconds": "est_step_seconds", "mfu_bound": "est_mfu_bound", "bound": "est_bound"}
     facts = {renamed.get(name, name): value for name, value in seconds.items()}
-    return facts | {"est_stage_seconds": seconds["step_seconds"] and seconds["step_seconds"] * stage.steps}
+    took = seconds["step_seconds"]
+    facts["est_tokens_per_s"] = took and stage.tokens_per_step / took
+    return facts | {"est_stage_seconds": took and took * stage.steps}
 
 
 def table(plan: dict) -> str:
@@ -181,7 +244,8 @@ def _on_devices(plan: dict) -> list[str]:
         shown = f"{s['name']:16}{sizes[0]:9.2f}{sizes[1]:11.2f}{sizes[2]:11.2f}  {s['attention_kernel']:10}"
         lines.append(f"{shown}{s['compile_seconds']:10.0f} s" + (f"  ({s['note']})" if s["note"] else ""))
     lines += _collectives(compiled) + (_beside_twin(plan["dense_twin"], compiled) if "dense_twin" in plan else [])
-    return lines + _at_the_peaks([s for s in compiled if s["est_step_seconds"]])
+    lines += _at_the_peaks([s for s in compiled if s["est_step_seconds"]], plan)
+    return lines + (["", "what the plan would change", *plan["advice"]] if plan.get("advice") else [])
 
 
 def _kinds(stages: list[dict]) -> list[str]:
@@ -209,15 +273,21 @@ def _beside_twin(twin: dict, compiled: list[dict]) -> list[str]:
     return lines
 
 
-def _at_the_peaks(timed: list[dict]) -> list[str]:
+def _at_the_peaks(timed: list[dict], plan: dict) -> list[str]:
     if not timed:
         return []
     parts = ("compute", "memory", "network")
     head = f"{'at the peaks:':16}" + "".join(f"{part:>13}" for part in (*parts, "step"))
     lines = ["", "an estimate: the chip's published peaks, with everything overlapped; a real step takes longer"]
-    lines.append(f"{head}  {'waits for':10}{'MFU':>6}{'whole stage':>13}")
+    lines.append(f"{head}  {'waits for':10}{'MFU':>6}{'tokens/s':>13}{'whole stage':>13}")
     for s in timed:
         times = [*(s[f"{part}_seconds"] for part in parts), s["est_step_seconds"]]
         shown = f"{s['name']:16}" + "".join(f"{1e3 * seconds:10,.1f} ms" for seconds in times)
-        lines.append(f"{shown}  {s['est_bound']:10}{s['est_mfu_bound']:6.0%}{s['est_stage_seconds'] / 3600:11,.1f} h")
-    return [*lines, f"{'all stages':86}{sum(s['est_stage_seconds'] for s in timed) / 3600:11,.1f} h"]
+        shown += f"  {s['est_bound']:10}{s['est_mfu_bound']:6.0%}{s['est_tokens_per_s']:13,.0f}"
+        lines.append(f"{shown}{s['est_stage_seconds'] / 3600:11,.1f} h")
+    lines.append(f"{'all stages':99}{sum(s['est_stage_seconds'] for s in timed) / 3600:11,.1f} h")
+    if plan.get("est_cost"):
+        rate, tokens = plan["price_per_device_hour"], plan["est_cost_per_million_tokens"]
+        total = f"at least ${plan['est_cost']:,.2f}: {plan['est_device_hours']:,.1f} device-hours at ${rate:,.2f}"
+        lines.append(f"{total}, ${tokens:,.4g} per million tokens")
+    return lines

@@ -7,8 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from lowrank_jax.config import RECORDED, RunConfig, UsageError
-from lowrank_jax.data import tokenizer
-from lowrank_jax.data.tokenizer import Tokenizer
+from lowrank_jax.data import stream, tokenizer
+from lowrank_jax.data.tokenizer import Tokenizer, pieces_for
 from lowrank_jax.machine import processes, sharding, storage
 from lowrank_jax.machine.console import say
 from lowrank_jax.model import precision
@@ -33,6 +33,22 @@ def first_tokenizer(config: RunConfig) -> Tokenizer | None:
     return open_config(config.init_from, "config.init_from")[1]
 
 
+def with_tokenizer(config: RunConfig) -> tuple[RunConfig, Tokenizer | None]:
+    """Return a new run's config with the size of its vocabulary, and the tokenizer, or None where it will be learned.
+
+    Where the config names no size, that follows from the sources, which must exist.
+    """
+    if tok := first_tokenizer(config):
+        return config.with_vocab(tok.vocab_size), tok
+    size = config.tokenizer.vocab_size or config.model.vocab
+    size = size or pieces_for(stream.corpus_bytes([s for p in config.phases.values() for s in p.sources]))
+    return _with_learned(config, size).with_vocab(size), None
+
+
+def _with_learned(config: RunConfig, vocab_size: int) -> RunConfig:
+    return dataclasses.replace(config, tokenizer=dataclasses.replace(config.tokenizer, vocab_size=vocab_size))
+
+
 def resume(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig, Tokenizer]:
     """Return (config with the run's vocabulary and precision, the run's own config, its tokenizer).
 
@@ -40,6 +56,8 @@ def resume(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig, Tokeni
     it lies.
     """
     old, tok = open_config(folder)
+    if not config.tokenizer.vocab_size:
+        config = _with_learned(config, old.tokenizer.vocab_size)
     config = _keep_precision(config.with_vocab(tok.vocab_size), old, run_folder.read_rows(folder, "events.jsonl"))
     is_auto, t = "auto" in (old.precision, config.precision), config.tokenizer
     same = {"precision": config.precision} if is_auto else {}

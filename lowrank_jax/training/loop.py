@@ -18,7 +18,7 @@ from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say, show
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import forecast, identity, memory, phase, recovery, run_folder, start, step
+from lowrank_jax.training import forecast, identity, memory, outlook, phase, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Progress, Stage, make, milestones, stage_at
@@ -58,14 +58,17 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
         if newest is None:
             params = start.first_params(config, plan.mesh, lambda: reading.result()[0])
             go_back.start = step.first_state(config, params, 0, plan.mesh), Progress()
-        table, (tok, data) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
+        table, (tok, data, checked) = forecast.table(forecast.describe(config, plan, fits)), reading.result()
         processes.agree("data", data, "give all processes the same files")
         if processes.is_first():
             show(table, needed=False)
+        passes = outlook.passes(config, plan.stages, checked)
+        for warning in outlook.data_warnings(config, plan.stages, passes, outlook.corpus_bytes(checked)):
+            say(f"warning: {warning}")
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
         checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
-        r = Run(config, tok, folder, plan, programs, checkpoints, signals, go_back)
+        r = Run(config, tok, folder, plan, programs, checkpoints, signals, go_back, passes)
         state, progress = start.restore(r)
         # A tokenizer's files may be written in another way by another version of its library: those of a run stay.
         sha256 = tokenizer.folder_sha256(run_folder.tokenizer_folder(folder)) if old else tok.files_sha256
@@ -95,7 +98,7 @@ def _train(r: Run, state: TrainState, progress: Progress) -> dict:
     """Train to the end and return the finish event; after running out of memory, go on with a smaller microbatch."""
     recovers = False
     while True:
-        with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step)) as meter:
+        with contextlib.closing(Meter(r.config, r.folder, r.plan.end, progress.step, r.passes)) as meter:
             if recovers:
                 _save(r, meter, state, progress)  # a kill from now on resumes with the smaller microbatch
             try:

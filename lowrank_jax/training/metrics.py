@@ -1,4 +1,4 @@
-"""Progress of a run as it trains: rows of metrics.jsonl, a progress bar on a terminal, a line for each milestone."""
+"""Progress of a run as it trains: rows of metrics.jsonl, a progress bar or plain lines, a line for each milestone."""
 
 import math
 import os
@@ -10,23 +10,27 @@ from tqdm import tqdm
 
 from lowrank_jax.config import RunConfig, RunFailure
 from lowrank_jax.machine import devices, processes
-from lowrank_jax.machine.console import say
-from lowrank_jax.model import costs
-from lowrank_jax.training import run_folder, track
+from lowrank_jax.machine.console import say, show
+from lowrank_jax.training import outlook, run_folder, track
 from lowrank_jax.training.memory import Fit
-from lowrank_jax.training.plan import FittedStage, Progress, Stage
+from lowrank_jax.training.plan import FittedStage, Progress, Stage, stages_of
 
 TRACE_AFTER = 10  # steps of a process: later ones take their usual time
+LINE_SECONDS = 30  # least time between two plain lines: a log file of a day has at most 2,880
 MOST_IN_A_ROW = 20  # refused updates: a run does not recover from more by itself
 
 
 class Meter:
     """Read metrics one step late, so that the device never waits for the host; write them and show progress."""
 
-    def __init__(self, config: RunConfig, folder: str, total: int, done: int):
-        self.config, self.folder = config, folder
-        quiet = not (sys.stdout.isatty() and processes.is_first())
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stdout)
+    def __init__(self, config: RunConfig, folder: str, total: int, done: int, passes: dict | None = None):
+        self.config, self.folder, self._passes = config, folder, passes or {}
+        self._stages, self._platform = stages_of(config), jax.devices()[0].platform
+        is_terminal, is_first = sys.stdout.isatty(), processes.is_first()
+        hides = not (is_terminal and is_first)
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=hides, file=sys.stdout)
+        self._next_line = -math.inf if is_first and not is_terminal else math.inf
+        self._timed: list | None = [0.0, 0.0, 0]  # seconds, FLOPs and number of the first steps, until they are enough
         names = config.track if processes.is_first() else ()
         self.trackers = track.open_trackers(names, folder, config.to_dict(), done)
         self.step, self._dispatched = done, 0
@@ -44,7 +48,8 @@ class Meter:
 
     def restart_clock(self) -> None:
         """Leave out of tokens/s the time since the last row, which was not all training."""
-        self._clock, self._tokens, self._flops = time.monotonic(), 0, 0.0
+        self._clock = self._step_began = time.monotonic()
+        self._tokens, self._flops = 0, 0.0
 
     def add(self, fitted: FittedStage, progress: Progress, metrics: dict) -> None:
         """Take the metrics of the step just dispatched, and read those of the step before."""
@@ -68,8 +73,10 @@ class Meter:
         self.step = progress.step
         if not values["ok"]:
             self._log_refused(fitted, progress, values)
+        flops = outlook.step_flops(self.config, stage)
         self._tokens += stage.tokens_per_step
-        self._flops += costs.train_flops_per_token(self.config.model, stage.seq_len) * stage.tokens_per_step
+        self._flops += flops
+        self._time_step(flops)
         seconds = max(time.monotonic() - self._clock, 1e-9)
         speed = self._tokens / seconds
         self._step_seconds = stage.tokens_per_step / speed
@@ -82,7 +89,28 @@ class Meter:
             facts |= {"tokens_per_s": round(speed, 1), "mfu": mfu, "skipped": int(values["refused"])}
             facts |= {"loss_scale": values["scale"]} if fitted.precision == "fp16" else {}
             self._write(stage, progress.step, facts)
+            if time.monotonic() >= self._next_line:
+                self._next_line = time.monotonic() + LINE_SECONDS
+                left = outlook.seconds_left(self.config, self._stages, self.step, seconds / self._flops)
+                where = f"step {self.step:,}/{self.bar.total:,} {stage.name}"
+                show(line(where, values["loss"], speed, sum(left.values())), needed=False)
             self.restart_clock()
+
+    def _time_step(self, flops: float) -> None:
+        """Time the first steps, except a process's very first, and say what the run will take."""
+        now = time.monotonic()
+        seconds, self._step_began = now - self._step_began, now
+        if self._timed is None or self._dispatched < 2:
+            return
+        self._timed = [total + value for total, value in zip(self._timed, (seconds, flops, 1))]
+        total_seconds, total_flops, count = self._timed
+        if count < outlook.MEASURED_STEPS and total_seconds < outlook.MEASURED_SECONDS:
+            return
+        self._timed, stages = None, self._stages
+        if left := outlook.seconds_left(self.config, stages, self.step, total_seconds / total_flops):
+            say(f"step {self.step}: {outlook.summary(left, self._passes)}")
+            if warning := outlook.time_warning(self.config, stages, left, self._platform):
+                say(f"warning: {warning}")
 
     def _log_refused(self, fitted: FittedStage, progress: Progress, values: dict) -> None:
         facts = {name: _finite(values[name]) for name in ("loss", "grad_norm")}
@@ -127,6 +155,11 @@ class Meter:
         run_folder.append(self.folder, "metrics.jsonl", row)
         for tracker in self.trackers:
             tracker.log(step, track.values(row))
+
+
+def line(where: str, loss: float, speed: float, seconds_left: float) -> str:
+    """Return a line of progress for a log file: where the run is, loss, tokens per second, and the time to its end."""
+    return f"{where} loss {loss:.3f} {speed:,.0f} tokens/s ETA {outlook.duration(seconds_left)}"
 
 
 def _finite(x: float) -> float | None:

@@ -1,7 +1,7 @@
 """The start or resume of a run: its parts, the resolved config, the first weights, and the newest state."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from jax.sharding import Mesh
@@ -50,39 +50,43 @@ class Run:
     checkpoints: Checkpoints
     signals: Signals
     recovery: Recovery
+    passes: dict = field(default_factory=dict)  # over the data, see `outlook.passes`
 
     @property
     def stopping(self) -> bool:
         return self.signals.agreed > 0
 
 
-def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], tuple[Tokenizer, dict]]]:
+def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None, Callable[[], tuple]]:
     """Return (config with the vocabulary, the config of the folder's run or None, a function that reads the data).
 
     The function checks the data and returns (tokenizer, which a new run trains first; what all processes must share of
-    the data); it takes about as long as compiling. Raises UsageError where the folder holds a different run.
+    the data; a new run's `stream.Checked` by phase and source). It takes about as long as compiling.
+    Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
-    phases, t = config.phases.values(), config.tokenizer
     if run_folder.holds_run(folder):
         config, old, tok = identity.resume(config, folder)
     else:
         if run_folder.newest_checkpoint(folder) is not None:
             raise UsageError(f"{folder} has checkpoints but no config.json that describes them; use another --workdir")
-        old, tok = None, identity.first_tokenizer(config)
-        config = config.with_vocab(tok.vocab_size if tok else t.vocab_size)
+        old, (config, tok) = None, identity.with_tokenizer(config)
+        sizes = {"the pieces to learn from the sources": config.tokenizer.vocab_size}
+        processes.agree("data", sizes, "give all processes the same files")
+    phases, t = config.phases.values(), config.tokenizer
     if tok:
         processes.agree("tokenizer", {"the tokenizer's hash": tok.sha256}, "give all processes the same files")
     for p in phases:
         optim.rates(p, step.abstract_state(config).params)  # raises for a `freeze` that matches nothing
 
-    def read_data() -> tuple[Tokenizer, dict]:
+    def read_data() -> tuple[Tokenizer, dict, dict]:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
+        # Training reports skipped records.
+        checked = {name: stream.check(p, run_tokenizer, chats=name == "sft") for name, p in config.phases.items()}
         facts = {}
-        for p in phases:
-            fingerprints = stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
-            facts |= {f"the data of {spec}, by its hash": value for spec, value in fingerprints.items()}
-        return run_tokenizer, facts | {"the tokenizer's hash": run_tokenizer.sha256}
+        for sources in checked.values():
+            facts |= {f"the data of {spec}, by its hash": source.fingerprint for spec, source in sources.items()}
+        return run_tokenizer, facts | {"the tokenizer's hash": run_tokenizer.sha256}, {} if old else checked
 
     return config, old, read_data
 

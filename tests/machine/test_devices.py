@@ -1,6 +1,8 @@
 """Devices: their peaks, their memory, described topologies, and the messages where a compiler is missing."""
 
+import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -30,6 +32,8 @@ def python(code: str, **env) -> subprocess.CompletedProcess:
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
         ("Tesla V100-SXM2-16GB", 125e12),
         ("TPU v4", 275e12),
         ("TPU v5 lite", 197e12),
@@ -98,10 +102,63 @@ def test_unknown_memory_is_an_error_that_names_the_config_key():
         devices.memory_bytes(device("Mystery 9000"))
 
 
-@pytest.mark.parametrize("name", ["", "h100", "h100:", "h100:0", "h100:9", "h100:8x0", "b200:1", "v4:2x2x1", "CPU"])
+UNKNOWN = ["", "h100", "h100:", "h100:0", "h100:9", "h100:8x0", "9xh100", "b20:1", "v4:2x2x1", "v4-32", "cpu:2"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_topology_is_an_error_with_examples(name):
     with pytest.raises(UsageError, match="is unknown; use a name such as cpu, v5e:4x4, .*h100:8 or h100:8x4 "):
         devices.topology(name)
+
+
+@pytest.mark.parametrize(
+    "name, meant", [("h10:8", "h100:8"), ("h100", "h100:8"), ("gh200:8", "h200:8"), ("8xh20", "8xh200"), ("zzz", None)]
+)
+def test_a_near_miss_of_a_topology_is_answered_with_the_name_that_was_meant(name, meant):
+    with pytest.raises(UsageError) as e:
+        devices.standard_name(name)
+    assert str(e.value).endswith(f"; did you mean {meant}?") == bool(meant) and "\n" not in str(e.value)
+
+
+NAMES = {"v5e-16": "v5e:4x4", "v5litepod-16": "v5e:4x4", "v5litepod:2x4": "v5e:2x4", "V6E-8": "v6e:2x4"}
+NAMES |= {"v5p-128": "v5p:4x4x4", "v5p-8": "v5p:2x2x1", "8xh100": "h100:8", "h100x8": "h100:8", "h100:32": "h100:8x4"}
+NAMES |= {
+    "a100:8": "a100:8",
+    "8xA100": "a100:8",
+    "a100-80gb:4": "a100-80gb:4",
+    "h200:8": "h200:8",
+    "16xb200": "b200:8x2",
+}
+NAMES |= {"h100:8x4": "h100:8x4", "h100:4x1": "h100:4", " CPU ": "cpu", "tpu7x:2x2x1": "tpu7x:2x2x1"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_people_type_are_understood(name):
+    assert devices.standard_name(name) == NAMES[name] == devices.standard_name(NAMES[name])
+
+
+@pytest.mark.parametrize("family, per_chip", [("v5e", 1), ("v6e", 1), ("v5p", 2)])
+def test_googles_names_of_slices_count_chips_or_cores(family, per_chip):
+    for count, grid in devices.TPUS[family]["sizes"].items():
+        assert int(count) == per_chip * math.prod(map(int, grid.split("x")))
+        assert devices.standard_name(f"{family}-{count}") == f"{family}:{grid}"
+
+
+@pytest.mark.parametrize("name", ["v5e-15", "v6e-512", "v5p-4"])
+def test_a_size_that_no_slice_has_is_an_error_with_those_that_exist(name):
+    with pytest.raises(
+        UsageError, match=f"topology '{name}': use one of {name[:3]}-.*, or a grid, such as {name[:3]}:"
+    ):
+        devices.standard_name(name)
+
+
+@pytest.mark.parametrize("gpu", devices.GPUS)
+def test_a_described_gpu_is_one_of_the_chips_with_its_peaks(gpu):
+    text = devices._gpu_description(gpu)
+    kind = re.search(r'device_description_str: "(.*)"', text)[1]
+    chip = devices.chip(device(kind))
+    assert gpu[:4].upper() in kind and f"device_memory_size: {chip.memory}\n" in text
+    assert f"memory_bandwidth: {chip.memory_bandwidth:.0f}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -134,6 +191,9 @@ def test_a_grid_that_no_slice_has_is_an_error_with_an_example(name, expected):
         ("h100:1", 1, 1, "NVIDIA H100 80GB HBM3"),
         ("h100:8", 8, 1, "NVIDIA H100 80GB HBM3"),
         ("h100:8x4", 32, 4, "NVIDIA H100 80GB HBM3"),
+        ("8xa100", 8, 1, "NVIDIA A100-SXM4-40GB"),
+        ("h200:8", 8, 1, "NVIDIA H200"),
+        ("b200:8", 8, 1, "NVIDIA B200"),
     ],
 )
 def test_a_topology_has_the_devices_and_hosts_of_its_name(name, count, hosts, kind):

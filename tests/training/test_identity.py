@@ -66,6 +66,26 @@ def test_a_tokenizer_with_any_other_byte_is_noticed_and_named(run, tok):
     identity.open_config(folder)
 
 
+def test_a_config_without_a_size_of_the_vocabulary_keeps_that_of_its_run(run, tok):
+    for size in (32_000, 1088):  # as the default was, and one that followed from the data
+        folder = run(f"run{size}", tokenizer__vocab_size=size)
+        config, old, _ = identity.resume(run_config(model__vocab=0), folder)
+        assert config.tokenizer == old.tokenizer and config.tokenizer.vocab_size == size
+    assert "vocab_size" in refusal(identity.resume, run_config(model__vocab=0, tokenizer__vocab_size=99), folder)
+
+
+def test_the_vocabulary_of_a_new_run_follows_its_corpus_where_the_config_names_no_size(make, tmp_path):
+    for name, size in (("a", 700_000), ("b", 500_000)):
+        (tmp_path / f"{name}.txt").write_bytes(b"word " * (size // 5))
+    sources = {"pretrain__sources": f"text:{tmp_path}/*.txt", "sft__sources": f"text:{tmp_path}/b.txt"}
+    config_of = lambda **changes: identity.with_tokenizer(run_config(model__vocab=0, **sources | changes))[0]
+    assert config_of().model.vocab == config_of().tokenizer.vocab_size == 1088
+    assert config_of(tokenizer__vocab_size=700).model.vocab == 700
+    assert config_of(sft__steps=5).model.vocab == 1280  # both phases
+    refused = lambda: config_of(pretrain__sources=f"text:{tmp_path}/none.txt")
+    assert "none.txt: no such file" in refusal(refused)
+
+
 def test_the_same_tokenizer_at_another_path_is_the_same_run(run, tok, make, tmp_path):
     folder, same, other = run(), tmp_path / "same", tmp_path / "other"
     tok.save(same)
