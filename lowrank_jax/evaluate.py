@@ -16,7 +16,7 @@ from lowrank_jax.training.trained import open_run
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_path("--workdir", required=True, help="the run")
+    parser.add_run()
     parser.add_argument("--lengths", default="", help="sequence lengths: 256,512,1024 (default: the longest trained)")
     parser.add_argument("--data", default="", help="a source to use instead of the held-out part of the first phase")
     parser.add_argument("--tokens", type=int, default=0, help="number of tokens (default: the config's eval_tokens)")
@@ -27,7 +27,7 @@ def command(argv: list[str]) -> dict:
     except ValueError:
         raise UsageError(f"--lengths={args.lengths} must be whole numbers, such as 256,512,1024") from None
     evaluation.check_sizes(lengths, args.tokens, "--")
-    run, results = open_run(args.workdir), []
+    run, results = open_run(args.workdir, at=args.step, phase=args.phase), []
     for result in evaluation.of_run(run, lengths, args.data, args.tokens, args.weights or ""):
         results.append(result)
         shown = f"length {result['length']:6d}  loss {result['loss']:.4f}  perplexity {result['perplexity']:8.2f}"

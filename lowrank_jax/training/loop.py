@@ -64,7 +64,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
             show(table, needed=False)
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
-        checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
+        checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep, ends=plan.phase_ends))
         r = Run(config, tok, folder, plan, programs, checkpoints, signals, go_back)
         state, progress = start.restore(r)
         # A tokenizer's files may be written in another way by another version of its library: those of a run stay.

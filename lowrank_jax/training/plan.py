@@ -81,6 +81,11 @@ class Plan:
         """Number of steps of the whole run."""
         return self.stages[-1].end
 
+    @property
+    def phase_ends(self) -> set[int]:
+        """The number of steps done at the end of each phase."""
+        return {stage.phase_start + stage.phase_steps for stage in self.stages}
+
 
 @dataclass(frozen=True)
 class Progress:
