@@ -2,8 +2,9 @@
 
 Orbax notices a missing or truncated file but not a flipped byte (measured: it silently restores wrong values). So every
 checkpoint has a checksum of its contents, and a restore that does not match falls back to the checkpoint before.
-A checkpoint is never deleted but by the rule of `every.keep`, which leaves each phase's last one: a damaged one is
-renamed, and one that the file system cannot read now ends the run. Nothing in a checkpoint depends on the mesh: it is restored onto the layout of `template`.
+A checkpoint is never deleted but by the rule of `every.keep`, which leaves each phase's last one. A damaged one is
+renamed, and one that the file system cannot read now ends the run. Nothing in a checkpoint depends on the mesh: it is
+restored onto the layout of `template`.
 """
 
 import contextlib
@@ -213,9 +214,10 @@ class Checkpoints:
     def restore(self, template, wanted: Callable[[int], bool] = lambda step: True) -> tuple[object, Progress] | None:
         """Return (state like `template`, progress) of the newest whole checkpoint; None where there is no checkpoint.
 
-        Only those of `wanted` steps count. Damaged ones are passed over and, unless we only read, renamed and logged, so that training may write their
-        steps again. Where all are damaged nothing is renamed, as the cause may be elsewhere, and UsageError is raised.
-        A checkpoint that cannot be read raises RunFailure after several attempts: an older one is not used.
+        Only those of `wanted` steps count. Damaged ones are passed over and, unless we only read, renamed and logged,
+        so that training may write their steps again. Where all are damaged nothing is renamed, as the cause may be
+        elsewhere, and UsageError is raised. A checkpoint that cannot be read raises RunFailure after several attempts:
+        an older one is not used.
         """
         if not self._manager:
             return None

@@ -13,7 +13,8 @@ from lowrank_jax.data import packing, stream
 from lowrank_jax.inference import session
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import evaluation, run_folder
+from lowrank_jax.machine.interrupt import Interrupted
+from lowrank_jax.training import evaluation, run_folder, tasks
 from lowrank_jax.training.plan import Plan, Progress, Stage, last_stage, stage_at
 from lowrank_jax.training.start import Run
 
@@ -97,6 +98,18 @@ def _skipped(folder: str) -> set[tuple]:
     events = run_folder.read_rows(folder, "events.jsonl")
     keys = ("source", "where", "reason")
     return {tuple(e[key] for key in keys) for e in events if e["event"] == "skip" and all(key in e for key in keys)}
+
+
+def run_tasks(r: Run, params: dict) -> dict[str, dict] | str:
+    """Return the results of the config's tasks, or why they fail, which is no reason to stop training."""
+    try:
+        with jax.set_mesh(r.plan.mesh):
+            model = session.Model(r.config, r.tokenizer, params)
+            return tasks.run(model, r.config.tasks, r.config.task_limit, lambda: r.stopping)
+    except (Interrupted, jax.errors.JaxRuntimeError):  # a signal; no memory
+        raise
+    except Exception as e:  # a task is a program
+        return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
 def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:

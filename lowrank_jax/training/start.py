@@ -12,7 +12,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import identity, optim, run_folder, step, track, trained, warmstart
+from lowrank_jax.training import identity, optim, run_folder, step, tasks, track, trained, warmstart
 from lowrank_jax.training.checkpoint import Checkpoints
 from lowrank_jax.training.plan import Plan, Progress, stage_at
 from lowrank_jax.training.programs import Programs
@@ -63,6 +63,8 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     the data); it takes about as long as compiling. Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
+    if config.every.tasks:
+        tasks.check(config.tasks, f"config.every.tasks={config.every.tasks}: config.tasks")
     phases, t = config.phases.values(), config.tokenizer
     if run_folder.holds_run(folder):
         config, old, tok = identity.resume(config, folder)
@@ -79,6 +81,8 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     def read_data() -> tuple[Tokenizer, dict]:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         facts = {}
+        if config.every.tasks:
+            tasks.load(config.tasks)  # before step 1, in the background: what cannot be had must not end the run later
         for p in phases:
             fingerprints = stream.check(p, run_tokenizer, chats=p is config.sft)  # training reports skipped records
             facts |= {f"the data of {spec}, by its hash": value for spec, value in fingerprints.items()}

@@ -68,10 +68,11 @@ class Model(session.Model):
         return f"{super().__repr__()[:-1]}, step {self.step} of {self.folder})"
 
     def evaluate(self, lengths: int | Sequence[int] = (), data="", tokens: int = 0, weights: str = "") -> dict | list:
-        """Return {length, loss, perplexity, bits_per_byte, tokens}, or for several lengths a list of them.
+        """Return {length, scored, loss, perplexity, bits_per_byte, tokens}, or for several lengths a list of them.
 
         The figures are those of `python -m lowrank_jax.evaluate`: by default of the held-out part of the first phase,
-        at its longest length. `data` is other sources; with `weights`, "with" says what such weights change.
+        at its longest length, and as "chats" those of SFT's. `data` is other sources; chats are scored as SFT scores
+        them, on the assistant's tokens alone. With `weights`, "with" says what such weights change.
         """
         are_many = isinstance(lengths, list | tuple)
         results = list(evaluation.of_run(self, lengths if are_many else [lengths], data, tokens, weights))
