@@ -107,7 +107,7 @@ class Harness(TemplateLM):
 
 
 def _batches(pairs: Sequence[Pair], length: int, multiple: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
-    """Yield (numbers of pairs, rows of their tokens), the longest first, in few shapes; contexts are cut on the left."""
+    """Yield (numbers of pairs, rows of their tokens), longest first, in few shapes; contexts are cut on the left."""
     rows = [(context + target)[-length - 1 :] for context, target in pairs]
     order = sorted((i for i, (_, target) in enumerate(pairs) if target), key=lambda i: -len(rows[i]))
     while order:

@@ -19,6 +19,7 @@ from lowrank_jax.training.plan import Plan, Progress, Stage, last_stage, stage_a
 from lowrank_jax.training.start import Run
 
 SAMPLE_TOKENS = 120
+SAMPLES = 3  # texts that the report shows, with other seeds
 SHOWN_TOKENS = 300  # of the first row of SFT
 NOTES = 5  # skips and retries shown on the terminal; the ledger has them all
 
@@ -126,8 +127,12 @@ def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
                 f"warning: decoding with the cache differs from the forward pass by {difference:.2g} nats per token; "
                 "generated text is not the model's. Does inference/decoder.py know every option of config.model?"
             )
+            others = [
+                r.tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, seed, temperature=0.7, top_p=0.95))
+                for seed in range(1, SAMPLES)
+            ]
         text = r.tokenizer.decode(new)
-        log("sample", prompt=prompt, text=text)
+        log("sample", prompt=prompt, text=text, more=others)
         shown = f"step {progress.step}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
         say(shown.replace("\n", "\n  "))
     read = stream.summary(progress.cursor)
