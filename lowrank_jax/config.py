@@ -191,17 +191,15 @@ class RunConfig:
 
         SFT needs weights to start from: without `init_from`, `pretrain.steps=0` still means -1, as in older configs.
         """
-        if isinstance(values, dict):
-            values = {key: value for key, value in values.items() if key != RECORDED}
+        values = {k: x for k, x in values.items() if k != RECORDED} if isinstance(values, dict) else values
         config = _build(cls, values, "config")
         if config.pretrain.steps == 0 and not config.init_from:
             config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, steps=-1))
         _check_values(config, "config")
         for name in ("model", "mesh", "optim", "tokenizer", "every"):
             _check_values(getattr(config, name), f"config.{name}")
-        _require(
-            config.tokenizer.path or config.tokenizer.vocab_size, "config.tokenizer.vocab_size=0 must be at least 1"
-        )
+        has_size = config.tokenizer.path or config.tokenizer.vocab_size
+        _require(has_size, "config.tokenizer.vocab_size=0 must be at least 1")
         _check_model(config.model)
         nothing = "config.pretrain.steps=0 and config.sft.steps=0 leave nothing to train; raise one of them"
         _require(config.phases, f"{nothing}, or use config.pretrain.steps=-1 for config.pretrain.tokens_per_param")
