@@ -192,7 +192,12 @@ def evaluate(model: Model, loaded: dict[str, list], limit: int, stop: Callable[[
     """
     longest = max(phase.lengths[-1] for phase in model.config.phases.values())  # as the `hf` export has it
     harness, tasks = Harness(model, longest, stop), [task for parts in loaded.values() for task in parts]
-    options = {"log_samples": False, "bootstrap_iters": 0, "task_manager": TaskManager(include_defaults=False)}
+    options = {
+        "log_samples": False,
+        "bootstrap_iters": 0,
+        "torch_random_seed": None,
+        "task_manager": TaskManager(include_defaults=False),
+    }
     said = lm_eval.simple_evaluate(harness, tasks=tasks, limit=limit or None, **options)
     counts = {name: {"questions": count["effective"]} for name, count in said.get("n-samples", {}).items()}
     return {name: _numbers(values) | counts.get(name, {}) for name, values in said["results"].items()}
