@@ -21,6 +21,8 @@ def run() -> dict:
         "init_from": "",  # folder of a run whose weights and tokenizer start this one; that model may be shallower
         "track": "tensorboard",  # any of tensorboard, wandb, mlflow, separated by commas; empty: none
         "profile": 0,  # early steps to trace with jax.profiler, into FOLDER/profile; 0: none
+        "tasks": "",  # of lm-evaluation-harness, run every `every.tasks` steps: hellaswag,my_task.yaml
+        "task_limit": 200,  # most questions of each; 0: all
     }
 
 
@@ -103,7 +105,8 @@ def groups() -> dict:
             "eval": 500,  # steps between two evaluations; a phase's first and last weights are evaluated, too
             "save": 1000,  # steps between two checkpoints; a phase's end is saved, too
             "save_minutes": 15.0,  # longest time between two checkpoints; 0: no limit
-            "keep": 3,  # newest checkpoints that are kept
+            "keep": 3,  # newest checkpoints that are kept; each phase's last one is kept besides
+            "tasks": 0,  # steps between two runs of `tasks`; a phase's end runs them, too. 0: never
             "fp8_check": 100,  # steps between two comparisons of fp8 with bf16; where they differ, bf16 takes over
         },
     }

@@ -52,15 +52,16 @@ def train(config: "RunConfig | dict | Path", workdir: "Path", changes: dict | No
     return load(folder)
 
 
-def load(folder: "Path", weights: str = "auto") -> "Model":
+def load(folder: "Path", weights: str = "auto", step: int | None = None, phase: str = "") -> "Model":
     """Open a run's trained model, with `.generate`, `.chat`, `.stream`, `.evaluate`, `.logits`, `.params`, `.config`.
 
     `weights` is the format that generation keeps weights in: fp32, bf16, fp16, int8, int4, or auto as the run computed.
+    The checkpoint is the newest one, that of a `step`, or the last one of a `phase`: "pretrain" or "sft".
     """
     from lowrank_jax.training.trained import Model, open_run
 
     folder = _folder(folder, "folder")
-    return Model(open_run(folder, flag="folder"), folder, weights)
+    return Model(open_run(folder, None, "folder", step, phase), folder, weights)
 
 
 def _folder(path: "Path", name: str) -> str:

@@ -63,6 +63,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(rest)}{_meant(rest[0], self._option_string_actions, {})}")
         return values
 
+    def add_run(self):
+        """Add the flags that name a run and one of its checkpoints."""
+        self.add_path("--workdir", required=True, help="the run")
+        self.add_argument("--step", type=int, help="use the checkpoint of this step (default: the newest)")
+        self.add_argument("--phase", default="", help="use the last checkpoint of this phase: pretrain or sft")
+
     def parse_with_config(self, argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         """Return the command's own flags, and the config of `--config` and `--config.key=value`."""
         self.add_path("--config", metavar="FILE", help=f"a file, or a shipped config: {', '.join(shipped_configs())}")

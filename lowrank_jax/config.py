@@ -28,8 +28,7 @@ class RunFailure(Exception):
 _LIMITS = {
     **{f"at least {least}": lambda number, least=least: number >= least for least in (-1, 0, 1)},
     "above 0": lambda number: number > 0,
-    "between 0 and 0.5": lambda number: 0 <= number <= 0.5,
-    "between 0 and 1": lambda number: 0 <= number <= 1,
+    **{f"between 0 and {most}": lambda number, most=most: 0 <= number <= most for most in (0.5, 1)},
     "at least 0 and below 1": lambda number: 0 <= number < 1,
 }
 # A type may also state the largest value, which no machine holds, so that nothing is allocated or compiled for it.
@@ -166,6 +165,7 @@ class EveryConfig:
     save_minutes: Amount
     keep: Size
     fp8_check: Size
+    tasks: Count
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,8 @@ class RunConfig:
     init_from: LocalPath
     track: Annotated[tuple[str, ...], ("tensorboard", "wandb", "mlflow")]
     profile: Count
+    tasks: tuple[str, ...]
+    task_limit: Count
     model: ModelConfig
     mesh: MeshConfig
     optim: OptimConfig
@@ -190,8 +192,7 @@ class RunConfig:
 
         SFT needs weights to start from: without `init_from`, `pretrain.steps=0` still means -1, as in older configs.
         """
-        if isinstance(values, dict):
-            values = {key: value for key, value in values.items() if key != RECORDED}
+        values = {k: x for k, x in values.items() if k != RECORDED} if isinstance(values, dict) else values
         config = _build(cls, values, "config")
         if config.pretrain.steps == 0 and not config.init_from:
             config = dataclasses.replace(config, pretrain=dataclasses.replace(config.pretrain, steps=-1))
@@ -216,8 +217,8 @@ class RunConfig:
 
     def with_vocab(self, vocab: int) -> "RunConfig":
         """Return the config with the tokenizer's size; raises UsageError where the config has another size."""
-        conflict = f"config.model.vocab={self.model.vocab} but the tokenizer has {vocab} pieces; set it to 0"
-        _require(self.model.vocab in (0, vocab), conflict)
+        size = f"config.model.vocab={self.model.vocab}"
+        _require(self.model.vocab in (0, vocab), f"{size} but the tokenizer has {vocab} pieces; set it to 0")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocab=vocab))
 
 
@@ -296,8 +297,7 @@ def read_sources(value, path: str) -> tuple[SourceConfig, ...]:
             raise UsageError(f"{path} is not a JSON list: {e}") from None
     elif isinstance(value, str):
         items = [s.strip() for s in re.split(r"[,\n]", value) if s.strip()]
-    is_list = isinstance(items, (list, tuple))
-    _require(is_list, f"{path}={shown(value)} must be text such as text:my/*.txt, or a list of sources")
+    _require(isinstance(items, list | tuple), f"{path}={shown(value)} must be text such as text:my/*.txt, or a list")
     _require(len(items) <= MOST_ITEMS, f"{path} {TOO_MANY}")
     defaults = {"weight": 1.0, "text_key": "text", "messages_key": "messages", "split": "train"}
     sources = []

@@ -39,7 +39,7 @@ def read_sampling(args) -> Sampling:
 def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="the run")
+    parser.add_run()
     add("--prompt", help="text to continue, or with --chat the first message")
     add("--chat", action="store_true", help="a conversation, one message per line")
     add("--system", default="", help="system message of the conversation")
@@ -66,7 +66,7 @@ def command(argv: list[str]) -> dict:
     args = arguments(argv)
     sampling = read_sampling(args)
     ask = lambda ids: Request(ids, args.max_tokens, sampling, args.logprobs)
-    run = open_run(args.workdir)
+    run = open_run(args.workdir, at=args.step, phase=args.phase)
     model = Model(run.config, run.tokenizer, run.params, args.weights)
     show = functools.partial(console.show, end="")
     if args.chat:

@@ -35,7 +35,7 @@ LIMITS = {"port": (0, 65535), "slots": (1, 1024), "queue": (0, 10**6), "context"
 def arguments(argv: list[str]):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    parser.add_path("--workdir", required=True, help="the run")
+    parser.add_run()
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 takes any free port (default 8000)")
     add("--slots", type=int, default=8, help="answers that are generated at the same time (default 8)")
@@ -87,7 +87,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def prepare(args) -> tuple[Server, Scheduler]:
     """Return the run's server, and its scheduler, which has not started."""
-    run = open_run(args.workdir)
+    run = open_run(args.workdir, at=args.step, phase=args.phase)
     weights, stop_ids = engine.prepare(run.config, run.params, args.weights), chat.stop_ids(run.tokenizer)
     make = lambda: engine.Engine(run.config.model, weights, stop_ids, args.slots, args.context)
     name = args.model_name or os.path.basename(os.path.abspath(args.workdir))

@@ -52,7 +52,9 @@ def test_a_run_leaves_everything_the_contract_names(reference):
     for name in ("config.json", "tokenizer", "checkpoints", "report.html", "loss.png"):
         assert (reference / name).exists()
     assert (reference / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len(list((reference / "checkpoints").glob("[0-9]*"))) == 2  # every.keep of the quickstart
+    assert (
+        len(list((reference / "checkpoints").glob("[0-9]*"))) == 3
+    )  # every.keep of the quickstart, and the end of pretraining
 
 
 def test_a_python_of_its_own_and_the_compilers_own_settings_train_alike(data, tmp_path):

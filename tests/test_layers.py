@@ -11,7 +11,7 @@ KEEPERS |= {"sentencepiece": "data/tokenizer", "tokenizers": "data/tokenizer", "
 KEEPERS |= {"tensorboardX": "training/track", "wandb": "training/track", "mlflow": "training/track"}
 KEEPERS |= {"starlette": "inference/server/routes", "pydantic": "inference/server/api", "onnx": "export/onnx"}
 KEEPERS |= {"uvicorn": "inference/server/connections", "gguf": "export/gguf", "xllamacpp": "export/gguf"}
-KEEPERS |= {"onnxruntime": "export/onnx"}
+KEEPERS |= {"onnxruntime": "export/onnx", "lm_eval": "training/harness"}
 
 
 def imports(tree: ast.Module) -> set[str]:

@@ -88,10 +88,17 @@ def open_held_out(p: PhaseConfig, tokenizer: Tokenizer, seed: int, chats: bool, 
     return _finite(own, tokenizer, chats)
 
 
-def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer) -> "Stream":
-    """Open all of some sources, once and in order, with weight on every token."""
-    pairs = zip(configs, _open(configs, tokenizer, False))
-    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), False)) for c, s in pairs], tokenizer, False)
+def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool = False) -> "Stream":
+    """Open all of some sources, once and in order, with weight on every token, or with `chats` on the answers'."""
+    pairs = zip(configs, _open(configs, tokenizer, chats))
+    return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), chats)) for c, s in pairs], tokenizer, chats)
+
+
+def is_chat(config: SourceConfig) -> bool:
+    """Return whether a source holds conversations: its first document is one, or it was tokenised for SFT."""
+    source = sources.open_source(config)
+    first = lambda: Reader(source, ONCE, Limit(config.spec, 0), chats=False).next() or {}
+    return source.chats if hasattr(source, "chats") else "messages" in first()
 
 
 def _finite(own: list[tuple[SourceConfig, Reader]], tokenizer: Tokenizer, chats: bool) -> "Stream":

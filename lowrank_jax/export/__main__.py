@@ -30,7 +30,7 @@ OPTIONS = {"hf": (), "torch": (), "onnx": ("quant",), "gguf": ("attn", "quant")}
 
 def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
-    parser.add_path("--workdir", required=True, help="the run")
+    parser.add_run()
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_path("--out", required=True, help="the new folder")
     parser.add_argument("--attn", choices=gguf.FORMS, help="gguf: merged projections or latents (default dense)")
@@ -45,9 +45,10 @@ def command(argv: list[str]) -> dict:
             raise UsageError(f"--{name} is not for --format={args.format}")
     if "quant" in options and args.quant not in format.TYPES:
         raise UsageError(f"--quant={args.quant} must be one of {', '.join(format.TYPES)} for --format={args.format}")
-    out, trained, difference, change = unused(args.out, "--out"), open_run(args.workdir), None, {}
-    step = trained.progress.step
-    if not args.unfinished and run_folder.finished_step(args.workdir) != step:
+    run = lambda: open_run(args.workdir, at=args.step, phase=args.phase)
+    out, trained, difference, change = unused(args.out, "--out"), run(), None, {}
+    step, is_chosen = trained.progress.step, args.step is not None or args.phase != ""
+    if not (args.unfinished or is_chosen) and run_folder.finished_step(args.workdir) != step:
         advice = "finish it with lowrank_jax.main, or export it as it is with --unfinished"
         raise UsageError(f"--workdir={args.workdir} is not finished: its newest checkpoint is of step {step}; {advice}")
     with whole_folder(out) as folder:

@@ -135,7 +135,7 @@ def facts(trained: Trained) -> str:
         "longest sequence in training": f"{verify.longest(config):,}",
         "precision in training": config.precision,
     }
-    rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in config.phases}
+    rows |= {f"{'chat' if name == 'sft' else 'pretraining'} data": sources(name) for name in trained.phases}
     text = lambda value: f"{value:,}" if isinstance(value, int) else f"`{_cell(str(value))}`"
     shown = {key: text(value) for key, value in plain(trained.progress).items()}
     rows |= {f"`{key}` in training": value for key, value in shown.items()}

@@ -62,7 +62,7 @@ def _config(base: RunConfig | None, origin: dict, values: dict, keys: dict, fold
     if not base and not origin:
         raise UsageError(f"the weights have no {ORIGIN} beside them; name the settings to train with: --config=FILE")
     with checked.named(os.path.join(folder, ORIGIN)):
-        settings = (base or RunConfig.from_dict(origin)).to_dict()
+        settings = (base or RunConfig.from_dict(run_folder.with_later(origin))).to_dict()
     settings["model"] |= {"vocab": keys["vocab"]}
     with checked.named(os.path.join(folder, "config.json")):
         config = RunConfig.from_dict(settings)

@@ -101,7 +101,7 @@ class Model:
             drawing = dataclasses.replace(first, seed=seed + i)
             requests.append(_request(self._ids(prompt, f"prompts[{i}]"), max_new, drawing))
         if kinds and "ids" not in kinds:
-            return self._texts(requests, _stops(stop))
+            return self.texts(requests, _stops(stop))
         if stop:
             raise UsageError("stop strings end texts; prompts of ids end with a stop token")
         new = [[] for _ in requests]
@@ -119,7 +119,7 @@ class Model:
         if _kind(messages) != "messages":
             raise UsageError(f'messages={shown(messages)} must be a list such as [{{"role": "user", "content": "Hi"}}]')
         drawing = sampling.read(settings | {"seed": seed})
-        return self._texts([_request(self._ids(messages), max_new, drawing)], _stops(stop))[0].strip()
+        return self.texts([_request(self._ids(messages), max_new, drawing)], _stops(stop))[0].strip()
 
     def _ids(self, prompt, name: str = "prompt") -> list[int]:
         """Return the ids of a text, of ids, or of messages that the assistant shall answer; raises UsageError."""
@@ -130,7 +130,8 @@ class Model:
             raise UsageError(f"{name}={shown(prompt)} must be a text or a list of token ids")
         return self.prompt(prompt) if kind == "text" else [int(i) for i in prompt]
 
-    def _texts(self, requests: Sequence[Request], stop: Sequence[str]) -> list[str]:
+    def texts(self, requests: Sequence[Request], stop: Sequence[str]) -> list[str]:
+        """Return the texts that answer requests, each before the first of the `stop` strings."""
         writers, texts = [Writer(self.tokenizer, stop, request.ids) for request in requests], [""] * len(requests)
         going = set(range(len(requests)))
         with contextlib.closing(self.pieces(requests, MOST_DECODED)) as pieces:

@@ -2,8 +2,9 @@
 
 Orbax notices a missing or truncated file but not a flipped byte (measured: it silently restores wrong values). So every
 checkpoint has a checksum of its contents, and a restore that does not match falls back to the checkpoint before.
-A checkpoint is never deleted but by the rule of `every.keep`: a damaged one is renamed, and one that the file system
-cannot read now ends the run. Nothing in a checkpoint depends on the mesh: it is restored onto the layout of `template`.
+A checkpoint is never deleted but by the rule of `every.keep`, which leaves each phase's last one. A damaged one is
+renamed, and one that the file system cannot read now ends the run. Nothing in a checkpoint depends on the mesh: it is
+restored onto the layout of `template`.
 """
 
 import contextlib
@@ -16,12 +17,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import absl.logging
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from lowrank_jax.config import RunFailure, UsageError
 from lowrank_jax.machine import agreement, faults, sharding, storage
@@ -142,10 +144,13 @@ class _Names(ocp.path.step.NameFormat):
 class Checkpoints:
     """The checkpoints of a run's folder; a context manager that waits for the last write."""
 
-    def __init__(self, folder: str, keep: int | None = None, read_only: bool = False):
+    def __init__(self, folder: str, keep: int | None = None, read_only: bool = False, ends: Collection[int] = ()):
+        """`keep` is the number of newest ones that stay (None: all); those of the steps `ends` stay besides."""
         path = os.path.abspath(os.path.join(folder, "checkpoints"))
         self.folder, self._path, self._read_only, self._saves, self._manager = folder, path, read_only, 0, None
-        options = {"max_to_keep": keep, "read_only": read_only, "create": not read_only, "step_name_format": _Names()}
+        kept = policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(sorted(ends))])
+        options = {"preservation_policy": kept, "read_only": read_only, "create": not read_only}
+        options["step_name_format"] = _Names()
         if not read_only or run_folder.checkpoint_steps(folder) or run_folder.strays(folder):
             # Lightweight: a reader does not look at a checkpoint that is being deleted.
             options = ocp.CheckpointManagerOptions(**options, lightweight_initialize=True)
@@ -197,12 +202,22 @@ class Checkpoints:
         faults.strike("save", self._saves)
         return meta["checksum"]
 
-    def restore(self, template) -> tuple[object, Progress] | None:
+    def phases(self) -> dict[int, str]:
+        """Return the phase of each checkpoint by step, newest first; "" where its contents cannot be read."""
+        return {step: self._phase(step) for step in self.steps()}
+
+    def _phase(self, step: int) -> str:
+        with contextlib.suppress(Exception):  # whatever Orbax raises for it: a restore of that checkpoint says it
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta["phase"]
+        return ""
+
+    def restore(self, template, wanted: Callable[[int], bool] = lambda step: True) -> tuple[object, Progress] | None:
         """Return (state like `template`, progress) of the newest whole checkpoint; None where there is no checkpoint.
 
-        Damaged ones are passed over and, unless we only read, renamed and logged, so that training may write their
-        steps again. Where all are damaged nothing is renamed, as the cause may be elsewhere, and UsageError is raised.
-        A checkpoint that cannot be read raises RunFailure after several attempts: an older one is not used.
+        Only those of `wanted` steps count. Damaged ones are passed over and, unless we only read, renamed and logged,
+        so that training may write their steps again. Where all are damaged nothing is renamed, as the cause may be
+        elsewhere, and UsageError is raised. A checkpoint that cannot be read raises RunFailure after several attempts:
+        an older one is not used.
         """
         if not self._manager:
             return None
@@ -210,7 +225,7 @@ class Checkpoints:
             self.wait()
         for _ in range(LISTINGS):
             damaged, steps = {}, run_folder.checkpoint_steps(self.folder)
-            for step in steps:
+            for step in filter(wanted, steps):
                 try:
                     restored = self._read(step, template)
                 except _Damaged as e:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.config import MOST_LENGTH, ModelConfig, RunConfig, UsageError, read_sources, shown
+from lowrank_jax.config import MOST_LENGTH, ModelConfig, PhaseConfig, RunConfig, UsageError, read_sources, shown
 from lowrank_jax.data import stream
 from lowrank_jax.inference import cpu_decoder, decoder, quantize
 from lowrank_jax.inference.engine import prepare
@@ -65,33 +65,62 @@ def check_sizes(lengths: Sequence[int], tokens: int, dashes: str = "") -> None:
 
 
 def of_run(run, lengths: Sequence[int] = (), data="", tokens: int = 0, weights: str = "") -> Iterator[dict]:
-    """Yield {length} | `evaluate` of a Trained or Model for each length, with weight on the same targets only.
+    """Yield {length, scored} | `evaluate` of a Trained or Model for each length.
 
-    By default, the held-out part of the first phase is read at its longest length; `data` is other sources. With
-    `weights`, "with" is `compare_weights`. Raises UsageError where the data does not fill a row.
+    By default, the held-out part of the first phase is read at its longest length; `data` is other sources. Texts are
+    "scored" on the same tokens at each length. "chats" are scored as in SFT: whole, in the template, on the assistant's
+    tokens alone. Where a run has both, or `data` has, the result holds that of chats as "chats". With `weights`, "with"
+    is `compare_weights`. Raises UsageError where the data does not fill a row.
     """
     check_sizes(lengths, tokens)
     if weights and weights not in quantize.KINDS:
         raise UsageError(f"weights must be one of {', '.join(quantize.KINDS)}, not {shown(weights)}")
-    phase, byte_lengths = next(iter(run.config.phases.values())), run.tokenizer.byte_lengths()
-    all_batches = _of_lengths(run, data, lengths or [phase.lengths[-1]], tokens or phase.eval_tokens)
-    for length, batches in all_batches.items():
-        result = {"length": length} | evaluate(run.config, run.params, batches, byte_lengths)
+    byte_lengths, of_kinds = run.tokenizer.byte_lengths(), {}
+    for kind, (documents, phase) in _open(run, data).items():
+        try:
+            own = lengths or [phase.lengths[-1]]
+            of_kinds[kind] = _of_lengths(documents, own, tokens or phase.eval_tokens, kind == "chats")
+        except UsageError as e:
+            if data or not of_kinds:
+                raise
+            console.say(f"the held-out {kind} of the run are not scored: {e}")
+    for all_rows in zip(*(of_lengths.items() for of_lengths in of_kinds.values())):
+        results = [
+            {"length": length, "scored": kind} | evaluate(run.config, run.params, batches, byte_lengths)
+            for kind, (length, batches) in zip(of_kinds, all_rows)
+        ]
         if weights:
-            result["with"] = compare_weights(run.config, run.params, batches, byte_lengths, weights)
-        yield result
+            results[0]["with"] = compare_weights(run.config, run.params, all_rows[0][1], byte_lengths, weights)
+        yield results[0] | {result["scored"]: result for result in results[1:]}
 
 
-def _of_lengths(run, data, lengths: Sequence[int], tokens: int) -> dict[int, Batches]:
-    batches, (name, phase) = {}, next(iter(run.config.phases.items()))
+def _open(run, data) -> dict[str, tuple[Callable[[], stream.Stream], PhaseConfig]]:
+    """Return {"text" or "chats": (a function that opens documents from their start, the phase that they are like)}."""
+    config, tok = run.config, run.tokenizer
+    if not data:
+        held_out = lambda p, chats: lambda: stream.open_held_out(p, tok, config.seed, chats)
+        kinds = {"text": "pretrain", "chats": "sft"}
+        return {
+            kind: (held_out(config.phases[name], name == "sft"), config.phases[name])
+            for kind, name in kinds.items()
+            if name in config.phases
+        }
+    configs = read_sources(data, "data")
+    chats = [source for source in configs if stream.is_chat(source)]
+    parts = {"text": [source for source in configs if source not in chats], "chats": chats}
+    first, read = next(iter(config.phases.values())), lambda part, kind: stream.read_once(part, tok, kind == "chats")
+    return {kind: (functools.partial(read, part, kind), first) for kind, part in parts.items() if part}
+
+
+def _of_lengths(documents: Callable, lengths: Sequence[int], tokens: int, chats: bool) -> dict[int, Batches]:
+    batches = {length: batches_of(documents(), length, tokens) for length in lengths}
     for length in lengths:
-        if data:
-            documents = stream.read_once(read_sources(data, "data"), run.tokenizer)
-        else:
-            documents = stream.open_held_out(phase, run.tokenizer, run.config.seed, chats=name == "sft")
-        batches[length] = batches_of(documents, length, tokens)
         if not batches[length]:
-            raise UsageError(f"the data does not fill one row of {length} tokens; use shorter lengths or more data")
+            missing = f"fill one row of {length} tokens" if not chats else f"answer within {length} tokens"
+            remedy = "use shorter lengths or more data" if not chats else "use longer lengths or other chats"
+            raise UsageError(f"the data does not {missing}; {remedy}")
+    if chats:  # whole conversations: rows of other lengths have other tokens
+        return batches
     shared = min(tokens, *(sum(batch["tokens"].size for batch in rows) for rows in batches.values()))
     if shared < tokens:
         console.say(f"the data fills rows of every length with {shared} tokens, fewer than {tokens}")

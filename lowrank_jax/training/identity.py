@@ -2,6 +2,11 @@
 
 import dataclasses
 import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
 
 import jax
 from jax.sharding import Mesh
@@ -96,4 +101,19 @@ def announce(config: RunConfig, old: RunConfig | None, mesh: Mesh) -> dict:
     say(f"training on {mesh.devices.size} x {kind} (mesh {axes}), precision {facts['precision']}{why}")
     for key, was, now in changes:
         say(f"config.{key} was {run_folder.describe(was)}, is {run_folder.describe(now)}")
+    facts |= {"command": shlex.join(sys.orig_argv), "hardware": f"{kind}, {os.cpu_count()} CPU cores"}
+    facts |= {"versions": f"Python {platform.python_version()}, JAX {jax.__version__}", "commit": _commit()}
     return facts | {"changed": [f"{key}: {was} -> {now}" for key, was, now in changes]}
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that the package lies in, with + where files differ; None outside of one."""
+    root = pathlib.Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed, perhaps below the checkout of something else
+        return None
+    command = ["git", "-C", root, "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None

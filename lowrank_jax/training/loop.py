@@ -67,7 +67,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
             say(f"warning: {warning}")
         if old is None and processes.is_first():
             tok.save(run_folder.tokenizer_folder(folder))  # before config.json: a folder with that has a tokenizer too
-        checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep))
+        checkpoints = stack.enter_context(Checkpoints(folder, config.every.keep, ends=plan.phase_ends))
         r = Run(config, tok, folder, plan, programs, checkpoints, signals, go_back, passes)
         state, progress = start.restore(r)
         # A tokenizer's files may be written in another way by another version of its library: those of a run stay.
@@ -136,7 +136,7 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
                 state, batches = _enter_phase(r, stage, state, progress, meter)
                 feeds.enter_context(contextlib.closing(batches))
                 phase_name = stage.phase
-            if due := [m for m in milestones(r.plan.stages, r.config.every.eval, progress.step) if m not in done]:
+            if due := [m for m in _milestones(r, progress.step) if m not in done]:
                 done.add(due[0])
                 _reach(r, due[0], state, progress, meter, evaluator_of)
                 continue
@@ -169,6 +169,10 @@ def _loop(r: Run, meter: Meter, state: TrainState, progress: Progress) -> tuple[
                 last_save = time.monotonic()
 
 
+def _milestones(r: Run, done: int) -> list[tuple[str, str, int]]:
+    return milestones(r.plan.stages, r.config.every.eval, done, r.config.every.tasks)
+
+
 def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, meter: Meter):
     """Return (state, feed of batches) for the stage's phase; a phase starts with a fresh optimizer state."""
     if progress.step == stage.phase_start:
@@ -182,12 +186,15 @@ def _enter_phase(r: Run, stage: Stage, state: TrainState, progress: Progress, me
 
 
 def _reach(r: Run, milestone: tuple[str, str, int], state, progress: Progress, meter: Meter, evaluator_of) -> None:
-    """Evaluate, or end a phase. An evaluation that a signal interrupts is repeated after the resume."""
+    """Evaluate, run tasks or end a phase. What a signal interrupts is repeated after the resume."""
     kind, name, at_step = milestone
     meter.flush()
     stage = stage_at([s for s in r.plan.stages if s.phase == name], at_step)
     if kind == "end":
         phase.end(r, stage, state.weights, progress)
+    elif kind == "tasks":
+        with contextlib.suppress(Interrupted):
+            meter.log_tasks(stage, at_step, phase.run_tasks(r, state.weights))
     elif evaluate := evaluator_of(name):
         with contextlib.suppress(Interrupted):
             meter.log_eval(stage, at_step, evaluate(state.weights, stop=lambda: r.stopping))

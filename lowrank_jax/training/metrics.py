@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lowrank_jax.config import RunConfig, RunFailure
 from lowrank_jax.machine import devices, processes
 from lowrank_jax.machine.console import say, show
-from lowrank_jax.training import outlook, run_folder, track
+from lowrank_jax.training import outlook, run_folder, tasks, track
 from lowrank_jax.training.memory import Fit
 from lowrank_jax.training.plan import FittedStage, Progress, Stage, stages_of
 
@@ -146,9 +146,23 @@ class Meter:
         say(f"step {switch_step}: {s.name}, {s.batch} x {s.seq_len} tokens per step, {rows} rows at once")
 
     def log_eval(self, stage: Stage, at_step: int, result: dict) -> None:
+        """Log held-out text of the stage's phase; after a later phase, say what that has cost it."""
         facts = {"split": stage.phase, "eval_loss": result["loss"], "bits_per_byte": result["bits_per_byte"]}
         self._write(stage, at_step, facts | {"eval_tokens": result["tokens"]})
-        say(f"step {at_step}: held-out {stage.phase} {result['bits_per_byte']:.3f} bits per byte")
+        ended, now, cost = stage.phase_start + stage.phase_steps, result["bits_per_byte"], ""
+        if at_step > ended and (before := run_folder.bits_after(self.folder, stage.phase, ended)) is not None:
+            cost = f", {now - before:+.3f} by sft ({before:.3f} before it)"
+        say(f"step {at_step}: held-out {stage.phase} {now:.3f} bits per byte{cost}")
+
+    def log_tasks(self, stage: Stage, at_step: int, results: dict[str, dict] | str) -> None:
+        """Log what tasks have come to, or why they failed."""
+        failed = isinstance(results, str)
+        facts = {"failed": results} if failed else {"results": results}
+        run_folder.log_event(self.folder, "tasks", at_step, phase=stage.phase, **facts)
+        say(f"step {at_step}: {f'warning: the tasks failed ({results})' if failed else tasks.describe(results)}")
+        flat = {} if failed else run_folder.flatten({"tasks": results})
+        for tracker in self.trackers:
+            tracker.log(at_step, {key.replace(".", "/"): x for key, x in flat.items()})
 
     def _write(self, stage: Stage, step: int, facts: dict) -> None:
         row = {"step": step, "phase": stage.phase, "stage": stage.name} | facts

@@ -13,11 +13,13 @@ from lowrank_jax.data import packing, stream
 from lowrank_jax.inference import session
 from lowrank_jax.machine import faults, sharding
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import evaluation, run_folder
+from lowrank_jax.machine.interrupt import Interrupted
+from lowrank_jax.training import evaluation, run_folder, tasks
 from lowrank_jax.training.plan import Plan, Progress, Stage, last_stage, stage_at
 from lowrank_jax.training.start import Run
 
 SAMPLE_TOKENS = 120
+SAMPLES = 3  # texts that the report shows, with other seeds
 SHOWN_TOKENS = 300  # of the first row of SFT
 NOTES = 5  # skips and retries shown on the terminal; the ledger has them all
 
@@ -99,6 +101,18 @@ def _skipped(folder: str) -> set[tuple]:
     return {tuple(e[key] for key in keys) for e in events if e["event"] == "skip" and all(key in e for key in keys)}
 
 
+def run_tasks(r: Run, params: dict) -> dict[str, dict] | str:
+    """Return the results of the config's tasks, or why they fail, which is no reason to stop training."""
+    try:
+        with jax.set_mesh(r.plan.mesh):
+            model = session.Model(r.config, r.tokenizer, params)
+            return tasks.run(model, r.config.tasks, r.config.task_limit, lambda: r.stopping)
+    except (Interrupted, jax.errors.JaxRuntimeError):  # a signal; no memory
+        raise
+    except Exception as e:  # a task is a program
+        return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
 def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
     """End a phase: show a sample of the model's text, and log what the phase was trained on."""
     log = functools.partial(run_folder.log_event, r.folder, step=progress.step, phase=stage.phase)
@@ -113,8 +127,12 @@ def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
                 f"warning: decoding with the cache differs from the forward pass by {difference:.2g} nats per token; "
                 "generated text is not the model's. Does inference/decoder.py know every option of config.model?"
             )
+            others = [
+                r.tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, seed, temperature=0.7, top_p=0.95))
+                for seed in range(1, SAMPLES)
+            ]
         text = r.tokenizer.decode(new)
-        log("sample", prompt=prompt, text=text)
+        log("sample", prompt=prompt, text=text, more=others)
         shown = f"step {progress.step}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"
         say(shown.replace("\n", "\n  "))
     read = stream.summary(progress.cursor)

@@ -81,6 +81,11 @@ class Plan:
         """Number of steps of the whole run."""
         return self.stages[-1].end
 
+    @property
+    def phase_ends(self) -> set[int]:
+        """The number of steps done at the end of each phase."""
+        return {stage.phase_start + stage.phase_steps for stage in self.stages}
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -140,16 +145,19 @@ def last_stage(stages: Sequence[Stage], phase: str) -> Stage:
     return [s for s in stages if s.phase == phase][-1]
 
 
-def milestones(stages: Sequence[Stage], every_eval: int, done: int) -> list[tuple[str, str, int]]:
+def milestones(stages: Sequence[Stage], every_eval: int, done: int, every_tasks: int = 0) -> list[tuple[str, str, int]]:
     """Return what is due after `done` updates, in order, as (kind, phase, done).
 
-    `end` is the end of a phase. `eval` measures its held-out text: at its start, every `every_eval` steps, and its end.
+    `end` is the end of a phase. `eval` measures its held-out text: at its start, every `every_eval` steps, and its end,
+    where the phases before it are measured again. `tasks` come every `every_tasks` steps (0: never) and at its end.
     """
-    due = []
+    due, before = [], lambda stage: dict.fromkeys(s.phase for s in stages if s.start < stage.phase_start)
     if done > 0:
         last = stage_at(stages, done - 1)
         ends = done == last.phase_start + last.phase_steps
         due += [("eval", last.phase, done)] if ends or done % every_eval == 0 else []
+        due += [("eval", phase, done) for phase in before(last)] if ends else []
+        due += [("tasks", last.phase, done)] if every_tasks and (ends or done % every_tasks == 0) else []
         due += [("end", last.phase, done)] if ends else []
     if done < stages[-1].end and (first := stage_at(stages, done)).phase_start == done:
         due.append(("eval", first.phase, done))

@@ -2,12 +2,14 @@
 
 import base64
 import collections
+import contextlib
 import datetime
 import html
-import json
+import importlib
 import math
 import os
 import pathlib
+import shlex
 import string
 from collections.abc import Iterable
 
@@ -15,7 +17,7 @@ import matplotlib.figure
 import matplotlib.style
 import numpy as np
 
-from lowrank_jax.config import UsageError
+from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.machine import storage
 from lowrank_jax.machine.console import visible
 from lowrank_jax.training import forecast, run_folder
@@ -25,9 +27,10 @@ PAGE, STYLE = (pathlib.Path(__file__).with_name(name) for name in ("report.html"
 COLORS = {"pretrain": "#1f5a94", "sft": "#b4531f"}
 POINTS = 300  # of a line: more of them are drawn faintly behind their means
 TROUBLE = ("skip", "oom", "retry", "restore", "restore_failed", "fallback", "preempt")  # shown with their facts
-ROUTINE = ("save", "sample", "fp8_check")  # only counted
+ROUTINE = ("save", "sample", "fp8_check", "data", "tasks")  # only counted: other sections have their contents
 EACH, LATEST = 10, 30  # events shown of each kind of trouble, and of all others; events.jsonl has every one
 CHARACTERS = 160  # of one fact
+MOST_EPOCHS = 4  # over a source before more data would help: Muennighoff et al., arXiv 2305.16264
 NUMBERS = "step time tokens seq_len loss lr tokens_per_s eval_loss bits_per_byte blocked_seconds".split()
 TEXTS = "event phase stage split prompt text".split()
 
@@ -49,21 +52,29 @@ def write(folder: str) -> dict:
     trouble = sorted(latest, key=lambda event: event.get("time") or 0)
     others = [event for event in events if event["event"] not in TROUBLE + ROUTINE]
     last = {event["event"]: event["step"] for event in events}
+    warnings = "".join(f"<p>{_escape(line)}</p>" for line in _warnings(config, rows, events))
+    tasks = [event for event in events if event["event"] == "tasks" and isinstance(event.get("results"), dict)]
     kinds = collections.Counter(event["event"] for event in events).most_common()
     sections = [
+        ("Warnings", warnings or "<p>none</p>"),
         ("Training", f'<div class="wide"><img alt="curves by tokens" src="data:image/png;base64,{image}"></div>'),
-        ("Held-out text", _table(_eval_summary(_split(rows)[1]))),
+        ("Held-out text", _table(_eval_summary(rows))),
+        *([("Tasks", _table(_of_tasks(tasks)))] if tasks else []),
         ("Stage switches", _table(_switches(events, described["stages"])) + _saving(rows, events)),
-        ("Data", _table(_trained_on(events))),
+        ("Data", _table(_trained_on(config, events))),
         ("Samples", samples or "<p>none: set pretrain.sample and sft.sample</p>"),
+        ("Run", _table(_run(events))),
+        ("Settings that differ from the default", _table(_changes(config))),
         ("Plan", f'<pre class="wide">{_escape(forecast.table(described))}</pre>'),
         ("Events", _table({"event": kind, "count": n, "last at step": last[kind]} for kind, n in kinds)),
         (f"Out of the ordinary: the last {EACH} of each kind", _table(map(_flat, trouble))),
         ("Latest events", _table(map(_flat, others[-LATEST:]))),
+        ("What to run next", f'<pre class="wide">{_escape(_next(folder, config, events))}</pre>'),
     ]
     body = "".join(f"<h2>{title}</h2>\n{content}\n" for title, content in sections)
     facts = "".join(
-        f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>" for name, value in _glance(rows, events).items()
+        f"<div><dt>{_escape(name)}</dt><dd>{_escape(value)}</dd></div>"
+        for name, value in _glance(rows, events, described).items()
     )
     path = os.path.abspath(folder)
     texts = {"name": _escape(os.path.basename(path)), "path": _escape(path), "facts": facts, "body": body}
@@ -100,7 +111,8 @@ def _escape(value) -> str:
 def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplotlib.figure.Figure:
     train, evals = _split(rows)
     figure = matplotlib.figure.Figure()
-    loss, bits, length, speed, rate = panels = figure.subplots(5, sharex=True, height_ratios=[4, 1.6, 1, 1.2, 1.2])
+    panels = figure.subplots(6, sharex=True, height_ratios=[4, 1.6, 1, 1.2, 1.2, 1.2])
+    loss, bits, length, speed, norm, rate = panels
     for phase in dict.fromkeys(row["phase"] for row in rows):
         color = COLORS.get(phase, "#555555")
         of_train, of_evals = ([row for row in some if row["phase"] == phase] for some in (train, evals))
@@ -109,6 +121,7 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
             x, y = _tokens(train, [row["step"] for row in of_evals]), [row[key] for row in of_evals]
             axes.plot(x, y, "o-", color=color, mfc="white", ms=4, lw=1, label=name)
         _line(speed, of_train, "tokens_per_s", color)
+        _line(norm, of_train, "grad_norm", color)
         _line(rate, of_train, "lr", color)
     length.plot(*_series(train, "seq_len"), color="#333333", drawstyle="steps-pre")
     refused = sorted({e["step"] for e in events if e["event"] == "skip" and "source" not in e})
@@ -125,6 +138,7 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     length.set_yscale("log", base=2)
     length.set_yticks(sorted({row["seq_len"] for row in train}), minor=False)
     length.yaxis.set_major_formatter("{x:.0f}")
+    norm.set_yscale("log")
     for axes in (speed, rate):
         axes.set_ylim(bottom=0)
     for axis in (rate.xaxis, speed.yaxis):
@@ -132,7 +146,8 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     for text in loss.legend(loc="upper right", bbox_to_anchor=(1, 0.9)).get_texts():
         text.set_parse_math(False)
     rate.set_xlabel("tokens")
-    for axes, label in zip(panels, ("loss (nats per token)", "bits per byte", "length", "tokens/s", "learning rate")):
+    labels = ("loss (nats per token)", "bits per byte", "length", "tokens/s", "gradient norm", "learning rate")
+    for axes, label in zip(panels, labels):
         axes.set_ylabel(label)
     figure.align_ylabels()
     return figure
@@ -162,7 +177,7 @@ def _tokens(train: list[dict], steps):
     return np.interp(steps, *zip(*known))
 
 
-def _glance(rows: list[dict], events: list[dict]) -> dict:
+def _glance(rows: list[dict], events: list[dict], described: dict) -> dict:
     train, evals = _split(rows)
     last = [event["event"] for event in events if event["event"] in ("start", "preempt", "finish")][-1:]
     state = {"finish": "finished", "preempt": "stopped by a signal"}.get("".join(last), "not finished")
@@ -170,17 +185,115 @@ def _glance(rows: list[dict], events: list[dict]) -> dict:
     losses, speeds = _series(train, "loss")[1], _series(train, "tokens_per_s")[1]
     if len(losses):
         facts |= {"last loss": f"{losses[-1]:.3f}", "median tokens/s": _short(np.median(speeds))}
-    return facts | {f"{row['split']}, bits per byte": f"{row['bits_per_byte']:.3f}" for row in evals}
+    facts |= {"parameters": _short(described["params"]["total"]), "time": _duration(events)}
+    facts |= {f"{row['split']}, bits per byte": f"{row['bits_per_byte']:.3f}" for row in evals}
+    costs = [row["cost of SFT"] for row in _eval_summary(rows) if row.get("cost of SFT")]
+    return facts | ({"SFT cost the base": f"{costs[-1]} bits per byte"} if costs else {})
 
 
-def _eval_summary(evals: list[dict]) -> list[dict]:
-    summary = []
+def _duration(events: list[dict]) -> str:
+    """Return the time from each start to the last event before the next start, added up."""
+    seconds, began, last = 0.0, None, None
+    for event in events:
+        now = event.get("time")
+        if event["event"] == "start":
+            seconds, began = seconds + (last - began if began is not None else 0), now
+        last = now if now is not None else last
+    seconds = max(seconds + (last - began if None not in (began, last) else 0), 0)
+    hours, minutes = int(seconds // 3600), int(seconds // 60 % 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds % 60:.0f} s"
+
+
+def _eval_summary(rows: list[dict]) -> list[dict]:
+    """Return the held-out figures of each split; those after the steps of its own phase show what SFT cost it."""
+    (train, evals), summary = _split(rows), []
     for split in dict.fromkeys(row["split"] for row in evals):
-        bits = [row["bits_per_byte"] for row in evals if row["split"] == split]
+        own = [row for row in evals if row["split"] == split]
+        end = max((row["step"] for row in train if row["phase"] == split), default=math.inf)
+        bits = [row["bits_per_byte"] for row in own if row["step"] <= end] or [row["bits_per_byte"] for row in own]
         shown = {name: f"{value:.3f}" for name, value in (("first", bits[0]), ("best", min(bits)), ("last", bits[-1]))}
         fall = f"{1 - bits[-1] / bits[0]:.1%}" if bits[0] else "–"
-        summary.append({"bits per byte of": split, "evaluations": len(bits)} | shown | {"fell by": fall})
+        row = {"bits per byte of": split, "evaluations": len(own)} | shown | {"fell by": fall}
+        if later := [row["bits_per_byte"] for row in own if row["step"] > end]:
+            row |= {"after SFT": f"{later[-1]:.3f}", "cost of SFT": f"{later[-1] - bits[-1]:+.3f}"}
+        summary.append(row)
     return summary
+
+
+def _of_tasks(events: list[dict]) -> list[dict]:
+    table = []
+    for event in events:
+        for task, values in event["results"].items():
+            row = {"step": event["step"], "task": task}
+            table.append(row | (values if isinstance(values, dict) else {}))
+    return table
+
+
+def _warnings(config: RunConfig, rows: list[dict], events: list[dict]) -> list[str]:
+    """Return a sentence for everything that a reader should know before trusting the run."""
+    count, lines = collections.Counter(event["event"] for event in events), []
+    refused = sum(event["event"] == "skip" and "source" not in event for event in events)
+    kinds = {"oom": "a step ran out of memory", "fallback": "fp8 gave way to bf16"}
+    kinds |= {"restore_failed": "a checkpoint was damaged", "decode_differs": "decoding differed from the forward pass"}
+    kinds |= {"retry": "a read failed and was repeated"}
+    lines += [
+        f"{text}: {count[kind]:,} times, the last ones are listed below" for kind, text in kinds.items() if count[kind]
+    ]
+    lines += [f"{refused:,} updates were refused (no finite loss, or a spike)"] if refused else []
+    if skipped := count["skip"] - refused:
+        lines.append(f"{skipped:,} records could not be used and were skipped")
+    for read in _trained_on(config, events):
+        if _is_number(epochs := read.get("epochs")) and epochs > MOST_EPOCHS:
+            lines.append(f"{read['source']} was read {epochs:.3g} times in {read['phase']}: more data would help")
+    for row in _eval_summary(rows):
+        best, last = float(row["best"]), float(row["last"])
+        if last > 1.01 * best:
+            lines.append(f"held-out {row['bits per byte of']} was better before its end: {best:.3f}, now {last:.3f}")
+    lines += [
+        f"tasks failed at step {e['step']}: {e['failed']}" for e in events if e["event"] == "tasks" and "failed" in e
+    ]
+    return lines
+
+
+def _run(events: list[dict]) -> list[dict]:
+    """Return where and how the run was started, each time that something differs from the start before."""
+    table, names = [], {"command": "command", "commit": "commit", "hardware": "hardware", "versions": "versions"}
+    names |= {"devices": "devices", "processes": "processes", "mesh": "mesh", "precision": "precision"}
+    known = {}
+    for event in (event for event in events if event["event"] == "start"):
+        facts = {name: event[key] for key, name in names.items() if event.get(key) is not None}
+        table += [
+            {"from step": event["step"], "": n, "facts": _fact(n, x, 1000)}
+            for n, x in facts.items()
+            if known.get(n) != x
+        ]
+        known |= facts
+    return table
+
+
+def _changes(config: RunConfig) -> list[dict]:
+    """Return the settings that configs/default.py has otherwise; none where that file is not beside the package."""
+    for name in ("configs.default", "lowrank_jax.configs.default"):
+        with contextlib.suppress(ImportError, UsageError):
+            default = RunConfig.from_dict(importlib.import_module(name).get_config().to_dict())
+            differ = run_folder.differences(default, config)
+            return [
+                {"config.": k, "facts": run_folder.describe(now), "default": run_folder.describe(was)}
+                for k, was, now in differ
+            ]
+    return []
+
+
+def _next(folder: str, config: RunConfig, events: list[dict]) -> str:
+    """Return the commands that a run of this state is ready for."""
+    where = f"--workdir={shlex.quote(os.path.abspath(folder))}"
+    has_ended = [e["event"] for e in events if e["event"] in ("start", "finish")][-1:] == ["finish"]
+    lines = [] if has_ended else ["the command above again: training goes on where it stopped"]
+    chat = "--chat" if config.sft.steps else f"--prompt={shlex.quote(config.pretrain.sample or 'The')}"
+    lines += [f"python -m lowrank_jax.generate {where} {chat}", f"python -m lowrank_jax.serve {where}"]
+    lines.append(f"python -m lowrank_jax.evaluate {where}" + " --phase=pretrain" * (len(config.phases) > 1))
+    unfinished = "" if has_ended else " --unfinished"
+    return "\n".join([*lines, f"python -m lowrank_jax.export {where} --format=hf --out=exports/hf{unfinished}"])
 
 
 def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
@@ -195,11 +308,15 @@ def _switches(events: list[dict], stages: list[dict]) -> list[dict]:
     return table
 
 
-def _trained_on(events: list[dict]) -> list[dict]:
+def _trained_on(config: RunConfig, events: list[dict]) -> list[dict]:
+    """Return what each phase has read of each source; a phase that has not ended has its sources alone."""
     data = [event for event in events if event["event"] == "data" and event.get("phase") is not None]
     ended = {event["phase"]: event.get("sources") for event in data}
-    lists = [(phase, read) for phase, read in ended.items() if isinstance(read, list)]
-    return [{"phase": phase} | counts for phase, read in lists for counts in read if isinstance(counts, dict)]
+    planned = {name: [{"source": s.spec} for s in phase.sources] for name, phase in config.phases.items()}
+    lists = [(phase, read) for phase, read in (planned | ended).items() if isinstance(read, list)]
+    table = [{"phase": phase} | counts for phase, read in lists for counts in read if isinstance(counts, dict)]
+    empty = {key for row in table for key in row} - {key for row in table for key, value in row.items() if value}
+    return [{key: value for key, value in row.items() if key not in empty} for row in table]
 
 
 def _saving(rows: list[dict], events: list[dict]) -> str:
@@ -220,8 +337,11 @@ def _flat(event: dict) -> dict:
 
 
 def _sample(event: dict) -> str:
-    phase, prompt, text = (_escape(event.get(key, "")) for key in ("phase", "prompt", "text"))
-    return f"<p>step {event['step']:,}, after {phase}</p><pre><b>{prompt}</b> {text}</pre>"
+    phase, prompt = (_escape(event.get(key, "")) for key in ("phase", "prompt"))
+    more = event.get("more") if isinstance(event.get("more"), list) else []
+    texts = [event.get("text", ""), *(text for text in more if isinstance(text, str))]
+    shown = "".join(f"<pre><b>{prompt}</b> {_escape(text)}</pre>" for text in texts)
+    return f"<p>step {event['step']:,}, after {phase}</p>{shown}"
 
 
 def _table(rows: Iterable[dict]) -> str:
@@ -236,16 +356,17 @@ def _table(rows: Iterable[dict]) -> str:
     return f'<div class="wide"><table><tr>{line("th", dict(zip(columns, columns)))}</tr>\n{body}</table></div>'
 
 
-def _fact(key: str, value) -> str:
+def _fact(key: str, value, most: int = CHARACTERS) -> str:
     if key.endswith("_bytes") and _is_number(value):
         return f"{value / 2**30:.2f} GiB"
     text = str(value)[:12] if key.endswith("_sha256") else _show(value)
-    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _show(value) -> str:
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False) if value else "none"
+        parts = [f"{k} {_show(x)}" for k, x in value.items()] if isinstance(value, dict) else map(_show, value)
+        return ", ".join(parts) or "none"
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "–" if value is None else f"{value:,}" if type(value) is int else str(value)

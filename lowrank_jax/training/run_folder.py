@@ -30,9 +30,10 @@ IDENTITY = """
     pretrain.eval_fraction sft.eval_fraction
 """.split()
 LATER = {"tied": True, "kv_heads": 0}  # newer keys of config.model, with the value that every older run has
+LATER_OF_RUN = {"model": LATER, "every": {"tasks": 0}, "tasks": (), "task_limit": 200}  # and of the whole config
 # What code reads of a row without asking, and the types of what it reads: checked in rows that have no checksum.
 NEEDED = {"metrics.jsonl": "step phase stage", "events.jsonl": "event step", "training": "tokens seq_len"}
-NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase"}
+NEEDED |= {"evaluation": "eval_loss bits_per_byte", "sample": "phase prompt text", "data": "phase", "tasks": "phase"}
 NEEDED |= {"oom": "device", "compile": "stage microbatch remat precision attention peak_bytes note"}
 TEXTS = "event phase stage split note device precision attention prompt text".split()
 NUMBERS = """
@@ -98,8 +99,7 @@ def read_identity(folder: str, flag: str = "--workdir") -> tuple[RunConfig, str]
     try:
         values = json.loads(storage.read(path).decode("utf-8-sig"))  # an editor may have added a BOM
         older = isinstance(values, dict) and RECORDED not in values
-        if isinstance(values, dict) and isinstance(values.get("model"), dict):
-            values["model"] = LATER | values["model"]
+        values = with_later(values)
         if older and isinstance(values.get("pretrain"), dict) and values["pretrain"].get("steps") == 0:
             values["pretrain"]["steps"] = -1  # what 0 meant then
         config = RunConfig.from_dict(values)
@@ -108,6 +108,14 @@ def read_identity(folder: str, flag: str = "--workdir") -> tuple[RunConfig, str]
     except (ValueError, RecursionError) as e:
         raise UsageError(f"{path} is damaged: {e}") from None
     return config, "" if older else str(values[RECORDED])
+
+
+def with_later(values, later: dict = LATER_OF_RUN):
+    """Return a run's settings with the keys of LATER_OF_RUN that they lack."""
+    if not isinstance(values, dict):
+        return values
+    groups = {k: with_later(values[k], new) for k, new in later.items() if isinstance(new, dict) and k in values}
+    return {key: new for key, new in later.items() if not isinstance(new, dict)} | values | groups
 
 
 def write_config(folder: str, config: RunConfig, tokenizer_sha256: str = "") -> None:
@@ -239,8 +247,14 @@ def rewind_metrics(folder: str, step: int) -> None:
 def milestones(folder: str) -> set[tuple[str, str, int]]:
     """Return the evaluations and phase ends that the run has done, in the form of `plan.milestones`."""
     evals = {("eval", row["phase"], row["step"]) for row in read_rows(folder, "metrics.jsonl") if "split" in row}
-    ends = (event for event in read_rows(folder, "events.jsonl") if event["event"] == "data")
-    return evals | {("end", event["phase"], event["step"]) for event in ends}
+    kinds, events = {"data": "end", "tasks": "tasks"}, read_rows(folder, "events.jsonl")
+    return evals | {(kinds[e["event"]], e["phase"], e["step"]) for e in events if e["event"] in kinds}
+
+
+def bits_after(folder: str, split: str, step: int) -> float | None:
+    """Return the held-out bits per byte of a split at a step; None where the run did not measure them."""
+    rows = [row for row in read_rows(folder, "metrics.jsonl") if row.get("split") == split and row["step"] == step]
+    return rows[-1]["bits_per_byte"] if rows else None
 
 
 def checkpoint_steps(folder: str) -> list[int]:

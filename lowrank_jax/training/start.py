@@ -12,7 +12,7 @@ from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.machine import processes, sharding
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import say
-from lowrank_jax.training import identity, optim, run_folder, step, track, trained, warmstart
+from lowrank_jax.training import identity, optim, run_folder, step, tasks, track, trained, warmstart
 from lowrank_jax.training.checkpoint import Checkpoints
 from lowrank_jax.training.plan import Plan, Progress, stage_at
 from lowrank_jax.training.programs import Programs
@@ -65,6 +65,8 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     Raises UsageError where the folder holds a different run.
     """
     track.check(config.track)
+    if config.every.tasks:
+        tasks.check(config.tasks, f"config.every.tasks={config.every.tasks}: config.tasks")
     if run_folder.holds_run(folder):
         config, old, tok = identity.resume(config, folder)
     else:
@@ -84,6 +86,8 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
         # Training reports skipped records.
         checked = {name: stream.check(p, run_tokenizer, chats=name == "sft") for name, p in config.phases.items()}
         facts = {}
+        if config.every.tasks:
+            tasks.load(config.tasks)  # before step 1, in the background: what cannot be had must not end the run later
         for sources in checked.values():
             facts |= {f"the data of {spec}, by its hash": source.fingerprint for spec, source in sources.items()}
         return run_tokenizer, facts | {"the tokenizer's hash": run_tokenizer.sha256}, {} if old else checked

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.config import RunFailure, UsageError
-from lowrank_jax.training import checkpoint, run_folder, step
+from lowrank_jax.training import checkpoint, run_folder, step, trained
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.plan import Progress
 
@@ -129,6 +129,33 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, states, template):
         assert saved.steps() == [20, 11]
     state, progress = restore(str(tmp_path), template)
     assert progress.step == 20 and bits(state) == bits(states[2])
+
+
+def test_the_last_checkpoint_of_each_phase_is_kept_and_can_be_chosen(tmp_path, states, template):
+    """Whatever `keep` says, also after a resume, and the one of a phase is read by the checkpoint's own progress."""
+    phases = {3: "pretrain", 5: "pretrain", 7: "sft", 8: "sft", 9: "sft"}
+    for steps in ((3, 5, 7), (8, 9)):
+        with Checkpoints(str(tmp_path), keep=1, ends={5, 9}) as saved:
+            for i in steps:
+                saved.save(states[i % 3], progress_at(i, phase=phases[i]))
+    with Checkpoints(str(tmp_path), read_only=True) as saved:
+        assert saved.phases() == {9: "sft", 5: "pretrain"}
+        state, progress = saved.restore(template, lambda step: step == 5)
+        assert progress.step == 5 and bits(state) == bits(states[2])
+        for at, phase, step in ((None, "pretrain", 5), (5, "", 5), (9, "sft", 9), (None, "", 9)):
+            wanted = trained._wanted(saved, "--workdir=x", at, phase)
+            assert saved.restore(template, wanted)[1].step == step
+        for at, phase, named in ((7, "", "step 7"), (None, "dpo", "phase 'dpo'"), (5, "sft", "step 5 and phase 'sft'")):
+            with pytest.raises(
+                UsageError, match=f"^--workdir=x has no checkpoint of {named}; it has step 9 .sft., step 5 "
+            ):
+                trained._wanted(saved, "--workdir=x", at, phase)
+    (tmp_path / "checkpoints/5/meta/metadata").write_text("{")
+    with Checkpoints(str(tmp_path), read_only=True) as saved:  # damaged, and not deleted or passed over
+        assert saved.phases() == {9: "sft", 5: ""}
+        with pytest.raises(UsageError, match="can be restored; step 5"):
+            saved.restore(template, trained._wanted(saved, "x", 5, ""))
+    assert (tmp_path / "checkpoints/5").is_dir()
 
 
 def test_saving_a_step_twice_keeps_the_first(run, states, template):

@@ -10,8 +10,11 @@ from jax import monitoring
 
 from configs import default
 from lowrank_jax.config import RunConfig
+from lowrank_jax.data import chat
 from lowrank_jax.machine import sharding
 from lowrank_jax.training import evaluation, step
+from lowrank_jax.training.plan import Progress
+from lowrank_jax.training.trained import Trained
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -145,3 +148,15 @@ def test_evaluation_reuses_the_program_that_was_compiled_for_its_shape(config, p
     assert not compiled
     nats(3, 24)
     assert compiled
+
+
+def test_chats_are_scored_on_the_assistants_tokens_alone_and_texts_on_all(make, tok, tmp_path):
+    chats = make.write_jsonl(tmp_path / "chats.jsonl", [{"messages": make.chat(2, i)} for i in range(8)])
+    texts = make.write_jsonl(tmp_path / "texts.jsonl", [{"text": make.prose(60, i)} for i in range(8)])
+    config = make.run_config(model__vocab=tok.vocab_size, pretrain__block=64)
+    run = Trained(config, tok, step.init_params(config, sharding.one_device()), Progress())
+    (both,) = evaluation.of_run(run, [64], f"{texts},{chats}", 64)
+    (alone,) = evaluation.of_run(run, [64], chats, 64)
+    said = [chat.encode(tok, make.chat(2, i))[1] for i in range(8)]
+    assert both["scored"] == "text" and both["tokens"] == 64
+    assert alone["scored"] == "chats" and alone == both["chats"] and 0 < alone["tokens"] <= sum(map(sum, said))

@@ -247,8 +247,10 @@ def test_an_evaluation_is_due_where_a_phase_starts_every_so_many_steps_and_where
         5: [("eval", "pretrain", 5)],
         9: [("eval", "pretrain", 9), ("end", "pretrain", 9), ("eval", "sft", 9)],
         10: [("eval", "sft", 10)],
-        13: [("eval", "sft", 13), ("end", "sft", 13)],
+        13: [("eval", "sft", 13), ("eval", "pretrain", 13), ("end", "sft", 13)],
     }
+    tasks = [m[:2] for done in range(14) for m in milestones(plan, 5, done, 6) if m[0] == "tasks"]
+    assert tasks == [("tasks", "pretrain"), ("tasks", "pretrain"), ("tasks", "sft"), ("tasks", "sft")]
 
 
 def test_the_average_begins_where_its_phase_does_and_not_where_the_length_grows():

@@ -91,7 +91,7 @@ def test_the_page_summarises_the_run(folder):
     assert "state finished steps 8 tokens 2.05k last loss 0.000 median tokens/s 512" in head
     assert "pretrain 2 4.000 2.000 2.000 50.0% sft 3 3.000 2.250 2.500 16.7%" in section(page, "Held-out text")
     assert "0 pretrain-16 16 7.25 0.5 3.25 3 pretrain-32 32 7.25 0.5 3.25 6 sft-32" in section(page, "Stage switches")
-    assert "pretrain text:&lt;x&gt; 21 1,536 1.3 2" in section(page, "Data")
+    assert "pretrain text:&lt;x&gt; 21 1,536 1.3 2 sft json:x – – – –" in section(page, "Data")
     assert "step 6, after pretrain &lt;b&gt;O Romeo &amp; Juliet" in section(page, "Samples")
     config = run_folder.read_config(str(folder))
     described = forecast.describe(config, make(config))
@@ -100,13 +100,53 @@ def test_the_page_summarises_the_run(folder):
     assert "finish tokens 2,048, params_sha256 abababababab" in section(page, "Latest events")
 
 
+def test_what_sft_costs_the_base_is_the_first_phases_figure_after_the_last_step(folder):
+    page = page_of(folder, [*TRAIN, *EVALS, eval_row(8, "pretrain", 2.125)], EVENTS)
+    assert "pretrain 3 4.000 2.000 2.000 50.0% 2.125 +0.125 sft 3 3.000" in section(page, "Held-out text")
+    assert "SFT cost the base" in page and "+0.125 bits per byte" in page
+
+
+def test_the_page_says_how_the_run_was_started_and_what_to_run_next(folder):
+    start = {"event": "start", "step": 0, "command": "python -m x --a='b c'", "commit": "ab" * 20, "mesh": {"data": 2}}
+    again = start | {"step": 3, "commit": "cd" * 20}
+    page = page_of(folder, TRAIN, [start | {"time": 100.0}, {"event": "save", "step": 3, "time": 130.0}])
+    page = page_of(folder, [], [again | {"time": 900.0}, EVENTS[-1] | {"time": 1000.5}])
+    assert "2 min 10 s" in page and "python -m x --a=&#x27;b c&#x27;" in section(page, "Run")
+    assert section(page, "Run").count("python -m x") == 1 and section(page, "Run").count("commit") == 2
+    assert "data 2" in section(page, "Run") and "Run" in page
+    assert "pretrain.steps 6 -1" in section(page, "Settings that differ")
+    assert f"generate --workdir={folder} --chat" in section(page, "What to run next")
+    assert "--unfinished" not in page
+
+
+def test_warnings_are_sentences_and_a_run_without_any_has_none(folder, tmp_path):
+    page = page_of(folder, TRAIN + EVALS[:2], EVENTS)
+    assert section(page, "Warnings") == "Warnings none"
+    source = {"source": "json:x", "documents": 1, "epochs": 9.5}
+    events = [{"event": "data", "step": 8, "phase": "sft", "sources": [source]}, {"event": "oom", "step": 2}]
+    events += [{"event": "skip", "step": 2, "loss": None}, {"event": "skip", "step": 2, "source": "json:x"}]
+    events.append({"event": "tasks", "step": 8, "phase": "sft", "failed": "KeyError: x"})
+    shown = section(page_of(folder, EVALS[2:], events), "Warnings")
+    for text in ("read 9.5 times in sft", "out of memory: 1 times", "1 updates were refused", "1 records", "KeyError"):
+        assert text in shown, text
+    assert "held-out sft was better before its end: 2.250, now 2.500" in shown
+
+
+def test_several_samples_and_the_results_of_tasks_are_shown(folder):
+    sample = {"event": "sample", "step": 8, "phase": "sft", "prompt": "p", "text": "a", "more": ["<i>", 3, "c"]}
+    results = {"event": "tasks", "step": 8, "phase": "sft", "results": {"choice": {"acc": 0.5, "questions": 6}}}
+    page = page_of(folder, TRAIN, [sample, results])
+    assert "p a p &lt;i&gt; p c" in section(page, "Samples") and "8 choice 0.5 6" in section(page, "Tasks")
+
+
 def test_the_picture_shows_everything_against_tokens_and_marks_the_stages(folder):
     skipped = {"event": "skip", "step": 5, "loss": 90.0, "grad_norm": 1.0, "reason": "spike"}
     record = {"event": "skip", "step": 3, "source": "json:a", "where": "a, record 7", "reason": "not JSON"}
     stages = stages_in(folder)
     rows = [row | {"loss": None} if row["step"] == 5 else row for row in TRAIN] + EVALS
     figure = report._figure(rows, EVENTS + [record, skipped], stages)
-    loss, bits, length, speed, rate = figure.axes
+    loss, bits, length, speed, norm, rate = figure.axes
+    assert [list(line.get_ydata()) for line in norm.lines[:2]] == [[1.0] * 6, [1.0] * 2]
     lines = {line.get_label(): line for line in loss.lines}
     assert list(lines["pretrain"].get_xdata()) == [256 * step for step in (1, 2, 3, 4, 6)]
     assert list(lines["pretrain"].get_ydata()) == [7, 6, 5, 4, 2]
@@ -153,7 +193,7 @@ def test_trouble_is_listed_with_its_facts_and_a_flood_of_one_kind_hides_no_other
     assert "skip 99 1" in section(page, "Events")
     shown = section(page, "Out of the ordinary")
     assert shown.count("record") == report.EACH and "record 98" in shown and "x" * 161 not in shown
-    for facts in ("microbatch_tokens 128, remat False", "checksum differs", "{&quot;loss&quot;: 0.5}", "signal 15"):
+    for facts in ("microbatch_tokens 128, remat False", "checksum differs", "off_by loss 0.5", "signal 15"):
         assert facts in shown
     assert "peak_bytes 3.00 GiB, device_bytes –" in section(page, "Latest events")
     assert "3.00 GiB" in section(page, "Stage switches")
