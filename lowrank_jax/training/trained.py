@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RunConfig, UsageError
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference import session
-from lowrank_jax.training import evaluation, identity, step
+from lowrank_jax.training import evaluation, identity, mirror, step
 from lowrank_jax.training.checkpoint import Checkpoints
 from lowrank_jax.training.plan import Progress
 
@@ -23,9 +23,10 @@ class Trained(NamedTuple):
 
 def open_run(folder: str, mesh: Mesh | None = None, flag: str = "--workdir") -> Trained:
     """Return the newest whole checkpoint of a run, on one device or `mesh`; raises UsageError where there is none."""
-    config, tok = identity.open_config(folder, flag)
-    with Checkpoints(folder, read_only=True) as saved:
-        restored = saved.restore(step.abstract_state(config, mesh))
+    with mirror.opened(folder, flag) as home:
+        config, tok = identity.open_config(home, flag)
+        with Checkpoints(home, read_only=True) as saved:
+            restored = saved.restore(step.abstract_state(config, mesh))
     if restored is None:
         raise UsageError(f"{flag}={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
     state, progress = restored
