@@ -171,7 +171,9 @@ def _parse(remote: Bucket, text: str) -> dict:
     try:
         manifest = json.loads(text) if text else {"id": "", "checkpoints": {}}
         steps = {str(int(step)): {**files} for step, files in manifest["checkpoints"].items()}
-        return {"id": str(manifest["id"]), "checkpoints": {s: f for s, f in steps.items() if all(map(_is_below, f))}}
+        steps = {step: files for step, files in steps.items() if all(map(_is_below, files))}
+        leftovers = [str(int(step)) for step in manifest.get("leftovers", [])]
+        return {"id": str(manifest["id"]), "checkpoints": steps, "leftovers": leftovers}
     except (ValueError, TypeError, AttributeError, LookupError):
         raise UsageError(f"{remote.url}/{MANIFEST} is damaged; delete it to use the checkpoints as they are") from None
 
@@ -268,27 +270,34 @@ class _Sender:
 
     def send(self) -> None:
         """Bring the bucket up to date, in the order that the head of this file gives."""
-        steps = dict(self._manifest["checkpoints"])
-        for step in reversed(self._new_steps()):
+        steps, leftovers = dict(self._manifest["checkpoints"]), self._manifest["leftovers"]
+        if new := self._new_steps():
+            self._declare(steps, sorted({*leftovers, *new}))
+        for step in reversed(new):
             with contextlib.suppress(FileNotFoundError):  # the run has deleted it before it was staged
                 steps[step] = self._send_step(step)
         changed = self._send_files()
         newest = max(steps, key=int, default="")  # stays where the run deletes faster than we send
         local = set(map(str, run_folder.checkpoint_steps(self.folder))) & steps.keys() or {newest}
         steps = {step: files for step, files in steps.items() if step in local}
-        gone = self._manifest["checkpoints"].keys() - steps
-        if changed or steps != self._manifest["checkpoints"]:
-            if not self._is_ours():
-                raise TimeoutError(f"{self.remote.url} may belong to another process: its lock cannot be read")
-            manifest = {"id": secrets.token_hex(8), "checkpoints": steps}
-            _write_base(self.folder, [self._manifest["id"], manifest["id"]])  # a kill may come before or after
-            self.remote.replace(MANIFEST, json.dumps(manifest, indent=1))
-            self._manifest = manifest
-            _write_base(self.folder, [manifest["id"]])
+        gone = sorted({*self._manifest["checkpoints"], *self._manifest["leftovers"]} - steps.keys())
+        if changed or new or steps != self._manifest["checkpoints"]:
+            self._declare(steps, gone)
         for step in gone:
             for name in self.remote.names(f"checkpoints/{step}"):
                 with contextlib.suppress(FileNotFoundError):
                     self.remote.remove(name)
+        self._manifest["leftovers"] = []
+
+    def _declare(self, steps: dict, leftovers: list[str]) -> None:
+        """Replace the manifest; `leftovers` are checkpoints that have objects and do not count."""
+        if not self._is_ours():
+            raise TimeoutError(f"{self.remote.url} may belong to another process: its lock cannot be read")
+        manifest = {"id": secrets.token_hex(8), "checkpoints": steps, "leftovers": leftovers}
+        _write_base(self.folder, [self._manifest["id"], manifest["id"]])  # a kill may come before or after
+        self.remote.replace(MANIFEST, json.dumps(manifest, indent=1))
+        self._manifest = manifest
+        _write_base(self.folder, [manifest["id"]])
 
     def _send_step(self, step: str) -> dict:
         """Send a checkpoint; return the facts of its files. Links keep it, as the run may delete it any time."""
