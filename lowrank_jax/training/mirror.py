@@ -63,8 +63,8 @@ def trained(url: str, flag: str = "--workdir") -> Iterator[None]:
     folder, remote = place(url), Bucket(url, flag)
     with contextlib.ExitStack() as stack:
         try:
-            is_ours = patiently(lambda: stack.enter_context(storage.owned(LOCK, remote)))
-            base = patiently(lambda: _fetch(remote, folder))
+            is_ours = stack.enter_context(storage.owned(LOCK, remote))  # fsspec tries each request several times
+            base = _fetch(remote, folder)
         except BlockingIOError:
             raise UsageError(f"another process is training in {url}, or did {storage.STALE_SECONDS} s ago") from None
         except OSError as e:
@@ -91,13 +91,13 @@ def opened(url: str, flag: str = "--workdir", writes: tuple[str, ...] = ()) -> I
         try:
             for attempt in range(LISTINGS):
                 with contextlib.suppress(*[FileNotFoundError] * (attempt < LISTINGS - 1)):
-                    patiently(lambda: _fetch(remote, folder, newest=True))
+                    _fetch(remote, folder, newest=True)
                     break
         except OSError as e:
             raise UsageError(f"{flag}={url} cannot be read: {e}") from None
         yield folder
         for name in writes:
-            patiently(lambda name=name: remote.send(os.path.join(folder, name), name))
+            remote.send(os.path.join(folder, name), name)
 
 
 @contextlib.contextmanager
