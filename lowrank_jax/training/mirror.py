@@ -90,7 +90,8 @@ def opened(url: str, flag: str = "--workdir", writes: tuple[str, ...] = ()) -> I
         stack.enter_context(_in_terms_of(url, folder))
         try:
             for attempt in range(LISTINGS):
-                with contextlib.suppress(*[FileNotFoundError] * (attempt < LISTINGS - 1)):
+                is_last = attempt == LISTINGS - 1
+                with contextlib.nullcontext() if is_last else contextlib.suppress(FileNotFoundError):
                     _fetch(remote, folder, newest=True)
                     break
         except OSError as e:
