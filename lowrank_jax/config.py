@@ -35,7 +35,7 @@ _LIMITS = {
 MOST_STEPS, MOST_LENGTH, MOST_TOKENS, MOST = 10**9, 2**24, 2**28, 10**15  # of a phase, a row, a step, anything else
 MOST_ITEMS, MOST_CHARACTERS = 1000, 10**5  # of a list, of a text
 TOO_MANY = f"has more than {MOST_ITEMS:,} items"
-IN_BUCKET = r"(--workdir|workdir|folder|config.init_from)=(gs|s3|memory)://[^/]+/."  # runs; memory:// is for tests
+IN_BUCKET = r"(--workdir|--bucket|workdir|folder|config.init_from)=(gs|s3|memory)://[^/]+/."  # memory is for tests
 RECORDED = "tokenizer_sha256"  # a key beside the settings in a run's config.json, see run_folder.py
 Count, Size, Amount = Annotated[int, "at least 0"], Annotated[int, "at least 1"], Annotated[float, "at least 0"]
 Share, Decay = Annotated[float, "between 0 and 1"], Annotated[float, "at least 0 and below 1"]

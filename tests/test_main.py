@@ -52,7 +52,7 @@ def test_every_command_refuses_an_unknown_flag(name):
 PATHS = {"train": "workdir config", "plan": "config", "evaluate": "workdir", "generate": "workdir", "serve": "workdir"}
 PATHS |= {"report": "workdir", "compress": "from out", "import": "from workdir tokenizer config"}
 PATHS |= {"export": "workdir out", "tokenize": "tokenizer out", "learn_tokenizer": "out"}
-PATHS |= {"verify_resume": "config folder", "launch_local": ""}  # its flags are those of train
+PATHS |= {"verify_resume": "config folder bucket", "launch_local": ""}  # its flags are those of train
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -62,7 +62,7 @@ def test_every_path_of_a_command_is_local_and_has_its_home_expanded(name, tmp_pa
     command = getattr(importlib.import_module(f"lowrank_jax.{module}"), function)
     monkeypatch.chdir(tmp_path)
     for flag in PATHS[name].split():
-        for text in ("s3://bucket/x", "~nobody-of-that-name/x"):
+        for text in ("http://host/x", "~nobody-of-that-name/x"):
             with pytest.raises(UsageError, match=f"^--{flag}={text} "):
                 command([f"--{flag}={text}"])
     assert not os.listdir(tmp_path)
