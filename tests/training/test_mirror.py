@@ -221,7 +221,7 @@ def test_a_damaged_manifest_and_names_that_lead_out_are_not_followed(bucket, tmp
 @pytest.mark.parametrize("url, package", [("s3://b/r", "s3fs"), ("gs://b/r", "gcsfs")])
 def test_a_missing_package_is_named(monkeypatch, url, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url[:2], raising=False)
     with pytest.raises(UsageError, match=f"--workdir={url} needs the package {package}: pip install {package}"):
         mirror.trained(url).__enter__()
 
