@@ -123,7 +123,10 @@ def _fetch(remote: Bucket, folder: str, newest: bool = False) -> dict:
         return manifest
     names = [name for name in sizes if not LOCAL.match(name) and not STEP.match(name)]
     names = [name for name in names if not newest or READ.match(name)]
-    steps = _listed(sizes) if is_copied else dict(manifest["checkpoints"])
+    copied = {step: files for step, files in _listed(sizes).items() if step not in manifest["leftovers"]}
+    steps = (
+        copied | manifest["checkpoints"]
+    )  # nothing is known of the files of a checkpoint that another program copied
     _write_base(folder, None)  # until all is there
     _clear(folder, {*names, *(f"checkpoints/{step}/{name}" for step, files in steps.items() for name in files)})
     for step in sorted(steps, key=int, reverse=True):
@@ -131,7 +134,7 @@ def _fetch(remote: Bucket, folder: str, newest: bool = False) -> dict:
         if not is_whole:
             say(f"warning: {remote.url}/checkpoints/{step} is not what was sent there")
             manifest["checkpoints"].pop(step, None)  # if the local copy can be used all the same, it is sent again
-        elif newest and not is_copied:
+        elif newest and step in manifest["checkpoints"]:
             break
     for name in names:
         remote.fetch(name, os.path.join(folder, name))

@@ -178,6 +178,10 @@ def test_a_copy_of_a_local_run_in_a_bucket_is_a_run(bucket, tmp_path, monkeypatc
     with training() as folder:
         assert run_folder.checkpoint_steps(folder) == [4, 2]
     assert {*json.loads(objects(bucket)["mirror.json"])["checkpoints"]} == {"2", "4"}
+    for name in ("meta/metadata", "state/d/4"):  # of a run that went on elsewhere
+        bucket.copy(f"/bucket/runs/a/checkpoints/4/{name}", f"/bucket/runs/a/checkpoints/8/{name}")
+    with mirror.opened(URL) as folder:
+        assert run_folder.checkpoint_steps(folder) == [8, 4, 2]
 
 
 def test_one_process_trains_in_a_bucket(bucket, tmp_path, monkeypatch):
