@@ -18,7 +18,7 @@ URL = "s3://bucket/runs/a"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """What a process needs to reach the server's one empty bucket."""
+    """Return the environment in which a process reaches the server, which has one empty bucket."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
