@@ -32,10 +32,10 @@ _LIMITS = {
     "at least 0 and below 1": lambda number: 0 <= number < 1,
 }
 # A type may also state the largest value, which no machine holds, so that nothing is allocated or compiled for it.
-MOST = 10**15  # of every other number
-MOST_STEPS, MOST_LENGTH, MOST_TOKENS = 10**9, 2**24, 2**28  # of a phase, of a sequence in tokens, of a step
+MOST_STEPS, MOST_LENGTH, MOST_TOKENS, MOST = 10**9, 2**24, 2**28, 10**15  # of a phase, a row, a step, anything else
 MOST_ITEMS, MOST_CHARACTERS = 1000, 10**5  # of a list, of a text
 TOO_MANY = f"has more than {MOST_ITEMS:,} items"
+IN_BUCKET = r"(--workdir|--bucket|workdir|folder|config.init_from)=(gs|s3|memory)://[^/]+/."  # memory is for tests
 RECORDED = "tokenizer_sha256"  # a key beside the settings in a run's config.json, see run_folder.py
 Count, Size, Amount = Annotated[int, "at least 0"], Annotated[int, "at least 1"], Annotated[float, "at least 0"]
 Share, Decay = Annotated[float, "between 0 and 1"], Annotated[float, "at least 0 and below 1"]
@@ -223,9 +223,9 @@ class RunConfig:
 
 
 def local_path(text: str | os.PathLike, what: str) -> str:
-    """Return a path with its `~` or `~user` expanded; raises UsageError for anything but a local path."""
+    """Return a local path with its `~` expanded, or a run's address in a bucket; raises UsageError for others."""
     path, stated = os.path.expanduser(text := os.fspath(text)), f"{what}={text:.200}".replace("\0", "\\0")
-    scheme = re.match(r"\s*[A-Za-z][\w+-]*:/", text)
+    scheme = re.match(r"\s*[A-Za-z][\w+-]*:/", text) and not re.match(IN_BUCKET, stated)
     _require(not scheme, f"{stated} is no local path, and only local paths are supported; copy or mount it")
     _require(path[:1] != "~", f"{stated} names no home folder; write ./{text:.200} for a folder of that name")
     _require("\0" not in path, f"{stated} has a NUL character, which no path can have")

@@ -11,9 +11,10 @@ def command(argv: list[str]) -> dict:
     parser = cli.Parser(__doc__)
     parser.add_path("--workdir", required=True, help="the run")
     args = parser.parse_args(argv)
-    from lowrank_jax.training import report  # imports Matplotlib, after `cli.main` has seen to its cache
+    from lowrank_jax.training import mirror, report  # imports Matplotlib, after `cli.main` has seen to its cache
 
-    paths = report.write(args.workdir)
+    with mirror.opened(args.workdir, writes=("loss.png", "report.html")) as folder:
+        paths = {what: path.replace(folder, args.workdir, 1) for what, path in report.write(folder).items()}
     console.show(paths["report"])
     return paths
 

@@ -124,7 +124,7 @@ PATHS |= {
     "chat": "workdir",
     "config": "",
 }
-PATHS |= {"verify-resume": "config folder", "launch-local": ""}  # its flags are those of train
+PATHS |= {"verify-resume": "config folder bucket", "launch-local": ""}  # its flags are those of train
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -134,7 +134,7 @@ def test_every_path_of_a_command_is_local_and_has_its_home_expanded(name, tmp_pa
     command = getattr(importlib.import_module(f"lowrank_jax.{module}"), function)
     monkeypatch.chdir(tmp_path)
     for flag in PATHS[name].split():
-        for text in ("s3://bucket/x", "~nobody-of-that-name/x"):
+        for text in ("http://host/x", "~nobody-of-that-name/x"):
             with pytest.raises(UsageError, match=f"^--{flag}={text} "):
                 command([f"--{flag}={text}"])
     assert not os.listdir(tmp_path)

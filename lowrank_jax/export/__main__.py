@@ -17,7 +17,7 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.export import gguf, hf, onnx, torch, verify
 from lowrank_jax.export.folder import unused, whole_folder
 from lowrank_jax.machine import console
-from lowrank_jax.training import run_folder
+from lowrank_jax.training import mirror, run_folder
 from lowrank_jax.training.trained import open_run
 
 # A format is a module with these functions, which take its options as keywords. `write(trained, folder) -> path` raises
@@ -45,10 +45,11 @@ def command(argv: list[str]) -> dict:
             raise UsageError(f"--{name} is not for --format={args.format}")
     if "quant" in options and args.quant not in format.TYPES:
         raise UsageError(f"--quant={args.quant} must be one of {', '.join(format.TYPES)} for --format={args.format}")
-    run = lambda: open_run(args.workdir, at=args.step, phase=args.phase)
-    out, trained, difference, change = unused(args.out, "--out"), run(), None, {}
+    out, difference, change = unused(args.out, "--out"), None, {}
+    with mirror.opened(args.workdir) as run:
+        trained, finished = open_run(run, at=args.step, phase=args.phase), run_folder.finished_step(run)
     step, is_chosen = trained.progress.step, args.step is not None or args.phase != ""
-    if not (args.unfinished or is_chosen) and run_folder.finished_step(args.workdir) != step:
+    if not (args.unfinished or is_chosen) and finished != step:
         advice = "finish it with lowrank_jax.main, or export it as it is with --unfinished"
         raise UsageError(f"--workdir={args.workdir} is not finished: its newest checkpoint is of step {step}; {advice}")
     with whole_folder(out) as folder:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from lowrank_jax.config import RunConfig, RunFailure, UsageError
 from lowrank_jax.export import hf_tokenizer, verify, weights
-from lowrank_jax.machine import storage
+from lowrank_jax.machine import bucket, storage
 from lowrank_jax.training.plan import Progress
 from lowrank_jax.training.trained import Trained
 
@@ -24,6 +24,8 @@ PUBLIC = ("hf", "tfds", "builtin")  # kinds of sources whose locations are names
 
 def unused(path: str, flag: str) -> str:
     """Return the absolute path of a new or empty folder that can be created; raises UsageError for any other."""
+    if bucket.is_remote(path):
+        raise UsageError(f"{flag}={path} must be a new local folder; copy it into the bucket afterwards")
     out = os.path.realpath(path)
     try:
         is_new, reason = not os.listdir(out), ""

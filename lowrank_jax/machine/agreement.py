@@ -50,7 +50,7 @@ def on_first(action: Callable[[], object]):
     return outcome["value"]
 
 
-def share_folder(folder: str) -> None:
+def share_folder(folder: str, remedy: str) -> None:
     """Raise UsageError, on all processes, where one of them does not see what the first one writes into the folder."""
     if processes.count() == 1:
         return
@@ -74,7 +74,7 @@ def share_folder(folder: str) -> None:
             os.remove(path)
     if absent:
         line = f"--workdir={folder} is another folder in {processes.names(absent)} than in the first process"
-        raise UsageError(f"{line}; use one that all hosts share")
+        raise UsageError(f"{line}; {remedy}")
 
 
 class Signals:

@@ -135,7 +135,7 @@ def lock(path: str) -> Iterator[None]:
                 if e.errno not in NO_LOCKS:
                     raise
                 say(f"note: no file locks here ({e.strerror}); {path}-owner locks the folder instead")
-                stack.enter_context(_owned(f"{path}-owner"))
+                stack.enter_context(owned(f"{path}-owner"))
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.lstat(path)):
@@ -145,75 +145,97 @@ def lock(path: str) -> Iterator[None]:
         yield
 
 
+class Files:
+    """Files of this machine, as `owned` uses them; a bucket's objects have the same methods (bucket.py)."""
+
+    replace = staticmethod(lambda path, text: replace(path, text))
+    remove = staticmethod(os.remove)
+
+    def create(self, path: str, text: str) -> None:
+        with open(os.open(path, NEW | os.O_WRONLY, 0o666), "w") as f:
+            f.write(text)
+
+    def read(self, path: str) -> str:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as f:
+            return f.read()
+
+    def touch(self, path: str, text: str) -> None:
+        os.utime(path, follow_symlinks=False)
+
+    def modified(self, path: str) -> float:
+        return os.lstat(path).st_mtime
+
+
 @contextlib.contextmanager
-def _owned(path: str) -> Iterator[None]:
-    """Own a file that `_take` creates until the end, with a heartbeat."""
+def owned(path: str, files=Files()) -> Iterator[Callable[[], bool]]:  # noqa: B008, which has no state
+    """Own a file that `_take` creates until the end, with a heartbeat; yield a function that says whether we still do.
+
+    Raises BlockingIOError where another process owns it.
+    """
     me = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": secrets.token_hex(8)}
-    _take(path, json.dumps(me))
+    _take(path, json.dumps(me), files)
     is_over = threading.Event()
 
     def beat() -> None:
         while not is_over.wait(BEAT_SECONDS):
-            if _owner(path) not in (me, {}):  # this process stood still for too long: two must not write
+            if _owner(path, files) not in (me, {}):  # this process stood still for too long: two must not write
                 say(f"error: {path} was taken over by another process; this one ends", everyone=True)
                 os._exit(1)
             with contextlib.suppress(OSError):
-                os.utime(path, follow_symlinks=False)
+                files.touch(path, json.dumps(me))
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
     try:
-        yield
+        yield lambda: _owner(path, files) == me
     finally:
         is_over.set()
         thread.join()
-        if _owner(path) == me:
-            os.remove(path)
+        if _owner(path, files) == me:
+            files.remove(path)
 
 
-def _take(path: str, me: str) -> None:
+def _take(path: str, me: str, files) -> None:
     """Create the file with this content, or take it over from an owner that is gone; raises BlockingIOError.
 
     Of several processes that try at once, the one that first takes a further file, named after the lost owner, wins.
     """
     try:
-        with open(os.open(path, NEW | os.O_WRONLY, 0o666), "w") as f:
-            f.write(me)
+        files.create(path, me)
         return
     except FileExistsError:
-        owner = _owner(path)
-    if not _is_gone(path, owner):
+        owner = _owner(path, files)
+    if not _is_gone(path, owner, files):
         raise BlockingIOError(errno.EWOULDBLOCK, "another process has it")
     turn = f"{path}-{owner.get('token', 'unknown')}"
-    _take(turn, me)
+    _take(turn, me, files)
     try:
-        if _owner(path) != owner:
+        if _owner(path, files) != owner:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process has just taken it")
-        replace(path, me)
+        files.replace(path, me)
     finally:
-        os.remove(turn)
+        files.remove(turn)
 
 
-def _owner(path: str) -> dict:
+def _owner(path: str, files) -> dict:
     """Return what a lock's file says; nothing where a kill left it empty, it is gone, or nobody here wrote it."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)) as f:
-            owner = json.load(f)
+        owner = json.loads(files.read(path))
         return owner if re.fullmatch("[A-Za-z0-9]{1,64}", str(owner["token"])) else {}
     return {}
 
 
-def _is_gone(path: str, owner: dict) -> bool:
+def _is_gone(path: str, owner: dict, files) -> bool:
     if owner.get("host") == _host() and isinstance(owner.get("pid"), int):
         return _started(owner["pid"]) != owner.get("started")
     probe = f"{path}-{secrets.token_hex(4)}"  # the clock of the file system, which may differ from this host's
-    replace(probe, b"")
+    files.replace(probe, "")
     try:
-        return abs(os.lstat(probe).st_mtime - os.lstat(path).st_mtime) > STALE_SECONDS  # a copy may lie in the future
+        return abs(files.modified(probe) - files.modified(path)) > STALE_SECONDS  # a copy may lie in the future
     except FileNotFoundError:  # its owner has just ended
         return False
     finally:
-        os.remove(probe)
+        files.remove(probe)
 
 
 def _host() -> str:

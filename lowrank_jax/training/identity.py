@@ -17,7 +17,7 @@ from lowrank_jax.data.tokenizer import Tokenizer, pieces_for
 from lowrank_jax.machine import processes, sharding, storage
 from lowrank_jax.machine.console import say
 from lowrank_jax.model import precision
-from lowrank_jax.training import run_folder
+from lowrank_jax.training import mirror, run_folder
 
 
 def open_config(folder: str, flag: str = "--workdir") -> tuple[RunConfig, Tokenizer]:
@@ -35,7 +35,8 @@ def first_tokenizer(config: RunConfig) -> Tokenizer | None:
     """Return the tokenizer that a new run of this config takes, or None where it learns one."""
     if config.tokenizer.path or not config.init_from:
         return tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
-    return open_config(config.init_from, "config.init_from")[1]
+    with mirror.opened(config.init_from, "config.init_from") as folder:
+        return open_config(folder, "config.init_from")[1]
 
 
 def with_tokenizer(config: RunConfig) -> tuple[RunConfig, Tokenizer | None]:

@@ -18,7 +18,7 @@ from lowrank_jax.machine import agreement, faults, processes
 from lowrank_jax.machine.agreement import Signals
 from lowrank_jax.machine.console import ABANDONED, say, show
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import forecast, identity, memory, outlook, phase, recovery, run_folder, start, step
+from lowrank_jax.training import forecast, identity, memory, mirror, outlook, phase, recovery, run_folder, start, step
 from lowrank_jax.training.checkpoint import Checkpoints, tree_sha256
 from lowrank_jax.training.metrics import Meter
 from lowrank_jax.training.plan import Progress, Stage, make, milestones, stage_at
@@ -35,8 +35,10 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
     """
     faults.check()
     with contextlib.ExitStack() as stack:
+        url, folder = folder, mirror.place(folder)
         agreement.on_first(lambda: stack.enter_context(run_folder.lock(folder)))
-        agreement.share_folder(folder)
+        agreement.on_first(lambda: stack.enter_context(mirror.trained(url)))
+        agreement.share_folder(folder, mirror.SHARE if folder != url else "use one that all hosts share")
         on_disk = {"the run's config.json": run_folder.holds_run(folder)}
         on_disk["the run's newest checkpoint"] = run_folder.newest_checkpoint(folder)
         processes.agree("folder", on_disk, f"start again when all hosts see the same files in {folder}")
@@ -83,7 +85,7 @@ def run(config: RunConfig, folder: str, received: Sequence[int] = ()) -> dict:
             from lowrank_jax.training import report  # matplotlib takes 0.3 s to import: not before the first step
 
             report.write(folder)
-        return finish
+        return finish | {"workdir": url}
 
 
 def _log_compile(r: Run, fit: memory.Fit) -> None:

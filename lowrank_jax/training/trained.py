@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lowrank_jax.config import RunConfig, UsageError, shown
 from lowrank_jax.data.tokenizer import Tokenizer
 from lowrank_jax.inference import session
-from lowrank_jax.training import evaluation, identity, step
+from lowrank_jax.training import evaluation, identity, mirror, step
 from lowrank_jax.training.checkpoint import Checkpoints
 from lowrank_jax.training.plan import Progress
 
@@ -34,10 +34,11 @@ def open_run(
 
     Raises UsageError where there is none, in a line that lists those that exist.
     """
-    config, tok = identity.open_config(folder, flag)
-    with Checkpoints(folder, read_only=True) as saved:
-        wanted = _wanted(saved, f"{flag}={folder}", at, phase)
-        restored = saved.restore(step.abstract_state(config, mesh), wanted)
+    with mirror.opened(folder, flag) as home:
+        config, tok = identity.open_config(home, flag)
+        with Checkpoints(home, read_only=True) as saved:
+            wanted = _wanted(saved, f"{flag}={folder}", at, phase)
+            restored = saved.restore(step.abstract_state(config, mesh), wanted)
     if restored is None:
         raise UsageError(f"{flag}={folder} has no checkpoint yet; let lowrank_jax.main run until its first save")
     state, progress = restored

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from lowrank_jax.config import RunFailure
 from lowrank_jax.machine import faults
 from lowrank_jax.machine.console import show
-from lowrank_jax.training import run_folder
+from lowrank_jax.training import mirror, run_folder
 from lowrank_jax.training.plan import stages_of
 
 COLUMNS = ("SIGKILL", "SIGTERM", "start-up", "training", "save", "switch", "resumed", "equal")
@@ -39,6 +39,7 @@ class Arm:
     config: list[str]
     wanted: int  # kills
     draw: random.Random
+    bucket: str = ""  # where the killed runs are, each resumed as on another host; "" for the arm's folder
     start_up: float = 0.0  # seconds that the latest process took to its first step
     training: float = 0.0  # seconds of the uninterrupted run from its first step to its end
     faults: dict[str, int] = field(default_factory=dict)  # values of LOWRANK_FAULTS still due: the steps done before
@@ -87,8 +88,10 @@ def verify(arm: Arm) -> dict:
         arm.faults = due_faults(reference, arm.wanted)
         while len(arm.struck) < arm.wanted and not why:
             runs += 1
-            home = arm.folder / f"killed{runs}"
-            while kill := train(arm, home):
+            url = f"{arm.bucket}/{runs}" if arm.bucket else str(arm.folder / f"killed{runs}")
+            home = pathlib.Path(mirror.place(url))
+            while kill := train(arm, home, url):
+                (home / mirror.BASE).unlink(missing_ok=True)
                 arm.struck.append(kill)
                 arm.faults.pop(kill["by"], None)
             resumed += sum(event["event"] == "start" and event["step"] > 0 for event in events_of(home))
@@ -109,7 +112,7 @@ def due_faults(reference: pathlib.Path, kills: int) -> dict[str, int]:
     return dict(sorted([("kill@save=1", 0), *later][: (kills + 1) // 2], key=lambda fault: fault[1]))
 
 
-def train(arm: Arm, home: pathlib.Path) -> dict:
+def train(arm: Arm, home: pathlib.Path, url: str = "") -> dict:
     """Run the training command with the kills that are due; return the facts of its kill, or {} where it finished.
 
     Raises RunFailure where the process hangs, dies of anything else, or leaves a run that is not whole.
@@ -120,7 +123,7 @@ def train(arm: Arm, home: pathlib.Path) -> dict:
     kills = {-signal.SIGKILL if "kill" in fault else 128 + signal.SIGTERM: injected} if fault else {}
     env = os.environ | {faults.VARIABLE: fault, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(arm.folder.parent / "cache")}
-    command = [sys.executable, "-m", "lowrank_jax.main", *arm.config, f"--workdir={home}"]
+    command = [sys.executable, "-m", "lowrank_jax.main", *arm.config, f"--workdir={url or home}"]
     launched, stderr = time.time(), arm.folder / "stderr"
     events = lambda: [event for event in events_of(home) if event.get("time", 0) >= launched]
     limit = arm.start_up + 10 * arm.training + PATIENCE if arm.training else None
