@@ -38,7 +38,7 @@ def test_a_run_leaves_everything_the_contract_names(reference):
     assert [row["phase"] for row in steps] == ["pretrain"] * 9 + ["sft"] * 4
     evals = [row for row in rows(reference, "metrics.jsonl") if "split" in row]
     assert [(row["split"], row["step"]) for row in evals] == [
-        ("pretrain", 0), ("pretrain", 5), ("pretrain", 9), ("sft", 9), ("sft", 10), ("sft", 13)
+        ("pretrain", 0), ("pretrain", 5), ("pretrain", 9), ("sft", 9), ("sft", 10), ("sft", 13), ("pretrain", 13)
     ]  # fmt: skip
     events = [event["event"] for event in rows(reference, "events.jsonl")]
     samples = [e for e in rows(reference, "events.jsonl") if e["event"] == "sample"]

@@ -121,16 +121,16 @@ def end(r: Run, stage: Stage, params: dict, progress: Progress) -> None:
         ids = model.prompt(prompt, is_chat=stage.phase == "sft")
         with jax.set_mesh(r.plan.mesh):
             new, difference = model.checked_sample(ids, SAMPLE_TOKENS, temperature=0.7, top_p=0.95)
+            others = [
+                r.tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, seed, temperature=0.7, top_p=0.95))
+                for seed in range(1, SAMPLES)
+            ]
         if not difference <= session.DECODE_TOLERANCE:  # also where it is NaN, which JSON does not have
             log("decode_differs", difference=difference if math.isfinite(difference) else None)
             say(
                 f"warning: decoding with the cache differs from the forward pass by {difference:.2g} nats per token; "
                 "generated text is not the model's. Does inference/decoder.py know every option of config.model?"
             )
-            others = [
-                r.tokenizer.decode(model.generate(ids, SAMPLE_TOKENS, seed, temperature=0.7, top_p=0.95))
-                for seed in range(1, SAMPLES)
-            ]
         text = r.tokenizer.decode(new)
         log("sample", prompt=prompt, text=text, more=others)
         shown = f"step {progress.step}: a sample after {stage.phase}\n  {prompt.strip()} | {text.strip()}"

@@ -31,7 +31,7 @@ ROUTINE = ("save", "sample", "fp8_check", "data", "tasks")  # only counted: othe
 EACH, LATEST = 10, 30  # events shown of each kind of trouble, and of all others; events.jsonl has every one
 CHARACTERS = 160  # of one fact
 MOST_EPOCHS = 4  # over a source before more data would help: Muennighoff et al., arXiv 2305.16264
-NUMBERS = "step time tokens seq_len loss lr tokens_per_s eval_loss bits_per_byte blocked_seconds".split()
+NUMBERS = "step time tokens seq_len loss lr grad_norm tokens_per_s eval_loss bits_per_byte blocked_seconds".split()
 TEXTS = "event phase stage split prompt text".split()
 
 
@@ -138,7 +138,8 @@ def _figure(rows: list[dict], events: list[dict], stages: list[dict]) -> matplot
     length.set_yscale("log", base=2)
     length.set_yticks(sorted({row["seq_len"] for row in train}), minor=False)
     length.yaxis.set_major_formatter("{x:.0f}")
-    norm.set_yscale("log")
+    if (_series(train, "grad_norm")[1] > 0).any():  # a young run has no scale
+        norm.set_yscale("log")
     for axes in (speed, rate):
         axes.set_ylim(bottom=0)
     for axis in (rate.xaxis, speed.yaxis):
