@@ -9,7 +9,7 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILE_LINES, FUNCTION_LINES, PARAMETERS, PACKAGE_LINES, README_LINES = 400, 60, 7, 18_000, 110
+FILE_LINES, FUNCTION_LINES, PARAMETERS, PACKAGE_LINES, README_LINES = 400, 60, 7, 19_000, 110
 README_WORDS, DOCS_WORDS = 18, 20  # a sentence, on average
 VAGUE = {"found", "made", "there", "here", "told", "asked", "held", "given"}
 OPENINGS = ("What ", "Whether ", "How ", "Of ", "One ", "Where ")
@@ -64,7 +64,7 @@ def test_python_keeps_the_limits():
     assert not [line for path in PYTHON for line in faults(path)]
 
 
-def test_the_package_is_six_rooms_and_thirteen_files_of_at_most_18_000_lines():
+def test_the_package_is_six_rooms_and_thirteen_files_of_at_most_19_000_lines():
     entries = [p for p in (ROOT / "lowrank_jax").iterdir() if p.name not in ("__pycache__", "configs")]
     assert sum(p.is_dir() for p in entries) == 6 and sum(p.suffix == ".py" for p in entries) <= 13
     assert sum(path.read_text(encoding="utf-8").count("\n") for path in PACKAGE) <= PACKAGE_LINES

@@ -98,7 +98,7 @@ def test_tokens_per_second_are_those_since_the_row_before_without_what_was_not_t
 def test_mfu_is_the_models_flops_over_what_all_devices_could_have_done(start, clock, tmp_path, monkeypatch):
     monkeypatch.setattr(meter.devices, "chip", lambda device: types.SimpleNamespace(peak_flops=1e6))
     monkeypatch.setattr(meter.jax, "device_count", lambda: 4)
-    monkeypatch.setattr(meter.costs, "train_flops_per_token", lambda model, length: 100.0 * length)
+    monkeypatch.setattr(meter.outlook.costs, "train_flops_per_token", lambda model, length: 100.0 * length)
     m, (short, long) = start(log=1)
     for step, stage, took in ((1, short, 2.0), (2, long, 1.0)):
         m.add(stage, at(step), metrics())

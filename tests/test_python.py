@@ -132,7 +132,7 @@ MISTAKES = {
     "no-such-folder": lambda m: m.evaluate(data="text:no-such-folder/*.txt"),
     "folder=5 must be a path": lambda m: lowrank_jax.load(5),
     "folder=no-such-folder holds no run": lambda m: lowrank_jax.load("no-such-folder"),
-    "folder=s3://bucket/run is no local path": lambda m: lowrank_jax.load("s3://bucket/run"),
+    "folder=ftp://host/run is no local path": lambda m: lowrank_jax.load("ftp://host/run"),
 }
 
 
