@@ -7,12 +7,13 @@ hosts. With more hosts than lanes, several hosts read the same lane and take the
 
 import contextlib
 import hashlib
+import importlib
 import itertools
 import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -92,6 +93,18 @@ def read_once(configs: Sequence[SourceConfig], tokenizer: Tokenizer, chats: bool
     """Open all of some sources, once and in order, with weight on every token, or with `chats` on the answers'."""
     pairs = zip(configs, _open(configs, tokenizer, chats))
     return _finite([(c, Reader(s, ONCE, Limit(c.spec, 0), chats)) for c, s in pairs], tokenizer, chats)
+
+
+def import_libraries(phases: Iterable[PhaseConfig]) -> None:
+    """Import what reads the sources, before a thread compiles.
+
+    While grain and TFDS are imported, etils.epy.lazy_imports gives the imports of all threads a placeholder. One that
+    traced a step then failed with "No module named 'jax._src.hijax.HiType'".
+    """
+    names = ["grain", *["tensorflow_datasets"] * any(s.spec.startswith("tfds:") for p in phases for s in p.sources)]
+    for name in names:
+        with contextlib.suppress(ImportError):  # opening the source names what is missing
+            importlib.import_module(name)
 
 
 def is_chat(config: SourceConfig) -> bool:

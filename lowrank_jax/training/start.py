@@ -81,6 +81,8 @@ def prepare(config: RunConfig, folder: str) -> tuple[RunConfig, RunConfig | None
     for p in phases:
         optim.rates(p, step.abstract_state(config).params)  # raises for a `freeze` that matches nothing
 
+    stream.import_libraries(phases)
+
     def read_data() -> tuple[Tokenizer, dict, dict]:
         run_tokenizer = tok or tokenizer.train(stream.texts(phases, t.train_bytes), t.vocab_size)
         # Training reports skipped records.

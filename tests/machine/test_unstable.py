@@ -44,7 +44,7 @@ def place_on_tpus(monkeypatch):
 # Who uses each part.
 CALLS = {
     "jax._src.clusters.ClusterEnv": lambda monkeypatch: processes._detect("", 0, -1, 1),
-    "jax._src.cudnn.fused_attention_stablehlo": lambda monkeypatch: devices._assume_cudnn(),
+    "jax._src.cudnn.fused_attention_stablehlo": lambda monkeypatch: devices._assume_cudnn(90),
     "jax.experimental.compilation_cache.compilation_cache": choose_cache,
     "jax.experimental.mesh_utils": place_on_tpus,
     "jax.experimental.multihost_utils": gather_from_two,
