@@ -18,7 +18,6 @@ from lowrank_jax.config import UsageError
 from lowrank_jax.data import blocks, chat, files, packing, reader, stream, tokenizer
 from lowrank_jax.data.packing import WINDOW_ROWS
 from lowrank_jax.machine.interrupt import Interrupted
-from lowrank_jax.training import start
 
 SHAPES = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 40)), min_size=1, max_size=12)
 
@@ -809,14 +808,3 @@ def test_a_tokenizer_learns_from_no_more_text_than_the_limit(make, corpus):
     longest = max(map(len, learnt))
     for size, share in zip(sizes, (200, 200, 400)):
         assert share <= size <= share + longest
-
-
-def test_libraries_that_disturb_the_imports_of_other_threads_are_imported_before_any_compiles(
-    make, monkeypatch, tmp_path
-):
-    names = []
-    monkeypatch.setattr(stream, "importlib", types.SimpleNamespace(import_module=names.append))
-    for sources, expected in (("text:a.txt", ["grain"]), ("text:a.txt,tfds:lm1b", ["grain", "tensorflow_datasets"])):
-        names.clear()
-        start.prepare(make.run_config(pretrain__sources=sources), str(tmp_path))
-        assert names == expected

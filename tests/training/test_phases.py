@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from lowrank_jax import evaluate
 from lowrank_jax.config import RunConfig, UsageError
+from lowrank_jax.data import stream
 from lowrank_jax.export import __main__ as export
 from lowrank_jax.export import hf, verify
 from lowrank_jax.machine import sharding
@@ -237,3 +239,12 @@ def test_a_save_has_the_state_the_progress_and_every_row_before_it(begin, tmp_pa
     assert bits(restored) == bits(state) and saved_progress == progress
     (event,) = events(r.folder, "save")
     assert (event["step"], event["data_sha256"]) == (1, progress.data_sha256)
+
+
+def test_libraries_that_disturb_imports_of_threads_are_imported_before_any_compiles(make, monkeypatch, tmp_path):
+    names = []
+    monkeypatch.setattr(stream, "importlib", types.SimpleNamespace(import_module=names.append))
+    for sources, expected in (("text:a.txt", ["grain"]), ("text:a.txt,tfds:lm1b", ["grain", "tensorflow_datasets"])):
+        names.clear()
+        start.prepare(make.run_config(pretrain__sources=sources), str(tmp_path))
+        assert names == expected
