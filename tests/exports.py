@@ -68,7 +68,7 @@ def nasty_texts(prose: str, count: int = 300) -> list[str]:
 
 def run(monkeypatch, capsys, model: Trained, *args: str) -> tuple[int, dict, str]:
     """Run the command for a model that was never saved; return exit status, JSON and stderr."""
-    monkeypatch.setattr(export, "open_run", lambda folder: model)
+    monkeypatch.setattr(export, "open_run", lambda folder, **which: model)
     status = 0
     try:
         cli.main(export.command, ["--workdir=none", "--unfinished", "--json", *args])

@@ -314,7 +314,7 @@ class Idle:
 
 
 def test_flags_and_the_environment_reach_the_server_and_its_engine(model, monkeypatch):
-    monkeypatch.setattr(serve, "open_run", lambda folder: model)
+    monkeypatch.setattr(serve, "open_run", lambda folder, **which: model)
     monkeypatch.setattr(serve.engine, "Engine", Idle)
     monkeypatch.setenv("LOWRANK_API_KEY", "of the environment")
     ends = sorted([model.tokenizer.eos, model.tokenizer.special(TURN_END)])

@@ -48,7 +48,7 @@ def model(reference):
 @pytest.fixture
 def command(model, monkeypatch, capsys):
     """Return a function that runs the command on the loaded run, and returns its result and its output."""
-    monkeypatch.setattr(generate, "open_run", lambda folder: model)
+    monkeypatch.setattr(generate, "open_run", lambda folder, **which: model)
 
     def run(*flags: str) -> tuple[dict, str]:
         return generate.command(["--workdir=x", *flags]), capsys.readouterr().out
