@@ -314,7 +314,7 @@ def read_everything(folder, config, plan) -> None:
     run_folder.milestones(str(folder)), run_folder.finished_step(str(folder))
     rows = run_folder.read_rows(str(folder), "metrics.jsonl")
     report._glance(rows, events, {"params": {"total": 1}}), report._eval_summary(report._split(rows)[1])
-    report._switches(events, []), report._warnings(config, rows, events), report._run(events), report._of_tasks(events)
+    report._switches(events, []), report._warnings(config, rows, events), report._run(events)
     report._saving(rows, events), [report._flat(event) for event in events]
     report._tokens(report._split(rows)[0], [row["step"] for row in rows])
     run_folder.rewind_metrics(str(folder), 4)
