@@ -127,7 +127,9 @@ def test_training_continues_and_other_commands_open_the_run(again, reference, da
     more = {"init_from": again, "pretrain__steps": 0, "sft__steps": 1}
     code, _, err = runs.train(data, tmp_path / "more", **more)
     assert code == 0 and "first weights from step 0" in err and "not taken" not in err, err
-    losses = lambda folder: [row["eval_loss"] for row in runs.rows(folder, "metrics.jsonl") if "split" in row]
+    losses = lambda folder: [
+        row["eval_loss"] for row in runs.rows(folder, "metrics.jsonl") if row.get("split") == "sft"
+    ]
     assert losses(tmp_path / "more")[0] == pytest.approx(losses(reference)[-1], rel=1e-5)
     trained_phases = {row["phase"] for row in runs.rows(tmp_path / "more", "metrics.jsonl")}
     assert trained_phases == {"sft"} and runs.rows(tmp_path / "more", "events.jsonl")[-1]["step"] == 1
