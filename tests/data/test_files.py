@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import os
+import random
 
 import fsspec
 import pytest
@@ -149,7 +150,8 @@ def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path):
     "damage", [lambda b: b[: len(b) // 2], lambda b: b[:100] + bytes(50) + b[150:]], ids=["cut", "zeros"]
 )
 def test_a_damaged_compressed_file_is_named_with_the_place(tmp_path, suffix, kind, damage):
-    rows = "".join(json.dumps({"text": os.urandom(40).hex()}) + "\n" for i in range(5000))
+    draw = random.Random(0)
+    rows = "".join(json.dumps({"text": draw.randbytes(40).hex()}) + "\n" for _ in range(5000))
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(damage(PACKERS[suffix](rows.encode())))
     read, s = [], source(f"{kind}:{path}")
