@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import lzma
-import os
 import random
 
 import fsspec
