@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a few tests of everything that calls JAX on the newest one, which needs Python 3.12. The whole suite runs in .venv.
 #
-#   bash scripts/smoke.sh    # 3 minutes on 2 cores with the installation of .venv-3.12, which a change of pins repeats
+#   bash scripts/smoke.sh    # 4 minutes on 2 cores with the installation of .venv-3.12, which a change of pins repeats
 #
 # Further arguments go to pytest.
 set -euo pipefail

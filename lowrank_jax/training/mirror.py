@@ -124,9 +124,7 @@ def _fetch(remote: Bucket, folder: str, newest: bool = False) -> dict:
     names = [name for name in sizes if not LOCAL.match(name) and not STEP.match(name)]
     names = [name for name in names if not newest or READ.match(name)]
     copied = {step: files for step, files in _listed(sizes).items() if step not in manifest["leftovers"]}
-    steps = (
-        copied | manifest["checkpoints"]
-    )  # nothing is known of the files of a checkpoint that another program copied
+    steps = copied | manifest["checkpoints"]  # nothing is known of files that another program copied
     _write_base(folder, None)  # until all is there
     _clear(folder, {*names, *(f"checkpoints/{step}/{name}" for step, files in steps.items() for name in files)})
     for step in sorted(steps, key=int, reverse=True):

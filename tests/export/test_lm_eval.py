@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.nn import log_softmax
+from lm_tasks import CHOICE
 
 from lowrank_jax.export import hf, verify
 from lowrank_jax.machine import sharding
@@ -23,18 +24,6 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list:
   - metric: bits_per_byte
-"""
-CHOICE = """task: choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-target_delimiter: ""
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
 """
 
 

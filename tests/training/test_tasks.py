@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
+from lm_tasks import CHOICE
 
 from lowrank_jax import evaluate
 from lowrank_jax.config import UsageError
@@ -17,18 +18,6 @@ from lowrank_jax.machine.interrupt import Interrupted
 from lowrank_jax.training import harness, step, tasks
 
 LENGTH = 64
-CHOICE = """task: choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-target_delimiter: ""
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.fixture(scope="module")
